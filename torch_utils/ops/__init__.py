@@ -1,0 +1,1 @@
+"""Image and activation operators with derivatives of every order."""

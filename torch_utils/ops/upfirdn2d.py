@@ -1,0 +1,143 @@
+"""Upsample, FIR-filter and downsample batches of images in one differentiable op."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from torch_utils.ops.dispatch import resolve_impl
+from torch_utils.ops.upfirdn2d_composed import upfirdn2d_composed
+from torch_utils.ops.upfirdn2d_ref import upfirdn2d_ref
+
+_SEPARABLE_FROM_TAPS = 8  # shorter 1-D filters cost less as one 2-D pass than as two 1-D passes
+
+
+def setup_filter(f, device="cpu", normalize: bool = True, flip_filter: bool = False, gain: float = 1,
+                 separable: bool | None = None) -> Tensor:
+    """Prepare a FIR filter for the ops of this module.
+
+    f:          taps as a tensor, array or list: [k], [kh, kw], a number, or None for the identity
+    normalize:  scale the taps to sum 1
+    separable:  keep 1-D taps as [k], to be applied along both axes; None does so from 8 taps on
+
+    Returns [k] or [kh, kw] float32. Raises ValueError for any other shape.
+    """
+    taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
+    if taps.ndim == 0:
+        taps = taps[None]
+    if taps.ndim > 2 or taps.numel() == 0:
+        raise ValueError(f"filter has shape {list(taps.shape)}; expected [k] or [kh, kw] with at least one tap")
+    if separable is None:
+        separable = taps.ndim == 1 and taps.numel() >= _SEPARABLE_FROM_TAPS
+    if taps.ndim == 2 and separable:
+        raise ValueError(f"filter has shape {list(taps.shape)}; separable=True expects [k]")
+    if taps.ndim == 1 and not separable:
+        taps = torch.outer(taps, taps)
+    if normalize:
+        taps = taps / taps.sum()
+    if flip_filter:
+        taps = taps.flip(list(range(taps.ndim)))
+    return taps * gain ** (taps.ndim / 2)  # a separable filter is applied twice
+
+
+def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter: bool = False, gain: float = 1,
+              impl: str = "auto") -> Tensor:
+    """Spread by `up`, pad, filter, multiply by `gain`, and keep every `down`-th sample.
+
+    x:            [N, C, H, W] floating point
+    f:            [kh, kw], [k] (separable) or None (identity); a constant: only impl="ref" has its gradient
+    up, down:     integer or (x, y)
+    padding:      zeros around the spread image: integer, (x, y) or (x0, x1, y0, y1); negative values crop
+    flip_filter:  False convolves, True correlates
+
+    Returns [N, C, (H * up_y + y0 + y1 - kh) // down_y + 1, likewise for W] of x's dtype. Differentiable in x to any
+    order. Raises ValueError for malformed arguments.
+    """
+    impl = resolve_impl("upfirdn2d", impl)
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"upfirdn2d: x is {x.dtype} {list(x.shape)}; expected floating point [N, C, H, W]")
+    f = _as_filter(f, x)
+    up, down = _pair("up", up), _pair("down", down)
+    padding = four_sides(padding)
+    for name, size, taps, factor, pad in (("width", x.shape[3], f.shape[-1], up[0], padding[:2]),
+                                          ("height", x.shape[2], f.shape[0], up[1], padding[2:])):
+        if size * factor + sum(pad) < taps:
+            raise ValueError(f"upfirdn2d: padded {name} is {size * factor + sum(pad)}; expected at least the "
+                             f"{taps} taps of the filter")
+    if gain != 1:
+        f = f * gain ** (f.ndim / 2)  # in the filter's own precision; a separable filter is applied twice
+    run = upfirdn2d_ref if impl == "ref" or f.requires_grad else upfirdn2d_composed
+    return run(x, f, up, down, padding, flip_filter)
+
+
+def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter: bool = False, gain: float = 1,
+             impl: str = "auto") -> Tensor:
+    """Filter images and keep their size; `padding` is added to what that needs. [N, C, H, W] -> [N, C, H, W]"""
+    f = _as_filter(f, x)
+    margins = _margins(f, lambda taps, i: (taps // 2, (taps - 1) // 2))
+    return upfirdn2d(x, f, padding=_added(padding, margins), flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def upsample2d(x: Tensor, f: Tensor | None, up=2, padding=0, flip_filter: bool = False, gain: float = 1,
+               impl: str = "auto") -> Tensor:
+    """Upsample images by integer factors and keep their mean. [N, C, H, W] -> [N, C, H * up_y, W * up_x]"""
+    f = _as_filter(f, x)
+    factors = _pair("up", up)
+    return upfirdn2d(x, f, up=factors, padding=_added(padding, up_margins(f, up)), flip_filter=flip_filter,
+                     gain=gain * math.prod(factors), impl=impl)
+
+
+def downsample2d(x: Tensor, f: Tensor | None, down=2, padding=0, flip_filter: bool = False, gain: float = 1,
+                 impl: str = "auto") -> Tensor:
+    """Downsample images by integer factors. [N, C, H, W] -> [N, C, H / down_y, W / down_x]"""
+    f = _as_filter(f, x)
+    return upfirdn2d(x, f, down=down, padding=_added(padding, down_margins(f, down)), flip_filter=flip_filter,
+                     gain=gain, impl=impl)
+
+
+def up_margins(f: Tensor, up) -> list[int]:
+    """Return (x0, x1, y0, y1), the padding that keeps the image centred when upsampling with f."""
+    factors = _pair("up", up)
+    return _margins(f, lambda taps, i: ((taps + factors[i] - 1) // 2, (taps - factors[i]) // 2))
+
+
+def down_margins(f: Tensor, down) -> list[int]:
+    """Return (x0, x1, y0, y1), the padding that keeps the image centred when downsampling with f."""
+    factors = _pair("down", down)
+    return _margins(f, lambda taps, i: ((taps - factors[i] + 1) // 2, (taps - factors[i]) // 2))
+
+
+def _added(padding, margins: list[int]) -> list[int]:
+    return [side + margin for side, margin in zip(four_sides(padding), margins)]
+
+
+def _margins(f: Tensor, rule) -> list[int]:
+    return [*rule(f.shape[-1], 0), *rule(f.shape[0], 1)]
+
+
+def _as_filter(f: Tensor | None, x: Tensor) -> Tensor:
+    if f is None:
+        return torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    if not isinstance(f, Tensor) or f.ndim not in (1, 2) or not f.is_floating_point():
+        found = f"{f.dtype} {list(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+        raise ValueError(f"upfirdn2d: filter is {found}; expected a floating point [k] or [kh, kw]: use setup_filter")
+    return f
+
+
+def _pair(name: str, value) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, Integral) and v >= 1 for v in values):
+        raise ValueError(f"upfirdn2d: {name} is {value!r}; expected a positive integer or a pair (x, y)")
+    return int(values[0]), int(values[1])
+
+
+def four_sides(value) -> tuple[int, int, int, int]:
+    """Return a `padding` argument as (x0, x1, y0, y1)."""
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) == 2:
+        values = (values[0], values[0], values[1], values[1])
+    if len(values) != 4 or not all(isinstance(v, Integral) for v in values):
+        raise ValueError(f"upfirdn2d: padding is {value!r}; expected an integer, (x, y) or (x0, x1, y0, y1)")
+    return tuple(int(v) for v in values)
