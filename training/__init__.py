@@ -1,0 +1,1 @@
+"""Train, configure and store StyleGAN2-ADA networks."""

@@ -1,0 +1,171 @@
+"""Base class of the configuration dataclasses: typed fields that are checked, written as JSON and read back.
+
+A configuration is a frozen, keyword-only dataclass whose fields are numbers, strings, booleans, tuples of strings,
+`FrozenMapping`s of numbers, other configurations, or one of these with None.
+"""
+
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line that names it and what was expected."""
+
+
+class FrozenMapping(Mapping[str, float]):
+    """Immutable, hashable and picklable mapping from names to numbers; keeps its order."""
+
+    def __init__(self, items: Mapping[str, float]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> float:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every configuration shares: types checked at construction, `to_dict`, `from_dict`.
+
+    Subclasses check the values themselves in `check`.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a field has another type than it declares, then run `check`."""
+        for name, hint in _field_types(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise ConfigError(f"{self.label(name)} is {value!r}; expected {_describe_type(hint)}")
+        self.check()
+
+    def label(self, name: str) -> str:
+        """Return what messages call the field `name`."""
+        return f"{type(self).__name__}.{name}"
+
+    def check(self) -> None:
+        """Raise ConfigError where a value is out of its range; types are right already."""
+
+    def require(self, holds: bool, name: str, expected: str) -> None:
+        """Raise the ConfigError of field `name` unless `holds`."""
+        if not holds:
+            raise ConfigError(f"{self.label(name)} is {getattr(self, name)!r}; expected {expected}")
+
+    def require_at_least(self, minimum: float, *names: str) -> None:
+        """Raise the ConfigError of the first field in `names` whose value is below `minimum`."""
+        for name in names:
+            self.require(getattr(self, name) >= minimum, name, f"a number >= {minimum}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, in the order of their declaration; `from_dict` is the inverse."""
+        return {field.name: _to_json(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build the configuration that `to_dict` described.
+
+        data:  as read from JSON
+        where: dotted path of `data` in its file, put before names in messages
+
+        Raises ConfigError on an unknown key, a missing field without default, a wrong type or a value out of range.
+        """
+        if not isinstance(data, Mapping):
+            name = cls.__name__
+            raise ConfigError(f"{where or name} is {data!r}; expected an object with the fields of {name}")
+        hints = _field_types(cls)
+        prefix = f"{where}." if where else ""
+        for key in data:
+            if key not in hints:
+                known = ", ".join(hints)
+                raise ConfigError(f"{prefix}{key} is not a setting of {cls.__name__}; expected one of {known}")
+        for field in fields(cls):
+            if field.name not in data and field.default is MISSING:
+                raise ConfigError(f"{prefix}{field.name} is missing; expected {_describe_type(hints[field.name])}")
+        return cls(**{key: _from_json(value, hints[key], prefix + key) for key, value in data.items()})
+
+
+@cache
+def _field_types(cls: type) -> dict[str, Any]:
+    """Return the declared types of a configuration's fields, in their order."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the members of `A | B`, or the type itself."""
+    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value has the declared type; whole numbers are floats too, truth values are not numbers."""
+    alternatives = _alternatives(hint)
+    if len(alternatives) > 1:
+        return any(_fits(value, alternative) for alternative in alternatives)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, get_args(hint)[0]) for item in value)
+    if hint is FrozenMapping:
+        return isinstance(value, FrozenMapping) and all(
+            isinstance(key, str) and _fits(item, float) for key, item in value.items()
+        )
+    return isinstance(value, hint)
+
+
+def _describe_type(hint: Any) -> str:
+    """Name a declared type for an error message."""
+    alternatives = _alternatives(hint)
+    if len(alternatives) > 1:
+        return " or ".join(_describe_type(alternative) for alternative in alternatives)
+    if get_origin(hint) is tuple:
+        return "a list of strings"
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a string",
+        type(None): "null",
+        FrozenMapping: "names with finite numbers",
+    }
+    return names.get(hint) or f"the fields of {hint.__name__}"
+
+
+def _to_json(value: Any) -> Any:
+    """Turn a field's value into JSON types."""
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, FrozenMapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any, hint: Any, where: str) -> Any:
+    """Turn JSON types into what the field declares; raise ConfigError where they do not fit."""
+    inner = next((kind for kind in _alternatives(hint) if kind is not type(None)), hint)
+    if value is None and type(None) in _alternatives(hint):
+        return None
+    if isinstance(inner, type) and issubclass(inner, Config):
+        return inner.from_dict(value, where=where)
+    if inner is FrozenMapping and isinstance(value, Mapping):
+        value = FrozenMapping(value)
+    elif get_origin(inner) is tuple and isinstance(value, list):
+        value = tuple(value)
+    if not _fits(value, hint):
+        raise ConfigError(f"{where} is {value!r}; expected {_describe_type(hint)}")
+    return value
