@@ -1,0 +1,153 @@
+"""Layers with equalised learning rate that the generator and the discriminator are built from.
+
+Legend: N batch, I O in/out channels, H W pixels, kh kw kernel, K w_dim.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.upfirdn2d import setup_filter
+
+DEFAULT_FILTER = (1, 3, 3, 1)
+
+
+def normalize_second_moment(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Scale x so that the mean of its squares along `dim` is 1."""
+    return x * torch.rsqrt(x.square().mean(dim=dim, keepdim=True) + eps)
+
+
+def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | None = None, up: int = 1,
+                     down: int = 1, padding: int = 0, resample_filter: Tensor | None = None, demodulate: bool = True,
+                     flip_weight: bool = True, fused_modconv: bool = True, impl: str = "auto") -> Tensor:
+    """Convolve each image with the weights scaled by its own style (StyleGAN2, eq. 1 to 3).
+
+    x:       [N, I, H, W] float32, float64 or half
+    weight:  [O, I, kh, kw];  styles: [N, I]
+    noise:   broadcastable to the result, added after demodulation
+    fused_modconv:  True builds one kernel per image and runs a grouped convolution; False scales the activations
+                    before and after one shared convolution. Both are equal up to rounding.
+
+    Returns [N, O, H * up / down, W * up / down] of x's dtype.
+    """
+    if demodulate and x.dtype in (torch.float16, torch.bfloat16):
+        weight, styles = _tamed(weight, styles)
+    scale = _demodulation(weight, styles) if demodulate else None  # [N, O]
+    options = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight, impl=impl)
+
+    if not fused_modconv:
+        out = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **options)
+        if scale is not None:
+            out = out * scale.to(x.dtype)[:, :, None, None]
+    else:
+        num = x.shape[0]
+        kernels = weight * styles[:, None, :, None, None]  # [N, O, I, kh, kw]
+        if scale is not None:
+            kernels = kernels * scale[:, :, None, None, None]
+        one_image = x.reshape(1, -1, *x.shape[2:])  # [1, N * I, H, W]
+        out = conv2d_resample(one_image, kernels.flatten(0, 1).to(x.dtype), groups=num, **options)
+        out = out.unflatten(1, (num, -1)).squeeze(0)  # [N, O, H', W']
+    return out if noise is None else out + noise.to(x.dtype)
+
+
+def _demodulation(weight: Tensor, styles: Tensor) -> Tensor:
+    """Return [N, O], the factors that bring each output of unit normal inputs to unit variance."""
+    energy = weight.square().sum(dim=[2, 3])  # [O, I]
+    return torch.rsqrt(styles.square() @ energy.T + 1e-8)
+
+
+def _tamed(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
+    """Shrink weights and styles by factors that demodulation undoes."""
+    # The sum over I * kh * kw products of an activation with a weight stays below float16's 65504 this way.
+    fan_in = weight[0].numel()
+    largest = weight.abs().amax(dim=[1, 2, 3], keepdim=True)
+    return weight / (largest * math.sqrt(fan_in)), styles / styles.abs().amax(dim=1, keepdim=True)
+
+
+class FullyConnectedLayer(nn.Module):
+    """Apply act(x @ (w * gain).T + b * lr_multiplier) with gain = lr_multiplier / sqrt(in_features).
+
+    [N, in_features] -> [N, out_features]
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "linear",
+                 lr_multiplier: float = 1, bias_init: float = 0):
+        super().__init__()
+        self.activation = activation
+        self.lr_multiplier = lr_multiplier
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init))) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ (self.weight.to(x.dtype) * self.weight_gain).T
+        bias = None if self.bias is None else self.bias.to(x.dtype) * self.lr_multiplier
+        return bias_act(y, bias, act=self.activation)
+
+
+class Conv2dLayer(nn.Module):
+    """Convolve with optional resampling, then bias and activation. [N, I, H, W] -> [N, O, H', W']
+
+    trainable=False keeps the weights as buffers, out of the optimizer's reach.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True,
+                 activation: str = "linear", up: int = 1, down: int = 1,
+                 resample_filter: Sequence[float] = DEFAULT_FILTER, conv_clamp: float | None = None,
+                 channels_last: bool = False, trainable: bool = True):
+        super().__init__()
+        self.activation = activation
+        self.resampling = dict(up=up, down=down, padding=kernel_size // 2, flip_weight=up == 1)
+        self.conv_clamp = conv_clamp
+        self.act_gain = ACTIVATIONS[activation].gain
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+        values = {"weight": torch.randn(out_channels, in_channels, kernel_size, kernel_size),
+                  "bias": torch.zeros(out_channels) if bias else None}
+        values["weight"] = values["weight"].to(memory_format=memory_format(channels_last))
+        for name, value in values.items():
+            if trainable:
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
+            elif value is not None:
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, None)
+
+    def forward(self, x: Tensor, gain: float = 1) -> Tensor:
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        x = conv2d_resample(x, weight, self.resample_filter, **self.resampling)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        return bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+
+class MinibatchStdLayer(nn.Module):
+    """Append channels that tell how much images of a group differ. [N, C, H, W] -> [N, C + num_channels, H, W]
+
+    Image n belongs to group n mod (N / G), with G = min(group_size, N). Raises ValueError when G does not divide N.
+    """
+
+    def __init__(self, group_size: int | None, num_channels: int = 1):
+        super().__init__()
+        self.group_size = group_size
+        self.num_channels = num_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        num, _, height, width = x.shape
+        members = num if self.group_size is None else min(self.group_size, num)
+        if num % members:
+            raise ValueError(f"minibatch standard deviation: the batch has {num} images; expected a multiple of the "
+                             f"group size {members}, or at most that many")
+        grouped = x.reshape(members, num // members, self.num_channels, -1, height, width)
+        spread = (grouped.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N / G, num_channels]
+        extra = spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, height, width)
+        return torch.cat([x, extra], dim=1)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return how to lay out activations: channels_last suits tensor cores."""
+    return torch.channels_last if channels_last else torch.contiguous_format
