@@ -1,0 +1,54 @@
+"""Steer the augmentation probability p by the discriminator's overfitting (ADA paper: Karras et al. 2020, section 3).
+
+The heuristic is r = E[sign(D(real))]: near 0 the discriminator does not know its training images, near 1 it does. p
+climbs at a fixed pace while r is above its target and sinks while it is below.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def count_signs(logits: Tensor) -> Tensor:
+    """Return (sum of the signs, number) of D's outputs on reals, as float64 [2].
+
+    Statistics of micro-batches, phases and processes add up; `mean_sign` reads the sum.
+    """
+    values = logits.detach().double()
+    signs = torch.where(values.isnan(), values, values.sign())  # PyTorch's sign of NaN is 0: it would go unseen
+    return torch.stack([signs.sum(), signs.new_tensor(signs.numel())])
+
+
+def mean_sign(counts: Tensor) -> float:
+    """Return r of added counts [2]. Raises ValueError when nothing was counted."""
+    total, number = counts.tolist()
+    if number < 1:
+        raise ValueError(f"the sign statistic counts {number:g} outputs of the discriminator; expected at least 1")
+    return total / number
+
+
+def next_p(p: float, mean_sign: float, target: float, batch: int, interval: int, kimg: float) -> float:
+    """Move p one step and keep it in [0, 1].
+
+    mean_sign:  r since the last step
+    target:     what r should be, 0.6 in the paper
+    batch:      images an iteration, of all processes
+    interval:   iterations between two steps
+    kimg:       thousand images in which p can travel from 0 to 1
+
+    Raises ValueError for values out of range and when mean_sign is not finite, as after a diverged discriminator.
+    """
+    _check("p", p, 0 <= p <= 1, "0 to 1")
+    _check("mean sign of the discriminator", mean_sign, math.isfinite(mean_sign), "a finite number")
+    _check("target", target, -1 <= target <= 1, "-1 to 1")
+    _check("batch", batch, batch >= 1, "at least 1")
+    _check("interval", interval, interval >= 1, "at least 1")
+    _check("kimg", kimg, 0 < kimg < math.inf, "a finite number above 0")
+    direction = (mean_sign > target) - (mean_sign < target)
+    return min(max(p + direction * batch * interval / (kimg * 1000), 0.0), 1.0)
+
+
+def _check(name: str, value: float, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"ADA: {name} is {value}; expected {expected}")

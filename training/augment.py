@@ -1,0 +1,67 @@
+"""Augment the images that the discriminator sees (ADA paper: Karras et al. 2020, section 2 and appendix B)."""
+
+import torch
+from torch import Tensor
+
+from torch_utils.ops.upfirdn2d import setup_filter
+from training.augmentations.color import draw_color_map, recolor
+from training.augmentations.corruption import add_noise, cut_out, draw_noise_level
+from training.augmentations.draws import Draws, draw_quantile, draw_random
+from training.augmentations.filters import draw_band_gains, filter_bands
+from training.augmentations.geometry import draw_source_map, resample
+from training.augmentations.strengths import parse_strengths
+from training.augmentations.wavelets import SYM6, octave_bank
+
+
+class AugmentPipe(torch.nn.Module):
+    """Apply random augmentations, each with probability strength * p; differentiable in the images to any order.
+
+    Keyword arguments are the fields of AugmentStrengths; what is not named stays off. `p` is a buffer, 1 at first, that
+    training adapts. `init_kwargs` keeps the arguments. Raises ValueError for an unknown name or a value out of range.
+    """
+
+    def __init__(self, **strengths):
+        super().__init__()
+        self.init_kwargs = dict(strengths)
+        self.strengths = parse_strengths(strengths)
+        # The names are those of published network files.
+        self.register_buffer("p", torch.ones([]))
+        self.register_buffer("Hz_geom", setup_filter(SYM6))
+        self.register_buffer("Hz_fbank", torch.as_tensor(octave_bank(), dtype=torch.float32))
+
+    def forward(self, images: Tensor, debug_percentile: float | None = None, *,
+                generator: torch.Generator | None = None) -> Tensor:
+        """Augment a batch.
+
+        images:           [N, C, H, W] floating point, H and W at least 2; C is 1 or 3 where colours are changed
+        debug_percentile: replaces every draw by this quantile, in (0, 1), and makes every augmentation happen; only the
+                          pixels of the noise stay random
+        generator:        source of all randomness, on any device; None takes PyTorch's own
+
+        Returns images of the same shape and dtype. Half precision is computed in float32. An image that no
+        augmentation changes comes back bit for bit. Raises ValueError for images of another kind.
+        """
+        if images.ndim != 4 or not images.is_floating_point() or min(images.shape[2:]) < 2 or not len(images):
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point [N, C, H, W] "
+                             "with at least one image and 2 pixels a side")
+        dtype = images.dtype if images.dtype == torch.float64 else torch.float32
+        like = {"dtype": dtype, "device": images.device}
+        if debug_percentile is None:
+            draws = draw_random(len(images), generator=generator, **like)
+        else:
+            draws = draw_quantile(len(images), debug_percentile, **like)
+        return self._augment(images.to(dtype), draws, generator).to(images.dtype)
+
+    def _augment(self, images: Tensor, draws: Draws, generator: torch.Generator | None) -> Tensor:
+        do = self.strengths
+        if do.uses_geometry:
+            images = resample(images, draw_source_map(do, draws, self.p, images), self.Hz_geom)
+        if do.uses_color:
+            images = recolor(images, draw_color_map(do, draws, self.p))
+        if do.uses_filter:
+            images = filter_bands(images, draw_band_gains(do, draws, self.p), self.Hz_fbank.to(images.dtype))
+        if do.noise:
+            images = add_noise(images, draw_noise_level(do, draws, self.p), generator)
+        if do.cutout:
+            images = cut_out(images, do, draws, self.p)
+        return images

@@ -1,0 +1,1 @@
+"""The parts of the augmentation pipeline, training/augment.py."""
