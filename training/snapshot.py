@@ -1,0 +1,201 @@
+"""Keep trained networks in files: safetensors with the constructor arguments in the header.
+
+The header's only metadata entry is one JSON text, so that equal networks give equal bytes:
+
+    {"format": "stylegan2-ada-networks", "version": 1,
+     "networks": {"G": {...} | null, "D": {...} | null, "G_ema": {...}},     constructor arguments by name
+     "info": {...}}                                                          free, kept as it is
+
+Tensors are named "ROLE.NAME", for example "G_ema.synthesis.b4.const". NVIDIA's pickles are read here as well.
+"""
+import json
+import os
+from dataclasses import dataclass, field
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dnnlib.files import atomic_write
+from training.file_kind import FileKind, recognise
+from training.nvidia_pickle import NvidiaNetworks, PickledModule, read_nvidia_pickle
+from training.rebuild import NETWORK_CLASSES, build_network
+
+FORMAT_NAME = "stylegan2-ada-networks"
+FORMAT_VERSION = 1
+
+_HEADER_KEY = "networks"  # of the metadata entry
+_HEADER_FIELDS = {"format", "version", "networks", "info"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks of one snapshot."""
+    G: nn.Module | None      # the generator that is being trained; None in generator-only files
+    D: nn.Module | None
+    G_ema: nn.Module         # the averaged generator: what images are made with
+    # {"G": constructor arguments or None, "D": ..., "G_ema": ..., "info": free JSON}, complete after loading. Saving
+    # takes the arguments from the networks (`init_kwargs`); where config names them too, they must agree.
+    config: dict[str, object] = field(default_factory=dict)
+
+
+def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") -> Networks:
+    """Read a snapshot, safetensors or NVIDIA pickle by content; nothing in the file is run.
+
+    The networks are in eval mode and need no gradients; dtypes are those in the file; the random state is untouched.
+    Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable snapshot.
+    """
+    kind = recognise(path)
+    if kind is FileKind.PICKLE:
+        networks = _from_pickle(path, read_nvidia_pickle(path))
+    else:
+        networks = _read_safetensors(path)
+    for network in (networks.G, networks.D, networks.G_ema):
+        if network is not None:
+            network.to(device)
+    return networks
+
+
+def save_network(path: str | os.PathLike, networks: Networks) -> None:
+    """Write a snapshot at once or not at all; equal networks and info give equal bytes.
+
+    Raises ValueError when constructor arguments or info are not JSON, or config contradicts the networks.
+    """
+    header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **_header_content(networks)}
+    tensors: dict[str, Tensor] = {}
+    for role in NETWORK_CLASSES:
+        network = getattr(networks, role)
+        if network is not None:
+            for name, tensor in network.state_dict().items():
+                # A copy each: safetensors refuses tensors that share memory, as those of one network in two roles do.
+                tensors[f"{role}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    data = safetensors.torch.save(tensors, metadata={_HEADER_KEY: text})
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def _header_content(networks: Networks) -> dict[str, object]:
+    """Return the fields "networks" and "info", made of plain JSON values."""
+    config = networks.config
+    unknown = sorted(set(config) - {*NETWORK_CLASSES, "info"})
+    if unknown:
+        raise ValueError(f"config has the entries {unknown}; expected G, D, G_ema and info: put others into info")
+    arguments = {}
+    for role in NETWORK_CLASSES:
+        network = getattr(networks, role)
+        if network is None and role == "G_ema":
+            raise ValueError("G_ema is None; a snapshot needs it")
+        arguments[role] = None if network is None else _as_json(f"{role}.init_kwargs", network.init_kwargs)
+        if role in config and _as_json(f"config[{role!r}]", config[role]) != arguments[role]:
+            raise ValueError(f"config[{role!r}] differs from the constructor arguments of {role}; expected the same")
+    info = _as_json("config['info']", config.get("info", {}))
+    if not isinstance(info, dict):
+        raise ValueError(f"config['info'] is {info!a}; expected a dict")
+    return {"networks": arguments, "info": info}
+
+
+def _as_json(where: str, value: object) -> object:
+    """Return `value` as it will come back from a file."""
+    try:
+        result = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not plain JSON ({error}); expected numbers, texts, lists and dicts") from error
+    if not _has_text_keys(value):
+        raise ValueError(f"{where} has a key that is not a text; JSON would change it: use text keys")
+    return result
+
+
+def _has_text_keys(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _has_text_keys(item) for key, item in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
+
+
+def _read_safetensors(path: str | os.PathLike) -> Networks:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = _parse_header((file.metadata() or {}).get(_HEADER_KEY))
+            # Copies: the originals are views of the file, and would change when it is overwritten in place.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - file is no dict
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a network snapshot: {error}") from error
+    try:
+        return _build_networks(header, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold together: {error}") from error
+
+
+def _parse_header(text: str | None) -> dict[str, object]:
+    """Check name, version and shape of the header. Raises ValueError."""
+    if text is None:
+        raise ValueError("it is a safetensors file of another project; expected one with constructor arguments")
+    try:
+        header = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT_NAME:
+        raise ValueError(f"its header does not name the format {FORMAT_NAME}")
+    version = header.get("version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its header has version {version!a}; expected a count from 1")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"it has format version {version}; this program reads up to {FORMAT_VERSION}: update it")
+    if set(header) != _HEADER_FIELDS or not isinstance(header["info"], dict):
+        raise ValueError(f"its header has the fields {sorted(header)}; expected {sorted(_HEADER_FIELDS)}")
+    networks = header["networks"]
+    if not isinstance(networks, dict) or set(networks) != set(NETWORK_CLASSES):
+        raise ValueError("its header does not describe exactly G, D and G_ema")
+    for role, arguments in networks.items():
+        if not isinstance(arguments, dict) and (arguments is not None or role == "G_ema"):
+            raise ValueError(f"its header has constructor arguments of {role} that are not a dict")
+    return header
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _build_networks(header: dict[str, object], tensors: dict[str, Tensor]) -> Networks:
+    by_role: dict[str, dict[str, Tensor]] = {role: {} for role, kwargs in header["networks"].items()
+                                             if kwargs is not None}
+    for full_name, tensor in tensors.items():
+        role, _, name = full_name.partition(".")
+        if role not in by_role:
+            raise ValueError(f"the tensor {full_name!a} belongs to no network of the header")
+        by_role[role][name] = tensor
+    built = {role: build_network(role, header["networks"][role], by_role[role]) if role in by_role else None
+             for role in NETWORK_CLASSES}
+    return _networks(built, header["info"])
+
+
+def _networks(built: dict[str, nn.Module | None], info: dict[str, object]) -> Networks:
+    arguments = {role: None if network is None else network.init_kwargs for role, network in built.items()}
+    return Networks(**built, config={**arguments, "info": info})
+
+
+def _from_pickle(path: str | os.PathLike, content: NvidiaNetworks) -> Networks:
+    records = {role: getattr(content, role) for role in NETWORK_CLASSES}
+    try:
+        built = {role: None if record is None else build_network(role, record.arguments, record.tensors, record.kinds)
+                 for role, record in records.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a StyleGAN2-ADA network pickle: {error}") from error
+    return _networks(built, _pickle_info(content))
+
+
+def _pickle_info(content: NvidiaNetworks) -> dict[str, object]:
+    """Collect what is worth keeping of a pickle beside the networks."""
+    modules = {name: getattr(content, name) for name in (*NETWORK_CLASSES, "augment_pipe")}
+    present: dict[str, PickledModule] = {name: module for name, module in modules.items() if module is not None}
+    augment = content.augment_pipe
+    data_set = content.training_set_kwargs
+    return {
+        "source": "NVIDIA pickle",
+        "class_names": {name: module.class_name for name, module in present.items()},
+        "source_sha256": sorted({source for module in present.values() for source in module.sources}),
+        "augment_pipe": None if augment is None else augment.arguments,
+        # Without its path: folder names on the machine that trained can name people or places.
+        "training_set": None if data_set is None else {k: v for k, v in data_set.items() if k != "path"},
+    }
