@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import NOISE_MODES
 from training.config_networks import ARCHITECTURES, is_power_of_two
@@ -44,7 +44,7 @@ class SynthesisLayer(nn.Module):
         self.resolution = resolution
         self.use_noise = use_noise
         self.activation = activation
-        self.act_gain = ACTIVATIONS[activation].gain
+        self.act_gain = activation_named(activation).gain
         self.conv_clamp = conv_clamp
         self.convolution = dict(up=up, padding=kernel_size // 2, flip_weight=up == 1)
         self.register_buffer("resample_filter", setup_filter(resample_filter))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter
 
@@ -39,7 +39,7 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     scale = _demodulation(weight, styles) if demodulate else None  # [N, O]
     options = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight, impl=impl)
 
-    if not fused_modconv:
+    if not fused_modconv or len(x) == 0:
         out = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **options)
         if scale is not None:
             out = out * scale.to(x.dtype)[:, :, None, None]
@@ -64,8 +64,10 @@ def _tamed(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
     """Shrink weights and styles by factors that demodulation undoes."""
     # The sum over I * kh * kw products of an activation with a weight stays below float16's 65504 this way.
     fan_in = weight[0].numel()
-    largest = weight.abs().amax(dim=[1, 2, 3], keepdim=True)
-    return weight / (largest * math.sqrt(fan_in)), styles / styles.abs().amax(dim=1, keepdim=True)
+    tiny = torch.finfo(weight.dtype).tiny  # all zeros stay zeros
+    largest_weight = weight.abs().amax(dim=[1, 2, 3], keepdim=True).clamp_min(tiny)
+    largest_style = styles.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
+    return weight / largest_weight / math.sqrt(fan_in), styles / largest_style
 
 
 class FullyConnectedLayer(nn.Module):
@@ -103,7 +105,7 @@ class Conv2dLayer(nn.Module):
         self.activation = activation
         self.resampling = dict(up=up, down=down, padding=kernel_size // 2, flip_weight=up == 1)
         self.conv_clamp = conv_clamp
-        self.act_gain = ACTIVATIONS[activation].gain
+        self.act_gain = activation_named(activation).gain
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
         self.register_buffer("resample_filter", setup_filter(resample_filter))
         values = {"weight": torch.randn(out_channels, in_channels, kernel_size, kernel_size),
@@ -137,8 +139,11 @@ class MinibatchStdLayer(nn.Module):
         self.num_channels = num_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        num, _, height, width = x.shape
-        members = num if self.group_size is None else min(self.group_size, num)
+        num, channels, height, width = x.shape
+        members = max(num if self.group_size is None else min(self.group_size, num), 1)
+        if channels % self.num_channels:
+            raise ValueError(f"minibatch standard deviation: there are {channels} channels; expected a multiple of "
+                             f"num_channels, {self.num_channels}")
         if num % members:
             raise ValueError(f"minibatch standard deviation: the batch has {num} images; expected a multiple of the "
                              f"group size {members}, or at most that many")

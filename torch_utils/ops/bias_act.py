@@ -50,11 +50,9 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     activation, a bias that does not fit, or a negative clamp.
     """
     resolve_impl("bias_act", impl)  # "ref" and "composed" are the same code
-    if act not in ACTIVATIONS:
-        raise ValueError(f"bias_act: act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
+    activation = activation_named(act)
     if clamp is not None and clamp < 0:
         raise ValueError(f"bias_act: clamp is {clamp}; expected a limit >= 0, or None")
-    activation = ACTIVATIONS[act]
     if b is not None:
         x = x + _along(b, x, dim)
     x = activation.apply(x, activation.alpha if alpha is None else alpha)
@@ -62,6 +60,13 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def activation_named(act: str) -> Activation:
+    """Return an entry of ACTIVATIONS. Raises ValueError for an unknown name."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"bias_act: act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[act]
 
 
 def _along(b: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -8,11 +8,13 @@ shift-invariant, so that neighbours may change places:
 - "spread, filter, convolve" is "transposed convolution of stride n, filter".
 """
 
+from numbers import Integral
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from torch_utils.ops.dispatch import resolve_impl
-from torch_utils.ops.upfirdn2d import down_margins, four_sides, setup_filter, up_margins, upfirdn2d
+from torch_utils.ops.upfirdn2d import as_filter, down_margins, four_sides, up_margins, upfirdn2d
 
 
 def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int = 1, padding=0,
@@ -26,13 +28,14 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     padding:      of the upsampled image, as in upfirdn2d; what keeps the filters centred is added
     flip_weight:  True correlates (as torch does), False convolves
 
-    Returns [N, O, H', W']. Differentiable to any order in x and w. Raises ValueError for factors below 1.
+    Returns [N, O, H', W']. Differentiable to any order in x and w. Raises ValueError for malformed factors, padding or
+    filter.
     """
     impl = resolve_impl("conv2d_resample", impl)
     for name, factor in (("up", up), ("down", down)):
-        if not isinstance(factor, int) or factor < 1:
+        if not isinstance(factor, Integral) or factor < 1:
             raise ValueError(f"conv2d_resample: {name} is {factor!r}; expected an integer >= 1")
-    f = setup_filter(None, device=x.device) if f is None else f
+    f = as_filter(f, x)
     border = four_sides(padding)
     if up > 1:
         border = [side + extra for side, extra in zip(border, up_margins(f, up))]
@@ -60,8 +63,6 @@ def _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter) -> T
     if pointwise and down == 1:
         x = _convolve(x, w, groups, flip_weight)
         return upfirdn2d(x, f, up, padding=border, flip_filter=flip_filter, gain=up**2)
-    if min(w.shape[2:]) < up:
-        return None  # rare, and the border rule below counts on kh, kw >= up
     x, border = _spread_and_convolve(x, w, up, border, groups, flip_weight)
     x = upfirdn2d(x, f, padding=border, flip_filter=flip_filter, gain=up**2)
     return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
@@ -75,7 +76,7 @@ def _spread_and_convolve(x, w, up, border, groups, flip_weight) -> tuple[Tensor,
     """Convolve the spread image before it is filtered; return it with the border that the filter still has to add.
 
     A transposed convolution yields every position that w touches: (kw - 1) more than the definition in front, and
-    (kw - up) more behind, since it ends with the last sample rather than with the zeros that follow it.
+    (kw - up) more behind, or (up - kw) fewer, since it ends with the last sample rather than with the zeros after it.
     """
     kh, kw = w.shape[2:]
     left, right, top, bottom = (side - extra for side, extra in zip(border, (kw - 1, kw - up, kh - 1, kh - up)))

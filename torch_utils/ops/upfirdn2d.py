@@ -24,7 +24,7 @@ def setup_filter(f, device="cpu", normalize: bool = True, flip_filter: bool = Fa
 
     Returns [k] or [kh, kw] float32. Raises ValueError for any other shape.
     """
-    taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
+    taps = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device="cpu")
     if taps.ndim == 0:
         taps = taps[None]
     if taps.ndim > 2 or taps.numel() == 0:
@@ -35,11 +35,16 @@ def setup_filter(f, device="cpu", normalize: bool = True, flip_filter: bool = Fa
         raise ValueError(f"filter has shape {list(taps.shape)}; separable=True expects [k]")
     if taps.ndim == 1 and not separable:
         taps = torch.outer(taps, taps)
+    if gain < 0 and taps.ndim == 1:
+        raise ValueError(f"filter gain is {gain}; expected a gain >= 0 for a separable filter, which is applied twice")
     if normalize:
+        if taps.sum() == 0:
+            raise ValueError("filter sums to 0; expected another sum, or normalize=False")
         taps = taps / taps.sum()
     if flip_filter:
         taps = taps.flip(list(range(taps.ndim)))
-    return taps * gain ** (taps.ndim / 2)  # a separable filter is applied twice
+    taps = taps * gain ** (taps.ndim / 2)  # a separable filter is applied twice
+    return taps.to(device)
 
 
 def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter: bool = False, gain: float = 1,
@@ -47,7 +52,8 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     """Spread by `up`, pad, filter, multiply by `gain`, and keep every `down`-th sample.
 
     x:            [N, C, H, W] floating point
-    f:            [kh, kw], [k] (separable) or None (identity); a constant: only impl="ref" has its gradient
+    f:            [kh, kw], [k] (separable) or None (identity); a constant for impl="composed", while "ref" and "auto"
+                  differentiate with respect to it if it asks for that
     up, down:     integer or (x, y)
     padding:      zeros around the spread image: integer, (x, y) or (x0, x1, y0, y1); negative values crop
     flip_filter:  False convolves, True correlates
@@ -55,27 +61,32 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     Returns [N, C, (H * up_y + y0 + y1 - kh) // down_y + 1, likewise for W] of x's dtype. Differentiable in x to any
     order. Raises ValueError for malformed arguments.
     """
-    impl = resolve_impl("upfirdn2d", impl)
+    differentiates_f = impl in ("auto", "ref") and isinstance(f, Tensor) and f.requires_grad
+    impl = "ref" if differentiates_f else resolve_impl("upfirdn2d", impl)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"upfirdn2d: x is {x.dtype} {list(x.shape)}; expected floating point [N, C, H, W]")
-    f = _as_filter(f, x)
+    f = as_filter(f, x)
     up, down = _pair("up", up), _pair("down", down)
     padding = four_sides(padding)
+    if gain < 0 and f.ndim == 1:  # a separable filter is applied twice: the sign has to stay outside
+        return -upfirdn2d(x, f, up, down, padding, flip_filter, -gain, impl)
     for name, size, taps, factor, pad in (("width", x.shape[3], f.shape[-1], up[0], padding[:2]),
                                           ("height", x.shape[2], f.shape[0], up[1], padding[2:])):
+        if size * factor + sum(min(side, 0) for side in pad) < 0:
+            raise ValueError(f"upfirdn2d: padding {pad} crops more than the {name} of {size * factor} that is there")
         if size * factor + sum(pad) < taps:
             raise ValueError(f"upfirdn2d: padded {name} is {size * factor + sum(pad)}; expected at least the "
                              f"{taps} taps of the filter")
     if gain != 1:
-        f = f * gain ** (f.ndim / 2)  # in the filter's own precision; a separable filter is applied twice
-    run = upfirdn2d_ref if impl == "ref" or f.requires_grad else upfirdn2d_composed
+        f = f * (gain if f.ndim == 2 else gain**0.5)  # in the filter's own precision
+    run = upfirdn2d_ref if impl == "ref" else upfirdn2d_composed
     return run(x, f, up, down, padding, flip_filter)
 
 
 def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter: bool = False, gain: float = 1,
              impl: str = "auto") -> Tensor:
     """Filter images and keep their size; `padding` is added to what that needs. [N, C, H, W] -> [N, C, H, W]"""
-    f = _as_filter(f, x)
+    f = as_filter(f, x)
     margins = _margins(f, lambda taps, i: (taps // 2, (taps - 1) // 2))
     return upfirdn2d(x, f, padding=_added(padding, margins), flip_filter=flip_filter, gain=gain, impl=impl)
 
@@ -83,7 +94,7 @@ def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter: bool = False, 
 def upsample2d(x: Tensor, f: Tensor | None, up=2, padding=0, flip_filter: bool = False, gain: float = 1,
                impl: str = "auto") -> Tensor:
     """Upsample images by integer factors and keep their mean. [N, C, H, W] -> [N, C, H * up_y, W * up_x]"""
-    f = _as_filter(f, x)
+    f = as_filter(f, x)
     factors = _pair("up", up)
     return upfirdn2d(x, f, up=factors, padding=_added(padding, up_margins(f, up)), flip_filter=flip_filter,
                      gain=gain * math.prod(factors), impl=impl)
@@ -92,7 +103,7 @@ def upsample2d(x: Tensor, f: Tensor | None, up=2, padding=0, flip_filter: bool =
 def downsample2d(x: Tensor, f: Tensor | None, down=2, padding=0, flip_filter: bool = False, gain: float = 1,
                  impl: str = "auto") -> Tensor:
     """Downsample images by integer factors. [N, C, H, W] -> [N, C, H / down_y, W / down_x]"""
-    f = _as_filter(f, x)
+    f = as_filter(f, x)
     return upfirdn2d(x, f, down=down, padding=_added(padding, down_margins(f, down)), flip_filter=flip_filter,
                      gain=gain, impl=impl)
 
@@ -117,7 +128,8 @@ def _margins(f: Tensor, rule) -> list[int]:
     return [*rule(f.shape[-1], 0), *rule(f.shape[0], 1)]
 
 
-def _as_filter(f: Tensor | None, x: Tensor) -> Tensor:
+def as_filter(f: Tensor | None, x: Tensor) -> Tensor:
+    """Return a `f` argument as a tensor, None as the identity. Raises ValueError for anything else."""
     if f is None:
         return torch.ones(1, 1, dtype=x.dtype, device=x.device)
     if not isinstance(f, Tensor) or f.ndim not in (1, 2) or not f.is_floating_point():
