@@ -9,6 +9,7 @@ import torch
 
 from tests.small_networks import ada_config, random_labels, small_config, small_inputs, small_state
 from training.augment import AugmentPipe
+from training.sampling import LabelLaw
 from training.step import train_step
 from training.step_inputs import PHASES, PhaseInputs, StepInputs, active_phases, draw_phases
 
@@ -291,7 +292,7 @@ def test_draw_phases_labels_follow_the_training_set():
     table[:] = torch.tensor([1.0, 0.0])
     table[0] = torch.tensor([0.0, 1.0])
     phases = draw_phases(config, seed=0, nimg=0, iteration=0, microbatches=range(1), z_dim=4, num_ws=6,
-                         label_table=table, image_shape=(3, 8, 8))
+                         label_law=LabelLaw(table), image_shape=(3, 8, 8))
     assert abs(phases["Gmain"].c[:, 1].mean().item() - 0.1) < 4 * (0.1 * 0.9 / 4000) ** 0.5
 
 

@@ -11,8 +11,10 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
+from dnnlib.cli import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that cannot be used; the message is one line that names it and what was expected."""
 
 

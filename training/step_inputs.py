@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_utils.seeding import generator_for, seed_for
 from training.config import LossConfig, StepConfig
+from training.sampling import LabelLaw
 
 PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
 
@@ -51,12 +52,12 @@ def path_length_images(micro_batch: int, loss: LossConfig) -> int:
 
 
 def draw_phases(config: StepConfig, *, seed: int, nimg: int, iteration: int, microbatches: range, z_dim: int,
-                num_ws: int, label_table: Tensor, image_shape: Sequence[int], device="cpu") -> dict[str, PhaseInputs]:
+                num_ws: int, label_law: LabelLaw, image_shape: Sequence[int], device="cpu") -> dict[str, PhaseInputs]:
     """Draw the inputs of every phase of an iteration.
 
     nimg:         images seen before the iteration
     microbatches: indices, over all processes, of the micro-batches that this process computes
-    label_table:  [M, c_dim], labels of the training set's images; fakes take those of images drawn uniformly
+    label_law:    how often each label occurs among the images that the run sees; fakes follow it
     image_shape:  (C, R, R)
 
     Depends on nothing but the arguments: a micro-batch gets the same numbers on whichever process it runs.
@@ -66,7 +67,7 @@ def draw_phases(config: StepConfig, *, seed: int, nimg: int, iteration: int, mic
     def draw(phase: str, microbatch: int) -> tuple:
         rng = generator_for(seed_for(seed, nimg, microbatch, f"{phase}/latents"))
         z = torch.randn(size, z_dim, generator=rng)
-        c = label_table[torch.randint(len(label_table), (size,), generator=rng)]
+        c = label_law.draw(size, rng)
         mix_z = torch.randn(size, z_dim, generator=rng)
         mixes = torch.rand([], generator=rng).item() < loss.style_mixing_prob
         cutoff = torch.randint(1, num_ws, [], generator=rng).item() if num_ws > 1 else 1

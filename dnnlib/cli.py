@@ -1,0 +1,64 @@
+"""What every command line program does alike: one line for a user's mistake, clean ends when it is stopped."""
+
+import signal
+import sys
+
+import click
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
+EXIT_TERMINATED = 143  # ... and by SIGTERM
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message is one line: what, what it is, what was expected, what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: unwinds like Ctrl-C, so that temporary files are removed on the way."""
+
+
+def run(command: click.Command, arguments: list[str] | None = None) -> int:
+    """Run a click command and return its exit code.
+
+    A wrong option, a UserError, a missing permission or a full disk gives one line on standard error and 2; Ctrl-C and
+    SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and keeps its traceback.
+    """
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        result = command.main(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _fail(_one_line(error.format_message()), EXIT_USAGE)
+    except UserError as error:
+        return _fail(_one_line(str(error)), EXIT_USAGE)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _fail(_describe_os_error(error), EXIT_USAGE)
+    except (KeyboardInterrupt, click.exceptions.Abort) as stop:  # click turns the first into the second
+        if isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated):
+            return _fail("terminated", EXIT_TERMINATED)
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_terminated(signum, frame) -> None:
+    raise Terminated
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return _one_line(f"{where}{error.strerror or error}")

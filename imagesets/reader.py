@@ -1,0 +1,200 @@
+"""Open a data set, a zip or a folder of images with an optional dataset.json, and read its members.
+
+dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups" and "source" beside it. A
+label is an integer, a list of floats, or null for an image without one.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from dnnlib.cli import UserError
+
+METADATA = "dataset.json"
+NO_LABEL = -1
+
+
+def image_suffixes() -> set[str]:
+    """Return the file name endings of images, as ".png"."""
+    return set(PIL.Image.registered_extensions())
+
+
+class ImageSet:
+    """The images of a data set in the order of their names, with labels and groups.
+
+    names:    paths inside the zip or folder, with "/"
+    labels:   None, or int64 [N] with NO_LABEL where there is none, or float32 [N, D] with NaN there
+    classes:  names of the integer labels, or None when the file names none
+    groups:   one text an image: what must not be split; the image's own name where the file names none
+    source:   what the file says of its origin
+
+    with_metadata=False leaves dataset.json unread, so that images beside an unfit one can be looked at. The zip is
+    opened on first use in each process, so that an ImageSet may be handed to workers. Raises UserError when the path is
+    missing, is no readable zip, holds no images, or its dataset.json does not fit.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, with_metadata: bool = True):
+        self.path = Path(path)
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        members = self._list_members()
+        suffixes = image_suffixes()
+        self.names = sorted(name for name in members if _is_image(name, suffixes))
+        if not self.names:
+            raise UserError(f"{self.path} holds no images; expected files such as .png or .jpg")
+        metadata = _parse_metadata(self.path, self.read(METADATA)) if with_metadata and METADATA in members else {}
+        self.labels = _labels_of(self.path, self.names, metadata.get("labels"))
+        self.classes = _classes_of(self.path, self.labels, metadata.get("classes"))
+        self.groups = _groups_of(self.path, self.names, metadata.get("groups"))
+        source = metadata.get("source")
+        self.source: dict[str, Any] = source if isinstance(source, dict) else {}
+        self.other_members = sorted(set(members) - set(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+    @property
+    def is_zip(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Number of images without a label; all of them when there are no labels."""
+        if self.labels is None:
+            return len(self)
+        missing = self.labels == NO_LABEL if self.labels.ndim == 1 else np.isnan(self.labels).any(axis=1)
+        return int(missing.sum())
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged."""
+        try:
+            if not self.is_zip:
+                return (self.path / name).read_bytes()
+            return self._zip().read(name)
+        except (KeyError, FileNotFoundError) as error:
+            raise UserError(f"{self.path} has no member {name}") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{self.path}: {name} is damaged ({error}); make or copy the data set again") from error
+
+    def checksums(self) -> list[tuple[int, int]]:
+        """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read."""
+        if self.is_zip:
+            entries = {info.filename: (info.file_size, info.CRC) for info in self._zip().infolist()}
+            return [entries[name] for name in self.names]
+        contents = (self.read(name) for name in self.names)
+        return [(len(data), zlib.crc32(data)) for data in contents]
+
+    def close(self) -> None:
+        if self._archive is not None:
+            self._archive[1].close()
+            self._archive = None
+
+    def _zip(self) -> zipfile.ZipFile:
+        # A file position shared with a forked parent would be moved by both.
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = (os.getpid(), _open_zip(self.path))
+        return self._archive[1]
+
+    def _list_members(self) -> list[str]:
+        if self.path.is_dir():
+            found = []
+            for folder, _, files in os.walk(self.path):
+                prefix = os.path.relpath(folder, self.path)
+                found += [name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/") for name in files]
+            return found
+        if not self.path.exists():
+            raise UserError(f"{self.path} does not exist; expected a data set: a zip or a folder of images")
+        return [info.filename for info in self._zip().infolist() if not info.is_dir()]
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a zip ({error}): it is cut off or no zip; make or copy it "
+                        "again") from error
+
+
+def _is_image(name: str, suffixes: set[str]) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not hidden and os.path.splitext(name)[1].lower() in suffixes
+
+
+def _parse_metadata(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {METADATA} is not JSON ({error}); expected an object with labels") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: {METADATA} holds a {type(metadata).__name__}; expected an object with labels")
+    return metadata
+
+
+def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str)
+                                         for row in rows):
+        raise UserError(f"{path}: labels in {METADATA} are not [[file, label], ...]")
+    by_name = dict(rows)
+    if len(by_name) != len(rows):
+        raise UserError(f"{path}: {METADATA} labels a file twice")
+    _refuse_unknown(path, "labels", by_name, names)
+    kinds = {_kind_of(path, name, label) for name, label in by_name.items() if label is not None}
+    if len(kinds) > 1:
+        raise UserError(f"{path}: labels in {METADATA} are of mixed kinds ({', '.join(sorted(kinds))}); expected "
+                        "integers, or lists of one length")
+    if not kinds:
+        return None
+    kind = kinds.pop()
+    if kind == "integers":
+        return np.array([NO_LABEL if by_name.get(name) is None else by_name[name] for name in names], dtype=np.int64)
+    missing = [float("nan")] * int(kind.split()[2])
+    return np.array([missing if by_name.get(name) is None else by_name[name] for name in names], dtype=np.float32)
+
+
+def _kind_of(path: Path, name: str, label: Any) -> str:
+    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        return "integers"
+    if isinstance(label, list) and label and all(isinstance(x, (int, float)) and not isinstance(x, bool) and
+                                                 np.isfinite(x) for x in label):
+        return f"lists of {len(label)}"
+    raise UserError(f"{path}: {METADATA} gives {name} the label {label!r}; expected an integer >= 0, a list of "
+                    "numbers, or null")
+
+
+def _classes_of(path: Path, labels: np.ndarray | None, classes: Any) -> list[str] | None:
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: classes in {METADATA} are {classes!r}; expected a list of names")
+    if labels is not None:
+        needed = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+        if needed > len(classes):
+            raise UserError(f"{path}: {METADATA} names {len(classes)} classes; expected {needed}, as its labels need")
+    return classes
+
+
+def _groups_of(path: Path, names: list[str], groups: Any) -> list[str]:
+    if groups is None:
+        return list(names)
+    if not isinstance(groups, dict) or not all(isinstance(group, str) for group in groups.values()):
+        raise UserError(f"{path}: groups in {METADATA} are not an object of texts")
+    _refuse_unknown(path, "groups", groups, names)
+    return [groups.get(name, name) for name in names]
+
+
+def _refuse_unknown(path: Path, field: str, found: Mapping[str, Any], names: Iterable[str]) -> None:
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise UserError(f"{path}: {field} in {METADATA} name {len(unknown)} files that are not there ({examples})")

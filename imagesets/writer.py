@@ -1,0 +1,202 @@
+"""Write a data set, a zip or a folder, whole or not at all.
+
+Equal images, labels and groups give equal bytes: members have fixed dates and come in the order of their addition.
+Images pass through; what stays in memory is a label and a group an image.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import zipfile
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write
+from imagesets.reader import METADATA, NO_LABEL
+
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def image_name(index: int) -> str:
+    """Return the name of the index-th image, a thousand to a folder: "00000/img00000000.png"."""
+    return f"{index // 1000:05d}/img{index:08d}.png"
+
+
+class ImageSetWriter:
+    """A context manager; the data set appears under `dest` when the block ends without an error.
+
+    dest:     a name ending in .zip, replaced if it exists; or a folder that is missing or empty
+    classes:  names of the integer labels, None when labels have none
+    source:   what dataset.json says of the origin; more may be put into the dict until the block ends
+
+    Raises UserError when dest cannot be written, when the disk is full, and for labels of mixed kinds.
+    """
+
+    def __init__(self, dest: str | os.PathLike, *, classes: Sequence[str] | None = None,
+                 source: dict[str, Any] | None = None):
+        self.dest = Path(dest)
+        self.classes = None if classes is None else list(classes)
+        self.source = {} if source is None else source
+        self._count = 0
+        self._integers = array("q")
+        self._vectors: dict[int, Sequence[float]] = {}
+        self._groups: list[str | None] = []
+        self._check_dest()
+
+    def __enter__(self) -> "ImageSetWriter":
+        self._stack = ExitStack()
+        try:
+            if self.dest.suffix.lower() == ".zip":
+                file = self._stack.enter_context(atomic_write(self.dest))
+                self._zip = self._stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED))
+            else:
+                self._zip = None
+                self._folder = self._stack.enter_context(_TemporaryFolder(self.dest))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        failure = error
+        try:
+            if failure is None:
+                self._write_metadata()
+        except BaseException as raised:  # raised again below, once the files are gone
+            failure = raised
+        try:
+            self._stack.__exit__(type(failure) if failure else None, failure, None)
+        except OSError as raised:
+            failure = raised
+        if isinstance(failure, OSError) and (failure is not error or _is_full(failure)):
+            raise self._cannot_write(failure) from failure
+        if failure is not error:
+            raise failure
+
+    def add(self, png: bytes, label: int | Sequence[float] | None = None, group: str | None = None) -> str:
+        """Append an encoded image and return its name.
+
+        group: what must not be split, None for the image alone
+        """
+        name = image_name(self._count)
+        self.add_file(name, png)
+        if label is None or isinstance(label, int):
+            self._integers.append(NO_LABEL if label is None else label)
+        else:
+            self._vectors[self._count] = label
+            self._integers.append(NO_LABEL)
+        self._groups.append(group)
+        self._count += 1
+        return name
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Store another member, a table for example."""
+        try:
+            if self._zip is None:
+                path = self._folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            else:
+                self._zip.writestr(_zip_info(name), data)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def set_groups(self, groups: Sequence[str | None]) -> None:
+        """Replace the groups of all images, for who knows them only at the end."""
+        if len(groups) != self._count:
+            raise ValueError(f"{len(groups)} groups for {self._count} images")
+        self._groups = list(groups)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _write_metadata(self) -> None:
+        has_integers = any(label != NO_LABEL for label in self._integers)
+        if has_integers and self._vectors:
+            raise UserError(f"{self.dest}: labels are of mixed kinds; expected integers, or lists of one length")
+        has_labels = has_integers or bool(self._vectors)
+        if self._zip is None:
+            with open(self._folder / METADATA, "w", encoding="utf-8") as file:
+                file.writelines(self._metadata(has_labels))
+        else:
+            with self._zip.open(_zip_info(METADATA), "w", force_zip64=True) as file:
+                for text in self._metadata(has_labels):
+                    file.write(text.encode())
+
+    def _metadata(self, has_labels: bool) -> Iterator[str]:
+        """Yield dataset.json in pieces, a line an image."""
+        if has_labels:
+            yield '{"labels": [\n'
+            for index, number in enumerate(self._integers):
+                label = self._vectors.get(index, None if number == NO_LABEL else number)
+                label = list(label) if isinstance(label, Sequence) else label
+                yield f"{json.dumps([image_name(index), label])}{',' if index + 1 < self._count else ''}\n"
+            yield "]"
+        else:
+            yield '{"labels": null'
+        if self.classes is not None:
+            yield f',\n"classes": {json.dumps(self.classes)}'
+        if any(group is not None for group in self._groups):
+            yield ',\n"groups": {\n'
+            separator = ""
+            for index, group in enumerate(self._groups):
+                if group is not None:
+                    yield f"{separator}{json.dumps(image_name(index))}: {json.dumps(group)}"
+                    separator = ",\n"
+            yield "\n}"
+        yield f',\n"source": {json.dumps(self.source, allow_nan=False)}}}\n'
+
+    def _check_dest(self) -> None:
+        if self.dest.suffix.lower() == ".zip":
+            if self.dest.is_dir():
+                raise UserError(f"--dest={self.dest} is a folder; expected a zip file to write")
+        elif self.dest.suffix:
+            raise UserError(f"--dest={self.dest} ends in {self.dest.suffix}; expected .zip, or a folder")
+        elif self.dest.is_file():
+            raise UserError(f"--dest={self.dest} is a file; expected a name ending in .zip, or a folder")
+        elif self.dest.is_dir() and any(self.dest.iterdir()):
+            raise UserError(f"--dest={self.dest} is a folder with files in it; expected an empty or a new one")
+        if not self.dest.absolute().parent.is_dir():
+            raise UserError(f"--dest={self.dest}: there is no folder {self.dest.parent}; make it first")
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        reason = "the disk is full" if _is_full(error) else error.strerror or str(error)
+        return UserError(f"--dest={self.dest} cannot be written: {reason}; nothing was left there")
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+class _TemporaryFolder:
+    """A folder beside `dest` that takes its place at the end, or is removed."""
+
+    def __init__(self, dest: Path):
+        self.dest = dest.absolute()
+        self.path = self.dest.with_name(f".tmp-{secrets.token_hex(8)}")
+
+    def __enter__(self) -> Path:
+        self.path.mkdir()
+        return self.path
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            try:
+                os.replace(self.path, self.dest)  # an empty folder may be replaced
+                return
+            except BaseException:
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _zip_info(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
+    info.external_attr = 0o644 << 16
+    info.create_system = 3  # the same bytes on every system
+    return info

@@ -1,0 +1,30 @@
+"""Make small data sets in tests."""
+
+import io
+
+import numpy as np
+import PIL.Image
+
+from imagesets.writer import ImageSetWriter
+
+
+def png(pixels) -> bytes:
+    """Encode uint8 [H, W] or [H, W, 3]."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def pixels_of(index: int, size: int = 8, channels: int = 3) -> np.ndarray:
+    """Return the pixels of the index-th image of `make_set`: uint8 [H, W] or [H, W, 3], each image another."""
+    shape = (size, size) if channels == 1 else (size, size, channels)
+    return np.random.RandomState(index).randint(0, 256, shape, dtype=np.uint8)
+
+
+def make_set(path, count=6, *, size=8, channels=3, labels=None, classes=None, groups=None):
+    """Write a data set of `count` images with labels and groups by index; return its path."""
+    with ImageSetWriter(path, classes=classes) as writer:
+        for index in range(count):
+            writer.add(png(pixels_of(index, size, channels)), None if labels is None else labels[index],
+                       None if groups is None else groups[index])
+    return path

@@ -1,0 +1,194 @@
+"""Read a data set that dataset_tool.py made, image by image, for training and metrics."""
+
+import hashlib
+import io
+import os
+import warnings
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.cli import UserError
+from imagesets.reader import NO_LABEL, ImageSet
+from training.options import DatasetFacts
+
+CONTENT_HASH_VERSION = 1
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of one size with their labels: item i is (pixels uint8 [C, R, R], label float32 [c_dim]).
+
+    path:        zip or folder, as dataset_tool.py writes it, or as the original does
+    use_labels:  False gives labels of length 0
+    xflip:       a second half of items, the first half mirrored
+    max_size:    a random subset of so many images, chosen by `seed`; None for all
+    seed:        of the subset
+
+    Integer labels become one-hot vectors of length max + 1, or of the number of classes where dataset.json names them;
+    lists are taken as they are. Files are opened in the process that reads them.
+    Raises UserError when the data set cannot be read, or is not made of square images, grey or RGB.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, use_labels: bool = False, xflip: bool = False,
+                 max_size: int | None = None, seed: int = 0):
+        self._set = ImageSet(path)
+        self.path, self.classes, self.source = self._set.path, self._set.classes, self._set.source
+        self.use_labels, self.xflip = use_labels, xflip
+        self.name = self.path.name.removesuffix(".zip")
+        self._chosen = choose_subset(len(self._set), max_size, seed)
+        self._shape = None
+        self._shape = self._check_first_image()
+        if use_labels:
+            self._check_labels()
+
+    def __len__(self) -> int:
+        return len(self._chosen) * (2 if self.xflip else 1)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        mirrored, row = divmod(int(index), len(self._chosen))
+        pixels = self._load(self._set.names[self._chosen[row]])
+        if mirrored:
+            pixels = pixels[:, :, ::-1]
+        return np.ascontiguousarray(pixels), self.get_label(index)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images before mirroring."""
+        return len(self._chosen)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._shape
+
+    @property
+    def resolution(self) -> int:
+        return self._shape[1]
+
+    @property
+    def num_channels(self) -> int:
+        return self._shape[0]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the data set has labels, used or not."""
+        return self._set.labels is not None
+
+    @property
+    def label_dim(self) -> int:
+        """Length of a label vector of the data set, used or not."""
+        labels = self._set.labels
+        if labels is None:
+            return 0
+        if labels.ndim == 2:
+            return labels.shape[1]
+        return len(self.classes) if self.classes is not None else int(labels.max()) + 1
+
+    def get_label(self, index: int) -> np.ndarray:
+        """Return the label of an item: float32 [c_dim]."""
+        if not self.use_labels:
+            return np.zeros(0, dtype=np.float32)
+        label = self._set.labels[self._chosen[int(index) % len(self._chosen)]]
+        if np.ndim(label):
+            return np.array(label, dtype=np.float32)
+        one_hot = np.zeros(self.label_dim, dtype=np.float32)
+        one_hot[label] = 1
+        return one_hot
+
+    def label_table(self) -> torch.Tensor:
+        """Return the labels of all images, without the mirrored ones: float32 [num_images, c_dim]."""
+        if not self.use_labels:
+            return torch.zeros(self.num_images, 0)
+        labels = torch.from_numpy(self._set.labels[self._chosen])
+        return labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, self.label_dim).float()
+
+    def class_indices(self) -> np.ndarray | None:
+        """Return the class of each image, int64 [num_images], NO_LABEL for none; None without integer labels."""
+        labels = self._set.labels
+        return None if labels is None or labels.ndim == 2 else labels[self._chosen]
+
+    def image_names(self) -> list[str]:
+        """Return the file names of the images, in order."""
+        return [self._set.names[row] for row in self._chosen]
+
+    def groups(self) -> list[str]:
+        """Return what each image belongs to (patient, lesion, or the image itself) and must not be split from."""
+        return [self._set.groups[row] for row in self._chosen]
+
+    def facts(self) -> DatasetFacts:
+        """Return what the presets need to know; labels count whether used or not."""
+        return DatasetFacts(name=self.name, resolution=self.resolution, channels=self.num_channels,
+                            num_images=self.num_images, c_dim=self.label_dim)
+
+    def content_hash(self) -> str:
+        """Return a sha256 of the images and labels in use, in order; file names, path and mirroring do not matter.
+
+        Images enter by size and CRC-32, which a zip's directory holds, so that large sets need not be read.
+        """
+        digest = hashlib.sha256(f"{CONTENT_HASH_VERSION}/{self.label_dim if self.use_labels else 0}".encode())
+        checksums = self._set.checksums()
+        for row in self._chosen:
+            size, crc = checksums[row]
+            label = self._set.labels[row].tobytes() if self.use_labels else b""
+            digest.update(f"/{size}/{crc}/".encode() + label)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        self._set.close()
+
+    def _check_labels(self) -> None:
+        if not self.has_labels:
+            raise UserError(f"{self.path} has no labels; expected them: convert it with --labels, or leave --cond out")
+        labels = self._set.labels[self._chosen]
+        missing = np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL
+        if missing.any():
+            first = self._set.names[self._chosen[int(missing.argmax())]]
+            raise UserError(f"{self.path}: {int(missing.sum())} of {self.num_images} images have no label ({first}, "
+                            "...); expected one each: convert with --unlabelled=drop, or leave --cond out")
+
+    def _check_first_image(self) -> tuple[int, int, int]:
+        name = self._set.names[self._chosen[0]]
+        shape = self._load(name).shape
+        channels, height, width = shape
+        if height != width or channels not in (1, 3):
+            raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, grey or RGB: "
+                            "convert it with dataset_tool.py --transform=center-crop --resolution=256x256")
+        return shape
+
+    def _load(self, name: str) -> np.ndarray:
+        """Return the pixels of a member, uint8 [C, H, W]."""
+        data = self._set.read(name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # Pillow warns of oversized images and strange metadata
+                image = PIL.Image.open(io.BytesIO(data))
+                pixels = np.asarray(image)
+        except (OSError, SyntaxError, ValueError, EOFError, Warning, PIL.Image.DecompressionBombError) as error:
+            raise UserError(f"{self.path}: {name} cannot be decoded ({error}); make or copy it again") from error
+        if pixels.dtype != np.uint8 or image.mode not in ("L", "RGB"):
+            raise UserError(f"{self.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
+                            "dataset_tool.py")
+        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        pixels = pixels.transpose(2, 0, 1)
+        if self._shape is not None and pixels.shape != self._shape:
+            raise UserError(f"{self.path}: {name} is {describe_shape(pixels.shape)}, the first image "
+                            f"{describe_shape(self._shape)}; expected one size: convert it with dataset_tool.py")
+        return pixels
+
+
+def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:
+    """Return the rows of a random subset in ascending order, int64 [min(max_size, num_images)].
+
+    The same rows as the original chooses.
+    """
+    rows = np.arange(num_images)
+    if max_size is None or max_size >= num_images:
+        return rows
+    np.random.RandomState(seed % 2**31).shuffle(rows)
+    return np.sort(rows[:max_size])
+
+
+def describe_shape(shape: tuple[int, int, int]) -> str:
+    """Return "64x64 with 3 channels" for [3, 64, 64]."""
+    channels, height, width = shape
+    return f"{width}x{height} with {channels} channel{'s' if channels != 1 else ''}"
