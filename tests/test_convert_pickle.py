@@ -92,3 +92,8 @@ def test_convert_safetensors_input_is_refused(tmp_path, capsys):
     save_network(source, Networks(G=None, D=None, G_ema=generator()))
     assert failure(capsys, source, tmp_path / "out.safetensors") == (
         f"{source} is a safetensors file already; expected an NVIDIA pickle")
+
+
+def test_convert_into_a_missing_folder_names_the_folder(tmp_path, capsys):
+    message = failure(capsys, SAMPLE, tmp_path / "missing" / "out.safetensors")
+    assert message == f"there is no folder {tmp_path / 'missing'}; make it first"

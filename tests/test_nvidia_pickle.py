@@ -206,6 +206,16 @@ def test_read_changed_network_is_refused_by_name(tmp_path, change):
     assert refused(tmp_path / "a.pkl").endswith(": " + expected)
 
 
+def test_read_many_tensors_of_one_storage_are_refused_before_they_take_memory(tmp_path):
+    content = writer.module(generator(), kwargs=GENERATOR)
+    buffers = content.arguments[0]["state"]["_buffers"]
+    large = writer.tensor(torch.zeros(100_000))
+    for index in range(100):
+        buffers[f"copy{index}"] = large
+    (tmp_path / "a.pkl").write_bytes(dumps(snapshot(content)))
+    assert refused(tmp_path / "a.pkl").endswith("and what precedes it hold more bytes than the file")
+
+
 def test_read_module_in_itself_is_refused(tmp_path):
     # By hand: the dict is memo 0 and the object made from it memo 1; then the dict gets a child that is the object.
     def flat(value):
@@ -275,6 +285,7 @@ def test_read_truncated_sample_always_raises_value_error(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::training.nvidia_pickle.UnknownSourceWarning")
+@pytest.mark.slow
 def test_read_flipped_bits_give_a_result_or_value_error(tmp_path):
     path = tmp_path / "flipped.pkl"
     write_generator(path)

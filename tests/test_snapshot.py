@@ -329,3 +329,14 @@ def test_load_network_content_that_does_not_fit_is_refused(tmp_path, expected):
     change_header, change_tensors = CONTENT_CHANGES[expected]
     rewrite(tmp_path / "a.safetensors", change_header, change_tensors)
     assert refused(tmp_path / "a.safetensors").startswith(f"does not hold together: {expected}")
+
+
+def test_load_network_keeps_the_layout_that_the_arguments_ask_for(tmp_path):
+    sizes = {**GENERATOR["synthesis_kwargs"], "num_fp16_res": 1, "fp16_channels_last": True}
+    network = generator(synthesis_kwargs=sizes)
+    save_network(tmp_path / "a.safetensors", Networks(G=None, D=None, G_ema=network))
+    loaded = load_network(tmp_path / "a.safetensors").G_ema
+    weight = loaded.synthesis.b8.conv0.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert torch.equal(weight, network.synthesis.b8.conv0.weight)

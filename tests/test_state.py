@@ -93,6 +93,8 @@ def without(key):
      "have: continue with the options of the run that saved it"),
     (lambda saved: saved["D"].update({"b4.out.bias": torch.zeros(3)}),
      "training state: D.b4.out.bias is [3]; expected a tensor [16]"),
+    (lambda saved: saved.update(iteration=None), "training state: iteration is None; expected a whole number >= 0"),
+    (lambda saved: saved.update(nimg=-1), "training state: nimg is -1; expected a whole number >= 0"),
     (lambda saved: saved.update(G=4), "training state: G is int; expected names with values"),
     (lambda saved: saved["g_adam"]["mapping.fc0.weight"].pop("step"),
      "training state: g_adam.mapping.fc0.weight differs in step; expected the names that these networks have: continue "

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.small_networks import ada_config, random_labels, small_config, small_inputs, small_state
+from training import loss as losses
 from training.augment import AugmentPipe
+from training.loss import path_lengths
 from training.sampling import LabelLaw
 from training.step import train_step
 from training.step_inputs import PHASES, PhaseInputs, StepInputs, active_phases, draw_phases
@@ -104,13 +106,43 @@ def test_step_w_avg_follows_first_latents_in_every_phase():
     state = small_state(config)
     expected = state.G.mapping.w_avg.clone()
     calls = []
-    state.G.mapping.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append((kwargs, output[:, 0].detach())), with_kwargs=True)
+    state.G.mapping.register_forward_hook(lambda module, args, output: calls.append(output[:, 0].detach()))
     train_step(state, only(small_inputs(state, config), mix_cutoffs=[1]), config)
-    assert [bool(kwargs) for kwargs, _ in calls] == [False, True] * 3  # Gmain, Greg, Dmain: each with its mixing
-    for _, w in calls[::2]:
+    assert len(calls) == 6  # Gmain, Greg, Dmain: each with its mixing
+    for w in calls[::2]:
         expected = torch.lerp(w.mean(0), expected, 0.995)
     torch.testing.assert_close(state.G.mapping.w_avg, expected)
+
+
+def test_step_running_means_move_once_a_phase_by_all_micro_batches(monkeypatch):
+    # P micro-batches do what P processes do that average their means.
+    config = small_config(batch=8, micro_batch=4, noise_mode="const")
+    state = small_state(config)
+    state.pl_mean.fill_(0.3)
+    w_avg, calls, lengths = state.G.mapping.w_avg.clone(), [], []
+    state.G.mapping.register_forward_hook(lambda module, args, output: calls.append(output[:, 0].detach()))
+    monkeypatch.setattr(losses, "path_lengths", lambda *args, **kwargs: lengths.append(
+        path_lengths(*args, **kwargs)) or lengths[-1])
+    result = train_step(state, only(small_inputs(state, config), mix_z=None, seeds=()), config)
+    lengths[:] = [length.detach() for length in lengths]
+    for first, second in zip(calls[::2], calls[1::2]):
+        w_avg = torch.lerp(torch.cat([first, second]).mean(0), w_avg, 0.995)
+    torch.testing.assert_close(state.G.mapping.w_avg, w_avg)
+    whole = torch.lerp(torch.tensor(0.3), torch.stack(lengths).mean(), 0.01)
+    torch.testing.assert_close(state.pl_mean, whole)
+    expected = [(length - torch.lerp(torch.tensor(0.3), length.mean(), 0.01)).square() for length in lengths]
+    torch.testing.assert_close(result.stats["Greg"]["Loss/pl_penalty"], torch.cat(expected))
+
+
+def test_step_skipped_phase_leaves_w_avg_alone():
+    config = small_config(pl_weight=0, r1_gamma=0)
+    state = small_state(config)
+    inputs = small_inputs(state, config)
+    inputs.phases["Gmain"].z[0] = float("nan")
+    result = train_step(state, inputs, config)
+    assert set(result.skipped) == {"Gmain"}
+    assert torch.isfinite(state.G.mapping.w_avg).all()
+    assert torch.isfinite(state.G_ema.mapping.w_avg).all()
 
 
 def test_step_path_lengths_take_half_the_micro_batch_and_update_the_mean():
@@ -237,18 +269,28 @@ def test_step_frozen_layers_stay():
      "iteration 0 runs phase Greg; expected inputs for it"),
     (lambda inputs: dataclasses.replace(inputs, reals=inputs.reals[:6], labels=inputs.labels[:6]),
      "a step got 6 images; expected a multiple of micro_batch, 8"),
-    (lambda inputs: only(inputs, z=torch.zeros(4, 8)), "Gmain: z has 4 rows; expected 8, as reals"),
+    (lambda inputs: only(inputs, z=torch.zeros(4, 8)), "Gmain: z has 4 rows; expected 8"),
     (lambda inputs: dataclasses.replace(inputs, phases={**inputs.phases, "Greg": dataclasses.replace(
-        inputs.phases["Greg"], pl_noise=None)}), "Greg: path length noise is missing; expected 4 images a micro-batch"),
+        inputs.phases["Greg"], pl_noise=None)}), "Greg: pl_noise is missing; expected 4 rows"),
     (lambda inputs: dataclasses.replace(inputs, phases={**inputs.phases, "Greg": dataclasses.replace(
         inputs.phases["Greg"], pl_noise=torch.zeros(8, 3, 16, 16))}),
-     "Greg: path length noise is for 8 images; expected 4 images a micro-batch"),
+     "Greg: pl_noise has 8 rows; expected 4"),
+    (lambda inputs: dataclasses.replace(inputs, labels=inputs.labels[:1]), "Gmain: labels has 1 rows; expected 8"),
+    (lambda inputs: dataclasses.replace(inputs, reals=inputs.reals[:0]),
+     "a step got 0 images; expected a multiple of micro_batch, 8"),
+    (lambda inputs: only(inputs, mix_cutoffs=[0]), "Gmain: mix_cutoffs are [0]; expected 1 from 1 to 6"),
+    (lambda inputs: only(inputs, mix_cutoffs=[]), "Gmain: mix_cutoffs are []; expected 1 from 1 to 6"),
+    (lambda inputs: only(inputs, seeds=()),
+     "Gmain: there are 0 seeds; expected 1: layer noise and augmentation draw from them"),
 ])
 def test_step_refuses_inputs_that_do_not_fit(change, message):
     config = small_config()
     state = small_state(config)
+    before = {name: snapshot(getattr(state, name)) for name in ("G", "D", "G_ema")}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train_step(state, change(small_inputs(state, config)), config)
+    assert all(moved(before[name], getattr(state, name)) == set() for name in before)
+    assert not any(p.requires_grad for network in (state.G, state.D) for p in network.parameters())
 
 
 def test_draw_phases_depends_on_micro_batch_not_on_process():

@@ -106,7 +106,7 @@ class Discriminator(nn.Module):
                  mapping_kwargs: dict | None = None, epilogue_kwargs: dict | None = None,
                  half_dtype: str = "float16"):
         super().__init__()
-        check_image_format("discriminator", img_resolution, img_channels, architecture)
+        check_image_format("discriminator", img_resolution, img_channels, architecture, channel_base)
         block_kwargs, mapping_kwargs, epilogue_kwargs = (dict(kwargs or {}) for kwargs in
                                                          (block_kwargs, mapping_kwargs, epilogue_kwargs))
         self.init_kwargs = dict(c_dim=c_dim, img_resolution=img_resolution, img_channels=img_channels,
@@ -140,6 +140,9 @@ class Discriminator(nn.Module):
         channels, res = self.img_channels, self.img_resolution
         if img.ndim != 4 or img.shape[1:] != (channels, res, res):
             raise ValueError(f"discriminator: images are {list(img.shape)}; expected [N, {channels}, {res}, {res}]")
+        if self.mapping is not None and (c is None or len(c) != len(img)):
+            raise ValueError(f"discriminator: labels are {'missing' if c is None else list(c.shape)}; expected "
+                             f"[{len(img)}, {self.c_dim}], one row an image")
         x = None
         for res in self.block_resolutions:
             x, img = getattr(self, f"b{res}")(x, img, force_fp32=force_fp32)

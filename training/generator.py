@@ -18,12 +18,16 @@ from training.mapping import MappingNetwork
 from training.precision import compute_dtype, half_dtype_at
 
 
-def check_image_format(network: str, img_resolution: int, img_channels: int, architecture: str) -> None:
+def check_image_format(network: str, img_resolution: int, img_channels: int, architecture: str,
+                       channel_base: int) -> None:
     """Raise ValueError unless a network of this architecture can make or judge such images."""
     if img_resolution < 8 or not is_power_of_two(img_resolution):
         raise ValueError(f"{network}: img_resolution is {img_resolution}; expected a power of two from 8 on")
     if img_channels < 1:
         raise ValueError(f"{network}: img_channels is {img_channels}; expected at least 1")
+    if channel_base < img_resolution:
+        raise ValueError(f"{network}: channel_base is {channel_base}; expected at least img_resolution, "
+                         f"{img_resolution}, or no channel is left")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{network}: architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
 
@@ -166,7 +170,7 @@ class SynthesisNetwork(nn.Module):
                  channel_max: int = 512, num_fp16_res: int = 0, architecture: str = "skip",
                  half_dtype: str = "float16", **block_kwargs):
         super().__init__()
-        check_image_format("generator", img_resolution, img_channels, architecture)
+        check_image_format("generator", img_resolution, img_channels, architecture, channel_base)
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
         self.block_resolutions = resolutions_up_to(img_resolution)
         self.num_ws = 1

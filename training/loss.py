@@ -13,9 +13,14 @@ def generator_losses(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits)
 
 
-def discriminator_losses(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return softplus(D(G(z))) + softplus(-D(x)), element by element."""
-    return F.softplus(fake_logits) + F.softplus(-real_logits)
+def fake_losses(logits: Tensor) -> Tensor:
+    """Return softplus(D(G(z))), element by element: the discriminator's loss on fakes."""
+    return F.softplus(logits)
+
+
+def real_losses(logits: Tensor) -> Tensor:
+    """Return softplus(-D(x)), element by element: the discriminator's loss on reals."""
+    return F.softplus(-logits)
 
 
 def generator_loss(logits: Tensor) -> Tensor:
@@ -25,7 +30,7 @@ def generator_loss(logits: Tensor) -> Tensor:
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return the discriminator's loss, the sum of its means over reals and fakes. real: [N, 1];  fake: [M, 1]"""
-    return F.softplus(fake).mean() + F.softplus(-real).mean()
+    return fake_losses(fake).mean() + real_losses(real).mean()
 
 
 def squared_gradient(logits: Tensor, img: Tensor) -> Tensor:

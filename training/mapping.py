@@ -52,6 +52,8 @@ class MappingNetwork(nn.Module):
         ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)  # [N, L, K]
         if truncation_psi == 1:
             return ws
+        if self.w_avg_beta is None:
+            raise ValueError(f"truncation_psi is {truncation_psi}; expected 1: this network keeps no average of w")
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
         return torch.cat([torch.lerp(self.w_avg, ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from training.pickles.arrays import (
@@ -90,7 +91,7 @@ def _parse(data: bytes) -> NvidiaNetworks:
     unknown = [key for key in content if key not in _ENTRIES]
     if unknown or "G_ema" not in content:
         raise PickleRefused(f"it has the entries {quote(str(list(content)))}; expected {', '.join(_ENTRIES)}")
-    modules = {key: _read_network(key, content.get(key)) for key in _NETWORK_CLASS}
+    modules = {key: _read_network(key, content.get(key), len(data)) for key in _NETWORK_CLASS}
     data_set = content.get("training_set_kwargs")
     if data_set is not None and type(data_set) is not dict:
         raise PickleRefused(f"training_set_kwargs is {quote(data_set)}; expected a dict or None")
@@ -173,12 +174,13 @@ class _Walk:
     kinds: dict[str, str] = field(default_factory=dict)
     sources: dict[str, None] = field(default_factory=dict)  # an ordered set
     num_modules: int = 0
+    free_bytes: int  # of tensors; a network holds each byte of its file once at most
 
 
-def _read_network(key: str, content: object) -> PickledModule | None:
+def _read_network(key: str, content: object, file_size: int) -> PickledModule | None:
     if content is None:
         return None
-    walk = _Walk()
+    walk = _Walk(free_bytes=file_size)
     class_name, arguments = _walk_module(key, content, walk, prefix="", depth=0)
     if class_name != _NETWORK_CLASS[key]:
         raise PickleRefused(f"{key} is of class {quote(class_name)}; expected {_NETWORK_CLASS[key]}")
@@ -200,7 +202,11 @@ def _walk_module(where: str, content: object, walk: _Walk, prefix: str, depth: i
     for field_name, kind in (("_parameters", "parameter"), ("_buffers", "buffer")):
         for name, value in _children(where, state, field_name).items():
             if value is not None and not (kind == "buffer" and name in skipped):
-                walk.tensors[prefix + name] = _tensor_of(f"{where}.{name}", kind, value)
+                tensor = _tensor_of(f"{where}.{name}", kind, value)
+                walk.free_bytes -= tensor.numel() * tensor.element_size()
+                if walk.free_bytes < 0:
+                    raise PickleRefused(f"{where}.{name} and what precedes it hold more bytes than the file")
+                walk.tensors[prefix + name] = tensor.clone(memory_format=torch.contiguous_format)
                 walk.kinds[prefix + name] = kind
     for name, child in _children(where, state, "_modules").items():
         if child is not None:

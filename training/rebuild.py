@@ -29,7 +29,11 @@ def build_network(
     _check_tensors(role, network, tensors)
     if kinds is not None:
         _check_kinds(role, network, kinds)
-    network.load_state_dict(dict(tensors), strict=True, assign=True)
+    layouts = {name: tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+               for name, tensor in network.state_dict().items() if tensor.ndim == 4}
+    arranged = {name: tensor.contiguous(memory_format=torch.channels_last) if layouts.get(name) else tensor
+                for name, tensor in tensors.items()}
+    network.load_state_dict(arranged, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -56,7 +56,7 @@ class TrainingState:
     def create(cls, config: TrainConfig, device: torch.device | str) -> "TrainingState":
         """Build networks with random weights, the same for the same config.seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # the CPU's alone: weights are drawn there
             G = Generator(**config.generator.init_kwargs())
             D = Discriminator(**config.discriminator.init_kwargs())
         pipe = AugmentPipe(**config.augment.strengths) if config.augment.strengths else None
@@ -70,6 +70,8 @@ class TrainingState:
     def from_networks(cls, G: nn.Module, D: nn.Module, G_ema: nn.Module, *, g_adam: AdamConfig, d_adam: AdamConfig,
                       loss: LossConfig, augment_pipe: AugmentPipe | None = None) -> "TrainingState":
         """Start training from given networks, at image 0. They are changed in place from then on."""
+        if G is G_ema:
+            raise ValueError("G and G_ema are one network; expected two: the average needs weights of its own")
         G.train().requires_grad_(False)
         D.train().requires_grad_(False)
         G_ema.eval().requires_grad_(False)
@@ -103,8 +105,9 @@ class TrainingState:
 
         Raises ValueError, with this state as it was, when the version, a name or a shape differs.
         """
-        if saved.get("version") != STATE_VERSION:
-            raise ValueError(f"training state has version {saved.get('version')!r}; expected {STATE_VERSION}")
+        version = saved.get("version") if isinstance(saved, Mapping) else None
+        if version != STATE_VERSION:
+            raise ValueError(f"training state has version {version!r}; expected {STATE_VERSION}")
         _check_layout(saved, {**self.state_dict(), "g_adam": None, "d_adam": None}, "training state")
         for name, network in (("g_adam", self.G), ("d_adam", self.D)):
             _check_moments(saved[name], network, f"training state: {name}")
@@ -116,7 +119,7 @@ class TrainingState:
             getattr(self, name).copy_(saved[name])
         if self.augment_pipe is not None:
             self.augment_pipe.p.copy_(saved["augment"]["p"])
-        self.iteration, self.nimg = int(saved["iteration"]), int(saved["nimg"])
+        self.iteration, self.nimg = saved["iteration"], saved["nimg"]
 
 
 def _moments(optimizer: torch.optim.Adam, network: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -158,6 +161,8 @@ def _check_layout(saved: Any, mine: Any, where: str) -> None:
                              f"names that these networks have: continue with the options of the run that saved it")
         for name in mine:
             _check_layout(saved[name], mine[name], f"{where}{'.' if ':' in where else ': '}{name}")
+    elif isinstance(mine, int) and (type(saved) is not int or saved < 0):
+        raise ValueError(f"{where} is {saved!r}; expected a whole number >= 0")
     elif isinstance(mine, Tensor) and (not isinstance(saved, Tensor) or saved.shape != mine.shape):
         found = list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         raise ValueError(f"{where} is {found}; expected a tensor {list(mine.shape)}")

@@ -100,7 +100,9 @@ def _read_values(data: bytes, reference: _StorageReference) -> Tensor:
 
 def rebuild_tensor(storage: object, offset: object, size: object, stride: object, requires_grad: object = False,
                    hooks: object = None, metadata: object = None) -> Tensor:
-    """Answer torch._utils._rebuild_tensor_v2: a tensor of its own memory, [*size], no gradient.
+    """Answer torch._utils._rebuild_tensor_v2: a view of the storage, [*size], no gradient.
+
+    A view, since a file can ask for thousands of tensors of one storage in a few bytes each.
 
     Raises PickleRefused when an index would leave the storage, and for hooks and metadata.
     """
@@ -118,7 +120,7 @@ def rebuild_tensor(storage: object, offset: object, size: object, stride: object
         if math.prod(max(extent, 1) for extent in size) >= 2**31:  # torch multiplies these, and would overflow
             raise PickleRefused(f"an empty tensor has the shape {quote(str(size))}")
         return torch.empty(size, dtype=storage.values.dtype)
-    return storage.values.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+    return storage.values.as_strided(size, stride, offset)
 
 
 def _is_shape(counts: object) -> bool:

@@ -44,6 +44,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _convert(source: Path, target: Path, *, force: bool) -> Networks:
     if target.suffix != ".safetensors":
         raise ValueError(f"the output is {target}; expected a name that ends in .safetensors")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent}; make it first")
     if target.exists() and not force:
         raise ValueError(f"{target} exists already; expected a new name: choose another, or overwrite it with --force")
     if recognise(source) is not FileKind.PICKLE:

@@ -1,0 +1,108 @@
+"""The forward passes of the four phases of an iteration.
+
+Legend: n images of a micro-batch, L num_ws, K w_dim.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from training import loss as losses
+from training.config import LossConfig
+from training.micro_batches import MicroBatch
+from training.state import TrainingState
+
+
+class _RunningSum:
+    """The mean of values that come in parts."""
+
+    def __init__(self):
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, values: Tensor) -> None:
+        """values: [n, ...]"""
+        self.total = self.total + values.detach().sum(dim=0)
+        self.count += len(values)
+
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+
+class PhaseWork:
+    """The forward passes of the four phases; each method yields the losses to differentiate, one after the other.
+
+    Running means move once a phase, by all its micro-batches, so that P micro-batches do what P processes do.
+    """
+
+    def __init__(self, state: TrainingState, loss: LossConfig):
+        self.state = state
+        self.loss = loss
+        self.stats: dict[str, list[Tensor]] = defaultdict(list)
+        self._w, self._lengths = _RunningSum(), _RunningSum()
+
+    def commit(self) -> None:
+        """Move the running means of w and of path lengths."""
+        mapping, pl_mean = self.state.G.mapping, self.state.pl_mean
+        if self._w.count and mapping.w_avg_beta is not None:
+            mapping.w_avg.copy_(torch.lerp(self._w.value(), mapping.w_avg, mapping.w_avg_beta))
+        if self._lengths.count:
+            pl_mean.copy_(torch.lerp(pl_mean, self._lengths.value().to(pl_mean), self.loss.pl_decay))
+
+    def Gmain(self, part: MicroBatch) -> Iterator[Tensor]:
+        logits = self._judge(self._generate(part), part.inputs.c, part, "fake")
+        yield self._report("Loss/G/loss", losses.generator_losses(logits)).mean()
+
+    def Greg(self, part: MicroBatch) -> Iterator[Tensor]:
+        ws = self._latents(part, len(part.inputs.pl_noise))
+        noise = part.inputs.pl_noise.to(ws.dtype) / part.inputs.pl_noise[0, 0].numel() ** 0.5
+        lengths = losses.path_lengths(self.state.G, ws, noise, noise_mode=self.loss.noise_mode, generator=part.rng)
+        self._lengths.add(lengths)
+        penalty, _ = losses.path_length_penalty(lengths, self.state.pl_mean, self.loss.pl_decay)
+        self._report("Loss/pl_penalty", penalty)
+        yield self._report("Loss/G/reg", penalty * self.loss.pl_weight).mean() * self.loss.g_reg_interval
+
+    def Dmain(self, part: MicroBatch) -> Iterator[Tensor]:
+        with torch.no_grad():
+            fakes = self._generate(part)
+        # One graph at a time: half the memory.
+        on_fakes = losses.fake_losses(self._judge(fakes, part.inputs.c, part, "fake"))
+        yield on_fakes.mean()
+        on_reals = losses.real_losses(self._judge(part.reals, part.labels, part, "real"))
+        self._report("Loss/D/loss", on_fakes.detach() + on_reals.detach())
+        yield on_reals.mean()
+
+    def Dreg(self, part: MicroBatch) -> Iterator[Tensor]:
+        reals = part.reals.detach().requires_grad_()
+        penalty = losses.squared_gradient(self._judge(reals, part.labels, part, "real"), reals)
+        self._report("Loss/r1_penalty", penalty)
+        yield self._report("Loss/D/reg", penalty * (self.loss.r1_gamma / 2)).mean() * self.loss.d_reg_interval
+
+    def _latents(self, part: MicroBatch, num: int | None = None) -> Tensor:
+        """Map the first `num` latents of a micro-batch (None: all), styles mixed. [num, L, K]"""
+        z, c, mix_z = (value if value is None else value[:num] for value in
+                       (part.inputs.z, part.inputs.c, part.inputs.mix_z))
+        ws = self.state.G.mapping(z, c, skip_w_avg_update=True)
+        self._w.add(ws[:, 0])
+        if part.cutoff < ws.shape[1]:
+            second = self.state.G.mapping(mix_z, c, skip_w_avg_update=True)
+            ws = torch.cat([ws[:, :part.cutoff], second[:, part.cutoff:]], dim=1)
+        return ws
+
+    def _generate(self, part: MicroBatch) -> Tensor:
+        return self.state.G.synthesis(self._latents(part), noise_mode=self.loss.noise_mode, generator=part.rng)
+
+    def _judge(self, img: Tensor, c: Tensor, part: MicroBatch, kind: str) -> Tensor:
+        """Return logits [n, 1] of augmented images, and report them."""
+        if self.state.augment_pipe is not None:
+            img = self.state.augment_pipe(img, generator=part.rng)
+        logits = self.state.D(img, c)
+        self._report(f"Loss/scores/{kind}", logits)
+        self._report(f"Loss/signs/{kind}", logits.sign())
+        return logits
+
+    def _report(self, name: str, values: Tensor) -> Tensor:
+        self.stats[name].append(values.detach().flatten())
+        return values
