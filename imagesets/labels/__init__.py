@@ -1,0 +1,1 @@
+"""Tables of labels, and the choice of classes from them."""

@@ -1,0 +1,117 @@
+"""Choose, order and merge classes by name, wherever the names come from: a table, sub-folders or a data set.
+
+LIMIT: names that contain a comma, a semicolon or an equals sign cannot be written in --classes and --merge.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dnnlib.cli import UserError
+from imagesets.naming import listed, suggestion
+
+_MERGE_FORM = 'expected "new=a,b;other=c"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassChoice:
+    """Which output class, if any, each class that was found becomes.
+
+    names:   the output classes in order; the index is the label
+    members: for each output class the found classes in it, in the order they were found
+    dropped: found classes that are not chosen
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[str, ...], ...]
+    dropped: tuple[str, ...]
+
+    @classmethod
+    def create(cls, found: Sequence[str], classes: str | None = None, merge: str | None = None) -> "ClassChoice":
+        """Apply --merge, then --classes.
+
+        found:   the names that exist, in the order that counts where nothing else is said
+        merge:   "melanoma=mel;benign=nv,bkl": classes named here get a new name, the others keep theirs; a merged
+                 class stands where the first of its members stood. None merges nothing.
+        classes: "melanoma,benign": names after merging that are wanted, in this order. None takes all.
+
+        Raises UserError for names that do not exist, that come twice, and for texts of another form.
+        """
+        found = list(found)
+        if twice := _first_repeated(found):
+            raise UserError(f"the class {twice} exists twice among {listed(found)}; expected different names")
+        new_name = {name: name for name in found} | ({} if merge is None else _parse_merge(merge, found))
+        members: dict[str, list[str]] = {}
+        for name in found:
+            members.setdefault(new_name[name], []).append(name)
+        names = list(members) if classes is None else _parse_classes(classes, members)
+        dropped = [name for name in found if new_name[name] not in names]
+        return cls(names=tuple(names), members=tuple(tuple(members[name]) for name in names), dropped=tuple(dropped))
+
+    def index_of(self, name: str) -> int | None:
+        """Return the label of a found class, None when it is not chosen. Raises KeyError for any other name."""
+        for index, members in enumerate(self.members):
+            if name in members:
+                return index
+        if name in self.dropped:
+            return None
+        raise KeyError(name)
+
+
+def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
+    """Return found name -> new name for the classes that are named."""
+    new_name: dict[str, str] = {}
+    groups = [_parse_group(merge, text) for text in merge.removesuffix(";").split(";")]
+    if twice := _first_repeated([name for name, _ in groups]):
+        raise UserError(f"--merge={merge} makes {twice} twice; expected one group of this name, with all its classes")
+    for target, members in groups:
+        for name in members:
+            if name not in found:
+                raise _unknown(f"--merge={merge} takes {name} into {target}, but there is no class {name}", name, found)
+            if name in new_name:
+                where = f"twice in {target}" if new_name[name] == target else f"in both {new_name[name]} and {target}"
+                raise UserError(f"--merge={merge} puts {name} {where}; expected each class once")
+            new_name[name] = target
+    for target, _ in groups:
+        if target in found and target not in new_name:
+            raise UserError(f"--merge={merge} makes {target}, but a class {target} exists outside of this group; add "
+                            "it to the group, or choose another name")
+    return new_name
+
+
+def _parse_group(merge: str, text: str) -> tuple[str, list[str]]:
+    target, equals, members = (part.strip() for part in text.partition("="))
+    if not equals or "=" in members or "," in target:
+        raise UserError(f"--merge={merge} has the part {text.strip()!r}; {_MERGE_FORM}")
+    if not target:
+        raise UserError(f"--merge={merge} has a group without a name ({text.strip()!r}); {_MERGE_FORM}")
+    if not members:
+        raise UserError(f"--merge={merge} has the empty group {target}; {_MERGE_FORM}")
+    names = [name.strip() for name in members.split(",")]
+    if "" in names:
+        raise UserError(f"--merge={merge} has an empty name in the group {target}; {_MERGE_FORM}")
+    return target, names
+
+
+def _parse_classes(classes: str, members: dict[str, list[str]]) -> list[str]:
+    """Return the names in the order wanted."""
+    names = [name.strip() for name in classes.split(",")]
+    if "" in names:
+        raise UserError(f"--classes={classes} has an empty name; expected names with commas between them, as nv,mel")
+    if twice := _first_repeated(names):
+        raise UserError(f"--classes={classes} names {twice} twice; expected each class once")
+    for name in names:
+        if name not in members:
+            merged = next((target for target, inside in members.items() if name in inside), None)
+            if merged is not None:
+                raise UserError(f"--classes={classes} names {name}, which --merge has put into {merged}; expected some "
+                                f"of {listed(list(members))}")
+            raise _unknown(f"--classes={classes} names {name}, but there is no class {name}", name, list(members))
+    return names
+
+
+def _unknown(start: str, name: str, names: Sequence[str]) -> UserError:
+    return UserError(f"{start}; expected some of {listed(names)}{suggestion(name, names)}")
+
+
+def _first_repeated(names: Sequence[str]) -> str | None:
+    return next((name for index, name in enumerate(names) if name in names[:index]), None)

@@ -1,0 +1,219 @@
+"""Read a table that gives images their labels and groups."""
+
+import math
+import os
+import posixpath
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dnnlib.cli import UserError
+from imagesets.labels.compact import CompactTexts
+from imagesets.labels.delimited import DelimitedFile
+from imagesets.labels.layouts import Layout, layout_of
+from imagesets.reader import NO_LABEL, image_suffixes
+
+# More different labels than this are names, ages or dates: the wrong column.
+MAX_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelTable:
+    """Labels and groups by image. About 50 bytes a row; may be handed to workers.
+
+    kind:           what the table was recognised as, "named columns" when columns were named
+    class_names:    one-hot columns in the table's order (all of them, also those that no row has), else the labels by
+                    name, or by number when all are numbers
+    ids:            the images' names in ascending order, each once (see image_key)
+    num_rows:       rows read
+    num_duplicates: rows that only repeat another one
+
+    An image is looked up by its path or name, with or without its extension. Where the table's ids have no folders,
+    neither do those of the images count; else an id fits the end of an image's path, so that p1/a.jpg and p2/a.jpg are
+    told apart. A folder that all ids of the table begin with is left out.
+    """
+
+    kind: str
+    class_names: list[str]
+    ids: CompactTexts
+    num_rows: int
+    num_duplicates: int
+    _codes: array  # index into class_names, NO_LABEL where the row has no label
+    _groups: CompactTexts | None
+    _has_folders: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, name: str) -> bool:
+        return self.row_of(name) is not None
+
+    def row_of(self, name: str) -> int | None:
+        """Return the position in `ids` of the row of an image, None when there is none."""
+        tail = image_key(name)
+        if not self._has_folders:
+            return self.ids.find_sorted(tail.rpartition("/")[2])
+        while tail:
+            row = self.ids.find_sorted(tail)
+            if row is not None:
+                return row
+            tail = tail.partition("/")[2]
+        return None
+
+    def class_of(self, name: str) -> str | None:
+        """Return the class of an image, None when it has no row or its row no label."""
+        row = self.row_of(name)
+        return None if row is None or self._codes[row] == NO_LABEL else self.class_names[self._codes[row]]
+
+    def group_of(self, name: str) -> str | None:
+        """Return the patient or lesion of an image, None where the table does not tell."""
+        row = self.row_of(name)
+        return None if row is None or self._groups is None else self._groups[row] or None
+
+
+def image_key(name: str) -> str:
+    """Return what is compared of an image's name: no extension of an image (in either case), "/" between folders.
+
+    Else case counts: ISIC_1 and isic_1 are two images.
+    """
+    name = name.strip().replace("\\", "/")
+    if not name.isascii():  # some systems write an accent as a character of its own
+        name = unicodedata.normalize("NFC", name)
+    stem, suffix = os.path.splitext(name)
+    key = stem if suffix.lower() in _suffixes() else name
+    return posixpath.normpath(key).lstrip("/") if "/" in key else key
+
+
+def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
+               group_column: str | None = None) -> LabelTable:
+    """Read a table of a known kind (ISIC 2017, 2018 task 3, 2019, 2020 / SIIM, HAM10000), or any by its columns.
+
+    Columns that are named take the place of those a known kind has. Without group_column the group is patient_id, or
+    lesion_id where a row has no patient and none is known of its lesion. An empty label is a row without a label.
+
+    Raises UserError, with the line, for rows without an id, labels that cannot be read, and rows of one image that
+    contradict each other; see layout_of and DelimitedFile for headers and text.
+    """
+    file = DelimitedFile(path)
+    layout = layout_of(file.path, file.header, id_column=id_column, label_column=label_column,
+                       group_column=group_column)
+    rows = _Rows.read(file, layout)
+    if not rows.ids:
+        raise UserError(f"{file.path} has a header but no rows; expected a row an image")
+    groups = _join_groups(file.path, rows)
+    order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+    kept = list(_without_duplicates(file.path, rows, groups, order))
+    ids, has_folders = _without_common_folder(CompactTexts(rows.ids[row] for row in kept))
+    names = _sorted_names(rows.labels) if layout.class_names is None else list(layout.class_names)
+    position = {name: index for index, name in enumerate(names)}
+    code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
+    return LabelTable(kind=layout.kind, class_names=names, ids=ids, num_rows=len(rows.ids),
+                      num_duplicates=len(rows.ids) - len(kept),
+                      _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
+                      _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
+                      _has_folders=has_folders)
+
+
+class _Rows:
+    """What is kept of each row, in the order of the file.
+
+    labels: class name -> code, in the order of appearance
+    units:  for each group column its texts, "" where empty
+    """
+
+    def __init__(self, num_units: int):
+        self.ids = CompactTexts()
+        self.lines = array("q")
+        self.codes = array("h")
+        self.labels: dict[str, int] = {}
+        self.units = [CompactTexts() for _ in range(num_units)]
+
+    @classmethod
+    def read(cls, file: DelimitedFile, layout: Layout) -> "_Rows":
+        rows = cls(len(layout.group_index))
+        for line, cells in file.rows():
+            name = image_key(cells[layout.id_index])
+            if not name:
+                raise UserError(f"{file.path}, line {line}: {file.header[layout.id_index]} is empty; expected the name "
+                                "of an image")
+            try:
+                label = layout.label_of(cells)
+            except ValueError as error:
+                raise UserError(f"{file.path}, line {line}: {name} {error}") from error
+            rows.ids.append(name)
+            rows.lines.append(line)
+            rows.codes.append(NO_LABEL if label is None else rows.labels.setdefault(label, len(rows.labels)))
+            if len(rows.labels) > MAX_CLASSES:
+                raise UserError(f"{file.path}, line {line}: the column of the labels has more than {MAX_CLASSES} "
+                                f"different values ({label!r} for example); expected classes: name another "
+                                "--label-column")
+            for unit, index in zip(rows.units, layout.group_index):
+                unit.append(cells[index])
+        return rows
+
+
+def _join_groups(path: Path, rows: _Rows) -> Sequence[str] | None:
+    """Return a group a row: the patient, else the patient of the row's lesion, else the lesion.
+
+    Raises UserError when a lesion has two patients: whichever were taken, the lesion would be in two groups.
+    """
+    if len(rows.units) < 2:
+        return rows.units[0] if rows.units else None
+    patient_of: dict[str, str] = {}
+    for line, patient, lesion in zip(rows.lines, *rows.units):
+        if patient and lesion and patient_of.setdefault(lesion, patient) != patient:
+            raise UserError(f"{path}, line {line}: lesion {lesion} belongs to patient {patient}, but to "
+                            f"{patient_of[lesion]} further up; expected one patient: correct it, or name a "
+                            "--group-column")
+    return CompactTexts(patient or patient_of.get(lesion, lesion) for patient, lesion in zip(*rows.units))
+
+
+def _without_duplicates(path: Path, rows: _Rows, groups: Sequence[str] | None, order: Sequence[int]) -> Iterator[int]:
+    """Yield the first row of each image. Raises UserError when rows of one image differ, naming the first such line.
+
+    order: rows by id, rows of one id in the order of the file
+    """
+    first = None
+    clashes = []  # (later row, earlier row)
+    for row in order:
+        if first is None or rows.ids[row] != rows.ids[first]:
+            first = row
+            yield row
+        elif rows.codes[row] != rows.codes[first] or (groups is not None and groups[row] != groups[first]):
+            clashes.append((row, first))
+    if clashes:
+        row, first = min(clashes)
+        names = {code: name for name, code in rows.labels.items()} | {NO_LABEL: "without a label"}
+        what = [names[rows.codes[at]] for at in (row, first)]
+        if what[0] == what[1]:
+            what = [f"in the group {groups[at] or '(none)'}" for at in (row, first)]
+        more = f" ({len(clashes) - 1} more such rows)" if len(clashes) > 1 else ""
+        raise UserError(f"{path}, line {rows.lines[row]}: {rows.ids[row]} is {what[0]}, but {what[1]} in line "
+                        f"{rows.lines[first]}{more}; expected rows of one image to agree: correct or remove one")
+
+
+def _without_common_folder(ids: CompactTexts) -> tuple[CompactTexts, bool]:
+    """Take off the folders that all ids begin with; also return whether any id still has a folder. ids: ascending."""
+    # What the first and the last of a sorted list begin with, all begin with.
+    common = posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
+    if common:
+        ids = CompactTexts(name[len(common) + 1:] for name in ids)
+    return ids, any("/" in name for name in ids)
+
+
+def _sorted_names(names: Iterable[str]) -> list[str]:
+    """Sort by number when all names are numbers, else by text."""
+    names = sorted(names)
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return names
+    return sorted(names, key=numbers.__getitem__) if all(map(math.isfinite, numbers.values())) else names
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    return frozenset(image_suffixes())
