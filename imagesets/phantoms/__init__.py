@@ -1,0 +1,1 @@
+"""How phantoms are planned and drawn, for imagesets/phantom.py."""
