@@ -1,0 +1,1 @@
+"""What an inspection measures, finds and shows, for imagesets/inspection.py."""

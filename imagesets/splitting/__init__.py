@@ -1,0 +1,1 @@
+"""How a split is asked for, dealt and written, for imagesets/split.py."""
