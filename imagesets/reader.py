@@ -84,6 +84,9 @@ class ImageSet:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.path}: {name} is damaged ({error}); make or copy the data set again") from error
+        except OSError as error:  # no permission, a failing disk, or a place outside of a damaged zip
+            raise UserError(f"{self.path}: {name} cannot be read ({error.strerror}); make or copy the data set "
+                            "again") from error
 
     def checksums(self) -> list[tuple[int, int]]:
         """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read."""
@@ -113,13 +116,13 @@ class ImageSet:
             return found
         if not self.path.exists():
             raise UserError(f"{self.path} does not exist; expected a data set: a zip or a folder of images")
-        return [info.filename for info in self._zip().infolist() if not info.is_dir()]
+        return [info.filename for info in self._zip().infolist() if not info.filename.endswith("/")]
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a zip ({error}): it is cut off or no zip; make or copy it "
                         "again") from error
 

@@ -1,0 +1,64 @@
+"""The options of a conversion on the command line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dnnlib.cli import UserError
+from imagesets.conversion.options import FILTERS, TRANSFORMS, parse_resolution, parse_share
+from imagesets.conversion.selection import UNLABELLED
+from imagesets.convert import convert
+from imagesets.sources.opening import SPLITS
+
+_OPTIONS = [
+    click.option("--source", metavar="PATH", help="Folder or zip of images, MedMNIST npz, CIFAR-10 python archive, or "
+                                                   "MNIST images (gz)."),
+    click.option("--dest", metavar="PATH", help="The data set to write: a name ending in .zip, or a new folder."),
+    click.option("--resolution", metavar="WxH", help="Size of the images, such as 256x256; without it they must fit."),
+    click.option("--width", type=int, metavar="INT", help="As the first number of --resolution."),
+    click.option("--height", type=int, metavar="INT", help="As the second number of --resolution."),
+    click.option("--transform", type=click.Choice(TRANSFORMS), help="Cut a square from the centre, or a wide rectangle "
+                 "that is padded to a square; without it images are stretched."),
+    click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
+    click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by name."),
+    click.option("--labels", metavar="FILE", help="Table of labels: ISIC 2017 to 2020, HAM10000, or any with the "
+                 "columns named below. Without it labels come from dataset.json or sub-folders."),
+    click.option("--id-column", metavar="NAME", help="Column with the names of the images."),
+    click.option("--label-column", metavar="NAME", help="Column with their classes."),
+    click.option("--group-column", metavar="NAME", help="Column with patient or lesion: what split keeps together."),
+    click.option("--classes", metavar="A,B,...", help="Classes wanted, in this order."),
+    click.option("--merge", metavar='"NEW=A,B;..."', help="Join classes under a new name."),
+    click.option("--unlabelled", type=click.Choice(UNLABELLED), default="error", show_default=True,
+                 help="What to do when some images have no label."),
+    click.option("--split", type=click.Choice(SPLITS), help="Part of a MedMNIST or CIFAR-10 file; train if not given."),
+    click.option("--max-bad", default="1%", show_default=True, metavar="SHARE",
+                 help="Share of unreadable images above which nothing is written."),
+    click.option("--report", metavar="FILE", help="JSON file that names the images dropped, changed, or doubtful."),
+    click.option("--exact", is_flag=True, help="Decode JPEG files at full size: slower, slightly different pixels."),
+    click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given."),
+]
+
+
+def convert_options(command: Callable) -> Callable:
+    """Add the options to a click command or group."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run_convert(*, source: str | None, dest: str | None, resolution: str | None, width: int | None, height: int | None,
+                max_bad: str, **options: Any) -> None:
+    """Convert and print the summary. Raises UserError as convert() does, and when --source or --dest is missing."""
+    for name, value in (("source", source), ("dest", dest)):
+        if not value:
+            raise UserError(f"--{name} is missing; give both, such as --source=images/ --dest=isic256.zip, or see "
+                            "--help")
+    if resolution is not None:
+        if width is not None or height is not None:
+            raise UserError("--resolution and --width or --height are both given; expected one of the two ways")
+        width, height = parse_resolution(resolution)
+    summary = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad), **options)
+    for line in summary.lines:
+        # Names of files can hold what a terminal's encoding cannot.
+        click.echo(line.encode("ascii", "backslashreplace").decode())

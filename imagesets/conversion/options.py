@@ -1,0 +1,117 @@
+"""The choices of a conversion, checked before any image is read."""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dnnlib.cli import UserError
+
+TRANSFORMS = ("center-crop", "center-crop-wide")
+FILTERS = ("box", "lanczos")
+MIN_SIDE, MAX_SIDE = 4, 8192
+_RECORDED = ("split", "labels", "id_column", "label_column", "group_column", "classes", "merge", "unlabelled",
+             "max_images", "transform", "width", "height", "resize_filter", "exact", "max_bad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What convert() is asked to do; the fields are named as the options of the command, with None for "not given".
+
+    unlabelled:    "error", "drop" or "keep"
+    transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
+    width, height: of the result (of its content for center-crop-wide); both or none
+    max_bad:       share of images, 0 to 1, that may be unreadable
+    exact:         decode JPEG files at full size
+
+    Raises UserError for values that do not fit.
+    """
+    split: str | None = None
+    labels: str | None = None
+    id_column: str | None = None
+    label_column: str | None = None
+    group_column: str | None = None
+    classes: str | None = None
+    merge: str | None = None
+    unlabelled: str = "error"
+    max_images: int | None = None
+    transform: str | None = None
+    width: int | None = None
+    height: int | None = None
+    resize_filter: str = "lanczos"
+    exact: bool = False
+    max_bad: float = 0.01
+
+    def __post_init__(self):
+        if self.transform is not None and self.transform not in TRANSFORMS:
+            raise UserError(f"--transform={self.transform}; expected {' or '.join(TRANSFORMS)}")
+        if self.resize_filter not in FILTERS:
+            raise UserError(f"--resize-filter={self.resize_filter}; expected {' or '.join(FILTERS)}")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"--max-bad={self.max_bad}; expected a share from 0 to 1, or from 0% to 100%")
+        columns = [name for name in ("id_column", "label_column", "group_column") if getattr(self, name) is not None]
+        if columns and self.labels is None:
+            option = columns[0].replace("_", "-")
+            raise UserError(f"--{option} names a column, but there is no table; add --labels=FILE")
+        if (self.width is None) != (self.height is None):
+            missing = "height" if self.height is None else "width"
+            raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
+        if self.width is not None:
+            check_resolution(self.width, self.height, self.transform)
+        elif self.transform == "center-crop-wide":
+            raise UserError("--transform=center-crop-wide needs a size; add for example --resolution=256x192")
+
+    def record(self) -> dict[str, Any]:
+        """Return what a data set says of its making: the same on every machine, so no paths."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.labels is not None:
+            given["labels"] = Path(self.labels).name
+        return {name: given[name] for name in _RECORDED if given[name] is not None}
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return (width, height) of "256x256"."""
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if match is None:
+        raise UserError(f"--resolution={text}; expected WIDTHxHEIGHT, such as 256x256")
+    return int(match[1]), int(match[2])
+
+
+def parse_share(text: str) -> float:
+    """Return 0.01 of "0.01" or "1%"."""
+    number = text.strip()
+    try:
+        return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"--max-bad={text}; expected a share from 0 to 1, or from 0% to 100%") from None
+
+
+def check_resolution(width: int, height: int, transform: str | None) -> None:
+    """Raise UserError when images of this size would not become squares with a power of two a side."""
+    given = f"--resolution={width}x{height}"
+    near = nearest_power(width)
+    if transform == "center-crop-wide":
+        if height > width:
+            raise UserError(f"{given} is higher than wide; center-crop-wide expects the width first, such as "
+                            f"{near}x{near * 3 // 4}")
+        if height < 1:
+            raise UserError(f"{given} has no height; expected for example {near}x{near * 3 // 4}")
+    elif width != height:
+        near = nearest_power(min(width, height))
+        raise UserError(f"{given} is not square; expected equal sides, such as {near}x{near}, or "
+                        "--transform=center-crop-wide, which pads with black to a square")
+    if not is_usable_side(width):
+        other = near if transform != "center-crop-wide" else max(1, near * height // max(width, 1))
+        raise UserError(f"{given}: {width} is not a power of two from {MIN_SIDE} to {MAX_SIDE}; expected for example "
+                        f"{near}x{other}")
+
+
+def is_usable_side(side: int) -> bool:
+    """Return whether networks can be built for images of this side."""
+    return nearest_power(side) == side
+
+
+def nearest_power(side: int) -> int:
+    """Return the power of two in the allowed range that is nearest."""
+    powers = [1 << exponent for exponent in range(MIN_SIDE.bit_length() - 1, MAX_SIDE.bit_length())]
+    return min(powers, key=lambda power: abs(power - side))

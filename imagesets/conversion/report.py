@@ -1,0 +1,174 @@
+"""Tell what became of each image of a conversion: by name in a JSON file, in short on the screen."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write
+from imagesets.conversion.linking import Linked, contradictions
+from imagesets.conversion.selection import REASONS, Selection
+from imagesets.conversion.tally import TOO_SMALL, Tally
+from imagesets.sources.source import Source
+
+_SHOWN = 3
+_UNLISTED = {"decoder downscaling"}  # as a rule all images, and of no interest by name
+
+
+def check_report(path: Path) -> None:
+    """Raise UserError, before the work, when the report will not be writable."""
+    if path.is_dir():
+        raise UserError(f"--report={path} is a folder; expected a file name such as report.json")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--report={path}: there is no folder {path.parent}; make it first")
+
+
+def write_report(path: str | os.PathLike | None, report: Mapping[str, Any]) -> None:
+    """Write the report as JSON, whole or not at all; does nothing when path is None."""
+    if path is None:
+        return
+    with atomic_write(path, text=True) as file:
+        json.dump(report, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked, channels: int) -> dict[str, Any]:
+    """Return the report. found = kept + the counts under dropped.
+
+    channels: 3 or 1, of the images written
+    """
+    def named(indices: Iterable[int], listed: bool = True) -> dict[str, Any]:
+        indices = list(indices)
+        return {"count": len(indices)} | ({"names": [source.names[index] for index in indices]} if listed else {})
+
+    dropped = {reason: named(np.flatnonzero(selection.reasons == code))
+               for code, reason in enumerate(REASONS) if code and (selection.reasons == code).any()}
+    dropped |= {reason if reason == TOO_SMALL else f"unreadable: {reason}": named(indices)
+                for reason, indices in tally.bad()}
+    rows = selection.labelling.rows
+    report = {"source": source.name, "kind": source.kind, "found": len(source), "kept": len(tally.kept),
+              "resolution": tally.side, "channels": channels, "dropped": dropped,
+              "converted": {note: named(indices, note not in _UNLISTED) for note, indices in tally.notes()},
+              "classes": _count_classes(selection, tally.kept),
+              "num_groups": linked.num_groups,
+              "duplicates": [named_set(source, tally, positions) for positions in linked.duplicates],
+              "contradictions": [{source.names[index]: selection.label_name(index) for index in indices}
+                                 for indices in contradictions(selection, tally, linked)],
+              "ignored_files": {"count": len(source.ignored), "names": list(source.ignored)},
+              "left_out_splits": dict(source.left_out)}
+    if rows is not None:
+        absent = selection.labelling.rows_without_image
+        report["images_without_a_row"] = named(np.flatnonzero(rows < 0))
+        report["rows_without_an_image"] = {"count": len(absent), "names": list(absent)}
+    return report
+
+
+def named_set(source: Source, tally: Tally, positions: Sequence[int]) -> list[str]:
+    return [source.names[tally.kept[position]] for position in positions]
+
+
+def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] | None:
+    """Return images of each class, and those without; None when there are no classes."""
+    labels = selection.labels
+    if labels is None or labels.ndim == 2:
+        return None
+    chosen = labels[np.asarray(kept, dtype=np.int64)]
+    names = selection.classes or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
+    counts = {name: int((chosen == number).sum()) for number, name in enumerate(names)}
+    without = int((chosen < 0).sum())
+    return counts | ({"(none)": without} if without else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSummary:
+    """What was done, in short.
+
+    resolution:         pixels a side
+    channels:           3, or 1 for grey
+    dropped, converted: counts by reason and by note
+    class_counts:       None where there are no classes
+    lines:              the same for people
+    """
+    dest: Path
+    found: int
+    kept: int
+    resolution: int
+    channels: int
+    dropped: Mapping[str, int]
+    converted: Mapping[str, int]
+    class_counts: Mapping[str, int] | None
+    num_groups: int
+    num_duplicates: int
+    num_contradictions: int
+    images_without_a_row: int
+    rows_without_an_image: int
+    lines: Sequence[str]
+
+
+def summarise(dest: Path, source: Source, selection: Selection, report: Mapping[str, Any]) -> ConvertSummary:
+    """Return the summary of a report."""
+    return ConvertSummary(
+        dest=dest, found=report["found"], kept=report["kept"], class_counts=report["classes"],
+        resolution=report["resolution"], channels=report["channels"],
+        dropped={reason: entry["count"] for reason, entry in report["dropped"].items()},
+        converted={note: entry["count"] for note, entry in report["converted"].items()},
+        num_groups=report["num_groups"], num_duplicates=sum(len(names) for names in report["duplicates"]),
+        num_contradictions=len(report["contradictions"]),
+        images_without_a_row=report.get("images_without_a_row", {"count": 0})["count"],
+        rows_without_an_image=report.get("rows_without_an_image", {"count": 0})["count"],
+        lines=list(_lines(dest, source, selection, report)))
+
+
+def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str, Any]) -> Iterable[str]:
+    kept, found = report["kept"], report["found"]
+    side, colour = report["resolution"], "grey" if report["channels"] == 1 else "RGB"
+    yield f"{dest}: {kept} images, {side}x{side} {colour}, {report['num_groups']} groups"
+    yield f"  found {found} in {source.name} ({source.kind}), kept {kept}, dropped {found - kept}"
+    for reason, entry in report["dropped"].items():
+        yield f"  dropped: {reason}: {_count_and_names(entry)}"
+    for note, entry in report["converted"].items():
+        yield f"  converted: {note}: {_count_and_names(entry)}"
+    if report["classes"] is not None:
+        yield "  classes: " + ", ".join(f"{name} {count}" for name, count in report["classes"].items())
+        empty = [name for name, count in report["classes"].items() if not count]
+        if empty:
+            yield f"  note: no image is of class {', '.join(empty)}; --classes leaves classes out"
+    elif selection.labels is None:
+        yield "  labels: none"
+    else:
+        yield f"  labels: lists of {selection.labels.shape[1]} numbers"
+    yield from _remarks(source, report)
+
+
+def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
+    for key, what in (("images_without_a_row", "images without a row"), ("rows_without_an_image",
+                                                                        "rows without an image")):
+        if report.get(key, {"count": 0})["count"]:
+            yield f"  {what}: {_count_and_names(report[key])}"
+    if report["duplicates"]:
+        examples = " = ".join(report["duplicates"][0][:_SHOWN])
+        yield (f"  byte-identical: {sum(map(len, report['duplicates']))} images in {len(report['duplicates'])} sets, "
+               f"kept in one group each ({examples})")
+    for entry in report["contradictions"][:_SHOWN]:
+        yield "  contradiction among byte-identical images: " + ", ".join(f"{n} is {c}" for n, c in entry.items())
+    if len(report["contradictions"]) > _SHOWN:
+        yield f"  ... {len(report['contradictions']) - _SHOWN} more contradictions; list them by --report=FILE"
+    if report["ignored_files"]["count"]:
+        yield f"  other files, not images by name: {_count_and_names(report['ignored_files'])}"
+    if report["left_out_splits"]:
+        yield "  other splits, left out: " + ", ".join(f"{k} {v}" for k, v in report["left_out_splits"].items())
+    if "images_without_a_row" not in report:  # no table was given
+        for hint in source.hints:
+            yield f"  note: {hint}"
+
+
+def _count_and_names(entry: Mapping[str, Any]) -> str:
+    names = entry.get("names", [])
+    if not names:
+        return str(entry["count"])
+    return f"{entry['count']} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"

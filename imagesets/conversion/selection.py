@@ -1,0 +1,155 @@
+"""Decide which images of a source are wanted, and with which label and group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from imagesets.labels.classes import ClassChoice
+from imagesets.labels.tables import LabelTable
+from imagesets.naming import listed
+from imagesets.reader import NO_LABEL
+from imagesets.sources.source import Source, missing_labels
+
+UNLABELLED = ("error", "drop", "keep")
+WANTED = ""
+NO_CLASS, NOT_CHOSEN, BEYOND_MAX = "no label", "class not chosen", "beyond --max-images"
+REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, BEYOND_MAX)
+_SHOWN = 5
+
+
+class UnlabelledError(UserError):
+    """Images without a label, which the user has not yet decided on."""
+
+    def __init__(self, message: str, names: Sequence[str]):
+        super().__init__(message)
+        self.names = names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """What a source, or a table in its place, says of the N images.
+
+    labels, classes, groups: as in Source
+    rows:                row of each image in the table, int64 [N], -1 without one; None without a table
+    rows_without_image:  ids of the table
+    """
+    labels: np.ndarray | None
+    classes: list[str] | None
+    groups: Sequence[str | None] | None
+    rows: np.ndarray | None = None
+    rows_without_image: Sequence[str] = ()
+
+    @classmethod
+    def of_source(cls, source: Source) -> "Labelling":
+        return cls(labels=source.labels, classes=source.classes, groups=source.groups)
+
+    @classmethod
+    def of_table(cls, source: Source, table: LabelTable) -> "Labelling":
+        """Look up each image of the source. Raises UserError when no image has a row, or the images are no files."""
+        if not source.has_files:
+            raise UserError(f"--labels: {source.name} ({source.kind}) brings its own labels; leave the option out")
+        rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in source.names], dtype=np.int64)
+        if (rows < 0).all():
+            raise UserError(f"--labels: no image of {source.name} has a row; the images are named as "
+                            f"{source.names[0]}, the rows as {table.ids[0]}: choose the column by --id-column, or "
+                            "another table")
+        position = {name: index for index, name in enumerate(table.class_names)}
+        labels = np.full(len(source), NO_LABEL, dtype=np.int64)
+        groups: list[str | None] = [None] * len(source)
+        for index in np.flatnonzero(rows >= 0):
+            name = table.class_of(source.names[index])
+            labels[index] = NO_LABEL if name is None else position[name]
+            groups[index] = table.group_of(source.names[index])
+        unused = np.ones(len(table), dtype=bool)
+        unused[rows[rows >= 0]] = False
+        return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows,
+                   rows_without_image=[table.ids[row] for row in np.flatnonzero(unused)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The decision on each of the N images.
+
+    reasons:  int8 [N], index into REASONS; 0 is wanted
+    labels:   None, int64 [N] into `classes`, or float32 [N, D]
+    classes:  names of the integer labels, or None
+    groups:   as in Labelling
+    """
+    reasons: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str] | None
+    labelling: Labelling
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """bool [N]"""
+        return self.reasons == 0
+
+    def label(self, index: int) -> int | list[float] | None:
+        if self.labels is None or missing_labels(self.labels[index:index + 1], 1)[0]:
+            return None
+        return self.labels[index].tolist()
+
+    def label_name(self, index: int) -> str:
+        """Return the label of an image for people."""
+        label = self.label(index)
+        if label is None:
+            return "(none)"
+        return self.classes[label] if self.classes is not None and isinstance(label, int) else str(label)
+
+
+def select(source: Source, labelling: Labelling, *, classes: str | None, merge: str | None, unlabelled: str,
+           max_images: int | None) -> Selection:
+    """Apply --classes, --merge, --unlabelled and --max-images.
+
+    Raises UserError when an option does not fit the labels or nothing is left, UnlabelledError when some images have
+    no label and unlabelled is "error".
+    """
+    if unlabelled not in UNLABELLED:
+        raise UserError(f"--unlabelled={unlabelled}; expected one of {', '.join(UNLABELLED)}")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images={max_images}; expected at least 1")
+    reasons = np.zeros(len(source), dtype=np.int8)
+    missing = missing_labels(labelling.labels, len(source))
+    if labelling.labels is not None and missing.any() and unlabelled != "keep":
+        if unlabelled == "error":
+            raise _unlabelled_error(source, labelling, missing)
+        reasons[missing] = REASONS.index(NO_CLASS)
+    labels, names = _choose(source, labelling, classes, merge, missing, reasons)
+    if max_images is not None:
+        reasons[np.flatnonzero(reasons == 0)[max_images:]] = REASONS.index(BEYOND_MAX)
+    if reasons.all():
+        raise UserError(f"{source.name}: none of its {len(source)} images is left by --unlabelled and --classes; "
+                        "expected at least one")
+    return Selection(reasons=reasons, labels=labels, classes=names, labelling=labelling)
+
+
+def _choose(source: Source, labelling: Labelling, classes: str | None, merge: str | None, missing: np.ndarray,
+            reasons: np.ndarray) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the labels and names of the classes chosen; marks images of others in `reasons`."""
+    if classes is None and merge is None:
+        return labelling.labels, labelling.classes
+    option = "--classes" if classes is not None else "--merge"
+    if labelling.labels is None:
+        raise UserError(f"{option}: the images of {source.name} have no labels; expected sub-folders, a dataset.json "
+                        "with labels, or --labels=FILE")
+    if labelling.labels.ndim == 2:
+        raise UserError(f"{option}: the labels of {source.name} are lists of {labelling.labels.shape[1]} numbers, "
+                        "from which no class can be chosen; leave the option out")
+    found = labelling.classes or [str(number) for number in range(int(labelling.labels.max()) + 1)]
+    choice = ClassChoice.create(found, classes, merge)
+    indices = [choice.index_of(name) for name in found]
+    new_index = np.array([NO_LABEL if index is None else index for index in indices], dtype=np.int64)
+    labels = np.where(missing, NO_LABEL, new_index[labelling.labels])
+    reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
+    return labels, list(choice.names)
+
+
+def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> UnlabelledError:
+    names = [source.names[index] for index in np.flatnonzero(missing)]
+    shown = listed(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    in_table = "" if labelling.rows is None else f", {int((labelling.rows < 0).sum())} of them no row in the table"
+    return UnlabelledError(f"{len(names)} of {len(source)} images have no label{in_table} ({shown}); expected a label "
+                           "for each: add them, or give --unlabelled=drop or --unlabelled=keep", names)

@@ -1,0 +1,217 @@
+"""Arrays of images as sources, read row by row: MedMNIST's npz and MNIST's idx files."""
+
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from imagesets.sources.source import Source
+
+_SPLITS = ("train", "val", "test")
+# What reading a damaged file raises: OSError for a place outside of it, too.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
+_MAX_RATIO = 1032  # what gzip can shorten data by at most (zlib's technical notes)
+_IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # uint8, three dimensions and one
+
+
+class ArrayLoader:
+    """Items are the pixels themselves."""
+
+    def __call__(self, item: np.ndarray, limit: int | None = None) -> np.ndarray:
+        return item
+
+
+def numbered_names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}/{index:06d}" for index in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """An array inside an npz: its name there, its shape and type."""
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def open_npz(path: Path, split: str) -> Source:
+    """Open a MedMNIST file: train_images [N, H, W] or [N, H, W, 3], train_labels [N, 1] or [N, D], and so on.
+
+    Raises UserError when arrays are missing, of unexpected shape or type, or damaged.
+    """
+    members = _list_arrays(path)
+    present = [name for name in _SPLITS if f"{name}_images" in members]
+    if not present:
+        raise UserError(f"{path} holds the arrays {', '.join(sorted(members)) or '(none)'}; expected train_images and "
+                        "train_labels, as MedMNIST files have")
+    chosen = present if split == "all" else [split]
+    if not set(chosen) <= set(present):
+        raise UserError(f"{path} has no {split}_images; --split can be {', '.join(present)} or all")
+    images = [members[f"{name}_images"] for name in chosen]
+    for member in images:
+        _check_images(path, member)
+    if len({(member.shape[1:], member.dtype) for member in images}) > 1:
+        raise UserError(f"{path}: the images of {', '.join(chosen)} differ in shape or type; choose one by --split")
+    left_out = {name: members[f"{name}_images"].shape[0] for name in present if name not in chosen}
+    height, width = images[0].shape[1:3]
+    names = [name for part, member in zip(chosen, images) for name in numbered_names(part, member.shape[0])]
+    return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
+                  items=_NpzItems(path=path, members=images),
+                  labels=_read_labels(path, members, chosen), shape=(width, height, _channels(images[0].shape[1:])),
+                  left_out=left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NpzItems:
+    path: Path
+    members: Sequence[_Member]
+
+    def __call__(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        start = 0
+        with zipfile.ZipFile(self.path) as archive:
+            for member in self.members:
+                count = member.shape[0]
+                with archive.open(f"{member.name}.npy") as file:
+                    _read_header(file)
+                    yield from _rows(self.path, file, member.shape, member.dtype, wanted[start:start + count])
+                start += count
+
+
+def _rows(path: Path, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, wanted: np.ndarray) -> Iterator[Any]:
+    size = math.prod(shape[1:]) * dtype.itemsize
+    last = int(np.flatnonzero(wanted)[-1]) if wanted.any() else -1
+    for want in wanted[:last + 1]:
+        try:
+            data = file.read(size)
+        except _DAMAGED as error:
+            raise UserError(f"{path} is damaged ({error}); download it again") from error
+        if len(data) < size:
+            raise UserError(f"{path} ends too early; download it again")
+        if want:
+            yield np.frombuffer(data, dtype).reshape(shape[1:])
+
+
+def _list_arrays(path: Path) -> dict[str, _Member]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for info in archive.infolist():
+                if info.filename.endswith(".npy"):
+                    with archive.open(info) as file:
+                        found[info.filename.removesuffix(".npy")] = (info.file_size, *_read_header(file))
+    except _DAMAGED as error:
+        raise UserError(f"{path} cannot be read as an npz file ({error}); download it again") from error
+    return {name: _describe(path, name, *header) for name, header in found.items()}
+
+
+def _describe(path: Path, name: str, size: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> _Member:
+    if dtype.hasobject or (fortran and len(shape) > 1):
+        what = "Python objects" if dtype.hasobject else "columns in place of rows (Fortran order)"
+        raise UserError(f"{path}: {name} holds {what}; expected plain numbers: save the array again")
+    # Asked here, since a damaged header may promise more rows than there is memory for their names.
+    if math.prod(shape) * dtype.itemsize > size:
+        raise UserError(f"{path}: {name} is cut off; download it again")
+    return _Member(name=name, shape=shape, dtype=dtype)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _check_images(path: Path, member: _Member) -> None:
+    if member.dtype not in (np.uint8, np.uint16) or _channels(member.shape[1:]) not in (1, 3) or 0 in member.shape:
+        raise UserError(f"{path}: {member.name} is {member.dtype} {list(member.shape)}; expected uint8 [N, H, W] or "
+                        "[N, H, W, 3]")
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    """Return the number of channels of [H, W] or [H, W, C]; 0 for other shapes."""
+    return {2: 1, 3: shape[-1] if shape else 0}.get(len(shape), 0)
+
+
+def _read_labels(path: Path, members: dict[str, _Member], chosen: Sequence[str]) -> np.ndarray | None:
+    if not any(f"{name}_labels" in members for name in chosen):
+        return None
+    parts = []
+    with zipfile.ZipFile(path) as archive:
+        for name in chosen:
+            count, member = members[f"{name}_images"].shape[0], members.get(f"{name}_labels")
+            if (member is None or member.shape[:1] != (count,) or len(member.shape) > 2
+                    or member.dtype.kind not in "iufb"):
+                found = "missing" if member is None else f"{member.dtype} {list(member.shape)}"
+                raise UserError(f"{path}: {name}_labels is {found}; expected {count} rows of numbers, one an image")
+            with archive.open(f"{member.name}.npy") as file:
+                _read_header(file)
+                rows = _rows(path, file, member.shape, member.dtype, np.ones(count, dtype=bool))
+                parts.append(np.array(list(rows)).reshape(count, -1))
+    if len({part.shape[1] for part in parts}) > 1:
+        raise UserError(f"{path}: the labels of {', '.join(chosen)} differ in length; choose one by --split")
+    return _tidy_labels(path, np.concatenate(parts))
+
+
+def _tidy_labels(path: Path, labels: np.ndarray) -> np.ndarray:
+    """Return int64 [N] for [N, 1], float32 [N, D] otherwise."""
+    if labels.shape[1] != 1:
+        if not np.isfinite(labels).all():
+            raise UserError(f"{path}: labels are not finite numbers; expected numbers such as 0 and 1")
+        return labels.astype(np.float32)
+    numbers = labels[:, 0].astype(np.int64)
+    if (numbers != labels[:, 0]).any() or numbers.min(initial=0) < 0:
+        raise UserError(f"{path}: labels are not all integers >= 0; expected class numbers")
+    return numbers
+
+
+def open_mnist(path: Path) -> Source:
+    """Open MNIST's images, "...-images-idx3-ubyte.gz", with the file of labels beside them.
+
+    Raises UserError when the labels are missing, when either file is damaged, or when their counts differ.
+    """
+    if "images-idx3" not in path.name:
+        raise UserError(f"--source={path} is no file of images; expected ...-images-idx3-ubyte.gz")
+    count, height, width = _idx_shape(path, _IDX_IMAGES, 3)
+    label_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    if not label_path.is_file():
+        raise UserError(f"{label_path} does not exist; expected the labels beside the images")
+    (num_labels,) = _idx_shape(label_path, _IDX_LABELS, 1)
+    if num_labels != count:
+        raise UserError(f"{label_path} holds {num_labels} labels; expected {count}, one for each image in {path.name}")
+    with gzip.open(label_path) as file:
+        file.seek(8)
+        labels = [int(row) for row in _rows(label_path, file, (count,), np.dtype(np.uint8), np.ones(count, dtype=bool))]
+    return Source(kind="MNIST", name=path.name, names=numbered_names(path.name.split("-")[0], count),
+                  items=_IdxItems(path=path, shape=(count, height, width)), load=ArrayLoader(),
+                  labels=np.array(labels, dtype=np.int64), shape=(width, height, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _IdxItems:
+    path: Path
+    shape: tuple[int, int, int]
+
+    def __call__(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        with gzip.open(self.path) as file:
+            file.seek(16)
+            yield from _rows(self.path, file, self.shape, np.dtype(np.uint8), wanted)
+
+
+def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
+    try:
+        with gzip.open(path) as file:
+            found, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 + 4 * dimensions))
+    except (*_DAMAGED, struct.error) as error:
+        raise UserError(f"{path} cannot be read as a gzip file ({error}); download it again") from error
+    if found != magic or 0 in shape:
+        raise UserError(f"{path} is no idx file of uint8 in {dimensions} dimensions; expected MNIST's images and "
+                        "labels")
+    if math.prod(shape) > _MAX_RATIO * path.stat().st_size:
+        raise UserError(f"{path} ends too early; download it again")
+    return tuple(shape)

@@ -1,0 +1,174 @@
+"""Folders and zips of images as sources: labels from dataset.json, else from sub-folders."""
+
+import os
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from imagesets.pixels.decode import BadImage
+from imagesets.reader import METADATA, NO_LABEL, ImageSet
+from imagesets.sources.source import Source
+
+MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
+_TABLES = (".csv", ".tsv", ".xlsx")
+_NUMBERED = re.compile(r"\d{5}/img\d{8}\.png")  # as data sets are numbered: such folders are no classes
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def open_folder(path: Path) -> Source:
+    """Open a folder of images, with all its sub-folders. Raises UserError when there are none."""
+    images = ImageSet(path)
+    return _describe(images, "image folder", _NamedItems(images.names), FolderLoader(root=str(path)))
+
+
+def open_zip(path: Path) -> Source:
+    """Open a zip of images. Raises UserError when it holds none, or is cut off."""
+    images = ImageSet(path)
+    members = _list_members(path)
+    images.close()
+    doubled = [name for name, count in Counter(images.names).items() if count > 1]
+    if doubled:
+        raise UserError(f"{path} holds {doubled[0]} more than once ({len(doubled)} such names); expected each name "
+                        "once: unpack it and use the folder")
+    places = np.array([members[name] for name in images.names], dtype=np.int64)
+    return _describe(images, "zip of images", _PlacedItems(places), ZipLoader(path=str(path)))
+
+
+@dataclass(frozen=True)
+class _NamedItems:
+    names: Sequence[str]
+
+    def __call__(self, wanted: np.ndarray) -> Iterator[str]:
+        return (name for name, want in zip(self.names, wanted) if want)
+
+
+@dataclass(frozen=True)
+class _PlacedItems:
+    """places: int64 [N, 5], see ZipLoader"""
+    places: np.ndarray
+
+    def __call__(self, wanted: np.ndarray) -> Iterator[tuple[int, ...]]:
+        return (tuple(place.tolist()) for place, want in zip(self.places, wanted) if want)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderLoader:
+    root: str
+
+    def __call__(self, item: str, limit: int | None = None) -> bytes:
+        """Return the bytes of a file, at most the first `limit` ones. Raises BadImage."""
+        path = os.path.join(self.root, item)
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise BadImage("not a file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise BadImage("too large")
+            with open(path, "rb") as file:
+                return file.read() if limit is None else file.read(limit)
+        except OSError as error:
+            raise BadImage("cannot be opened") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZipLoader:
+    """Reads members by their place in the file.
+
+    The list of members, which is large for a large zip, is thus needed in one process only. An item is (place of the
+    local header, packed size, size, CRC-32, compression | flags << 16).
+    """
+    path: str
+
+    def __call__(self, item: tuple[int, int, int, int, int], limit: int | None = None) -> bytes:
+        """Return the bytes of a member, at most the first `limit` ones. Raises BadImage."""
+        place, packed_size, size, checksum, kind = item
+        method, flags = kind & 0xffff, kind >> 16
+        if flags & 1:
+            raise BadImage("encrypted in the zip")
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadImage("unknown compression in the zip")
+        if max(size, packed_size) > MAX_FILE_BYTES:
+            raise BadImage("too large")
+        try:
+            packed = self._read(place, packed_size if limit is None else min(packed_size, limit))
+            unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
+            data = packed if method == zipfile.ZIP_STORED else unpack(packed, limit or size + 1)
+        except (zlib.error, OSError) as error:  # OSError for a place outside of the file
+            raise BadImage("damaged in the zip") from error
+        if limit is None and (len(data) != size or zlib.crc32(data) != checksum):
+            raise BadImage("damaged in the zip")
+        return data
+
+    def _read(self, place: int, count: int) -> bytes:
+        # Opened each time, as the files of a folder are: an open file cannot be shared with other processes.
+        with open(self.path, "rb") as file:
+            file.seek(place)
+            header = file.read(30)
+            if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+                raise BadImage("damaged in the zip")
+            name_size, extra_size = struct.unpack("<HH", header[26:30])
+            file.seek(name_size + extra_size, os.SEEK_CUR)
+            return file.read(count)
+
+
+def _list_members(path: Path) -> dict[str, tuple[int, ...]]:
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: (info.header_offset, info.compress_size, info.file_size, info.CRC,
+                                info.compress_type | info.flag_bits << 16) for info in archive.infolist()}
+
+
+def _describe(images: ImageSet, kind: str, items: Any, load: Any) -> Source:
+    fields = dict(name=images.path.resolve().name, names=images.names, items=items, load=load, has_files=True,
+                  ignored=[name for name in images.other_members if name != METADATA])
+    if METADATA in images.other_members:
+        groups = None if images.groups == images.names else [
+            None if group == name else group for group, name in zip(images.groups, images.names)]
+        return Source(kind=f"{kind} with {METADATA}", labels=images.labels, classes=images.classes, groups=groups,
+                      origin=images.source, **fields)
+    labels, classes = labels_of_folders(images.names)
+    tables = [name for name in images.other_members if name.lower().endswith(_TABLES)]
+    hints = [f"{name} lies among the images; --labels=FILE would take labels from a table" for name in tables[:1]]
+    return Source(kind=kind, labels=labels, classes=classes, hints=hints, **fields)
+
+
+def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return int64 [N] and class names from the outermost folder that tells images apart.
+
+    Folders around all images are skipped, so that "set/benign/a.png" and "set/mel/2019/b.png" are of the classes
+    "benign" and "mel"; an image beside such folders has none. None, None when all images lie in one folder, or in
+    numbered ones as a data set has.
+    """
+    folders = [name.split("/")[:-1] for name in names]
+    depth = _num_common(min(folders), max(folders))  # what these two begin with, all between them do
+    found = [parts[depth] if len(parts) > depth else None for parts in folders]
+    classes = sorted({folder for folder in found if folder is not None})
+    if not classes or all(_NUMBERED.fullmatch("/".join(name.split("/")[-2:])) for name in names):
+        return None, None
+    index = {name: number for number, name in enumerate(classes)}
+    return np.array([NO_LABEL if folder is None else index[folder] for folder in found], dtype=np.int64), classes
+
+
+def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return how many leading parts are equal."""
+    return next((count for count, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def refuse_doubtful_folders(source: Source) -> None:
+    """Raise UserError where sub-folders are parts of a data set rather than classes, or hold its dataset.json."""
+    nested = next((name for name in source.ignored if name.endswith(f"/{METADATA}")), None)
+    if nested is not None:
+        raise UserError(f"{source.name}: {METADATA} lies in a folder inside ({nested}); expected it at the top: give "
+                        "that folder as --source, or zip its content without the folder")
+    if source.classes and {name.lower() for name in source.classes} <= _PARTS:
+        raise UserError(f"{source.name}: the folders {', '.join(source.classes)} look like parts of a data set, not "
+                        "like classes; give one of them as --source, or labels by --labels")

@@ -1,0 +1,65 @@
+"""Recognise what an archive of images is, and open it.
+
+Each kind answers with a `Source`: names and labels of all images, kept compact, and the images themselves one after
+the other, so that an archive of any size passes through.
+"""
+
+import os
+from pathlib import Path
+
+from dnnlib.cli import UserError
+from imagesets.sources.arrays import open_mnist, open_npz
+from imagesets.sources.cifar import open_cifar
+from imagesets.sources.files import open_folder, open_zip
+from imagesets.sources.source import Source
+
+SPLITS = ("train", "val", "test", "all")
+_GZIP, _ZIP = b"\x1f\x8b", b"PK"
+_EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "
+             "images (-images-idx3-ubyte.gz)")
+
+
+def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
+    """Open an archive of images, recognised by its name and its first bytes.
+
+    split:  "train", "val", "test" or "all", for MedMNIST and CIFAR-10; None for "train" there
+
+    Raises UserError when the path is missing, is of no known kind, is damaged or empty, or knows no splits.
+    """
+    path = Path(path)
+    if split is not None and split not in SPLITS:
+        raise UserError(f"--split={split}; expected one of {', '.join(SPLITS)}")
+    if not path.exists():
+        raise UserError(f"--source={path} does not exist; {_EXPECTED}")
+    if path.is_dir():
+        return _without_split(open_folder(path), split)
+    if not path.is_file():
+        raise UserError(f"--source={path} is neither a file nor a folder; {_EXPECTED}")
+    start, name = _first_bytes(path), path.name.lower()
+    if name.endswith(".npz"):
+        return open_npz(path, split or "train")
+    if start.startswith(_GZIP) and "idx" in name:
+        return _without_split(open_mnist(path), split)
+    if start.startswith(_GZIP) and name.endswith((".tar.gz", ".tgz")):
+        return open_cifar(path, split or "train")
+    if start.startswith(_ZIP) or name.endswith(".zip"):
+        return _without_split(open_zip(path), split)
+    raise UserError(f"--source={path} is of no known kind; {_EXPECTED}")
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"--source={path} cannot be opened: {error.strerror}") from error
+    if not start:
+        raise UserError(f"--source={path} is empty (0 bytes); {_EXPECTED}")
+    return start
+
+
+def _without_split(source: Source, split: str | None) -> Source:
+    if split is not None:
+        raise UserError(f"--split={split}: {source.name} ({source.kind}) has no splits; only MedMNIST and CIFAR-10 do: "
+                        "leave the option out")
+    return source

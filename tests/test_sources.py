@@ -1,0 +1,194 @@
+"""Folders and zips as sources, and the recognition of what a source is."""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+from dnnlib.cli import UserError
+from imagesets.pixels.decode import BadImage
+from imagesets.sources.files import labels_of_folders, refuse_doubtful_folders
+from imagesets.sources.opening import open_source
+from tests.make_archives import encode, make_folder, make_zip, noise
+
+FILES = {f"{folder}/{name}": encode(noise(number, 4, 4, 3))
+         for number, (folder, name) in enumerate([("mel", "b.png"), ("mel", "deep/a.png"), ("nv", "c.jpg.png")])}
+
+
+def load_all(source, wanted=None):
+    wanted = np.ones(len(source), dtype=bool) if wanted is None else np.array(wanted)
+    load = pickle.loads(pickle.dumps(source.load))
+    return [load(item) for item in source.items(wanted)]
+
+
+def open_as(kind, tmp_path, files):
+    if kind == "folder":
+        return open_source(make_folder(tmp_path / "set", files))
+    return open_source(make_zip(tmp_path / "set.zip", files, getattr(zipfile, kind)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "ZIP_STORED", "ZIP_DEFLATED"])
+def test_images_in_sub_folders_take_the_folders_as_classes(kind, tmp_path):
+    source = open_as(kind, tmp_path, FILES | {"notes.txt": b"hello", "truth.csv": b"a,b"})
+    assert list(source.names) == ["mel/b.png", "mel/deep/a.png", "nv/c.jpg.png"]
+    assert source.classes == ["mel", "nv"]
+    assert source.labels.tolist() == [0, 0, 1]
+    assert sorted(source.ignored) == ["notes.txt", "truth.csv"]
+    assert source.hints == ["truth.csv lies among the images; --labels=FILE would take labels from a table"]
+    assert load_all(source) == [FILES[name] for name in source.names]
+    assert load_all(source, [False, True, False]) == [FILES["mel/deep/a.png"]]
+
+
+@pytest.mark.parametrize(("names", "labels", "classes"), [
+    (["a.png", "b.png"], None, None),
+    (["images/a.png", "images/b.png"], None, None),
+    (["set/x/mel/a.png", "set/x/nv/2019/b.png"], [0, 1], ["mel", "nv"]),
+    (["a.png", "nv/b.png"], [-1, 0], ["nv"]),
+    (["set/a.png", "set/nv/b.png"], [-1, 0], ["nv"]),
+    (["nv/p1/a.png", "nv/p2/b.png"], [0, 1], ["p1", "p2"]),
+    (["00000/img00000000.png", "00001/img00001000.png"], None, None),
+    (["set/00000/img00000000.png", "set/00001/img00001000.png"], None, None),
+    (["10/a.png", "9/b.png"], [0, 1], ["10", "9"]),
+])
+def test_labels_of_folders_take_the_first_folder_that_differs(names, labels, classes):
+    found, found_classes = labels_of_folders(names)
+    assert (None if found is None else found.tolist(), found_classes) == (labels, classes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "ZIP_STORED"])
+def test_a_ready_data_set_keeps_labels_classes_groups_and_origin(kind, tmp_path):
+    metadata = {"labels": [["mel/b.png", 1], ["mel/deep/a.png", None], ["nv/c.jpg.png", 0]], "classes": ["x", "y"],
+                "groups": {"mel/b.png": "p1"}, "source": {"phantom": True}}
+    source = open_as(kind, tmp_path, FILES | {"dataset.json": json.dumps(metadata).encode()})
+    assert source.labels.tolist() == [1, -1, 0]
+    assert source.classes == ["x", "y"]
+    assert source.groups == ["p1", None, None]
+    assert source.origin == {"phantom": True}
+    assert not source.ignored
+    assert source.kind.endswith("with dataset.json")
+
+
+def test_dataset_json_without_labels_means_no_labels(tmp_path):
+    source = open_source(make_folder(tmp_path / "set", FILES | {"dataset.json": b'{"labels": null}'}))
+    assert source.labels is None
+    assert source.classes is None
+
+
+def test_hidden_files_and_mac_leftovers_are_ignored_and_named(tmp_path):
+    files = FILES | {"__MACOSX/mel/b.png": b"x", ".cache/a.png": b"x"}
+    source = open_source(make_zip(tmp_path / "set.zip", files))
+    assert len(source) == 3
+    assert source.classes == ["mel", "nv"]
+    assert sorted(source.ignored) == [".cache/a.png", "__MACOSX/mel/b.png"]
+
+
+def test_loaders_read_no_more_than_the_limit(tmp_path):
+    files = {"a.png": encode(noise(0, 60, 60, 3))}
+    for kind in ("folder", "ZIP_STORED", "ZIP_DEFLATED"):
+        source = open_as(kind, tmp_path, files)
+        (item,) = source.items(np.array([True]))
+        start = source.load(item, 100)
+        assert files["a.png"].startswith(start)
+        assert 50 < len(start) <= 100  # deflated noise is a little longer than the noise
+        assert source.load(item, 1 << 20) == files["a.png"]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_zip_member_is_a_bad_image(compression, tmp_path):
+    path = make_zip(tmp_path / "set.zip", {"a.png": encode(noise(0, 30, 30, 3)), "b.png": b"1234"}, compression)
+    data = bytearray(path.read_bytes())
+    data[500:520] = bytes(20)
+    path.write_bytes(data)
+    source = open_source(path)
+    first, second = source.items(np.array([True, True]))
+    with pytest.raises(BadImage, match=r"^damaged in the zip$"):
+        source.load(first)
+    assert source.load(second) == b"1234"
+
+
+@pytest.mark.parametrize(("compression", "flags", "reason"), [
+    (zipfile.ZIP_BZIP2, 0, "unknown compression in the zip"), (zipfile.ZIP_STORED, 1, "encrypted in the zip")])
+def test_zip_members_that_cannot_be_unpacked_are_bad_images(compression, flags, reason, tmp_path):
+    path = make_zip(tmp_path / "set.zip", {"a.png": b"1234"}, compression)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= flags
+    path.write_bytes(data)
+    with pytest.raises(BadImage, match=f"^{reason}$"):
+        load_all(open_source(path))
+
+
+def test_files_that_are_none_are_bad_images(tmp_path):
+    folder = make_folder(tmp_path / "set", {"a.png": b"1234"})
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(folder)
+    reasons = {}
+    for name, item in zip(source.names, source.items(np.ones(3, dtype=bool))):
+        try:
+            source.load(item)
+        except BadImage as error:
+            reasons[name] = str(error)
+    assert reasons == {"gone.png": "cannot be opened", "pipe.png": "not a file"}
+
+
+def test_a_zip_with_a_name_twice_raises(tmp_path):
+    with pytest.warns(UserWarning, match=r"Duplicate name"):
+        path = make_zip(tmp_path / "set.zip", [("a.png", b"1"), ("a.png", b"2")])
+    with pytest.raises(UserError, match=r"holds a\.png more than once \(1 such names\)"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"train/a.png": b"1", "Test/b.png": b"2"},
+     "set: the folders Test, train look like parts of a data set, not like classes; give one of them as --source, or "
+     "labels by --labels"),
+    ({"set/x/a.png": b"1", "set/y/b.png": b"2", "set/dataset.json": b"{}"},
+     "set: dataset.json lies in a folder inside (set/dataset.json); expected it at the top: give that folder as "
+     "--source, or zip its content without the folder")])
+def test_doubtful_folders_raise(files, message, tmp_path):
+    source = open_source(make_folder(tmp_path / "set", files))
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        refuse_doubtful_folders(source)
+
+
+EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "
+            "images (-images-idx3-ubyte.gz)")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("gone", None, "--source={path} does not exist; " + EXPECTED),
+    ("empty.zip", b"", "--source={path} is empty (0 bytes); " + EXPECTED),
+    ("notes.txt", b"hello", "--source={path} is of no known kind; " + EXPECTED),
+    ("a.png", encode(noise(0, 4, 4, 3)), "--source={path} is of no known kind; " + EXPECTED),
+    ("cut.zip", b"PK\x03\x04....", "{path} cannot be read as a zip (File is not a zip file): it is cut off or no zip; "
+                                   "make or copy it again"),
+    ("names.zip", {"notes.txt": b"1"}, "{path} holds no images; expected files such as .png or .jpg"),
+    ("folder", "folder", "{path} holds no images; expected files such as .png or .jpg")])
+def test_sources_that_are_none_raise(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, dict):
+        make_zip(path, content)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(path=path))}$"):
+        open_source(path)
+
+
+def test_a_device_is_no_source():
+    with pytest.raises(UserError, match=r"^--source=/dev/null is neither a file nor a folder; expected a folder or a"):
+        open_source("/dev/null")
+
+
+def test_a_split_of_a_folder_raises(tmp_path):
+    folder = make_folder(tmp_path / "set", FILES)
+    with pytest.raises(UserError, match=r"^--split=val: set \(image folder\) has no splits; only MedMNIST and CIFAR-10 "
+                                        r"do: leave the option out$"):
+        open_source(folder, split="val")
+    with pytest.raises(UserError, match=r"^--split=dev; expected one of train, val, test, all$"):
+        open_source(folder, split="dev")
