@@ -1,11 +1,13 @@
 """What every command line program does alike: one line for a user's mistake, clean ends when it is stopped."""
 
+import os
 import signal
 import sys
 
 import click
 
 EXIT_USAGE = 2
+EXIT_BROKEN_PIPE = 1
 EXIT_INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
 EXIT_TERMINATED = 143  # ... and by SIGTERM
 
@@ -24,9 +26,12 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     A wrong option, a UserError, a missing permission or a full disk gives one line on standard error and 2; Ctrl-C and
     SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and keeps its traceback.
     """
+    program = os.path.basename(sys.argv[0])
     previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        result = command.main(arguments, standalone_mode=False)
+        # Not command.main: it prints an empty line of its own when it is interrupted.
+        with command.make_context(program, sys.argv[1:] if arguments is None else list(arguments)) as context:
+            result = command.invoke(context)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -34,13 +39,16 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
         return _fail(_one_line(error.format_message()), EXIT_USAGE)
     except UserError as error:
         return _fail(_one_line(str(error)), EXIT_USAGE)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         return _fail(_describe_os_error(error), EXIT_USAGE)
-    except (KeyboardInterrupt, click.exceptions.Abort) as stop:  # click turns the first into the second
-        if isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated):
-            return _fail("terminated", EXIT_TERMINATED)
+    except Terminated:
+        return _fail("terminated", EXIT_TERMINATED)
+    except (KeyboardInterrupt, click.exceptions.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -109,14 +109,27 @@ class ImageSet:
 
     def _list_members(self) -> list[str]:
         if self.path.is_dir():
-            found = []
-            for folder, _, files in os.walk(self.path):
-                prefix = os.path.relpath(folder, self.path)
-                found += [name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/") for name in files]
-            return found
+            return _files_below(self.path)
         if not self.path.exists():
             raise UserError(f"{self.path} does not exist; expected a data set: a zip or a folder of images")
         return [info.filename for info in self._zip().infolist() if not info.filename.endswith("/")]
+
+
+def _files_below(path: Path) -> list[str]:
+    """Return the files in a folder, linked folders included, as paths with "/"."""
+    found = []
+    for folder, subfolders, files in os.walk(path, followlinks=True, onerror=_refuse_folder):
+        here = os.path.realpath(folder)
+        # A link to a folder above would never come to an end.
+        subfolders[:] = [name for name in subfolders
+                         if not f"{here}/".startswith(f"{os.path.realpath(os.path.join(folder, name))}/")]
+        prefix = os.path.relpath(folder, path)
+        found += [name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/") for name in files]
+    return found
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}); expected folders that can") from error
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from imagesets.pixels.resize import PixelSpec, crop_and_resize, crop_box
 from torch_utils.ops import upfirdn2d as upfirdn2d_module
 from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
 from training import loss as losses
 from training.ada import next_p
 from training.augment import AugmentPipe
 from training.config import AdamConfig, EmaConfig, LossConfig, StepConfig
+from training.dataset import choose_subset
 from training.discriminator import Discriminator
 from training.generator import Generator
 from training.layers import modulated_conv2d
+from training.nvidia_pickle import read_nvidia_pickle
 from training.options import DatasetFacts, TrainOptions
 from training.presets import ConfigError, describe, resolve
 from training.snapshot import load_network
@@ -383,6 +387,34 @@ def schedules(folder: Path) -> Iterator[Measurement]:
     yield Measurement("wavelet/sym6", relative(filters.Hz_geom, arrays["wavelet/sym6_filter"]), 1e-6)
 
 
+def transforms(folder: Path) -> Iterator[Measurement]:
+    """Crops and resizes of an image; the error is the largest difference of two pixels."""
+    arrays = np.load(folder / "framework.npz")
+    image = PIL.Image.fromarray(arrays["transform/src"])
+    for name in (name for name in arrays.files if name.startswith("transform/") and name != "transform/src"):
+        kind, size, resize_filter = name.removeprefix("transform/").split("_")
+        width, height = map(int, size.split("x"))
+        spec = PixelSpec(width=width, height=height, transform=None if kind == "scale" else kind,
+                         resize_filter=resize_filter, channels=3, exact=True)
+        found = np.asarray(crop_and_resize(image, crop_box(image.size, spec), spec)).astype(int)
+        yield Measurement(name, float(np.abs(found - arrays[name].astype(int)).max()), 0)
+
+
+def subsets(folder: Path) -> Iterator[Measurement]:
+    """Which images a subset takes; the error is the number of rows that differ."""
+    arrays = np.load(folder / "framework.npz")
+    for name in (name for name in arrays.files if name.startswith("subset/")):
+        count, size, seed = (int(part.strip("nmaxsed")) for part in name.removeprefix("subset/").split("_"))
+        yield Measurement(name, _different_rows(choose_subset(count, size, seed).tolist(), arrays[name].tolist()), 0)
+
+
+def constructor_arguments(folder: Path) -> Iterator[Measurement]:
+    """What the network file says of its networks; the error is 1 where it differs."""
+    networks = read_nvidia_pickle(folder / NETWORK_FILE)
+    for role, expected in json.loads((folder / "sample_32_c2.init.json").read_text()).items():
+        yield Measurement(role, float(getattr(networks, role).arguments != expected["kwargs"]), 0)
+
+
 def presets(folder: Path) -> Iterator[Measurement]:
     """Every row of the preset table; the error is 1 where a row differs."""
     for index, row in enumerate(json.loads((folder / "preset_table.json").read_text())):
@@ -422,7 +454,8 @@ CHECKS = {
     "state_architectures.json": {"": architectures},
     "state_res32_c2_auto.json": {"": lambda folder: auto_networks(folder, 32)},
     "state_res256_c2_auto.json": {"": lambda folder: auto_networks(folder, 256)},
-    "framework.npz": {"schedules": schedules},
+    "framework.npz": {"schedules": schedules, "transforms": transforms, "subsets": subsets},
+    "sample_32_c2.init.json": {"": constructor_arguments},
     "preset_table.json": {"": presets},
     "auto_config_table.json": {"": auto_presets},
 }

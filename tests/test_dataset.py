@@ -133,6 +133,17 @@ def test_dataset_reads_a_folder_of_plain_images_without_labels(tmp_path):
     assert not dataset.has_labels
 
 
+def test_dataset_follows_linked_folders_and_no_circles(tmp_path):
+    inside, outside = tmp_path / "set", tmp_path / "elsewhere"
+    (inside / "deep").mkdir(parents=True)
+    outside.mkdir()
+    (inside / "a.png").write_bytes(png(pixels_of(0)))
+    (outside / "b.png").write_bytes(png(pixels_of(1)))
+    (inside / "linked").symlink_to(outside)
+    (inside / "deep" / "circle").symlink_to(inside)
+    assert ImageDataset(inside).image_names() == ["a.png", "linked/b.png"]
+
+
 def damage(path, name):
     """Flip a byte in the middle of a member of a stored zip."""
     with zipfile.ZipFile(path) as archive:
