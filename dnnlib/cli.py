@@ -12,6 +12,10 @@ EXIT_INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
 EXIT_TERMINATED = 143  # ... and by SIGTERM
 
 
+# What asks a program to end: a batch system, and a terminal that is closed.
+_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
 class UserError(ValueError):
     """Something the user can put right; the message is one line: what, what it is, what was expected, what to do."""
 
@@ -27,7 +31,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and keeps its traceback.
     """
     program = os.path.basename(sys.argv[0])
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    previous = {number: signal.signal(number, _raise_terminated) for number in _ENDING
+                if signal.getsignal(number) is not signal.SIG_IGN}  # nohup lets SIGHUP be ignored
     try:
         # Not command.main: it prints an empty line of its own when it is interrupted.
         with command.make_context(program, sys.argv[1:] if arguments is None else list(arguments)) as context:
@@ -51,7 +56,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _raise_terminated(signum, frame) -> None:

@@ -6,6 +6,7 @@ label is an integer, a list of floats, or null for an image without one.
 
 import json
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,9 @@ from dnnlib.cli import UserError
 
 METADATA = "dataset.json"
 NO_LABEL = -1
+MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
+MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 def image_suffixes() -> set[str]:
@@ -43,6 +47,7 @@ class ImageSet:
     def __init__(self, path: str | os.PathLike, *, with_metadata: bool = True):
         self.path = Path(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._raw_names: dict[str, str] = {}  # of a zip's members that are listed under another name
         members = self._list_members()
         suffixes = image_suffixes()
         self.names = sorted(name for name in members if _is_image(name, suffixes))
@@ -78,8 +83,8 @@ class ImageSet:
         """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged."""
         try:
             if not self.is_zip:
-                return (self.path / name).read_bytes()
-            return self._zip().read(name)
+                return _read_file(self.path / name)
+            return self._zip().read(self._raw_names.get(name, name))
         except (KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -91,7 +96,7 @@ class ImageSet:
     def checksums(self) -> list[tuple[int, int]]:
         """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read."""
         if self.is_zip:
-            entries = {info.filename: (info.file_size, info.CRC) for info in self._zip().infolist()}
+            entries = {member_path(info.filename): (info.file_size, info.CRC) for info in self._zip().infolist()}
             return [entries[name] for name in self.names]
         contents = (self.read(name) for name in self.names)
         return [(len(data), zlib.crc32(data)) for data in contents]
@@ -112,20 +117,34 @@ class ImageSet:
             return _files_below(self.path)
         if not self.path.exists():
             raise UserError(f"{self.path} does not exist; expected a data set: a zip or a folder of images")
-        return [info.filename for info in self._zip().infolist() if not info.filename.endswith("/")]
+        names = [info.filename for info in self._zip().infolist() if not info.filename.endswith("/")]
+        self._raw_names = {member_path(name): name for name in names if "\\" in name}
+        return [member_path(name) for name in names]
+
+
+def member_path(name: str) -> str:
+    """Return a zip member's name with "/" between folders: some programs of Windows write "\\"."""
+    return name.replace("\\", "/")
 
 
 def _files_below(path: Path) -> list[str]:
     """Return the files in a folder, linked folders included, as paths with "/"."""
-    found = []
+    found, entered = [], {os.path.realpath(path)}
     for folder, subfolders, files in os.walk(path, followlinks=True, onerror=_refuse_folder):
-        here = os.path.realpath(folder)
-        # A link to a folder above would never come to an end.
-        subfolders[:] = [name for name in subfolders
-                         if not f"{here}/".startswith(f"{os.path.realpath(os.path.join(folder, name))}/")]
+        # Each folder once, by whichever name comes first: links in a circle would never come to an end.
+        reached = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(subfolders)}
+        subfolders[:] = [name for name, real in reached.items() if not (real in entered or entered.add(real))]
         prefix = os.path.relpath(folder, path)
         found += [name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/") for name in files]
     return found
+
+
+def _read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises UserError for what is none: opening a pipe would wait for ever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+        raise UserError(f"{path} is no file of an image's size; expected one of at most {MAX_FILE_BYTES >> 20} MiB")
+    return path.read_bytes()
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -180,9 +199,12 @@ def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
 
 def _kind_of(path: Path, name: str, label: Any) -> str:
     if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        if label >= MAX_CLASSES:
+            raise UserError(f"{path}: {METADATA} gives {name} the label {label}; expected less than {MAX_CLASSES}, the "
+                            "number of a class")
         return "integers"
     if isinstance(label, list) and label and all(isinstance(x, (int, float)) and not isinstance(x, bool) and
-                                                 np.isfinite(x) for x in label):
+                                                 abs(x) <= _LARGEST_NUMBER for x in label):
         return f"lists of {len(label)}"
     raise UserError(f"{path}: {METADATA} gives {name} the label {label!r}; expected an integer >= 0, a list of "
                     "numbers, or null")
@@ -193,6 +215,8 @@ def _classes_of(path: Path, labels: np.ndarray | None, classes: Any) -> list[str
         return None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{path}: classes in {METADATA} are {classes!r}; expected a list of names")
+    if len(set(classes)) != len(classes):
+        raise UserError(f"{path}: classes in {METADATA} name one twice; expected {len(classes)} different names")
     if labels is not None:
         needed = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
         if needed > len(classes):

@@ -232,14 +232,15 @@ def test_lookup_takes_paths_and_extensions_on_either_side(table):
 
 def test_lookup_with_folders_in_the_table_tells_equal_names_apart(table):
     found = table("image_id,dx", "set/p1/a.png,nv", "set/p2/a.png,mel")
-    assert list(found.ids) == ["p1/a", "p2/a"]
-    assert [found.class_of(name) for name in ("p1/a.png", "set/p2/a.png", "x/p1/a.jpg", "p3/a.png", "a.png")] == [
-        "nv", "mel", "nv", None, None]
+    assert list(found.ids) == ["set/p1/a", "set/p2/a"]
+    assert [found.class_of(name) for name in ("p1/a.png", "x/set/p2/a.png", "x/p1/a.jpg", "p3/a.png", "a.png")] == [
+        "nv", "mel", None, None, None]
 
 
-def test_lookup_folder_before_all_names_does_not_count(table):
+def test_lookup_folder_before_all_names_may_be_the_source_and_no_other(table):
     found = table("image_id,dx", "images/a.png,nv", "images/b.png,mel")
-    assert [found.class_of(name) for name in ("a.png", "b", "other/b.png")] == ["nv", "mel", "mel"]
+    # In a folder of another name it may be another image: test/b.png beside train/b.png.
+    assert [found.class_of(name) for name in ("a.png", "b", "images/b.png", "other/b.png")] == ["nv", "mel", "mel", None]
 
 
 def test_ids_are_sorted_and_rows_found(table):

@@ -64,6 +64,8 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
     if rows is not None:
         absent = selection.labelling.rows_without_image
         report["images_without_a_row"] = named(np.flatnonzero(rows < 0))
+        found, counts = np.unique(rows[rows >= 0], return_counts=True)
+        report["images_that_share_a_row"] = named(np.flatnonzero(np.isin(rows, found[counts > 1])))
         report["rows_without_an_image"] = {"count": len(absent), "names": list(absent)}
     return report
 
@@ -158,6 +160,9 @@ def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
         yield "  contradiction among byte-identical images: " + ", ".join(f"{n} is {c}" for n, c in entry.items())
     if len(report["contradictions"]) > _SHOWN:
         yield f"  ... {len(report['contradictions']) - _SHOWN} more contradictions; list them by --report=FILE"
+    if report.get("images_that_share_a_row", {}).get("count"):
+        yield ("  images that share a row of the table, as their names are equal: "
+               f"{_count_and_names(report['images_that_share_a_row'])}; are they alike?")
     if report["ignored_files"]["count"]:
         yield f"  other files, not images by name: {_count_and_names(report['ignored_files'])}"
     if report["left_out_splits"]:

@@ -14,10 +14,7 @@ from dnnlib.cli import UserError
 from imagesets.labels.compact import CompactTexts
 from imagesets.labels.delimited import DelimitedFile
 from imagesets.labels.layouts import Layout, layout_of
-from imagesets.reader import NO_LABEL, image_suffixes
-
-# More different labels than this are names, ages or dates: the wrong column.
-MAX_CLASSES = 1000
+from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +30,8 @@ class LabelTable:
 
     An image is looked up by its path or name, with or without its extension. Where the table's ids have no folders,
     neither do those of the images count; else an id fits the end of an image's path, so that p1/a.jpg and p2/a.jpg are
-    told apart. A folder that all ids of the table begin with is left out.
+    told apart. Where all ids begin with a folder, that may be the folder given as the source: an image whose whole path
+    is the rest of an id has that row, too.
     """
 
     kind: str
@@ -44,6 +42,7 @@ class LabelTable:
     _codes: array  # index into class_names, NO_LABEL where the row has no label
     _groups: CompactTexts | None
     _has_folders: bool
+    _common: str  # folder that all ids begin with, "" where there is none
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,12 +55,13 @@ class LabelTable:
         tail = image_key(name)
         if not self._has_folders:
             return self.ids.find_sorted(tail.rpartition("/")[2])
+        whole = tail
         while tail:
             row = self.ids.find_sorted(tail)
             if row is not None:
                 return row
             tail = tail.partition("/")[2]
-        return None
+        return self.ids.find_sorted(f"{self._common}/{whole}") if self._common else None
 
     def class_of(self, name: str) -> str | None:
         """Return the class of an image, None when it has no row or its row no label."""
@@ -106,7 +106,7 @@ def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_c
     groups = _join_groups(file.path, rows)
     order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
     kept = list(_without_duplicates(file.path, rows, groups, order))
-    ids, has_folders = _without_common_folder(CompactTexts(rows.ids[row] for row in kept))
+    ids = CompactTexts(rows.ids[row] for row in kept)
     names = _sorted_names(rows.labels) if layout.class_names is None else list(layout.class_names)
     position = {name: index for index, name in enumerate(names)}
     code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
@@ -114,7 +114,7 @@ def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_c
                       num_duplicates=len(rows.ids) - len(kept),
                       _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
                       _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
-                      _has_folders=has_folders)
+                      _has_folders=any("/" in name for name in ids), _common=_common_folder(ids))
 
 
 class _Rows:
@@ -195,13 +195,10 @@ def _without_duplicates(path: Path, rows: _Rows, groups: Sequence[str] | None, o
                         f"{rows.lines[first]}{more}; expected rows of one image to agree: correct or remove one")
 
 
-def _without_common_folder(ids: CompactTexts) -> tuple[CompactTexts, bool]:
-    """Take off the folders that all ids begin with; also return whether any id still has a folder. ids: ascending."""
+def _common_folder(ids: CompactTexts) -> str:
+    """Return the folders that all ids begin with, "" where there are none. ids: ascending"""
     # What the first and the last of a sorted list begin with, all begin with.
-    common = posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
-    if common:
-        ids = CompactTexts(name[len(common) + 1:] for name in ids)
-    return ids, any("/" in name for name in ids)
+    return posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
 
 
 def _sorted_names(names: Iterable[str]) -> list[str]:

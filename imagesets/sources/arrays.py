@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from imagesets.reader import MAX_CLASSES
 from imagesets.sources.source import Source
 
 _SPLITS = ("train", "val", "test")
@@ -164,10 +165,12 @@ def _tidy_labels(path: Path, labels: np.ndarray) -> np.ndarray:
         if not np.isfinite(labels).all():
             raise UserError(f"{path}: labels are not finite numbers; expected numbers such as 0 and 1")
         return labels.astype(np.float32)
-    numbers = labels[:, 0].astype(np.int64)
-    if (numbers != labels[:, 0]).any() or numbers.min(initial=0) < 0:
+    values = labels[:, 0]
+    if not np.isfinite(values).all() or (values != np.floor(values)).any() or values.min(initial=0) < 0:
         raise UserError(f"{path}: labels are not all integers >= 0; expected class numbers")
-    return numbers
+    if values.max(initial=0) >= MAX_CLASSES:
+        raise UserError(f"{path}: labels go up to {values.max():g}; expected class numbers less than {MAX_CLASSES}")
+    return values.astype(np.int64)
 
 
 def open_mnist(path: Path) -> Source:

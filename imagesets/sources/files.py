@@ -16,10 +16,9 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from imagesets.pixels.decode import BadImage
-from imagesets.reader import METADATA, NO_LABEL, ImageSet
+from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, ImageSet, member_path
 from imagesets.sources.source import Source
 
-MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
 _TABLES = (".csv", ".tsv", ".xlsx")
 _NUMBERED = re.compile(r"\d{5}/img\d{8}\.png")  # as data sets are numbered: such folders are no classes
 _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -123,7 +122,7 @@ class ZipLoader:
 
 def _list_members(path: Path) -> dict[str, tuple[int, ...]]:
     with zipfile.ZipFile(path) as archive:
-        return {info.filename: (info.header_offset, info.compress_size, info.file_size, info.CRC,
+        return {member_path(info.filename): (info.header_offset, info.compress_size, info.file_size, info.CRC,
                                 info.compress_type | info.flag_bits << 16) for info in archive.infolist()}
 
 

@@ -1,6 +1,7 @@
 """Read what --parts, --institutions, --sizes and --skew ask for."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,9 +43,9 @@ class SplitRequest:
     leave_out: bool = False
 
     def __post_init__(self):
-        names = [part.name for part in self.final_parts]
-        for name in names:
-            if names.count(name) > 1:
+        counts = Counter(part.name for part in self.final_parts)
+        for name, count in counts.items():
+            if count > 1:
                 raise UserError(f"--parts names {name}, which --institutions makes, too; choose another name")
 
     @property

@@ -104,5 +104,5 @@ class UnitTable:
     def random_order(self, seed: int, stage: str) -> np.ndarray:
         """Return a permutation of the units that depends on nothing but seed, stage and groups: int64 [U]."""
         # A library's generator may change from version to version, a hash does not: a split is cited for years.
-        hashes = [hashlib.sha256(f"{seed}/{stage}/{key}".encode()).digest() for key in self.keys]
+        hashes = [hashlib.sha256(f"{seed}/{stage}/{key}".encode(errors="surrogatepass")).digest() for key in self.keys]
         return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
