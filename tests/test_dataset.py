@@ -1,9 +1,12 @@
 """training.dataset: what it reads, and what it says when it cannot."""
 
 import json
+import multiprocessing
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -331,6 +334,21 @@ def test_iterate_batches_is_one_order_for_any_number_of_processes_and_workers(tm
     halves = [seen(0, range(2)), seen(0, range(2, 4))]
     assert [a + b for a, b in zip(*halves)] == whole
     assert seen(4, range(4), iterations=2) == whole[1:]
+
+
+def test_workers_ignore_signals_to_all_processes_and_obey_their_parent(tmp_path):
+    dataset = ImageDataset(make_set(tmp_path / "a.zip", 4))
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    batches = iterate_batches(dataset, TrainingOrder(4, seed=0), nimg=0, batch=2, rows=range(2), num_workers=1)
+    next(batches)
+    worker, = (worker for worker in multiprocessing.active_children() if worker.pid not in before)
+    sender = f"import os; [os.kill({worker.pid}, number) for number in (2, 10, 15)]"
+    subprocess.run([sys.executable, "-c", sender], check=True)
+    assert len([next(batches) for _ in range(20)]) == 20
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
 
 
 def test_to_unit_range_maps_pixels_to_minus_one_and_one():

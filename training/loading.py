@@ -1,5 +1,8 @@
 """Feed a process of a run with its share of images, read ahead by worker processes."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -35,12 +38,32 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
     image cannot be read.
     """
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=_Share(order, nimg, batch, rows),
-                                         num_workers=num_workers, pin_memory=pin_memory)
+                                         num_workers=num_workers, pin_memory=pin_memory,
+                                         worker_init_fn=_leave_stopping_to_the_parent)
     try:
         yield from map(tuple, loader)
     except UserError as error:
         # A worker's exception arrives with its traceback in the message; the last line is what was raised.
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("dnnlib.cli.UserError: ")) from None
+
+
+def _leave_stopping_to_the_parent(_: int) -> None:
+    """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
+
+    SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    """Wait for SIGTERM, and end this process when the parent sent it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ class _RunningSum:
         self.total = self.total + values.detach().sum(dim=0)
         self.count += len(values)
 
-    def value(self) -> Tensor:
-        return self.total / self.count
+    def value(self, num_processes: int) -> Tensor:
+        """Return the mean; `total` is the sum over that many processes with equal counts."""
+        return self.total / (self.count * num_processes)
 
 
 class PhaseWork:
@@ -43,13 +44,18 @@ class PhaseWork:
         self.stats: dict[str, list[Tensor]] = defaultdict(list)
         self._w, self._lengths = _RunningSum(), _RunningSum()
 
-    def commit(self) -> None:
+    def running_sums(self) -> list[Tensor]:
+        """Return the sums that `commit` divides, to be replaced in place by those over all processes."""
+        return [running.total for running in (self._w, self._lengths) if running.count]
+
+    def commit(self, num_processes: int = 1) -> None:
         """Move the running means of w and of path lengths."""
         mapping, pl_mean = self.state.G.mapping, self.state.pl_mean
         if self._w.count and mapping.w_avg_beta is not None:
-            mapping.w_avg.copy_(torch.lerp(self._w.value(), mapping.w_avg, mapping.w_avg_beta))
+            mapping.w_avg.copy_(torch.lerp(self._w.value(num_processes), mapping.w_avg, mapping.w_avg_beta))
         if self._lengths.count:
-            pl_mean.copy_(torch.lerp(pl_mean, self._lengths.value().to(pl_mean), self.loss.pl_decay))
+            mean = self._lengths.value(num_processes).to(pl_mean)
+            pl_mean.copy_(torch.lerp(pl_mean, mean, self.loss.pl_decay))
 
     def Gmain(self, part: MicroBatch) -> Iterator[Tensor]:
         logits = self._judge(self._generate(part), part.inputs.c, part, "fake")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from torch_utils.distributed import Processes
 from training.ada import count_signs, mean_sign, next_p
 from training.config import StepConfig
 from training.micro_batches import MicroBatch, cut
@@ -20,17 +21,24 @@ from training.step_inputs import StepInputs, active_phases
 class StepResult:
     """What an iteration has to report."""
 
-    # phase -> statistic (TensorBoard name) -> one value per image, on the training device
+    # phase -> statistic (TensorBoard name) -> one value per image of this process, on the training device
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # phase -> tensors whose loss or gradient was not finite; the phase's step was left out
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
-def train_step(state: TrainingState, batch: StepInputs, config: StepConfig) -> StepResult:
+def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
+               processes: Processes | None = None) -> StepResult:
     """Run one iteration (Gmain, Greg, Dmain, Dreg, then the moving average, then the augmentation) in place.
+
+    batch:      this process's share of the images
+    processes:  those that take the step together, from equal states, and end with equal states; None for one alone
 
     Raises ValueError, before anything changes, when the inputs do not fit the state or the configuration.
     """
+    if processes is not None and len(batch.reals) * processes.count != config.batch:
+        raise ValueError(f"a step got {len(batch.reals)} images on each of {processes.count} processes; expected "
+                         f"{config.batch} in all")
     result = StepResult()
     plan = {}
     for phase in active_phases(state.iteration, config.loss):
@@ -39,7 +47,7 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig) -> S
         plan[phase] = cut(phase, batch, config, num_ws=state.G.num_ws, augments=state.augment_pipe is not None,
                           device=state.device)
     for phase, parts in plan.items():
-        _run_phase(phase, parts, state, config, result)
+        _run_phase(phase, parts, state, config, processes, result)
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
     state.iteration += 1
@@ -48,8 +56,8 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig) -> S
 
 
 def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
-               result: StepResult) -> None:
-    """Accumulate the gradients of all micro-batches, then take the step if all is finite."""
+               processes: Processes | None, result: StepResult) -> None:
+    """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite."""
     network, optimizer = (state.G, state.g_adam) if phase.startswith("G") else (state.D, state.d_adam)
     work = PhaseWork(state, config.loss)
     total = torch.zeros([], device=state.device)
@@ -67,15 +75,30 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
             parameter.grad = torch.zeros_like(parameter)
 
     result.stats[phase] = {name: torch.cat(values) for name, values in work.stats.items()}
+    signs = count_signs(result.stats[phase]["Loss/scores/real"]) if phase.startswith("D") else None
+    if processes is not None:
+        _join_processes(processes, network, total, work, signs)
     odd = _non_finite(total, network)
     if odd:
         result.skipped[phase] = odd
     else:
         optimizer.step()
-        work.commit()
-        if phase.startswith("D"):
-            state.ada_signs += count_signs(result.stats[phase]["Loss/scores/real"])
+        work.commit(1 if processes is None else processes.count)
+        if signs is not None:
+            state.ada_signs += signs
     optimizer.zero_grad(set_to_none=True)
+
+
+def _join_processes(processes: Processes, network: nn.Module, loss: Tensor, work: PhaseWork,
+                    signs: Tensor | None) -> None:
+    """Replace what a phase has gathered by its sums over all processes, so that all of them then do the same.
+
+    Gradients add up over processes as they do over micro-batches. Dividing by the number of processes, as the original
+    does, would be another run: Adam is blind to the scale of gradients except where they come near its eps. A value
+    that is not finite in one process is not finite in the sum, and all leave the step out together.
+    """
+    gradients = [parameter.grad for parameter in network.parameters()]
+    processes.sum([*gradients, loss, *work.running_sums(), *([] if signs is None else [signs])])
 
 
 def _non_finite(loss: Tensor, network: nn.Module) -> list[str]:

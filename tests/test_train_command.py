@@ -1,0 +1,463 @@
+"""The command line of train.py: what each flag does, what --dry-run prints, and the message for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from dnnlib.cli import run
+from tests.make_archives import make_folder, make_zip
+from tests.make_sets import make_set, pixels_of, png
+from training import device
+from training.balance import image_weights
+from training.command import make_command
+from training.options import DatasetFacts, TrainOptions
+from training.presets import describe, resolve
+from training.run_content import content_of
+from training.run_folder import choose_run
+from training.snapshot import Networks, save_network
+from training.state import TrainingState
+
+ROOT = Path(__file__).parent.parent
+BASE = ("--outdir=runs", "--data=set.zip", "--metrics=none")
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """A folder to work in, with a data set of six labelled images of 16x16; bf16 is slow here, and no GPU is seen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(device, "half_speed", lambda *_: 0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    make_set(tmp_path / "set.zip", size=16, labels=[0, 0, 0, 1, 1, 2], classes=["nv", "mel", "bcc"])
+    return tmp_path
+
+
+class Trainer:
+    """Takes the place of the training: keeps what it would get."""
+
+    def __call__(self, config, settings, dataset):
+        self.config, self.settings, self.dataset = config, settings, dataset
+        return 7
+
+
+def start(capsys, *arguments, metrics=()):
+    """Return what the training gets, and standard error."""
+    trainer = Trainer()
+    code = run(make_command(trainer, metrics), [*BASE, *arguments])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (7, ""), captured.err
+    return trainer, captured.err
+
+
+def dry_run(capsys, *arguments):
+    """Return the JSON that is printed, and standard error."""
+    code = run(make_command(None), [*BASE, *arguments, "--dry-run"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out), captured.err
+
+
+def refuse(capsys, *arguments):
+    """Return the one line of a mistake, without "error: "; nothing may be left."""
+    before = sorted(os.listdir())
+    code = run(make_command(None), list(arguments))
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert sorted(os.listdir()) == before
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("error: ").rstrip("\n")
+
+
+def save_tiny_network(path, resolution=16, **options):
+    facts = DatasetFacts(name="set", resolution=resolution, channels=3, num_images=6, c_dim=3)
+    state = TrainingState.create(resolve(TrainOptions(**{"cfg": "tiny", "precision": "fp32", **options}), facts), "cpu")
+    save_network(path, Networks(G=state.G, D=state.D, G_ema=state.G_ema))
+    return path
+
+
+# What each flag does
+
+CONFIG_FLAGS = [
+    ("--cfg=tiny", "generator.channel_base", 1024),
+    ("--cond=1", "dataset.use_labels", True),
+    ("--cond=1", "generator.c_dim", 3),
+    ("--cond=false", "generator.c_dim", 0),
+    ("--subset=4", "dataset.max_size", 4),
+    ("--mirror=true", "dataset.xflip", True),
+    ("--mirror=0", "dataset.xflip", False),
+    ("--gamma=5", "step.loss.r1_gamma", 5.0),
+    ("--kimg=10", "kimg", 10),
+    ("--batch=16", "step.batch", 16),
+    ("--batch-gpu=8", "step.micro_batch", 8),
+    ("--aug=noaug", "augment.strengths", {}),
+    ("--aug=fixed --p=0.3", "augment.p", 0.3),
+    ("--aug=fixed --p=0.3", "augment.ada", None),
+    ("--target=0.7", "augment.ada.target", 0.7),
+    ("--augpipe=blit", "augment.strengths", {"xflip": 1, "rotate90": 1, "xint": 1}),
+    ("--resume=noresume", "resume", None),
+    ("--freezed=2", "discriminator.freeze_layers", 2),
+    ("--fp32=1", "generator.num_fp16_res", 0),
+    ("--fp32=0", "generator.num_fp16_res", 4),
+    ("--fp32=0", "generator.half_dtype", "float16"),
+    ("--precision=fp16", "discriminator.half_dtype", "float16"),
+    ("--precision=bf16", "discriminator.half_dtype", "bfloat16"),
+    ("--precision=fp32", "discriminator.num_fp16_res", 0),
+    ("--precision=auto", "discriminator.num_fp16_res", 0),
+    ("--precision=auto --fp32=0", "discriminator.num_fp16_res", 4),
+    ("--precision=bf16 --nhwc=1", "generator.fp16_channels_last", True),
+    ("--nobench=1", "cudnn_benchmark", False),
+    ("--nobench=0", "cudnn_benchmark", True),
+    ("--allow-tf32=0", "allow_tf32", False),
+    ("--workers=0", "num_workers", 0),
+    ("--seed=5", "seed", 5),
+    ("--snap=10", "network_snapshot_ticks", 10),
+    ("--snap=10", "image_snapshot_ticks", 10),
+    ("--tick=0.5", "kimg_per_tick", 0.5),
+    ("--state-minutes=2.5", "state_minutes", 2.5),
+    ("--gpus=2", "gpus", 2),
+    ("--name=first-try", "run_name", "first-try"),
+]
+
+
+def look_up(config, path):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return dict(config) if path == "augment.strengths" else config
+
+
+@pytest.mark.parametrize(("flags", "path", "value"), CONFIG_FLAGS)
+def test_flag_reaches_the_configuration(flags, path, value, inside, capsys):
+    trainer, _ = start(capsys, *flags.split())
+    assert look_up(trainer.config, path) == value
+
+
+SETTINGS_FLAGS = [
+    ("", "outdir", "runs"), ("", "data", "set.zip"), ("", "device", "cpu"), ("--device=cpu", "device", "cpu"),
+    ("", "balance", "none"), ("--balance=classes", "balance", "classes"), ("--valid=other.zip", "valid", "other.zip"),
+    ("", "max_hours", None), ("--max-hours=1.5", "max_hours", 1.5), ("", "new", False), ("--new", "new", True),
+    ("", "name", None), ("--name=a.b_c-1", "name", "a.b_c-1"),
+]
+
+
+@pytest.mark.parametrize(("flags", "name", "value"), SETTINGS_FLAGS)
+def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
+    make_set("other.zip", 2, size=16, labels=[0, 1])
+    trainer, _ = start(capsys, *flags.split())
+    assert getattr(trainer.settings, name) == value
+
+
+def test_every_flag_has_a_test_of_its_effect(inside):
+    tested = " ".join(flags for flags, *_ in CONFIG_FLAGS + SETTINGS_FLAGS)
+    elsewhere = {"outdir", "data", "metrics", "dry_run"}
+    names = {parameter.name for parameter in make_command(None).params}
+    assert {name for name in names if f"--{name.replace('_', '-')}" not in tested} == elsewhere
+
+
+def test_data_set_is_opened_as_the_flags_say(inside, capsys):
+    trainer, _ = start(capsys, "--subset=4", "--mirror=1", "--cond=1", "--seed=3")
+    dataset = trainer.dataset
+    assert (dataset.num_images, len(dataset), dataset.label_table().shape) == (4, 8, (4, 3))
+    others, _ = start(capsys, "--subset=4", "--seed=4")
+    assert others.dataset.image_names() != dataset.image_names()
+    assert trainer.config.run_name == "set-cond-subset4-mirror-auto1"
+
+
+def test_resume_takes_a_file(inside, capsys):
+    save_tiny_network("network.safetensors")
+    trainer, _ = start(capsys, "--cfg=tiny", "--resume=network.safetensors")
+    config = trainer.config
+    assert (config.resume, config.step.ema.rampup, config.augment.ada.kimg) == ("network.safetensors", None, 100)
+
+
+def test_exit_code_is_that_of_the_training(inside):
+    assert run(make_command(lambda *_: 3), list(BASE)) == 3
+
+
+def test_script_launches_several_processes_or_trains(inside, monkeypatch):
+    config = resolve(TrainOptions(cfg="tiny", gpus=2), DatasetFacts(name="set", resolution=16, channels=3,
+                                                                    num_images=6, c_dim=0))
+    monkeypatch.setattr(train, "launch", lambda count: 10 + count)
+    monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(train=lambda *_: 1))
+    assert train.train(config, None, None) == 12
+    monkeypatch.setenv("RANK", "0")
+    assert train.train(config, None, None) == 1
+
+
+def test_number_of_processes_is_that_of_torchrun(inside, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert start(capsys)[0].config.gpus == 4
+    assert start(capsys, "--gpus=4")[0].config.gpus == 4
+    assert refuse(capsys, *BASE, "--gpus=2") == (
+        "--gpus is 2; expected 4, the processes that were started: leave --gpus out")
+
+
+def test_only_the_first_process_speaks(inside, capsys, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer()
+    assert run(make_command(trainer), ["--outdir=runs", "--data=set.zip"]) == 7
+    assert capsys.readouterr() == ("", "")
+
+
+def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
+    trainer = Trainer()
+    assert run(make_command(trainer), ["--outdir=runs", "--data=set.zip"]) == 7
+    line = "metrics: none, since fid50k_full cannot be computed here (--metrics=none omits this line)"
+    assert capsys.readouterr().err == line + "\n"
+    assert trainer.config.metrics == ()
+    assert trainer.settings.notes == (
+        "device: cpu (no CUDA device is available)",
+        "precision: fp32 (bf16 convolutions are 0.5 times as fast as fp32 on this CPU; 1.5 times would be worth bf16)",
+        line)
+
+
+def test_metrics_at_hand_are_used(inside, capsys):
+    trainer = Trainer()
+    command = make_command(trainer, ("fid50k_full", "kid50k_full"))
+    assert run(command, ["--outdir=runs", "--data=set.zip"]) == 7
+    assert trainer.config.metrics == ("fid50k_full",)
+    assert run(command, ["--outdir=runs", "--data=set.zip", "--metrics=kid50k_full, fid50k_full"]) == 7
+    assert trainer.config.metrics == ("kid50k_full", "fid50k_full")
+    assert capsys.readouterr().err == ""
+
+
+def test_slow_half_precision_warns_in_one_line(inside, capsys):
+    trainer, err = start(capsys, "--precision=bf16")
+    assert err == "convolutions in bf16 take 2 times as long as in fp32 on this CPU (measured); try --precision=fp32\n"
+    assert err.strip() in trainer.settings.notes
+
+
+def test_fast_bf16_is_chosen(inside, capsys, monkeypatch):
+    monkeypatch.setattr(device, "half_speed", lambda *_: 2.0)
+    trainer, err = start(capsys)
+    assert (trainer.config.generator.half_dtype, trainer.config.generator.num_fp16_res, err) == ("bfloat16", 4, "")
+
+
+# --dry-run
+
+def test_dry_run_prints_the_settings_and_writes_nothing(inside, capsys):
+    found, err = dry_run(capsys, "--cfg=tiny", "--cond=1", "--mirror=1", "--kimg=10", "--balance=classes")
+    config = resolve(TrainOptions(cfg="tiny", cond=True, mirror=True, kimg=10, metrics=(), precision="fp32"),
+                     DatasetFacts(name="set", resolution=16, channels=3, num_images=6, c_dim=3))
+    described = json.loads(json.dumps(describe(config)))
+    assert {name: found[name] for name in described} == described
+    assert found["data"] == {"path": "set.zip", "images": 6, "items": 12, "channels": 3, "resolution": 16,
+                             "label_length": 3, "classes": ["nv", "mel", "bcc"], "balance": "classes", "valid": None}
+    assert found["device"] == {"name": "cpu", "reason": "no CUDA device is available"}
+    assert found["precision"]["name"] == "fp32"
+    assert err == ""
+    assert os.listdir() == ["set.zip"]
+
+
+def test_dry_run_counts_parameters_and_memory(inside, capsys):
+    found, _ = dry_run(capsys, "--cfg=tiny")
+    state = TrainingState.create(resolve(TrainOptions(cfg="tiny", precision="fp32"), DatasetFacts(
+        name="set", resolution=16, channels=3, num_images=6, c_dim=3)), "cpu")
+    assert found["parameters"] == {role: sum(p.numel() for p in getattr(state, role).parameters())
+                                   for role in ("G", "D")}
+    memory = found["memory_per_process"]
+    parts = ("weights", "averaged_generator", "adam", "gradients", "activations")
+    assert memory["total"] == sum(memory[part] for part in parts)
+    assert all(memory[part] > 0 for part in parts)
+    assert memory["unit"] == "bytes"
+
+
+def test_dry_run_names_the_files(inside, capsys):
+    for name in ("00003-x", "00012-set-tiny", "notes"):
+        (inside / "runs" / name).mkdir(parents=True)  # no runs, but their numbers are taken
+    found, _ = dry_run(capsys, "--cfg=tiny", "--snap=5", "--tick=0.5")
+    assert (found["run_folder"], found["continues"]) == ("runs/00013-set-tiny", False)
+    assert found["files"]["fakesKKKKKK.png"] == "every 5 ticks (2.5 kimg)"
+    assert {"training_options.json", "stats.jsonl", "reals.png", "training-state.pt",
+            "network-snapshot-KKKKKK.safetensors"} <= set(found["files"])
+    assert sorted(os.listdir("runs")) == ["00003-x", "00012-set-tiny", "notes"]
+
+
+def test_dry_run_tells_which_run_would_be_continued(inside, capsys):
+    trainer, _ = start(capsys, "--cfg=tiny", "--balance=classes")
+    weights = image_weights("classes", trainer.dataset)
+    with choose_run("runs", trainer.config, content_of(trainer.dataset, weights)):
+        pass
+    same, another = ("runs/00000-set-tiny", True), ("runs/00001-set-tiny", False)
+    for flags, expected in (([], same), (["--kimg=3", "--workers=0"], same), (["--new"], another),
+                            (["--balance=none"], another), (["--seed=1"], another)):
+        found, _ = dry_run(capsys, "--cfg=tiny", "--balance=classes", *flags)
+        assert (found["run_folder"], found["continues"]) == expected
+    assert os.listdir("runs") == ["00000-set-tiny"]
+
+
+def test_dry_run_shows_flags_that_are_not_among_the_compared_settings(inside, capsys):
+    flags = ["--max-hours=2", "--new", "--workers=1", "--state-minutes=3", "--nobench=1", "--allow-tf32=0",
+             "--seed=9"]
+    found, _ = dry_run(capsys, "--cfg=tiny", *flags)
+    assert {name: found[name] for name in ("max_hours", "new", "num_workers", "state_minutes", "cudnn_benchmark",
+                                           "allow_tf32", "seed", "cfg", "gpus")} == {
+        "max_hours": 2.0, "new": True, "num_workers": 1, "state_minutes": 3.0, "cudnn_benchmark": False,
+        "allow_tf32": False, "seed": 9, "cfg": "tiny", "gpus": 1}
+
+
+def test_script_prints_one_json_object(tmp_path):
+    data = make_set(tmp_path / "set.zip", size=16)
+    command = [sys.executable, ROOT / "train.py", f"--outdir={tmp_path}/runs", f"--data={data}", "--cfg=tiny", "-n"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["run_name"] == "set-tiny"
+    assert result.stderr.startswith("metrics: none")
+    assert os.listdir(tmp_path) == ["set.zip"]
+
+
+# --help
+
+def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
+    assert run(make_command(None), ["--help"]) == 0
+    text = capsys.readouterr().out
+    groups = ["What and where:", "Data:", "Networks and training:", "Augmentation:",
+              "Starting from a trained network:", "Speed and devices:"]
+    assert [line for line in text.splitlines() if line in groups] == groups
+    for parameter in make_command(None).params:
+        assert f" {parameter.opts[-1]} " in text
+        assert "[default: " in parameter.help or parameter.is_flag or "ust be given" in parameter.help
+    assert max(map(len, text.splitlines())) <= 110
+
+
+# Mistakes
+
+NETWORK = "a network file: a .safetensors of a run, or a .pkl of the original"
+LICENCE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
+           "file: fetch it from NVIDIA under that licence, and give its path, such as --resume={}.pkl")
+METRICS = ("fid50k_full, kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, "
+           "ppl_zend, ppl_wend")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--data=set.zip", "--outdir is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
+    ("--outdir=runs", "--data is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
+    ("--data=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
+    ("--data=cut.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is cut off or no zip; make or "
+                       "copy it again"),
+    ("--data=mixed.zip", "mixed.zip: b.png is 32x32 with 3 channels, the first image 16x16 with 3 channels; expected "
+                         "one size: convert it with dataset_tool.py"),
+    ("--data=mixed", "mixed: b.png is 16x16 with 1 channel, the first image 16x16 with 3 channels; expected one size: "
+                     "convert it with dataset_tool.py"),
+    ("--data=odd.zip", "data set odd has resolution 24; expected a power of two from 8 to 2048: convert it with "
+                       "dataset_tool.py"),
+    ("--data=plain.zip --cond=1", "--cond is true; expected a data set with labels, and plain has none: add labels to "
+                                  "its dataset.json, or leave --cond out"),
+    ("--subset=7", "--subset is 7; expected at most 6, the images of set"),
+    ("--cfg=huge", "Invalid value for '--cfg': 'huge' is not one of 'auto', 'stylegan2', 'paper256', 'paper512', "
+                   "'paper1024', 'cifar', 'tiny'."),
+    ("--gpus=2 --batch=7", "--batch is 7; expected a multiple of gpus (2): try 8"),
+    ("--gpus=3", "--gpus is 3; expected a power of two, because --cfg=auto sets the batch: try 2, or --batch=60"),
+    ("--batch=30 --batch-gpu=8", "--batch is 30; expected a multiple of gpus * batch_gpu (1 * 8): try 32"),
+    ("--batch=6", "--batch is 6, which gives each of 1 gpus 6; expected at most 4 images in a pass, or a multiple of "
+                  "4: try 8"),
+    ("--batch-gpu=6", "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
+    ("--metrics=fid", f"--metrics names 'fid'; expected none, or some of {METRICS}"),
+    ("--metrics=", f"--metrics names ''; expected none, or some of {METRICS}"),
+    ("--metrics=fid50k_full", "--metrics names fid50k_full, which cannot be computed yet; expected none: leave it "
+                              "out"),
+    ("--device=tpu", "--device is tpu; expected auto, cpu, cuda, or one GPU as cuda:1"),
+    ("--device=cuda", "--device is cuda, but this PyTorch is built without CUDA; expected a working GPU and driver, or "
+                      "--device=cpu"),
+    ("--augpipe=bgx", "Invalid value for '--augpipe': 'bgx' is not one of 'blit', 'geom', 'color', 'filter', 'noise', "
+                      "'cutout', 'bg', 'bgc', 'bgcf', 'bgcfn', 'bgcfnc'."),
+    ("--p=0.2", "--p is 0.2 with --aug=ada; expected --aug=fixed: add it, or leave --p out"),
+    ("--aug=fixed --p=1.5", "--p is 1.5; expected a number from 0 to 1"),
+    ("--aug=fixed --p=-0.1", "--p is -0.1; expected a number from 0 to 1"),
+    ("--aug=fixed", "--aug is fixed without --p; expected a probability: add --p=0.2, for example"),
+    ("--aug=noaug --target=0.5", "--target is 0.5 with --aug=noaug; expected --aug=ada: change it, or leave --target "
+                                 "out"),
+    ("--precision=bf16 --fp32=1", "--precision is bf16 with --fp32=true; expected the two to agree: leave --fp32 out"),
+    ("--nhwc=1", "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: leave --nhwc out"),
+    ("--kimg=0", "--kimg is 0; expected a number >= 1"),
+    ("--tick=0", "--tick is 0.0; expected a number > 0"),
+    ("--max-hours=-1", "--max-hours is -1.0; expected a number > 0"),
+    ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', a letter or digit first"),
+    ("--balance=gone.csv", "--balance=gone.csv cannot be read ([Errno 2] No such file or directory: 'gone.csv'); "
+                           "expected none, classes, or a CSV file"),
+    ("--data=plain.zip --balance=classes", "--balance=classes: plain.zip has no classes; expected integer labels"),
+    ("--valid=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
+    ("--valid=./set.zip", "--valid=set.zip is the data set of --data itself; expected images that are not learned "
+                          "from"),
+    ("--valid=odd.zip", "--valid=odd.zip is 24x24 with 3 channels; expected 16x16 with 3 channels, as --data"),
+    ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with the "
+                                 "same --classes"),
+    ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is no folder; expected a folder, new or not"),
+    ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is no folder; expected a folder, new or "
+                              "not"),
+    ("--resume=ffhq256", "--resume is ffhq256, a network for faces of FFHQ at 256x256 " + LICENCE.format("ffhq256")),
+    ("--resume=lsundog256", "--resume is lsundog256, a network for dogs of LSUN at 256x256 "
+                            + LICENCE.format("lsundog256")),
+    ("--resume=https://host/net.pkl", "--resume is https://host/net.pkl; expected a file: download it first, and give "
+                                      "its path"),
+    ("--resume=gone.pkl", f"--resume is gone.pkl, which does not exist; expected {NETWORK}"),
+    ("--resume=mixed", f"--resume is mixed, a folder; expected {NETWORK}"),
+    ("set.zip", "Got unexpected extra argument (set.zip)")])
+def test_mistake_gives_one_line_and_leaves_nothing(arguments, message, inside, capsys):
+    make_set("plain.zip", size=16)
+    make_set("odd.zip", size=24, labels=[0, 1, 2] * 2)
+    make_set("two.zip", size=16, labels=[0, 1] * 3)
+    Path("cut.zip").write_bytes(Path("set.zip").read_bytes()[:-200])
+    first = png(pixels_of(0, 16))
+    make_zip(Path("mixed.zip"), {"a.png": first, "b.png": png(pixels_of(1, 32))})
+    make_folder(Path("mixed"), {"a.png": first, "b.png": png(pixels_of(1, 16, channels=1))})
+    given = arguments.split()
+    names = {argument.split("=")[0] for argument in given}
+    defaults = [] if "is missing" in message else [flag for flag in BASE if flag.split("=")[0] not in names]
+    assert refuse(capsys, *defaults, *given) == message.format(here=inside)
+
+
+
+@pytest.mark.parametrize(("argument", "message"), [  # the rest of these lines is click's, and varies
+    ("--cond=maybe", "Invalid value for '--cond': 'maybe' is not a valid boolean"),
+    ("--kimg=long", "Invalid value for '--kimg': 'long' is not a valid integer"),
+    ("--outdirs=runs", "No such option"),
+    ("--mirror", "Option '--mirror' requires an argument")])
+def test_mistyped_flag_gives_one_line(argument, message, inside, capsys):
+    assert refuse(capsys, *BASE, argument).startswith(message)
+
+
+def test_resume_of_another_shape_names_the_layer(inside, capsys):
+    save_tiny_network("network.safetensors", 32)
+    found = refuse(capsys, *BASE, "--cfg=auto", "--resume=network.safetensors")
+    assert found.startswith("--resume=network.safetensors: G.synthesis.b4.const is [64, 4, 4] in the file and "
+                            "[512, 4, 4] in this run; expected networks of one resolution")
+
+
+def test_resume_of_a_cut_file_is_refused(inside, capsys):
+    data = save_tiny_network(inside / "network.safetensors").read_bytes()
+    (inside / "network.safetensors").write_bytes(data[:-1000])
+    assert refuse(capsys, *BASE, "--cfg=tiny", "--resume=network.safetensors").startswith(
+        "--resume=network.safetensors: network.safetensors ")
+
+
+def test_outdir_that_the_system_does_not_let_write_is_refused(inside, capsys, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inside and access(path, mode))
+    assert refuse(capsys, *BASE) == (
+        f"--outdir is runs, but {inside} cannot be written to; expected a folder that can")
+
+
+def test_damaged_header_of_an_image_is_named(inside, capsys):
+    make_zip(Path("bad.zip"), {"a.png": png(pixels_of(0, 16)), "b.png": b"no image at all"})
+    assert refuse(capsys, "--outdir=runs", "--data=bad.zip").startswith("bad.zip: b.png cannot be decoded (")
+
+
+def test_subset_is_checked_alone(inside, capsys):
+    """An odd image that is not drawn does no harm."""
+    pixels = {f"{index}.png": png(pixels_of(index, 16)) for index in range(8)}
+    make_zip(Path("bad.zip"), {**pixels, "9.png": png(pixels_of(9, 32))})
+    trainer, _ = start(capsys, "--data=bad.zip", "--subset=1", "--seed=0")
+    assert trainer.dataset.image_names() != ["9.png"]
+    assert refuse(capsys, *BASE, "--data=bad.zip").startswith("bad.zip: 9.png is 32x32")

@@ -1,0 +1,148 @@
+"""The command line of train.py: from flags to a checked run, which is described or started."""
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import click
+
+from dnnlib.cli import UserError
+from torch_utils.distributed import Place
+from training.balance import image_weights
+from training.config import ConfigError, TrainConfig
+from training.dataset import ImageDataset
+from training.device import Choice, choose_device, choose_precision
+from training.dry_run import describe_run
+from training.flags import FLAGS, GroupedCommand
+from training.input_checks import (
+    check_images,
+    check_outdir,
+    check_resume_name,
+    check_resume_weights,
+    check_valid,
+)
+from training.metric_names import choose_metrics
+from training.options import TrainOptions
+from training.presets import resolve
+from training.run_settings import RunSettings
+
+HELP = """Train a StyleGAN2 generator with adaptive discriminator augmentation (ADA).
+
+\b
+python train.py --outdir=runs --data=isic256.zip --cond=1 --mirror=1
+python train.py --outdir=runs --data=phantom.zip --cfg=tiny --kimg=10
+python train.py --outdir=runs --data=isic256.zip --cond=1 --dry-run
+
+The same command again continues its run where it was stopped. BOOL is 1 or 0, true or false, yes or no.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that can start: all that is known to go wrong with its inputs was checked."""
+
+    config: TrainConfig
+    settings: RunSettings
+    dataset: ImageDataset
+    device: Choice
+    precision: Choice
+
+
+def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
+                 available_metrics: Collection[str] = ()) -> click.Command:
+    """Return the command of train.py.
+
+    train:              runs the training, and returns the exit code
+    available_metrics:  names of the metrics that can be computed
+    """
+    def callback(dry_run: bool, **flags: Any) -> int:
+        plan = prepare(flags, available_metrics)
+        if dry_run:
+            click.echo(json.dumps(describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
+                                               precision=plan.precision), indent=1, allow_nan=False))
+            return 0
+        return train(plan.config, plan.settings, plan.dataset)
+
+    return GroupedCommand(None, callback=callback, params=list(FLAGS), help=HELP,
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+
+def prepare(flags: dict[str, Any], available_metrics: Collection[str] = ()) -> Plan:
+    """Check everything that can be checked before a run starts; warnings go to standard error.
+
+    flags:  values by the names of `training.flags.FLAGS`, None where not given
+    Raises UserError, one line, where the run could not work; nothing was written then.
+    """
+    place = Place.from_environment()
+    options, settings, metrics_note = _parse(flags, available_metrics, place)
+    check_outdir(settings.outdir)
+    check_resume_name(options.resume)
+    processes, is_main = options.gpus or 1, place.rank == 0
+    device = choose_device(settings.device, processes if place.count == 1 else place.local_count)
+
+    facts = ImageDataset(settings.data).facts()
+    config = resolve(options, facts)  # so that mistakes are found before the measurement
+    precision = choose_precision(_asked_precision(options), device.name, processes)
+    config = resolve(replace(options, precision=precision.name), facts)
+    if settings.name is not None:
+        config = replace(config, run_name=settings.name)
+    dataset = _open_data(config, settings, thorough=is_main)
+    if is_main:
+        check_resume_weights(config)
+
+    warnings = [line for line in (metrics_note, precision.warning) if line is not None]
+    notes = (f"device: {device.name} ({device.reason})", f"precision: {precision.name} ({precision.reason})", *warnings)
+    for line in warnings if is_main else ():
+        click.echo(line, err=True)
+    settings = replace(settings, device=device.name, notes=notes)
+    return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision)
+
+
+def _parse(flags: dict[str, Any], available_metrics: Collection[str],
+           place: Place) -> tuple[TrainOptions, RunSettings, str | None]:
+    """Sort flags into options and settings; return also a note on metrics."""
+    for name in ("outdir", "data"):
+        if not flags.get(name):
+            raise UserError(f"--{name} is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help")
+    metrics, note = choose_metrics(flags["metrics"], available_metrics)
+    changed = {"metrics": metrics, "gpus": _number_of_processes(flags["gpus"], place),
+               "precision": None if flags["precision"] == "auto" else flags["precision"]}
+    options = TrainOptions(**{name: changed.get(name, flags[name]) for name in _names(TrainOptions)})
+    settings = RunSettings(**{name: flags[name] for name in _names(RunSettings) if name in flags})
+    return options, settings, note
+
+
+def _names(config: type) -> list[str]:
+    return [field.name for field in fields(config)]
+
+
+def _number_of_processes(gpus: int | None, place: Place) -> int | None:
+    """Return --gpus, or the number of processes that torchrun started."""
+    if place.count == 1:
+        return gpus
+    if gpus not in (None, place.count):
+        raise ConfigError(f"--gpus is {gpus}; expected {place.count}, the processes that were started: leave "
+                          "--gpus out")
+    return place.count
+
+
+def _asked_precision(options: TrainOptions) -> str:
+    if options.precision is not None:
+        return options.precision
+    if options.fp32 is not None:
+        return "fp32" if options.fp32 else "fp16"
+    return "auto"
+
+
+def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) -> ImageDataset:
+    """Open what is trained on; with `thorough` look at all images, at --balance and at --valid."""
+    choice = config.dataset
+    dataset = ImageDataset(settings.data, use_labels=choice.use_labels, xflip=choice.xflip, max_size=choice.max_size,
+                           seed=config.seed)
+    if thorough:
+        check_images(dataset)
+        image_weights(settings.balance, dataset)
+        if settings.valid is not None:
+            check_valid(ImageDataset(settings.valid, use_labels=choice.use_labels), dataset)
+    return dataset

@@ -1,0 +1,88 @@
+"""What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types."""
+
+from typing import Any
+
+from training.balance import image_weights
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.device import Choice
+from training.estimate import count_parameters, estimate_memory, meta_state, state_bytes
+from training.presets import describe
+from training.run_content import content_of
+from training.run_folder import plan_run
+from training.run_settings import RunSettings
+
+
+def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,
+                 precision: Choice) -> dict[str, Any]:
+    """Return the settings under the names of `presets.describe`, and beside them what is known before the start."""
+    state = meta_state(config)
+    content = content_of(dataset, image_weights(settings.balance, dataset))
+    run = plan_run(settings.outdir, config, content, new=settings.new)
+    return {
+        **describe(config),
+        "cfg": config.cfg,
+        "gpus": config.gpus,
+        "seed": config.seed,
+        "micro_batch": config.step.micro_batch,
+        "state_minutes": config.state_minutes,
+        "num_workers": config.num_workers,
+        "allow_tf32": config.allow_tf32,
+        "cudnn_benchmark": config.cudnn_benchmark,
+        "fp16_channels_last": config.generator.fp16_channels_last,
+        "resume": config.resume,
+        "max_hours": settings.max_hours,
+        "new": settings.new,
+        "data": _describe_data(settings, dataset),
+        "device": {"name": device.name, "reason": device.reason},
+        "precision": {"name": precision.name, "reason": precision.reason},
+        "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
+        "memory_per_process": estimate_memory(config, state).to_dict(),
+        "run_folder": str(run.path),
+        "continues": run.continues,
+        "files": _describe_files(config, state_bytes(state)),
+        "notes": [*settings.notes, *run.notes],
+    }
+
+
+def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, Any]:
+    return {
+        "path": settings.data,
+        "images": dataset.num_images,
+        "items": len(dataset),  # mirrored ones included
+        "channels": dataset.num_channels,
+        "resolution": dataset.resolution,
+        "label_length": dataset.label_dim if dataset.use_labels else 0,
+        "classes": dataset.classes if dataset.use_labels else None,
+        "balance": settings.balance,
+        "valid": settings.valid,
+    }
+
+
+def _describe_files(config: TrainConfig, sizes: dict[str, int]) -> dict[str, str]:
+    """Return when each file of the run's folder is written; KKKKKK stands for thousands of images."""
+    snapshot = f"every {config.network_snapshot_ticks} ticks ({_kimg(config, config.network_snapshot_ticks)} kimg)"
+    images = f"every {config.image_snapshot_ticks} ticks ({_kimg(config, config.image_snapshot_ticks)} kimg)"
+    state = f"with each network, and every {config.state_minutes:g} minutes; {_megabytes(sizes['training-state'])}"
+    tick = f"a line every {config.kimg_per_tick:g} kimg"
+    return {
+        "training_options.json": "at the start",
+        "log.txt": tick,
+        "stats.jsonl": tick,
+        "events.*": "for TensorBoard",
+        "reals.png": "at the start",
+        "fakes_init.png": "at the start",
+        "fakesKKKKKK.png": images,
+        "network-snapshot-KKKKKK.safetensors": f"{snapshot}; {_megabytes(sizes['network-snapshot'])} each",
+        "training-state.pt": state,
+        "training-state.prev.pt": "the state before",
+        **{f"metric-{name}.jsonl": "a line with each network" for name in config.metrics},
+    }
+
+
+def _kimg(config: TrainConfig, ticks: int) -> str:
+    return f"{ticks * config.kimg_per_tick:g}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,112 @@
+"""The options of train.py: names, types, help texts, and the groups they are shown in."""
+
+from collections.abc import Iterable
+
+import click
+
+from training.device import PRECISION_NAMES
+from training.options import AUGMENT_MODES
+from training.presets import AUGPIPES, CFG_NAMES
+
+RUN, DATA, MODEL, AUGMENT, START, SPEED = (
+    "What and where", "Data", "Networks and training", "Augmentation", "Starting from a trained network",
+    "Speed and devices")
+
+
+class Flag(click.Option):
+    """An option that knows the group it is shown in."""
+
+    def __init__(self, declarations: Iterable[str], *, group: str, **attributes):
+        super().__init__(list(declarations), **attributes)
+        self.group = group
+
+
+def _flag(names: str, kind: object, group: str, text: str, standard: str | None = None, metavar: str | None = None,
+          **attributes) -> Flag:
+    """Declare an option; `standard` says what holds where it is not given, in words since much comes from --cfg."""
+    if isinstance(kind, click.Choice):
+        metavar = "NAME"
+        text = f"{text} One of: {', '.join(kind.choices)}."
+    shown = text if standard is None else f"{text} [default: {standard}]"
+    return Flag(names.split(), group=group, type=kind, help=shown, metavar=metavar, **attributes)
+
+
+FLAGS = [
+    _flag("--outdir", str, RUN, "Folder for the folders of runs; each run gets a numbered one. The same command again "
+          "continues its newest unfinished run. Must be given.", metavar="DIR"),
+    _flag("--new", bool, RUN, "Start a new run, even where an unfinished one could be continued.",
+          is_flag=True, default=False),
+    _flag("--name", str, RUN, "Name of the run's folder after its number.", "made from data and flags", "TEXT"),
+    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images.", "25000; 100000 with --cfg=cifar",
+          "INT"),
+    _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "4", "KIMG"),
+    _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "50", "TICKS"),
+    _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.", "10",
+          "MINUTES"),
+    _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later.",
+          "no limit", "HOURS"),
+    _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none.",
+          "fid50k_full where its detector is at hand, else none", "LIST"),
+    _flag("--seed", int, RUN, "Number that all random choices follow from.", "0", "INT"),
+    _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
+          is_flag=True, default=False),
+
+    _flag("--data", str, DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
+          metavar="PATH"),
+    _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image.", "false", "BOOL"),
+    _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "all", "INT"),
+    _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "false", "BOOL"),
+    _flag("--balance", str, DATA, "How often images are seen: none (each equally often), classes (each class equally "
+          "often), or a CSV file with the columns class,weight or file,weight.", "none", "none|classes|FILE",
+          default="none"),
+    _flag("--valid", str, DATA, "Data set that is never learned from: the discriminator's scores on it are reported "
+          "beside those on --data, which shows overfitting.", "none", "PATH"),
+
+    _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset that sizes and settings come from: auto fits resolution and "
+          "number of processes; tiny is for CPUs and first tries; the others are those of the papers.", "auto"),
+    _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "from --cfg",
+          "FLOAT"),
+    _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "from --cfg", "INT"),
+    _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory.",
+          "its share of the batch, or from --cfg", "INT"),
+
+    _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "What sets the probability of augmentations. ada: it follows "
+          "the overfitting; fixed: it is --p; noaug: there are none.", "ada"),
+    _flag("--p", float, AUGMENT, "Probability of each augmentation with --aug=fixed, from 0 to 1; must be given there.",
+          metavar="FLOAT"),
+    _flag("--target", float, AUGMENT, "Overfitting that --aug=ada allows: mean sign of the discriminator on reals.",
+          "0.6", "FLOAT"),
+    _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: b(lit), g(eom), c(olor), f(ilter), "
+          "n(oise), c(utout).", "bgc"),
+
+    _flag("--resume", str, START, "Network file whose weights training starts from: a .safetensors of a run, or a .pkl "
+          "of the original. To continue a stopped run, repeat its command instead.", "noresume: random weights",
+          "FILE|noresume"),
+    _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn.",
+          "0", "INT"),
+
+    _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", "auto",
+          "NAME", default="auto"),
+    _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "1", "INT"),
+    _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
+          "on a GPU; on a CPU fp32, or bf16 where a quick measurement finds it much faster.", "auto"),
+    _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "not given", "BOOL"),
+    _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "false", "BOOL"),
+    _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "true", "BOOL"),
+    _flag("--nobench", bool, SPEED, "Do not let cuDNN try which of its convolutions is fastest.", "false", "BOOL"),
+    _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "3", "INT"),
+]
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(context):
+            record = option.get_help_record(context)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", "Other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

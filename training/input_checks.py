@@ -1,0 +1,95 @@
+"""Find out before a run starts whether its folder, images and starting network can be used; nothing is written."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import PIL.Image
+
+from dnnlib.cli import UserError
+from training.config import TrainConfig
+from training.dataset import ImageDataset, describe_shape
+from training.estimate import meta_state
+from training.preset_table import TRANSFER_NAMES
+from training.transfer import transfer_weights
+
+_CHANNELS = {"L": 1, "RGB": 3}
+_PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog": "dogs of LSUN"}
+
+
+def check_outdir(outdir: str) -> None:
+    """Raise UserError unless folders can be made in `outdir`, which need not exist yet."""
+    place = Path(outdir).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--outdir is {outdir}, but {place} is no folder; expected a folder, new or not")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--outdir is {outdir}, but {place} cannot be written to; expected a folder that can")
+
+
+def check_images(dataset: ImageDataset) -> None:
+    """Raise UserError, naming the first, unless all images are of one size and kind, by what their headers say."""
+    channels, height, width = dataset.image_shape
+    for index, header in enumerate(_headers(dataset)):
+        if header != (width, height, channels):
+            dataset[index]  # says what is wrong with it
+
+
+def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
+    """Raise UserError unless a discriminator for `dataset` can judge the images of --valid, others than its own."""
+    flag = f"--valid={valid.path}"
+    if valid.path.resolve() == dataset.path.resolve():
+        raise UserError(f"{flag} is the data set of --data itself; expected images that are not learned from")
+    if valid.image_shape != dataset.image_shape:
+        raise UserError(f"{flag} is {describe_shape(valid.image_shape)}; expected "
+                        f"{describe_shape(dataset.image_shape)}, as --data")
+    if dataset.use_labels and valid.label_dim != dataset.label_dim:
+        raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as --data: "
+                        "convert both with the same --classes")
+    check_images(valid)
+
+
+def check_resume_name(resume: str | None) -> None:
+    """Raise UserError where --resume cannot be a readable file, saying what a published network's name stands for."""
+    if resume in (None, "noresume"):
+        return
+    if resume in TRANSFER_NAMES:
+        kind = resume.rstrip("0123456789")
+        size = resume.removeprefix(kind)
+        raise UserError(
+            f"--resume is {resume}, a network for {_PICTURES[kind]} at {size}x{size} that NVIDIA published under the "
+            "NVIDIA Source Code License-NC (for non-commercial use only); expected a file: fetch it from NVIDIA under "
+            f"that licence, and give its path, such as --resume={resume}.pkl")
+    if "://" in resume:
+        raise UserError(f"--resume is {resume}; expected a file: download it first, and give its path")
+    what = "a network file: a .safetensors of a run, or a .pkl of the original"
+    if os.path.isdir(resume):
+        raise UserError(f"--resume is {resume}, a folder; expected {what}")
+    if not os.path.exists(resume):
+        raise UserError(f"--resume is {resume}, which does not exist; expected {what}")
+
+
+def check_resume_weights(config: TrainConfig) -> None:
+    """Raise UserError unless the file of --resume can be read, and its tensors have the shapes of this run's."""
+    if config.resume is not None:
+        transfer_weights(meta_state(config), config.resume)
+
+
+def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
+    """Yield width, height and channels of each image, None where they cannot be told; pixels are not decoded."""
+    with ExitStack() as stack:
+        if dataset.path.is_file():
+            opened = stack.enter_context(zipfile.ZipFile(dataset.path)).open
+        else:
+            def opened(name: str):
+                return open(dataset.path / name, "rb")
+        for name in dataset.image_names():
+            try:
+                with opened(name) as file, PIL.Image.open(file) as image:
+                    yield *image.size, _CHANNELS.get(image.mode, 0)
+            except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
+                    PIL.Image.DecompressionBombError):
+                yield None

@@ -1,0 +1,228 @@
+"""The training loop: data, steps, ticks, files; from wherever the run was left."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.cli import UserError
+from imagesets.workers import usable_cores
+from torch_utils.checkpoint import CheckpointPair
+from torch_utils.distributed import Processes, any_process, broadcast_object, join
+from torch_utils.stats import Collector
+from training.balance import image_weights
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.loading import iterate_batches, to_unit_range
+from training.run_content import content_of
+from training.run_folder import RunFolder, choose_run
+from training.run_output import Evaluate, RunOutput
+from training.run_settings import RunSettings
+from training.sampling import LabelLaw, TrainingOrder
+from training.state import TrainingState
+from training.step import StepResult, train_step
+from training.step_inputs import StepInputs, draw_phases
+from training.stopping import StopRequest
+from training.tick import SKIPPED_PREFIX
+from training.transfer import transfer_weights
+from training.trouble import SkippedSteps, describe_out_of_memory, describe_tensors
+from training.validation import Validation
+
+EXIT_DONE = 0
+EXIT_DIVERGED = 3  # steps kept failing; the last state is that of before
+EXIT_STOPPED = 75  # stopped before its end, with a state: the same command continues
+
+LOOP_VERSION = 1
+
+
+def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, evaluate: Evaluate | None = None) -> int:
+    """Train or continue a run; return its exit code.
+
+    evaluate:  computes metrics of the averaged generator at snapshots; a failure of it is reported, and no more
+
+    Raises UserError when the run cannot be chosen, continued, or held in memory.
+    """
+    weights = image_weights(settings.balance, dataset)
+    with join(settings.device) as processes, StopRequest(settings.max_hours) as stop:
+        _set_backends(config)
+        run = _open_run(config, settings, dataset, weights, processes)
+        try:
+            loop = _Loop(config, settings, dataset, weights, processes, run, stop, evaluate)
+            return loop.train()
+        finally:
+            if processes.rank == 0:
+                run.release()
+
+
+def _open_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, weights: np.ndarray | None,
+              processes: Processes) -> RunFolder:
+    """Let the main process choose the run's folder; the others get its name."""
+    run = None
+    if processes.rank == 0:
+        run = choose_run(settings.outdir, config, content_of(dataset, weights), new=settings.new)
+    path = broadcast_object(None if run is None else str(run.path))
+    return run if run is not None else RunFolder(path)
+
+
+def _set_backends(config: TrainConfig) -> None:
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+
+class _Loop:
+    """One process's part in a run."""
+
+    def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset,
+                 weights: np.ndarray | None, processes: Processes, run: RunFolder, stop: StopRequest,
+                 evaluate: Evaluate | None):
+        self.config, self.dataset, self.processes, self.run, self.stop = config, dataset, processes, run, stop
+        self.order = TrainingOrder(len(dataset), seed=config.seed, weights=weights)
+        self.labels = LabelLaw(dataset.label_table(), None if weights is None else weights[:dataset.num_images])
+        self.state = TrainingState.create(config, processes.device)
+        several = {"reduce": self._summed, "rank": processes.rank, "num_processes": processes.count}
+        self.collector = Collector(processes.device, **(several if processes.count > 1 else {}))
+        self.valid = None
+        if settings.valid is not None:
+            held_out = ImageDataset(settings.valid, use_labels=config.dataset.use_labels)
+            self.valid = Validation(held_out, batch=config.step.micro_batch, seed=config.seed)
+        self.skipped = SkippedSteps()
+        self.checkpoints = CheckpointPair(run.path)
+        self.tick = 0  # the next one to end
+        self.tick_start_nimg = 0
+        self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate)
+
+    def train(self) -> int:
+        """Train to the end, or until the run is to stop."""
+        self._begin()
+        if self._is_done():
+            return self._finish()
+        rows = self.processes.share(self.config.batch)
+        for pixels, labels in iterate_batches(self.dataset, self.order, nimg=self.state.nimg, batch=self.config.batch,
+                                              rows=rows, num_workers=self._num_workers(),
+                                              pin_memory=self.processes.device.type == "cuda"):
+            trouble = self._step(pixels, labels)
+            if trouble is not None:
+                self.output.say(f"stopped: {trouble}; the last state is that of before")
+                return EXIT_DIVERGED
+            if self._tick_is_over():
+                self._end_tick()
+            if self._is_done():
+                return self._finish()
+            if any_process(self.stop.wanted()):
+                self._save_state()
+                reason = self.stop.reason or "another process was asked to"
+                self.output.say(f"stopped after {self.state.nimg} images ({reason}); the same command continues")
+                return EXIT_STOPPED
+            if any_process(self.output.state_is_due()):
+                self._save_state()
+        raise AssertionError("the order of images has no end")
+
+    def _num_workers(self) -> int:
+        """Return how many processes read images: what was asked for, as far as there are cores besides this one's."""
+        return min(self.config.num_workers, max(usable_cores() // self.processes.count - 1, 1))
+
+    def _begin(self) -> None:
+        """Take up the newest state, or start."""
+        found = self.checkpoints.load()
+        if found is None:
+            lines = []
+            if self.config.resume is not None:
+                lines = transfer_weights(self.state, self.config.resume).lines()
+            self.output.start(lines)
+            return
+        saved, message = found
+        self._load(saved)
+        self.output.resume(self.tick, saved["seconds"], message)
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        if saved.get("loop_version") != LOOP_VERSION:
+            raise UserError(f"{self.checkpoints.newest} has version {saved.get('loop_version')!r}; expected "
+                            f"{LOOP_VERSION}: continue with the program that wrote it, or start anew with --new")
+        try:
+            self.state.load_state_dict(saved["training"])
+            self.collector.load_state_dict(saved["collected"])
+        except ValueError as error:
+            raise UserError(f"{self.checkpoints.newest}: {error}") from error
+        self.skipped.load_state_dict(saved["skipped"])
+        self.tick, self.tick_start_nimg = saved["reported_ticks"], saved["tick_start_nimg"]
+
+    def _step(self, pixels: torch.Tensor, labels: torch.Tensor) -> str | None:
+        """Run one iteration; return a message when the run had better stop."""
+        device, state, config = self.processes.device, self.state, self.config
+        microbatches = self.processes.share(config.batch // config.step.micro_batch)
+        reals = to_unit_range(pixels.to(device, non_blocking=True))
+        phases = draw_phases(config.step, seed=config.seed, nimg=state.nimg, iteration=state.iteration,
+                             microbatches=microbatches, z_dim=state.G.z_dim, num_ws=state.G.num_ws,
+                             label_law=self.labels, image_shape=reals.shape[1:], device=device)
+        inputs = StepInputs(reals=reals, labels=labels.to(device, non_blocking=True), phases=phases)
+        try:
+            result = train_step(state, inputs, config.step, self.processes)
+        except torch.OutOfMemoryError as error:
+            raise UserError(describe_out_of_memory(config)) from error
+        self._collect(result)
+        return self.skipped.add(result)
+
+    def _collect(self, result: StepResult) -> None:
+        for phase, named in result.stats.items():
+            failed = phase in result.skipped
+            counted = [float(failed)] if self.processes.rank == 0 else []  # once, not by every process
+            self.collector.add(f"{SKIPPED_PREFIX}{phase}", torch.tensor(counted, device=self.state.device))
+            for name, values in named.items():
+                if not failed:  # one value that is not finite would hide all others of the tick
+                    self.collector.add(name, values)
+            if failed:
+                names = describe_tensors(result.skipped[phase])
+                self.output.say(f"{phase} left out before image {self.state.nimg}: not finite: {names}")
+
+    def _is_done(self) -> bool:
+        return self.state.nimg >= self.config.kimg * 1000
+
+    def _tick_is_over(self) -> bool:
+        """The first tick is the first iteration, so that a run shows early that it works."""
+        return self.tick == 0 or self._is_done() or \
+            self.state.nimg >= self.tick_start_nimg + self.config.kimg_per_tick * 1000
+
+    def _end_tick(self) -> None:
+        self._score_valid()
+        self.output.report(self.tick, self.collector.flush())
+        is_done = self._is_done()
+        if is_done or self.tick % self.config.image_snapshot_ticks == 0:
+            self.output.save_images()
+        saves = is_done or self.tick % self.config.network_snapshot_ticks == 0
+        if saves:
+            self.output.save_networks()
+            self.output.evaluate(self.tick)
+        self.tick += 1
+        self.tick_start_nimg = self.state.nimg
+        if saves:
+            self._save_state()
+        self.output.begin_tick()
+
+    def _score_valid(self) -> None:
+        """Report D's scores on images that are never learned from; the main process computes them."""
+        if self.valid is None:
+            return
+        scores = torch.zeros(0)
+        if self.processes.rank == 0:
+            scores = self.valid.score(self.state.D, self.processes.device)
+        self.collector.add("Loss/scores/valid", scores)
+        self.collector.add("Loss/signs/valid", scores.sign())
+
+    def _save_state(self) -> None:
+        """Write a state that continues exactly here; a full disk is said and leaves the one before."""
+        state = {"loop_version": LOOP_VERSION, "training": self.state.state_dict(),
+                 "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
+                 "reported_ticks": self.tick, "tick_start_nimg": self.tick_start_nimg,
+                 "seconds": self.output.seconds()}
+        self.output.save_state(self.checkpoints, state)
+
+    def _finish(self) -> int:
+        self.output.say(f"finished after {self.state.nimg} images")
+        if self.processes.rank == 0:
+            self.run.mark_finished()
+        return EXIT_DONE
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.processes.sum([tensor])
+        return tensor

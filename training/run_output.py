@@ -1,0 +1,142 @@
+"""What a run leaves behind: its log and statistics, grids, network files, metrics and states.
+
+The main process writes; the others make the same calls, which then do nothing.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from torch_utils.checkpoint import CheckpointPair
+from torch_utils.distributed import Processes
+from training.config import TrainConfig
+from training.dataset import ImageDataset, describe_shape
+from training.grids import choose_grid, save_fakes, save_reals, screen_for
+from training.reporting import Reporter
+from training.run_folder import RunFolder
+from training.run_settings import RunSettings
+from training.snapshot import Networks, save_network
+from training.state import TrainingState
+from training.tick import Tick, TickClock, process_memory, take_peak_gpu_memory
+
+Evaluate = Callable[[torch.nn.Module], Mapping[str, Mapping[str, float]]]  # generator -> metric -> results by key
+
+
+class RunOutput:
+    """The files of one run, as far as this process writes them."""
+
+    def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset, state: TrainingState,
+                 processes: Processes, run: RunFolder, evaluate: Evaluate | None):
+        self.config, self.settings, self.dataset, self.state = config, settings, dataset, state
+        self.run, self.is_main, self._evaluate, self._processes = run, processes.rank == 0, evaluate, processes
+        self.reporter = Reporter(run.path, is_main=self.is_main)
+        self.clock = TickClock(total_nimg=config.kimg * 1000)
+        self._grid = None
+        self._saved_at = time.monotonic()
+
+    def start(self, lines: list[str]) -> None:
+        """Begin a new run. lines: what was taken from --resume"""
+        self.reporter.start(ticks=0, nimg=0)
+        self._introduce(["starts at image 0", *lines])
+        if self.is_main:
+            with self.reporter.surviving("a grid"):
+                save_reals(self.run.reals, self._samples(), self.dataset)
+                self._save_fakes(self.run.path / "fakes_init.png")
+        self.clock.begin(0)
+
+    def resume(self, ticks: int, seconds: float, message: str | None) -> None:
+        """Continue a run.
+
+        ticks:    reported so far;  seconds: of training, in earlier processes
+        message:  on damaged states that were passed over
+        """
+        self.clock.resume(seconds)
+        self.reporter.start(ticks=ticks, nimg=self.state.nimg)
+        self._introduce([*([] if message is None else [message]), f"continues at image {self.state.nimg}"])
+        self.clock.begin(self.state.nimg)
+
+    def say(self, text: str) -> None:
+        self.reporter.say(text)
+
+    def seconds(self) -> float:
+        """Return the seconds of training of the whole run."""
+        return self.clock.total()
+
+    def report(self, tick: int, statistics: Mapping[str, Mapping[str, float]]) -> None:
+        """Report a tick that just ended."""
+        pipe = self.state.augment_pipe
+        self.reporter.tick(Tick(
+            number=tick, nimg=self.state.nimg, augment_p=0.0 if pipe is None else pipe.p.item(),
+            times=self.clock.end(self.state.nimg), cpu_memory=process_memory(),
+            gpu_memory=take_peak_gpu_memory(self.state.device)), statistics)
+
+    def begin_tick(self) -> None:
+        """Go on training: what passed since the last report was maintenance."""
+        self.clock.begin(self.state.nimg)
+
+    def save_images(self) -> None:
+        """Write a grid of fakes."""
+        if self.is_main:
+            with self.reporter.surviving("a grid"):
+                self._save_fakes(self.run.fakes(self.state.nimg))
+
+    def save_networks(self) -> None:
+        """Write a network file."""
+        if not self.is_main:
+            return
+        info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
+                "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
+        with self.reporter.surviving("a network file"):
+            save_network(self.run.snapshot(self.state.nimg), Networks(
+                G=self.state.G, D=self.state.D, G_ema=self.state.G_ema, config={"info": info}))
+
+    def evaluate(self, tick: int) -> None:
+        """Compute metrics. Whatever goes wrong there is said, and training goes on."""
+        if self._evaluate is None:
+            return
+        started = time.monotonic()
+        try:
+            found = self._evaluate(self.state.G_ema)
+        except Exception as error:  # a metric never ends a training run
+            reason = " ".join(str(error).split())
+            self.say(f"warning: metrics failed ({type(error).__name__}: {reason}); training goes on")
+            return
+        for name, results in found.items():
+            self.reporter.metric(name, results, tick=tick, nimg=self.state.nimg, seconds=time.monotonic() - started,
+                                 num_gpus=self._processes.count, snapshot=self.run.snapshot(self.state.nimg).name)
+
+    def state_is_due(self) -> bool:
+        """Tell the main process whether states were not saved for too long."""
+        return self.is_main and time.monotonic() - self._saved_at >= self.config.state_minutes * 60
+
+    def save_state(self, checkpoints: CheckpointPair, state: dict[str, Any]) -> None:
+        """Save a state; when the disk is full, that is said, and the one before stays."""
+        if not self.is_main:
+            return
+        self._saved_at = time.monotonic()
+        self.run.require_held()
+        with self.reporter.surviving("a state"):
+            checkpoints.save(state)
+
+    def _introduce(self, lines: list[str]) -> None:
+        """Say what is trained, and on what."""
+        dataset, networks = self.dataset, (self.state.G, self.state.D)
+        sizes = " and ".join(f"{sum(value.numel() for value in network.parameters()):,}" for network in networks)
+        classes = f"{dataset.label_dim} classes" if dataset.use_labels else "labels not used"
+        self.say("\n".join([
+            f"run: {self.run.path}", *self.run.notes, *self.settings.notes,
+            f"data: {dataset.path}, {dataset.num_images} images{' and their mirror images' if dataset.xflip else ''}, "
+            f"{describe_shape(dataset.image_shape)}, {classes}",
+            f"networks: {sizes} parameters in generator and discriminator; batch {self.config.batch}, "
+            f"{self.config.step.micro_batch} a pass, {self.config.gpus} processes", *lines]))
+
+    def _samples(self):
+        if self._grid is None:
+            self._grid = choose_grid(self.dataset, z_dim=self.state.G.z_dim, seed=self.config.seed,
+                                     screen=screen_for(self.state.device))
+        return self._grid
+
+    def _save_fakes(self, path) -> None:
+        save_fakes(path, self._samples(), self.state.G_ema, batch=self.config.step.micro_batch)

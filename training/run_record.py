@@ -1,0 +1,156 @@
+"""Record what a run computes: training_options.json, and the identity that decides what may continue it."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any, Self
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write
+from training.config import ConfigError, TrainConfig
+
+RECORD_NAME = "training_options.json"
+RECORD_FORMAT = "stylegan2-ada-run"
+RECORD_VERSION = 1
+IDENTITY_VERSION = 1
+
+# What a continuation may change, by its dotted name in TrainConfig.to_dict(): it decides how long, how often and on
+# what is trained, not what is computed. `step.micro_batch`, which the number of processes changes, is not among them.
+FREE_OPTIONS = frozenset({
+    "run_name", "dataset.name",
+    "kimg", "kimg_per_tick", "image_snapshot_ticks", "network_snapshot_ticks", "state_minutes", "metrics",
+    "gpus", "batch_gpu", "num_workers", "cudnn_benchmark",
+    "resume",  # where the network lies; its content is in the identity
+})  # fmt: skip
+
+_FIELDS = ("format", "version", "finished", "config", "identity", "versions")
+_PACKAGES = ("torch", "torchvision", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The content of training_options.json."""
+
+    config: TrainConfig
+    identity: dict[str, Any]  # as `identity` returns it
+    versions: dict[str, str]  # of the software that trained last
+    finished: bool = False  # the run reached its end and is left alone
+
+    @classmethod
+    def of(cls, config: TrainConfig, wanted: dict[str, Any]) -> Self:
+        """Return the record of a run that this program trains."""
+        return cls(config=config, identity=wanted, versions=software_versions())
+
+    def as_finished(self) -> Self:
+        return replace(self, finished=True)
+
+
+def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
+    """Return everything that changes what a run computes, as JSON types: equal identities continue each other.
+
+    content_hash: of the images and labels in use, see ImageDataset.content_hash
+
+    Reads the file that config.resume names. Raises UserError when it cannot.
+    """
+    options = {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
+    resume = None if config.resume is None else _sha256_of(config.resume)
+    return {"version": IDENTITY_VERSION, "data": content_hash, "resume": resume, "options": options}
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts by their dotted names; an empty dict is a leaf."""
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Say in a few words how two identities differ."""
+    if there["version"] != here["version"]:
+        return "it was begun by another version of this program"
+    found = ["the data differ"] if there["data"] != here["data"] else []
+    if there["resume"] != here["resume"]:
+        found.append("the network of --resume differs")
+    old, new = there["options"], here["options"]
+    for name in sorted(old.keys() | new.keys()):
+        values = (json.dumps(options[name]) if name in options else "not set" for options in (old, new))
+        if old.get(name) != new.get(name) or (name in old) != (name in new):
+            found.append("{} is {} there and {} here".format(name, *values))
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
+    """Write training_options.json into a run's folder, at once or not at all."""
+    content = {"format": RECORD_FORMAT, "version": RECORD_VERSION, "finished": record.finished,
+               "config": record.config.to_dict(), "identity": record.identity, "versions": record.versions}
+    with atomic_write(os.path.join(folder, RECORD_NAME), text=True) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_record(folder: str | os.PathLike) -> RunRecord | None:
+    """Read training_options.json of a run's folder; None when there is none, or it is another program's.
+
+    Raises ConfigError, one line that names the file, on anything that `write_record` does not write.
+    """
+    path = os.path.join(folder, RECORD_NAME)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); expected a run's options") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected a run's options") from error
+    if not isinstance(content, dict) or content.get("format") != RECORD_FORMAT:
+        return None
+    if content.get("version") != RECORD_VERSION:
+        raise ConfigError(f"{path} has version {content.get('version')!r}; expected {RECORD_VERSION}: "
+                          "use the program that wrote it")
+    _check_fields(path, content)
+    return RunRecord(config=TrainConfig.from_dict(content["config"], where=f"{path}: config"),
+                     identity=content["identity"], versions=content["versions"], finished=content["finished"])
+
+
+def _check_fields(path: str, content: dict[str, Any]) -> None:
+    for name in content:
+        if name not in _FIELDS:
+            raise ConfigError(f"{path}: {name} is not a field of a run's options; expected one of {', '.join(_FIELDS)}")
+    for name in _FIELDS:
+        if name not in content:
+            raise ConfigError(f"{path}: {name} is missing; expected the fields {', '.join(_FIELDS)}")
+    if not isinstance(content["finished"], bool):
+        raise ConfigError(f"{path}: finished is {content['finished']!r}; expected true or false")
+    parts = content["identity"]
+    if not isinstance(parts, dict) or set(parts) != {"version", "data", "resume", "options"} \
+            or not isinstance(parts["options"], dict):
+        raise ConfigError(f"{path}: identity is {parts!r}; expected version, data, resume and options")
+    versions = content["versions"]
+    if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
+        raise ConfigError(f"{path}: versions is {versions!r}; expected names with texts")
+
+
+def _sha256_of(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--resume={path} cannot be read ({error.strerror}); expected a network file: "
+                        "check the path") from error

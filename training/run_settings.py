@@ -1,0 +1,34 @@
+"""Settings of a run that are not mathematics: where it reads and writes, on what, and for how long."""
+
+import re
+from dataclasses import dataclass
+
+from training.config_base import Config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Config):
+    """What the training loop needs to know beside its TrainConfig."""
+
+    outdir: str  # the folder that holds the folders of runs
+    data: str  # path of the data set
+    device: str = "cpu"  # cpu, cuda, or one GPU as cuda:1
+    balance: str = "none"  # how often images are seen: see training.balance.image_weights
+    valid: str | None = None  # path of a data set that is only looked at, never learned from
+    max_hours: float | None = None  # save and stop after that long; None = when kimg is reached
+    name: str | None = None  # of the run, in place of one made from the flags
+    new: bool = False  # start a new run even where an unfinished one could be continued
+    notes: tuple[str, ...] = ()  # choices that were made for the user, one line each, for the run's log
+
+    def label(self, name: str) -> str:
+        """Return the flag, since that is what the user wrote."""
+        return "--" + name.replace("_", "-")
+
+    def check(self) -> None:
+        self.require(bool(self.outdir), "outdir", "a folder")
+        self.require(bool(self.data), "data", "a data set")
+        self.require(self.max_hours is None or self.max_hours > 0, "max_hours", "a number > 0")
+        self.require(self.name is None or _NAME.fullmatch(self.name) is not None, "name",
+                     "letters, digits, '.', '_' and '-', a letter or digit first")
