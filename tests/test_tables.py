@@ -240,7 +240,8 @@ def test_lookup_with_folders_in_the_table_tells_equal_names_apart(table):
 def test_lookup_folder_before_all_names_may_be_the_source_and_no_other(table):
     found = table("image_id,dx", "images/a.png,nv", "images/b.png,mel")
     # In a folder of another name it may be another image: test/b.png beside train/b.png.
-    assert [found.class_of(name) for name in ("a.png", "b", "images/b.png", "other/b.png")] == ["nv", "mel", "mel", None]
+    names = ("a.png", "b", "images/b.png", "other/b.png")
+    assert [found.class_of(name) for name in names] == ["nv", "mel", "mel", None]
 
 
 def test_ids_are_sorted_and_rows_found(table):
