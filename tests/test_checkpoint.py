@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.full_disk import needs_mount
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint, read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -410,15 +411,7 @@ def expected_when_full(reason):
         + "4 training-state.prev.pt training-state.pt\n"
 
 
-def can_mount():
-    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs a Linux that lets users mount a tmpfs in a name space of their own")
+@needs_mount
 def test_pair_full_disk_raises_and_leaves_the_states_as_they_were(tmp_path):
     mount = 'mount -t tmpfs -o size=200k tmpfs "$1"; shift; exec "$@"'
     done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(tmp_path),

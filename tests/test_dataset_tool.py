@@ -15,6 +15,7 @@ from dataset_tool import main
 from dnnlib.cli import run
 from dnnlib.progress import Progress
 from imagesets.reader import ImageSet
+from tests.full_disk import needs_mount
 from tests.make_archives import encode, make_folder, make_zip, noise
 
 ROOT = Path(__file__).parent.parent
@@ -201,15 +202,7 @@ def wait_for(condition, seconds=30):
         time.sleep(0.02)
 
 
-def can_mount():
-    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs a Linux that lets users mount a tmpfs in a name space of their own")
+@needs_mount
 @pytest.mark.parametrize("dest", ["set.zip", "set"])
 def test_a_full_disk_gives_one_line_and_leaves_nothing_behind(dest, tmp_path):
     make_slow_source(tmp_path, 40)  # 12 kB each as 64x64
