@@ -1,4 +1,6 @@
 """Write files so that a reader never sees half of one."""
+
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -33,6 +35,12 @@ def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Return the sha256 of a file's content. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _create(path: Path, text: bool) -> IO:

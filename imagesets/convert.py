@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.files import sha256_of
 from dnnlib.progress import Progress
 from imagesets.conversion.linking import link
 from imagesets.conversion.options import ConvertOptions, is_usable_side
@@ -164,8 +165,7 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
               "decoder_downscaling": any(note == "decoder downscaling" for note, _ in tally.notes()),
               "images_sha256": tally.content_hash}
     if options.labels is not None:
-        with open(options.labels, "rb") as file:
-            origin["labels_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        origin["labels_sha256"] = sha256_of(options.labels)
     if opened.origin:
         origin["origin"] = dict(opened.origin)
     if opened.origin.get("phantom"):

@@ -1,6 +1,5 @@
 """Record what a run computes: training_options.json, and the identity that decides what may continue it."""
 
-import hashlib
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ from importlib import metadata
 from typing import Any, Self
 
 from dnnlib.cli import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, sha256_of
 from training.config import ConfigError, TrainConfig
 
 RECORD_NAME = "training_options.json"
@@ -57,7 +56,7 @@ def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
     Reads the file that config.resume names. Raises UserError when it cannot.
     """
     options = {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
-    resume = None if config.resume is None else _sha256_of(config.resume)
+    resume = None if config.resume is None else _network_hash(config.resume)
     return {"version": IDENTITY_VERSION, "data": content_hash, "resume": resume, "options": options}
 
 
@@ -147,10 +146,9 @@ def _check_fields(path: str, content: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: versions is {versions!r}; expected names with texts")
 
 
-def _sha256_of(path: str) -> str:
+def _network_hash(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"--resume={path} cannot be read ({error.strerror}); expected a network file: "
                         "check the path") from error
