@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup test slow lint clean
+.PHONY: help setup test slow soak lint clean
 
 help:
 	@echo "make setup   install what is needed into .venv"
 	@echo "make test    run the tests, a few minutes on two cores"
 	@echo "make slow    run the tests that take longer"
+	@echo "make soak    kill a training run a hundred times, and compare its end with an unbroken one"
 	@echo "make lint    check the style"
 
 setup: $(READY)
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-offline.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python %d.%d found; 3.11 or later is needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
@@ -24,6 +25,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

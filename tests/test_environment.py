@@ -17,7 +17,8 @@ def test_versions_are_the_same_everywhere():
     assert project["dependencies"] == expected
     conda = (ROOT / "environment.yml").read_text()
     assert [line.removeprefix("- ").strip() for line in requirements(conda.split("- pip:")[1])] == expected
-    assert project["optional-dependencies"]["dev"] == requirements((ROOT / "requirements-dev.txt").read_text())
+    for extra in ("offline", "dev"):
+        assert project["optional-dependencies"][extra] == requirements((ROOT / f"requirements-{extra}.txt").read_text())
 
 
 def test_each_dependency_beyond_the_core_has_its_reason_beside_it():

@@ -1,0 +1,1 @@
+"""Measure generated images against real ones."""
