@@ -3,23 +3,41 @@
 import sys
 
 from dnnlib.cli import run
+from metrics.choice import choose_metrics, needed_detectors, require_detectors
+from torch_utils.distributed import Place
 from training.command import make_command
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.launch import is_part_of_run, launch
+from training.run_output import Evaluate
 from training.run_settings import RunSettings
 
 
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
     """Run the training, in as many processes as it takes, and return the exit code."""
+    evaluate = make_evaluate(config, settings)
     if config.gpus > 1 and not is_part_of_run():
         return launch(config.gpus)
     from training.loop import train as train_here
 
-    return train_here(config, settings, dataset)
+    return train_here(config, settings, dataset, evaluate)
 
 
-main = make_command(train)
+def make_evaluate(config: TrainConfig, settings: RunSettings) -> Evaluate | None:
+    """Return what computes the run's metrics; None when it has none. Raises UserError when they cannot be computed."""
+    if not config.metrics:
+        return None
+    from metrics.evaluation import Evaluator
+
+    detectors = needed_detectors(config.metrics, settings.detector, settings.detector_weights)
+    if Place.from_environment().rank == 0:
+        require_detectors(detectors)
+    evaluator = Evaluator(config.metrics, data=settings.data, detector=settings.detector, weights=detectors,
+                          mirror=config.dataset.xflip, seed=config.seed)
+    return evaluator.evaluate
+
+
+main = make_command(train, choose_metrics)
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -14,6 +14,11 @@ class AppendFile:
         self._durable = durable
         self._waiting = b""
 
+    def retry(self) -> None:
+        """Write the pieces that could not be written before, if there are any. Raises OSError as `append` does."""
+        if self._waiting:
+            self.append(b"")
+
     def append(self, piece: bytes) -> None:
         """Write `piece` at the end, after pieces that could not be written before.
 

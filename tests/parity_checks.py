@@ -276,7 +276,7 @@ def trajectory(folder: Path) -> Iterator[Measurement]:
                and not np.isnan(arrays[key][iteration])}
         yield Measurement(f"phases[{iteration}]", float(ran != set(result.stats)), 0)
         if f"iter{iteration + 1}/pl_mean" in arrays.files:
-            yield from _compare_state(state, f"iter{iteration + 1}", arrays)
+            yield from compare_state(state, f"iter{iteration + 1}", arrays)
 
 
 def golden_start(folder: Path) -> tuple[TrainingState, StepConfig]:
@@ -302,7 +302,8 @@ def golden_inputs(iteration: int) -> StepInputs:
                       labels=one_hot((members + iteration) % 2).double(), phases=phases)
 
 
-def _compare_state(state: TrainingState, prefix: str, arrays) -> Iterator[Measurement]:
+def compare_state(state: TrainingState, prefix: str, arrays) -> Iterator[Measurement]:
+    """Compare a state with what is stored of the golden run under "iterN", after iteration N."""
     for role in ("G", "D", "G_ema"):
         network = getattr(state, role)
         tensors = dict(network.named_parameters())

@@ -113,6 +113,7 @@ def talk(processes: Processes) -> dict:
     return {"rank": distributed.rank(), "world_size": distributed.world_size(), "is_main": distributed.is_main(),
             "earlier": earlier, "threads": torch.get_num_threads(),
             "any": [distributed.any_process(flag) for flag in (last, not last, False, True)],
+            "any_each": distributed.any_process_each([last, not last, False, True]),
             "object": distributed.broadcast_object({"from": processes.rank, "list": [1, "two"]})}
 
 

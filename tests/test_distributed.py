@@ -145,7 +145,7 @@ def test_processes_talk(results):
     for found in (first, second):
         assert found["world_size"] == 2
         assert found["threads"] == 1  # half of the 2 that one would use
-        assert found["any"] == [True, True, False, True]
+        assert found["any"] == found["any_each"] == [True, True, False, True]
         assert found["object"] == {"from": 0, "list": [1, "two"]}
 
 
@@ -157,6 +157,7 @@ def test_one_process_needs_no_others():
         assert (processes.rank, processes.count, processes.device) == (0, 1, torch.device("cpu"))
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
         assert [distributed.any_process(flag) for flag in (True, False)] == [True, False]
+        assert distributed.any_process_each([False, True]) == [False, True]
         assert distributed.broadcast_object("x") == "x"
         with distributed.rank0_first():
             distributed.barrier()

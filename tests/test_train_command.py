@@ -12,6 +12,7 @@ import torch
 
 import train
 from dnnlib.cli import run
+from metrics.choice import choose_metrics
 from tests.make_archives import make_folder, make_zip
 from tests.make_sets import make_set, pixels_of, png
 from training import device
@@ -37,6 +38,7 @@ def inside(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     make_set(tmp_path / "set.zip", size=16, labels=[0, 0, 0, 1, 1, 2], classes=["nv", "mel", "bcc"])
     return tmp_path
 
@@ -49,10 +51,10 @@ class Trainer:
         return 7
 
 
-def start(capsys, *arguments, metrics=()):
+def start(capsys, *arguments):
     """Return what the training gets, and standard error."""
     trainer = Trainer()
-    code = run(make_command(trainer, metrics), [*BASE, *arguments])
+    code = run(make_command(trainer, choose_metrics), [*BASE, *arguments])
     captured = capsys.readouterr()
     assert (code, captured.out) == (7, ""), captured.err
     return trainer, captured.err
@@ -60,7 +62,7 @@ def start(capsys, *arguments, metrics=()):
 
 def dry_run(capsys, *arguments):
     """Return the JSON that is printed, and standard error."""
-    code = run(make_command(None), [*BASE, *arguments, "--dry-run"])
+    code = run(make_command(None, choose_metrics), [*BASE, *arguments, "--dry-run"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out), captured.err
@@ -69,7 +71,7 @@ def dry_run(capsys, *arguments):
 def refuse(capsys, *arguments):
     """Return the one line of a mistake, without "error: "; nothing may be left."""
     before = sorted(os.listdir())
-    code = run(make_command(None), list(arguments))
+    code = run(make_command(None, choose_metrics), list(arguments))
     captured = capsys.readouterr()
     assert (code, captured.out) == (2, "")
     assert sorted(os.listdir()) == before
@@ -158,8 +160,8 @@ def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
 
 def test_every_flag_has_a_test_of_its_effect(inside):
     tested = " ".join(flags for flags, *_ in CONFIG_FLAGS + SETTINGS_FLAGS)
-    elsewhere = {"outdir", "data", "metrics", "dry_run"}
-    names = {parameter.name for parameter in make_command(None).params}
+    elsewhere = {"outdir", "data", "metrics", "detector", "detector_weights", "dry_run"}
+    names = {parameter.name for parameter in make_command(None, choose_metrics).params}
     assert {name for name in names if f"--{name.replace('_', '-')}" not in tested} == elsewhere
 
 
@@ -180,12 +182,12 @@ def test_resume_takes_a_file(inside, capsys):
 
 
 def test_exit_code_is_that_of_the_training(inside):
-    assert run(make_command(lambda *_: 3), list(BASE)) == 3
+    assert run(make_command(lambda *_: 3, choose_metrics), list(BASE)) == 3
 
 
 def test_script_launches_several_processes_or_trains(inside, monkeypatch):
-    config = resolve(TrainOptions(cfg="tiny", gpus=2), DatasetFacts(name="set", resolution=16, channels=3,
-                                                                    num_images=6, c_dim=0))
+    config = resolve(TrainOptions(cfg="tiny", gpus=2, metrics=()),
+                     DatasetFacts(name="set", resolution=16, channels=3, num_images=6, c_dim=0))
     monkeypatch.setattr(train, "launch", lambda count: 10 + count)
     monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(train=lambda *_: 1))
     assert train.train(config, None, None) == 12
@@ -206,36 +208,46 @@ def test_only_the_first_process_speaks(inside, capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     trainer = Trainer()
-    assert run(make_command(trainer), ["--outdir=runs", "--data=set.zip"]) == 7
+    assert run(make_command(trainer, choose_metrics), ["--outdir=runs", "--data=set.zip"]) == 7
     assert capsys.readouterr() == ("", "")
 
 
 def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
     trainer = Trainer()
-    assert run(make_command(trainer), ["--outdir=runs", "--data=set.zip"]) == 7
-    line = "metrics: none, since fid50k_full cannot be computed here (--metrics=none omits this line)"
-    assert capsys.readouterr().err == line + "\n"
+    assert run(make_command(trainer, choose_metrics), ["--outdir=runs", "--data=set.zip"]) == 7
+    line = ("metrics: none, since fid50k_full needs weights of inception-v3 that are not at hand "
+            "(--metrics=fid50k_full fetches them, --metrics=kid5k_full --detector=efficientnet-lite0 needs no network, "
+            "--metrics=none omits this line)")
+    assert capsys.readouterr() == ("", "")  # the run says its notes
     assert trainer.config.metrics == ()
     assert trainer.settings.notes == (
         "device: cpu (no CUDA device is available)",
         "precision: fp32 (bf16 convolutions are 0.5 times as fast as fp32 on this CPU; 1.5 times would be worth bf16)",
         line)
+    assert run(make_command(None, choose_metrics), ["--outdir=runs", "--data=set.zip", "--dry-run"]) == 0
+    assert capsys.readouterr().err == line + "\n"
 
 
 def test_metrics_at_hand_are_used(inside, capsys):
+    weights = inside / "inception.pth"
+    weights.touch()  # read when the training starts, not when it is planned
     trainer = Trainer()
-    command = make_command(trainer, ("fid50k_full", "kid50k_full"))
-    assert run(command, ["--outdir=runs", "--data=set.zip"]) == 7
-    assert trainer.config.metrics == ("fid50k_full",)
-    assert run(command, ["--outdir=runs", "--data=set.zip", "--metrics=kid50k_full, fid50k_full"]) == 7
-    assert trainer.config.metrics == ("kid50k_full", "fid50k_full")
+    command = make_command(trainer, choose_metrics)
+    base = ["--outdir=runs", "--data=set.zip"]
+    assert run(command, [*base, f"--detector-weights={weights}"]) == 7
+    assert (trainer.config.metrics, trainer.settings.detector_weights) == (("fid50k_full",), (str(weights),))
+    assert run(command, [*base, "--detector=random-conv"]) == 7
+    assert (trainer.config.metrics, trainer.settings.detector) == (("fid50k_full",), "random-conv")
+    assert run(command, [*base, "--metrics=kid2k_full, pr2k3_full"]) == 7
+    assert trainer.config.metrics == ("kid2k_full", "pr2k3_full")
     assert capsys.readouterr().err == ""
 
 
 def test_slow_half_precision_warns_in_one_line(inside, capsys):
+    line = "convolutions in bf16 take 2 times as long as in fp32 on this CPU (measured); try --precision=fp32"
     trainer, err = start(capsys, "--precision=bf16")
-    assert err == "convolutions in bf16 take 2 times as long as in fp32 on this CPU (measured); try --precision=fp32\n"
-    assert err.strip() in trainer.settings.notes
+    assert (trainer.settings.notes[2:], err) == ((line,), "")
+    assert dry_run(capsys, "--precision=bf16")[1] == line + "\n"
 
 
 def test_fast_bf16_is_chosen(inside, capsys, monkeypatch):
@@ -320,12 +332,12 @@ def test_script_prints_one_json_object(tmp_path):
 # --help
 
 def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
-    assert run(make_command(None), ["--help"]) == 0
+    assert run(make_command(None, choose_metrics), ["--help"]) == 0
     text = capsys.readouterr().out
     groups = ["What and where:", "Data:", "Networks and training:", "Augmentation:",
               "Starting from a trained network:", "Speed and devices:"]
     assert [line for line in text.splitlines() if line in groups] == groups
-    for parameter in make_command(None).params:
+    for parameter in make_command(None, choose_metrics).params:
         assert f" {parameter.opts[-1]} " in text
         assert "[default: " in parameter.help or parameter.is_flag or "ust be given" in parameter.help
     assert max(map(len, text.splitlines())) <= 110
@@ -336,8 +348,8 @@ def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
 NETWORK = "a network file: a .safetensors of a run, or a .pkl of the original"
 LICENCE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
            "file: fetch it from NVIDIA under that licence, and give its path, such as --resume={}.pkl")
-METRICS = ("fid50k_full, kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, "
-           "ppl_zend, ppl_wend")
+METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, kid50k_full, "
+           "pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, ppl_wend")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -363,10 +375,14 @@ METRICS = ("fid50k_full, kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k
     ("--batch=6", "--batch is 6, which gives each of 1 gpus 6; expected at most 4 images in a pass, or a multiple of "
                   "4: try 8"),
     ("--batch-gpu=6", "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
-    ("--metrics=fid", f"--metrics names 'fid'; expected none, or some of {METRICS}"),
-    ("--metrics=", f"--metrics names ''; expected none, or some of {METRICS}"),
-    ("--metrics=fid50k_full", "--metrics names fid50k_full, which cannot be computed yet; expected none: leave it "
-                              "out"),
+    ("--metrics=fid", f"metric 'fid' is not known; expected {METRICS}"),
+    ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend"),
+    ("--metrics=kid1k --detector=vgg", "detector 'vgg' is not known; expected one of inception-v3, vgg16, "
+                                       "efficientnet-lite0, random-conv"),
+    ("--metrics=is1k --detector=vgg16", "metric is1k needs probabilities of classes, which vgg16 does not give; "
+                                        "expected --detector=inception-v3, or another metric"),
+    ("--metrics=none --detector=vgg16", "--metrics is none with --detector or --detector-weights; expected metrics "
+                                        "for them: name some, such as --metrics=kid5k_full"),
     ("--device=tpu", "--device is tpu; expected auto, cpu, cuda, or one GPU as cuda:1"),
     ("--device=cuda", "--device is cuda, but this PyTorch is built without CUDA; expected a working GPU and driver, or "
                       "--device=cpu"),

@@ -1,14 +1,35 @@
 """Whole training runs through train.py: stopped, killed, damaged, continued."""
 
+import json
 import random
 import shutil
 import signal
 import subprocess
-import time
+import sys
 
 import pytest
 
-from tests.training_runs import command, differences, environment, make_phantoms, run, state, statistics
+from dnnlib.files import sha256_of
+from tests.full_disk import needs_mount
+from tests.training_runs import (
+    METRIC_FLAGS,
+    OFTEN,
+    ROOT,
+    RUN_NAME,
+    command,
+    differences,
+    environment,
+    kill_run,
+    make_phantoms,
+    metrics,
+    run,
+    seconds,
+    start,
+    state,
+    statistics,
+    wait_for_line,
+)
+from training.snapshot import load_network
 
 KILLS = 10
 
@@ -20,7 +41,7 @@ def unbroken(tmp_path_factory):
     make_phantoms(folder / "phantom.zip")
     done = run(folder)
     assert done.returncode == 0, done.stderr
-    return folder, folder / "runs" / "00000-phantom-cond-tiny-kimg1-batch8"
+    return folder, folder / "runs" / RUN_NAME
 
 
 @pytest.fixture
@@ -28,18 +49,6 @@ def workplace(unbroken, tmp_path):
     """A folder with the same data set, and the run folder that the same command makes in it."""
     shutil.copy(unbroken[0] / "phantom.zip", tmp_path)
     return tmp_path, tmp_path / "runs" / unbroken[1].name
-
-
-def start(folder, *flags):
-    return subprocess.Popen(command(folder, *flags), cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
-
-
-def wait_for_line(process, beginning):
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return line
-    raise AssertionError(process.stderr.read())
 
 
 def test_run_leaves_what_users_expect(unbroken):
@@ -54,6 +63,34 @@ def test_run_leaves_what_users_expect(unbroken):
     assert last["Trouble/skipped/Gmain"] == {"num": 24, "mean": 0.0, "std": 0.0}
     assert state(folder)["training/nimg"] == 1000
     assert not any(name.startswith((".tmp", "lock")) for name in names)
+
+
+def test_run_reports_its_metric_with_all_it_was_computed_from(unbroken):
+    _, folder = unbroken
+    lines = metrics(folder)
+    assert [line["nimg"] for line in lines] == [8, 208, 408, 608, 808, 1000]
+    last, snapshot = lines[-1], folder / "network-snapshot-000001.safetensors"
+    assert (last["metric"], last["snapshot_pkl"], last["network_sha256"]) == ("kid24_full", snapshot.name,
+                                                                             sha256_of(snapshot))
+    assert (last["num_real"], last["num_fake"], last["detector"], last["num_gpus"]) == (24, 24, "random-conv", 1)
+    assert last["results"].keys() == {"kid24_full"}
+    assert (folder / "metric-kid24_full.png").exists()
+
+
+def test_metric_of_a_run_is_what_calc_metrics_finds(unbroken):
+    here, folder = unbroken
+    snapshot = shutil.copy(folder / "network-snapshot-000001.safetensors", here)  # away from the run: nothing is added
+    done = subprocess.run([sys.executable, ROOT / "calc_metrics.py", f"--network={snapshot}", "--device=cpu",
+                           f"--data={here / 'phantom.zip'}", *METRIC_FLAGS, "--verbose=0"], env=environment(),
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["results"] == metrics(folder)[-1]["results"]
+
+
+def test_network_file_says_how_many_images_each_class_had(unbroken):
+    networks = load_network(unbroken[1] / "network-snapshot-000001.safetensors")
+    assert (networks.config["info"]["classes"], networks.config["info"]["class_counts"]) == (["benign", "melanoma"],
+                                                                                            [17, 7])
 
 
 def test_finished_run_is_left_alone_and_a_new_one_begins(unbroken, workplace):
@@ -71,20 +108,12 @@ def test_finished_run_is_left_alone_and_a_new_one_begins(unbroken, workplace):
 @pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, workplace):
     here, folder = workplace
-    random_moments, restarts = random.Random(1), 0
-    for _ in range(KILLS):
-        process = start(here, "--state-minutes=0.005")
-        try:
-            wait_for_line(process, "run: ")
-            time.sleep(random_moments.uniform(0, 2.5))
-            restarts += process.poll() is None
-            process.kill()
-        finally:
-            process.communicate()
-        if process.returncode == 0:
-            break
-    done = run(here, "--state-minutes=0.005")
-    assert restarts > KILLS // 2
+    moments = random.Random(1)
+    longest = min(2.5, seconds(unbroken[1]) / KILLS)  # so that the run does not end before
+    kills = [kill_run(here, moments.uniform(0, longest), in_a_write=index % 3 == 2) for index in range(KILLS)]
+    done = run(here, OFTEN)
+    assert None not in kills  # it never came to its end before
+    assert sum(kills) >= KILLS // 5  # that many left a half-written file
     assert done.returncode == 0, done.stderr
     assert differences(unbroken[1], folder) == []
     assert not list(folder.glob(".tmp*"))
@@ -121,6 +150,27 @@ def test_damaged_newest_state_is_skipped_for_the_one_before(unbroken, workplace)
     assert differences(unbroken[1], folder) == []
 
 
+@needs_mount
+@pytest.mark.slow
+def test_full_disk_leaves_the_state_before_and_the_run_goes_on(unbroken, workplace):
+    here, _ = workplace
+    (here / "runs").mkdir()
+    mount = 'mount -t tmpfs -o size=48m tmpfs "$1/runs"; exec "$2" -m tests.full_disk_program "$1"'
+    done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(here),
+                           sys.executable], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["warning"] == ("warning: a state cannot be written (No space left on device); training goes on "
+                                "without it\n")
+    assert found["full"] == found["still full"]
+    assert found["full"]["nimg"] in (8, 208, 408)  # that of a tick before
+    assert found["freed"]["nimg"] in (608, 808)
+    assert {found[name]["message"] for name in ("full", "freed")} == {None}  # no state was damaged
+    assert (found["code"], found["errors"]) == (0, "")
+    assert f"continues at image {found['freed']['nimg']}\n" in found["output"]
+    assert differences(unbroken[1], here / "ended") == []
+
+
 @pytest.mark.slow
 def test_max_hours_stops_with_a_state(workplace):
     here, folder = workplace
@@ -144,6 +194,20 @@ def test_live_run_refuses_a_second_process(workplace):
     finally:
         first.kill()
         first.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_say_each_note_once(workplace):
+    here, _ = workplace
+    arguments = command(here, "--gpus=2", "--max-hours=0.0000001")
+    arguments = [argument for argument in arguments if argument not in METRIC_FLAGS]
+    nothing_cached = environment() | {"DNNLIB_CACHE_DIR": str(here / "cache")}  # so that there is a note
+    done = subprocess.run(arguments, cwd=here, env=nothing_cached, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, check=False)
+    assert done.returncode == 75, done.stdout
+    beginnings = [line.partition(" ")[0] for line in done.stdout.splitlines()]
+    for note in ("device:", "precision:", "metrics:", "data:"):
+        assert beginnings.count(note) == 1, done.stdout
 
 
 @pytest.mark.slow

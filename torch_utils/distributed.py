@@ -163,12 +163,17 @@ def rank0_first() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
     """Tell every process whether one of them says yes, such as to a wish to stop. Raises ProcessLost."""
+    return any_process_each([flag])[0]
+
+
+def any_process_each(flags: Sequence[bool]) -> list[bool]:
+    """Answer several questions of `any_process` in one exchange. Raises ProcessLost."""
     if world_size() == 1:
-        return flag
-    found = torch.tensor([flag], dtype=torch.int32)
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.int32)
     with _others_needed():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    return [bool(value) for value in found.tolist()]
 
 
 def broadcast_object(value: Any) -> Any:
@@ -182,6 +187,27 @@ def broadcast_object(value: Any) -> Any:
     with _others_needed():
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor | None:
+    """Return the rows of all processes, those of rank 0 first, on the main process's CPU; None on the others.
+
+    rows:  [n, ...], any device; n differs from process to process and may be 0, type and the other sizes are the same
+
+    Raises ProcessLost.
+    """
+    rows = rows.detach().to("cpu").contiguous()
+    if world_size() == 1:
+        return rows
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(rows)
+    with _others_needed():
+        dist.all_reduce(counts)
+        padded = torch.cat([rows, rows.new_zeros(int(counts.max()) - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts] if is_main() else None
+        dist.gather(padded, parts)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]) if is_main() else None
 
 
 @torch.no_grad()

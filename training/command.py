@@ -1,7 +1,7 @@
 """The command line of train.py: from flags to a checked run, which is described or started."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from training.input_checks import (
     check_resume_weights,
     check_valid,
 )
-from training.metric_names import choose_metrics
 from training.options import TrainOptions
 from training.presets import resolve
 from training.run_settings import RunSettings
@@ -37,6 +36,9 @@ python train.py --outdir=runs --data=isic256.zip --cond=1 --dry-run
 The same command again continues its run where it was stopped. BOOL is 1 or 0, true or false, yes or no.
 """
 
+# --metrics (None where it was not given), --detector and --detector-weights -> names, and a note for the user or None
+ChooseMetrics = Callable[[str | None, str | None, Sequence[str]], tuple[tuple[str, ...], str | None]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -47,18 +49,21 @@ class Plan:
     dataset: ImageDataset
     device: Choice
     precision: Choice
+    warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
 
 
 def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
-                 available_metrics: Collection[str] = ()) -> click.Command:
+                 choose_metrics: ChooseMetrics) -> click.Command:
     """Return the command of train.py.
 
-    train:              runs the training, and returns the exit code
-    available_metrics:  names of the metrics that can be computed
+    train:           runs the training, and returns the exit code
+    choose_metrics:  checks what is asked for, or chooses where nothing is; raises UserError
     """
     def callback(dry_run: bool, **flags: Any) -> int:
-        plan = prepare(flags, available_metrics)
+        plan = prepare(flags, choose_metrics)
         if dry_run:
+            for line in plan.warnings:
+                click.echo(line, err=True)
             click.echo(json.dumps(describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
                                                precision=plan.precision), indent=1, allow_nan=False))
             return 0
@@ -68,14 +73,14 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
-def prepare(flags: dict[str, Any], available_metrics: Collection[str] = ()) -> Plan:
-    """Check everything that can be checked before a run starts; warnings go to standard error.
+def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
+    """Check everything that can be checked before a run starts. Prints nothing: a run says the notes of its settings.
 
     flags:  values by the names of `training.flags.FLAGS`, None where not given
     Raises UserError, one line, where the run could not work; nothing was written then.
     """
     place = Place.from_environment()
-    options, settings, metrics_note = _parse(flags, available_metrics, place)
+    options, settings, metrics_note = _parse(flags, choose_metrics, place)
     check_outdir(settings.outdir)
     check_resume_name(options.resume)
     processes, is_main = options.gpus or 1, place.rank == 0
@@ -91,21 +96,20 @@ def prepare(flags: dict[str, Any], available_metrics: Collection[str] = ()) -> P
     if is_main:
         check_resume_weights(config)
 
-    warnings = [line for line in (metrics_note, precision.warning) if line is not None]
+    warnings = tuple(line for line in (metrics_note, precision.warning) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", f"precision: {precision.name} ({precision.reason})", *warnings)
-    for line in warnings if is_main else ():
-        click.echo(line, err=True)
     settings = replace(settings, device=device.name, notes=notes)
-    return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision)
+    return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision,
+                warnings=warnings)
 
 
-def _parse(flags: dict[str, Any], available_metrics: Collection[str],
+def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
            place: Place) -> tuple[TrainOptions, RunSettings, str | None]:
     """Sort flags into options and settings; return also a note on metrics."""
     for name in ("outdir", "data"):
         if not flags.get(name):
             raise UserError(f"--{name} is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help")
-    metrics, note = choose_metrics(flags["metrics"], available_metrics)
+    metrics, note = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"])
     changed = {"metrics": metrics, "gpus": _number_of_processes(flags["gpus"], place),
                "precision": None if flags["precision"] == "auto" else flags["precision"]}
     options = TrainOptions(**{name: changed.get(name, flags[name]) for name in _names(TrainOptions)})

@@ -8,7 +8,7 @@ import torch
 from dnnlib.cli import UserError
 from imagesets.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair
-from torch_utils.distributed import Processes, any_process, broadcast_object, join
+from torch_utils.distributed import Processes, any_process_each, broadcast_object, join
 from torch_utils.stats import Collector
 from training.balance import image_weights
 from training.config import TrainConfig
@@ -109,13 +109,13 @@ class _Loop:
                 self._end_tick()
             if self._is_done():
                 return self._finish()
-            if any_process(self.stop.wanted()):
+            stops, saves = any_process_each([self.stop.wanted(), self.output.state_is_due()])
+            if stops or saves:
                 self._save_state()
+            if stops:
                 reason = self.stop.reason or "another process was asked to"
                 self.output.say(f"stopped after {self.state.nimg} images ({reason}); the same command continues")
                 return EXIT_STOPPED
-            if any_process(self.output.state_is_due()):
-                self._save_state()
         raise AssertionError("the order of images has no end")
 
     def _num_workers(self) -> int:

@@ -19,6 +19,9 @@ from training.json_lines import cut_lines, read_lines, to_line
 from training.tick import Tick
 
 LOG, STATS = "log.txt", "stats.jsonl"
+# Of a line on a metric; what else is known of a result follows them.
+METRIC_FIELDS = ("results", "metric", "total_time", "total_time_str", "num_gpus", "snapshot_pkl", "timestamp", "tick",
+                 "nimg")
 _PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and how a progress line begins
 
 
@@ -101,6 +104,12 @@ class Reporter:
             self._metrics.setdefault(name, AppendFile(path, durable=True)).append(to_line(record))
             save_curves(path.with_suffix(".png"), _curves(read_lines(path)))
         self._show({f"Metrics/{key}": value for key, value in results.items()}, nimg, now)
+
+    def write_waiting(self) -> None:
+        """Write lines that a full disk kept back: a state that counts their ticks must not be saved before them."""
+        with self._surviving_lines(STATS):
+            for file in (self._log, self._stats, *self._metrics.values()):
+                file.retry()
 
     @contextmanager
     def surviving(self, what: str) -> Iterator[None]:

@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
+from dnnlib.files import sha256_of
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes
 from training.config import TrainConfig
 from training.dataset import ImageDataset, describe_shape
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
-from training.reporting import Reporter
+from training.reporting import METRIC_FIELDS, Reporter
 from training.run_folder import RunFolder
 from training.run_settings import RunSettings
 from training.snapshot import Networks, save_network
 from training.state import TrainingState
 from training.tick import Tick, TickClock, process_memory, take_peak_gpu_memory
 
-Evaluate = Callable[[torch.nn.Module], Mapping[str, Mapping[str, float]]]  # generator -> metric -> results by key
+# generator -> {metric: {"results": {key: value}, **further fields of its line}}; called by all processes of a run
+Evaluate = Callable[[torch.nn.Module], Mapping[str, Mapping[str, Any]]]
 
 
 class RunOutput:
@@ -87,6 +89,7 @@ class RunOutput:
         if not self.is_main:
             return
         info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
+                "class_counts": _class_counts(self.dataset),
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
         with self.reporter.surviving("a network file"):
             save_network(self.run.snapshot(self.state.nimg), Networks(
@@ -103,9 +106,15 @@ class RunOutput:
             reason = " ".join(str(error).split())
             self.say(f"warning: metrics failed ({type(error).__name__}: {reason}); training goes on")
             return
-        for name, results in found.items():
-            self.reporter.metric(name, results, tick=tick, nimg=self.state.nimg, seconds=time.monotonic() - started,
-                                 num_gpus=self._processes.count, snapshot=self.run.snapshot(self.state.nimg).name)
+        if not self.is_main:
+            return
+        snapshot = self.run.snapshot(self.state.nimg)
+        network = {"network_sha256": sha256_of(snapshot)} if snapshot.exists() else {}  # none where the disk was full
+        for name, record in found.items():
+            seconds = record.get("total_time", time.monotonic() - started)
+            more = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
+            self.reporter.metric(name, record["results"], tick=tick, nimg=self.state.nimg, seconds=seconds,
+                                 num_gpus=self._processes.count, snapshot=snapshot.name, **{**more, **network})
 
     def state_is_due(self) -> bool:
         """Tell the main process whether states were not saved for too long."""
@@ -117,6 +126,7 @@ class RunOutput:
             return
         self._saved_at = time.monotonic()
         self.run.require_held()
+        self.reporter.write_waiting()
         with self.reporter.surviving("a state"):
             checkpoints.save(state)
 
@@ -140,3 +150,9 @@ class RunOutput:
 
     def _save_fakes(self, path) -> None:
         save_fakes(path, self._samples(), self.state.G_ema, batch=self.config.step.micro_batch)
+
+
+def _class_counts(dataset: ImageDataset) -> list[int] | None:
+    """Return how many images each class has; None where classes are not learned."""
+    classes = dataset.class_indices() if dataset.use_labels else None
+    return None if classes is None else torch.bincount(torch.from_numpy(classes), minlength=dataset.label_dim).tolist()

@@ -17,6 +17,8 @@ class RunSettings(Config):
     device: str = "cpu"  # cpu, cuda, or one GPU as cuda:1
     balance: str = "none"  # how often images are seen: see training.balance.image_weights
     valid: str | None = None  # path of a data set that is only looked at, never learned from
+    detector: str | None = None  # that metrics look through, in place of the usual ones
+    detector_weights: tuple[str, ...] = ()  # files of weights, as FILE or NAME=FILE
     max_hours: float | None = None  # save and stop after that long; None = when kimg is reached
     name: str | None = None  # of the run, in place of one made from the flags
     new: bool = False  # start a new run even where an unfinished one could be continued

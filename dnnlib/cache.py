@@ -1,0 +1,116 @@
+"""Keep files from the network in a folder of the user: fetched once, checked, whole."""
+
+import hashlib
+import http.client
+import math
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write, sha256_of
+from dnnlib.process_lock import LockHeld, ProcessLock
+from dnnlib.progress import Progress
+
+FOLDER_NAME = "lesion-stylegan2-ada"
+_SILENT_SECONDS = 30  # a server that sends nothing for so long is given up
+_CHUNK_BYTES = 1 << 20
+
+
+class FetchError(UserError):
+    """A file is not at hand and cannot be had from the network."""
+
+
+def cache_folder() -> Path:
+    """Return $DNNLIB_CACHE_DIR, else $XDG_CACHE_HOME/lesion-stylegan2-ada, else ~/.cache/lesion-stylegan2-ada.
+
+    The folder may not exist yet.
+    """
+    own, common = os.environ.get("DNNLIB_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(common) if common else Path.home() / ".cache") / FOLDER_NAME
+
+
+def downloaded(name: str) -> Path:
+    """Return where the file `name` is after it was fetched, or put there by hand."""
+    return cache_folder() / "downloads" / name
+
+
+def fetch(url: str, *, name: str, sha256: str | None) -> Path:
+    """Return the path of a file of the network, which is fetched when no process of this user did so before.
+
+    name:    of the file in the cache
+    sha256:  hexadecimal digits that the file's digest starts with, 64 or fewer; None where none is known: then only
+             the length is checked
+
+    Raises FetchError when it cannot be fetched, UserError when a file is there but of another checksum, and OSError
+    when the cache cannot be written.
+    """
+    path = downloaded(name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if not path.is_file():
+                _download(url, path, sha256)
+                return path
+    digest = sha256_of(path)
+    if sha256 is not None and not digest.startswith(sha256):
+        raise UserError(f"{path} has the sha256 {digest}; expected {sha256}...: remove it, and it is fetched anew")
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a download; wait for another process that holds it, however long that takes."""
+    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire()
+    except LockHeld as holder:
+        print(f"waiting for {path.name}, which is being fetched by {holder}", file=sys.stderr)
+        lock.acquire(patience=math.inf)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    print(f"fetching {url} into {path.parent}", file=sys.stderr)
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for chunk in _chunks(url, path):
+            file.write(chunk)
+            digest.update(chunk)
+        if sha256 is not None and not digest.hexdigest().startswith(sha256):
+            raise _failure(url, path, f"what came has the sha256 {digest.hexdigest()}; expected {sha256}...")
+
+
+def _chunks(url: str, path: Path) -> Iterator[bytes]:
+    """Yield what a server sends, and raise FetchError for whatever goes wrong on the way."""
+    try:
+        with urllib.request.urlopen(url, timeout=_SILENT_SECONDS) as response:
+            length = int(response.headers.get("Content-Length", -1))
+            received = 0
+            with Progress(None if length < 0 else math.ceil(length / _CHUNK_BYTES), "MiB") as progress:
+                while chunk := response.read(_CHUNK_BYTES):
+                    received += len(chunk)
+                    progress.advance()
+                    yield chunk
+    except urllib.error.HTTPError as error:
+        raise _failure(url, path, f"the server answered {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise _failure(url, path, f"{error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _failure(url, path, f"{error}" or type(error).__name__) from error
+    if received < length:
+        raise _failure(url, path, f"the connection ended after {received} of {length} bytes")
+
+
+def _failure(url: str, path: Path, reason: str) -> FetchError:
+    return FetchError(f"{path.name} is not at hand, and fetching {url} failed ({reason}): "
+                      f"fetch it where there is a network, and put it at {path}")

@@ -1,0 +1,93 @@
+"""The command line of calc_metrics.py."""
+
+import textwrap
+from typing import Any
+
+import click
+
+from dnnlib.cli import UserError
+from latent.measuring import MeasureSettings, measure
+from metrics.detectors.opening import DETECTOR_NAMES
+from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES
+from torch_utils.distributed import Place, join
+from training.device import choose_device
+from training.launch import is_part_of_run, launch
+
+_HELP = """Measure how good generated images are; print one JSON line for each metric.
+
+\b
+python calc_metrics.py --network=runs/00007-isic256/network-snapshot-000200.safetensors --data=isic256.zip
+python calc_metrics.py --run=runs/00007-isic256 --data=heldout.zip --metrics=kid5k_full,pr2k3_full
+python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=fid5k_full --class=melanoma
+"""
+_WIDTH = 106
+
+
+class MetricsCommand(click.Command):
+    """A command whose help tells of each metric."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Metrics"):
+            formatter.write_dl(list(DESCRIPTIONS.items()))
+        text = (f"Names are {', '.join(KNOWN_NAMES)}, and the same with other numbers of generated images: {FORMS}. "
+                "With _full all real images are compared with, otherwise as many as generated ones, mirrored ones too "
+                "where the training saw them.")
+        formatter.write_paragraph()
+        formatter.write("".join(f"  {line}\n" for line in textwrap.wrap(text, _WIDTH)))
+
+
+def make_command() -> click.Command:
+    """Return the command of calc_metrics.py."""
+    return MetricsCommand(None, callback=_run, params=_options(), help=_HELP,
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+
+def _run(gpus: int | None, device: str, **flags: Any) -> int:
+    settings = MeasureSettings(**flags)
+    place = Place.from_environment()
+    if gpus is not None and (gpus < 1 or (place.count > 1 and gpus != place.count)):
+        raise UserError(f"--gpus is {gpus}; expected "
+                        + (f"{place.count}, the processes that were started" if place.count > 1 else "at least 1"))
+    count = gpus or 1
+    device = choose_device(device, count if place.count == 1 else place.local_count).name
+    if count > 1 and not is_part_of_run():
+        return launch(count)
+    with join(device) as processes:
+        measure(settings, processes)
+    return 0
+
+
+def _options() -> list[click.Option]:
+    detectors = ", ".join(DETECTOR_NAMES)
+    return [
+        _option("--network", str, "Network file to measure: a .safetensors of a run, or a .pkl of the original. In a "
+                "run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
+        _option("--generated", str, "Folder or zip of generated images to measure.", "PATH"),
+        _option("--run", str, "Folder of a run: measure all its network files, add the results to its "
+                "metric-NAME.jsonl, and draw metric-NAME.png.", "DIR"),
+        _option("--metrics", str, f"Metrics, separated by commas; see below. [default: {DEFAULT_METRIC}]", "LIST",
+                default=DEFAULT_METRIC),
+        _option("--data", str, "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
+        _option("--mirror", bool, "Metrics without _full take mirrored real images too. [default: as in the training]",
+                "BOOL"),
+        _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
+        _option("--detector", str, f"Network that images are looked at with, in place of the usual one: {detectors}. "
+                "Its numbers compare with none of another one. [default: inception-v3; vgg16 for pr, lpips-vgg16 for "
+                "ppl]", "NAME"),
+        _option("--detector-weights", str, "File of weights in place of a downloaded one; NAME=FILE where several "
+                "networks are needed. May be given several times.", "FILE", multiple=True),
+        _option("--seed", int, "Number that latents and all random choices follow from. [default: 0]", "INT",
+                default=0),
+        _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "
+                "it. [default: by resolution]", "INT"),
+        _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1. "
+                "[default: auto]", "NAME", default="auto"),
+        _option("--gpus", int, "Number of processes that share the work. [default: 1]", "INT"),
+        _option("--verbose", bool, "Show how far the work is. [default: true]", "BOOL", default=True),
+        click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
+                     help="Compute features of image sets anew, and keep none."),
+    ]
+
+
+def _option(flag: str, kind: type, text: str, metavar: str, name: str | None = None, **attributes: Any) -> click.Option:
+    return click.Option([flag, *([name] if name else [])], type=kind, help=text, metavar=metavar, **attributes)

@@ -1,0 +1,148 @@
+"""Measure a network file, all network files of a run, or a set of images, and write what was found."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.appending import AppendFile
+from dnnlib.cli import UserError
+from latent.network import OpenNetwork, open_network
+from metrics.detector_choice import choose_detector, parse_weights
+from metrics.evaluation import Evaluator, Results
+from metrics.names import parse_metrics
+from metrics.record import result_record, to_json
+from metrics.sources import SetImages
+from torch_utils.distributed import Processes, is_main
+from training.curves import save_curves
+from training.json_lines import to_line
+from training.run_folder import RunFolder
+from training.run_record import read_record
+
+_SNAPSHOTS = "network-snapshot-*.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What to measure, and how; see the options of calc_metrics.py."""
+
+    network: str | None
+    generated: str | None
+    run: str | None
+    metrics: str
+    data: str | None
+    mirror: bool | None
+    detector: str | None
+    detector_weights: tuple[str, ...]
+    chosen: str | None
+    seed: int
+    batch: int | None
+    use_cache: bool
+    verbose: bool
+
+    def __post_init__(self):
+        given = [f"--{name}" for name in ("network", "generated", "run") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = "none of --network, --generated and --run is" if not given else f"{' and '.join(given)} are"
+            raise UserError(f"{found} given; expected one of them: what to measure")
+        needed = [choose_detector(request, self.detector) for request in parse_metrics(self.metrics)]
+        parse_weights(self.detector_weights, needed)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that is measured, or that the network lies in; None where there is none."""
+        if self.run is not None:
+            return Path(self.run)
+        if self.network is not None:
+            folder = Path(self.network).parent
+            return folder if RunFolder(folder).options.exists() and read_record(folder) is not None else None
+        return None
+
+
+def measure(settings: MeasureSettings, processes: Processes) -> None:
+    """Measure, print one JSON line for each result, and write them into the run's folder where there is one.
+
+    Raises UserError when something is not as it should be.
+    """
+    if settings.generated is not None:
+        _measure_images(settings, processes)
+        return
+    snapshots = [Path(settings.network)] if settings.run is None else _snapshots(settings.run)
+    network = open_network(snapshots[0], processes.device)
+    evaluator = _evaluator(settings, processes, mirror=_mirror(settings, network.info))
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
+    for number, path in enumerate(snapshots):
+        network = network if number == 0 else open_network(path, processes.device)
+        _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
+        kimg = _kimg(network)
+        for record in _records(evaluator.evaluate(network.G, network.info), processes, snapshot=network.name, kimg=kimg,
+                               network_sha256=network.sha256):
+            _write(settings.run_folder, record)
+            for key, value in record["results"].items():
+                if kimg is not None:
+                    curves.setdefault(record["metric"], {}).setdefault(key, []).append((kimg, value))
+    if settings.run is not None and is_main():
+        for name, found in curves.items():
+            save_curves(RunFolder(settings.run).metric(name).with_suffix(".png"), found)
+
+
+def _measure_images(settings: MeasureSettings, processes: Processes) -> None:
+    images = SetImages(settings.generated, settings.chosen)
+    found = _evaluator(settings, processes, mirror=bool(settings.mirror)).evaluate_images(images)
+    if is_main():
+        more = {"generated": images.path.name, "generated_sha256": images.select().content_hash()}
+        for record in _records(found, processes, snapshot=None, **more):
+            _write(None, record)
+
+
+def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool) -> Evaluator:
+    names = [choose_detector(request, settings.detector) for request in parse_metrics(settings.metrics)]
+    return Evaluator(settings.metrics, data=settings.data, detector=settings.detector,
+                     weights=parse_weights(settings.detector_weights, names), mirror=mirror, chosen=settings.chosen,
+                     seed=settings.seed, batch=settings.batch, device=processes.device, use_cache=settings.use_cache,
+                     say=lambda line: click.echo(line, err=True), progress=settings.verbose)
+
+
+def _snapshots(run: str) -> list[Path]:
+    found = sorted(Path(run).glob(_SNAPSHOTS))
+    if not found:
+        what = "holds no network files" if os.path.isdir(run) else "is no folder"
+        raise UserError(f"--run is {run}, which {what}; expected the folder of a run, such as "
+                        "runs/00007-isic256-cond-auto1")
+    return found
+
+
+def _mirror(settings: MeasureSettings, info: dict[str, Any]) -> bool:
+    """Return --mirror, or what the run's options or the network's file say of its training."""
+    if settings.mirror is not None:
+        return settings.mirror
+    record = None if settings.run_folder is None else read_record(settings.run_folder)
+    if record is not None:
+        return record.config.dataset.xflip
+    training_set = info.get("training_set")
+    return isinstance(training_set, dict) and training_set.get("xflip") is True
+
+
+def _kimg(network: OpenNetwork) -> float | None:
+    kimg = network.info.get("kimg")
+    return float(kimg) if isinstance(kimg, (int, float)) else None
+
+
+def _records(found: Results, processes: Processes, *, snapshot: str | None, **more: Any) -> Iterator[dict[str, Any]]:
+    for name, result in found.items():
+        yield result_record(name, result, num_gpus=processes.count, snapshot=snapshot, **more)
+
+
+def _write(folder: Path | None, record: dict[str, Any]) -> None:
+    """Print a result, and append it to the file of its metric in a run's folder."""
+    click.echo(to_json(record))
+    if folder is not None:
+        AppendFile(RunFolder(folder).metric(record["metric"]), durable=True).append(to_line(record))
+
+
+def _say(settings: MeasureSettings, line: str) -> None:
+    if settings.verbose and is_main():
+        click.echo(line, err=True)

@@ -1,0 +1,137 @@
+"""Keep the finished pieces of long work in a folder, so that it can be stopped at any moment and continued.
+
+The folder lies beside what is being made, under its name with ".parts" behind it:
+
+    settings.json       what the pieces follow from; written before the first of them
+    piece-000000.npy    pixels, uint8 [n, C, R, R]; each appears whole or not at all
+    lock                while a process works on it
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write
+from dnnlib.process_lock import LockHeld, ProcessLock
+
+SETTINGS, LOCK = "settings.json", "lock"
+
+_OURS = re.compile(r"piece-(\d{6,})\.npy|\.tmp-[0-9a-f]{16}")
+_FORMAT = "stylegan2-ada-pieces"
+
+
+class Pieces:
+    """The pieces of one work. Only one process opens and removes the folder; all of a run may add to it.
+
+    dest:      what is being made
+    settings:  JSON; pieces of other settings are refused
+    """
+
+    def __init__(self, dest: str | os.PathLike, settings: Mapping[str, Any]):
+        self.dest = Path(dest)
+        self.folder = self.dest.with_name(self.dest.name + ".parts")
+        self._settings = {"format": _FORMAT, "version": 1, **settings}
+        self._lock = ProcessLock(self.folder / LOCK)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder or enter it, and keep other processes out; an empty one is removed at the end.
+
+        Raises UserError when another process works on it, or it holds pieces of another work.
+        """
+        self._acquire()
+        try:
+            self._enter()
+            try:
+                yield
+            finally:
+                if not self.finished():
+                    self.remove()
+        finally:
+            self._lock.release()
+            with suppress(OSError):  # it stays where pieces are left in it
+                self.folder.rmdir()
+
+    def finished(self) -> list[int]:
+        """Return the numbers of the pieces that are there."""
+        matches = (_OURS.fullmatch(name) for name in os.listdir(self.folder))
+        return sorted(int(match[1]) for match in matches if match and match[1])
+
+    def save(self, number: int, pixels: np.ndarray) -> None:
+        """Keep a piece: uint8 [n, C, R, R]. Raises UserError when it cannot be written."""
+        try:
+            with atomic_write(self._path(number)) as file:
+                np.save(file, pixels)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written to ({error.strerror or error}); the pieces there are "
+                            "kept: put that right, and give the same command again") from error
+
+    def load(self, number: int) -> np.ndarray:
+        """Return the pixels of a piece. Raises UserError when the file was damaged since."""
+        path = self._path(number)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}); remove it, and give the same command again") from error
+
+    def remove(self) -> None:
+        """Remove all pieces; the folder goes when it is given back."""
+        for name in os.listdir(self.folder):
+            if _OURS.fullmatch(name):
+                (self.folder / name).unlink()
+        (self.folder / SETTINGS).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"piece-{number:06d}.npy"
+
+    def _acquire(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock.acquire()
+        except FileExistsError as error:
+            raise UserError(f"{self.folder} is no folder; it is where finished pieces go: rename it") from error
+        except LockHeld as error:
+            raise UserError(f"{self.dest} is being made by {error}; wait for it, or choose another name") from error
+        except OSError as error:
+            raise UserError(f"{self.folder}, where finished pieces go, cannot be written to ({error.strerror}); "
+                            "expected a folder that can") from error
+
+    def _enter(self) -> None:
+        """Check what lies in the folder, and leave in it the settings and pieces that belong to them."""
+        found = self._read_settings()
+        if found is None:
+            foreign = sorted(name for name in os.listdir(self.folder) if name != LOCK and not _OURS.fullmatch(name))
+            if foreign:
+                raise UserError(f"{self.folder}, where finished pieces go, holds other files ({foreign[0]}); rename it")
+        elif found == self._settings:
+            return
+        elif self.finished():
+            raise UserError(f"{self.folder} holds the beginning of another set ({self._differences(found)}); repeat "
+                            "its command to complete that one, or remove the folder")
+        self.remove()  # pieces that nobody knows the origin of
+        with atomic_write(self.folder / SETTINGS, text=True) as file:
+            file.write(json.dumps(self._settings, indent=1, allow_nan=False) + "\n")
+
+    def _read_settings(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("format") != _FORMAT:
+            raise UserError(f"{self.folder / SETTINGS} is not what this program writes; rename the folder")
+        return found
+
+    def _differences(self, found: Mapping[str, Any]) -> str:
+        names = [name for name in self._settings if found.get(name) != self._settings[name]]
+        texts = [f"{name} is {json.dumps(found.get(name))} there and {json.dumps(self._settings[name])} here"
+                 for name in names]
+        return "; ".join(texts[:2]) or "it was begun by another version of this program"

@@ -1,0 +1,121 @@
+"""What generate.py is asked for: the values of its options, and which of them go together."""
+
+import math
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from dnnlib.cli import UserError
+from latent.sampling import Look
+from torch_utils.distributed import Place
+
+
+class Job(Enum):
+    """What generate.py can do; the value is the option that asks for it."""
+
+    IMAGES = "--seeds"
+    PROJECTED = "--projected-w"
+    SET = "--zip"
+    MIX = "--style-mix"
+
+
+_EVERYWHERE = {"network", "noise_mode", "device", "batch", "fp32"}
+_FLAGS = {
+    Job.IMAGES: {"seeds", "class_", "trunc", "outdir", "grid"},
+    Job.PROJECTED: {"projected_w", "outdir", "grid"},
+    Job.SET: {"zip", "count", "classes", "seeds", "trunc", "gpus"},
+    Job.MIX: {"style_mix", "rows", "cols", "styles", "class_", "trunc", "outdir"},
+}
+# Options that one job alone has.
+_OWNERS = {"count": Job.SET, "classes": Job.SET, "gpus": Job.SET, "rows": Job.MIX, "cols": Job.MIX, "styles": Job.MIX}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Values by the names of `latent.flags.FLAGS`, None where not given.
+
+    Raises UserError where options contradict each other, one is missing, or a number is out of its range.
+    """
+
+    network: str | None
+    seeds: str | None
+    class_: str | None
+    trunc: float | None
+    noise_mode: str | None
+    projected_w: str | None
+    outdir: str | None
+    grid: str | None
+    zip: str | None
+    count: int | None
+    classes: str | None
+    style_mix: bool | None
+    rows: str | None
+    cols: str | None
+    styles: str | None
+    device: str
+    gpus: int | None
+    batch: int | None
+    fp32: bool | None
+
+    def __post_init__(self) -> None:
+        if not self.network:
+            raise UserError("--network is missing; expected a network file, such as "
+                            "--network=run/network-snapshot-001000.safetensors, or see --help")
+        self._check_together()
+        self._check_complete()
+        if self.trunc is not None and not math.isfinite(self.trunc):
+            raise UserError(f"--trunc is {self.trunc}; expected a number, usually from 0 to 1")
+        for name in ("batch", "gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}; expected at least 1")
+
+    @property
+    def job(self) -> Job:
+        if self.style_mix:
+            return Job.MIX
+        if self.zip is not None:
+            return Job.SET
+        return Job.IMAGES if self.projected_w is None else Job.PROJECTED
+
+    @property
+    def look(self) -> Look:
+        return Look(truncation=1.0 if self.trunc is None else self.trunc, noise_mode=self.noise_mode or "const",
+                    fp32=bool(self.fp32))
+
+    def processes(self, place: Place) -> int:
+        """Return how many processes do the work. place: this process's. Raises UserError."""
+        if place.count == 1:
+            return self.gpus or 1
+        if self.job is not Job.SET:
+            raise UserError(f"{place.count} processes were started; expected one: several share the work of --zip "
+                            "alone")
+        if self.gpus not in (None, place.count):
+            raise UserError(f"--gpus is {self.gpus}; expected {place.count}, the processes that were started: leave "
+                            "--gpus out")
+        return place.count
+
+    def _check_together(self) -> None:
+        job = self.job
+        for field in fields(self):
+            name = field.name
+            if getattr(self, name) is None or name in _EVERYWHERE | _FLAGS[job] or (name, self.gpus) == ("gpus", 1):
+                continue
+            flag = f"--{name.rstrip('_').replace('_', '-')}"
+            if name in _OWNERS:
+                raise UserError(f"{flag} is given, which belongs to {_OWNERS[name].value}; add that, or leave {flag} "
+                                "out")
+            hint = " (--classes says how many images each class has)" if (name, job) == ("class_", Job.SET) else ""
+            raise UserError(f"{flag} is given with {job.value}; expected one of them{hint}")
+
+    def _check_complete(self) -> None:
+        job = self.job
+        if job is Job.IMAGES and self.seeds is None:
+            raise UserError("--seeds is missing; expected what to make: --seeds=0-9, --projected-w=FILE, --zip=FILE or "
+                            "--style-mix, see --help")
+        if job is Job.MIX and None in (self.rows, self.cols):
+            missing = "rows" if self.rows is None else "cols"
+            raise UserError(f"--{missing} is missing; expected seeds for --style-mix, such as --rows=85,100 "
+                            "--cols=55,821")
+        if job is not Job.SET and not self.outdir and (job is Job.MIX or not self.grid):
+            other = "" if job is Job.MIX else ", or --grid=FILE for a sheet alone"
+            raise UserError(f"--outdir is missing; expected a folder for the images{other}")

@@ -1,0 +1,1 @@
+"""Turn images into features whose statistics can be compared."""

@@ -1,0 +1,61 @@
+"""EfficientNet-lite0 with ImageNet weights: a detector that a package carries, for places without a network."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dnnlib.files import sha256_of
+from metrics.detectors.detector import Detector
+from metrics.detectors.files import EFFICIENTNET_LITE0
+from metrics.detectors.weights import load_weights
+
+_SIZE = 224
+_MEAN, _STD = 127, 128  # of the TensorFlow models that the weights are from; the first layer's statistics agree
+_CPU_IMAGES = 4  # at a time on a CPU: half the time of 16, its caches hold them
+# of the network, and of each of its blocks: a convolution and the batch normalisation of its outputs
+_PAIRS = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"),
+          ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+
+
+class EfficientNetLite0(Detector):
+    """Features are the last convolution's, averaged over the image."""
+
+    name = "efficientnet-lite0"
+    preprocessing = "resized to 224x224 (bilinear, antialiased), (x - 127) / 128"
+    num_features = 1280
+
+    def __init__(self, weights: str | os.PathLike):
+        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        from efficientnet_lite_pytorch import EfficientNet  # optional: the extra `offline`
+
+        super().__init__()
+        with torch.device("meta"):
+            self.network = EfficientNet.from_name("efficientnet-lite0")
+        load_weights(self.network, weights, EFFICIENTNET_LITE0)
+        for part in (self.network, *self.network._blocks):
+            _fold_normalisation(part)
+            part._swish = nn.ReLU6(inplace=True)
+        self.weights_sha256 = sha256_of(weights)
+        self.requires_grad_(False).eval()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if pixels.device.type != "cpu":
+            return self._average(pixels)
+        return torch.cat([self._average(few) for few in pixels.split(_CPU_IMAGES)])
+
+    def _average(self, pixels: Tensor) -> Tensor:
+        x = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
+        return self.network.extract_features((x - _MEAN) / _STD).mean(dim=(2, 3))  # of [N, 1280, 7, 7]
+
+
+def _fold_normalisation(part: nn.Module) -> None:
+    """Let the convolutions of a network, or of one of its blocks, do the batch normalisation too."""
+    for conv_name, norm_name in _PAIRS:
+        conv, norm = getattr(part, conv_name, None), getattr(part, norm_name, None)
+        if conv is not None and norm is not None:
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            setattr(part, norm_name, nn.Identity())

@@ -1,0 +1,105 @@
+"""Perceptual path length: how much images change along paths between latents (Karras et al. 2019, section 4.1)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.cli import UserError
+from metrics.names import MetricRequest
+from metrics.sources import FakeLabels, draw_latents, to_rgb
+from torch_utils.seeding import generator_for, seed_for
+
+EPSILON = 1e-4  # of the path; the paper's
+_SMALLEST = 16  # pixels a side that the similarity can look at
+_LARGEST = 256  # pixels a side that images are averaged down to, as the similarity was trained on smaller ones
+_LOWEST, _HIGHEST = 0.01, 0.99  # quantiles between which distances count
+
+# images a and b, float32 [N, 3, H, W] in -1..1 -> squared distances float32 [N]
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+class PathSteps:
+    """Pairs of images a step of EPSILON apart on random paths, by number.
+
+    G:         with mapping, synthesis, z_dim and img_resolution, in eval mode
+    labels:    of the paths, the same at both ends
+    space:     "z": great circles between latents; "w": straight lines between styles
+    sampling:  "full": anywhere on the path; "end": at its beginning
+    crop:      compare the middle of the images only
+    seed:      latents and places follow from it and the number of the pair, noise from it and the block
+    """
+
+    def __init__(self, G: nn.Module, labels: FakeLabels, *, space: str, sampling: str, crop: bool, seed: int,
+                 device: torch.device | str):
+        self.G, self.labels, self.space, self.sampling, self.crop = G, labels, space, sampling, crop
+        self.seed, self.device = seed, device
+
+    @torch.no_grad()
+    def distances(self, rows: range, similarity: Similarity) -> Tensor:
+        """Return squared distances over EPSILON^2: float32 [n]."""
+        first, second = (self._images(ws, rows.start) for ws in self._styles(rows))
+        return similarity(first, second).float() / EPSILON**2
+
+    def _styles(self, rows: range) -> tuple[Tensor, Tensor]:
+        z0, z1 = (draw_latents(rows, self.G.z_dim, self.seed, f"metrics/path/{end}").double() for end in (0, 1))
+        places = torch.zeros(len(rows), 1, dtype=torch.float64)
+        if self.sampling == "full":
+            places = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator_for(
+                seed_for(self.seed, row, 0, "metrics/path/place"))) for row in rows])
+        c = self.labels.draw(rows, self.seed).to(self.device)
+        if self.space == "z":
+            return tuple(self._map(along_circle(z0, z1, place), c) for place in (places, places + EPSILON))
+        w0, w1 = self._map(z0, c), self._map(z1, c)
+        places = places.to(w0.device, w0.dtype)[:, :, None]
+        return w0.lerp(w1, places), w0.lerp(w1, places + EPSILON)
+
+    def _map(self, z: Tensor, c: Tensor) -> Tensor:
+        return self.G.mapping(z.to(self.device), c)
+
+    def _images(self, ws: Tensor, block: int) -> Tensor:
+        """Return images [N, 3, H, W]; with the same noise whenever the same block is asked for."""
+        noise = generator_for(seed_for(self.seed, block, 0, "metrics/path/noise"), self.device)
+        # Half precision would round away what a step of EPSILON changes.
+        images = self.G.synthesis(ws, noise_mode="random", force_fp32=True, generator=noise)
+        return prepare(images, self.G.img_resolution, self.crop)
+
+
+def prepare(images: Tensor, resolution: int, crop: bool) -> Tensor:
+    """Return what is compared of images [N, C, R, R] of a network of `resolution`: [N, 3, H, W].
+
+    The paper crops images of FFHQ to the face; its authors' program takes 3/8 to 7/8 of the height and 2/8 to 6/8 of
+    the width. Networks above 256 have their images averaged down by resolution / 256.
+    """
+    if crop:
+        eighth = images.shape[2] // 8
+        images = images[:, :, 3 * eighth:7 * eighth, 2 * eighth:6 * eighth]
+    if resolution > _LARGEST:
+        images = nn.functional.avg_pool2d(images, resolution // _LARGEST)
+    return to_rgb(images)
+
+
+def check_path_requests(requests: Sequence[MetricRequest], resolution: int) -> None:
+    """Raise UserError when a path length cannot be measured on images of a network's resolution."""
+    for request in requests:
+        if request.kind == "ppl" and resolution // (2 if request.crop else 1) < _SMALLEST:
+            raise UserError(f"metric {request.name} compares images of {_SMALLEST} pixels a side or more"
+                            f"{' after its crop to the middle' if request.crop else ''}, and the network makes "
+                            f"{resolution}x{resolution}; expected larger ones, or another metric")
+
+
+def along_circle(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
+    """Return points on the great circle from the direction of a to that of b: unit vectors [N, Z]; place [N, 1]."""
+    a, b = (nn.functional.normalize(end, dim=1) for end in (a, b))
+    cosine = (a * b).sum(dim=1, keepdim=True)
+    angle = place * cosine.clamp(-1, 1).acos()
+    across = nn.functional.normalize(b - cosine * a, dim=1)
+    return a * angle.cos() + across * angle.sin()
+
+
+def path_length(distances: Tensor) -> float:
+    """Return the mean of the distances [N] between their 1st and 99th percentile, which are distances themselves."""
+    distances = distances.double()
+    low = distances.quantile(_LOWEST, interpolation="lower")
+    high = distances.quantile(_HIGHEST, interpolation="higher")
+    return distances[(distances >= low) & (distances <= high)].mean().item()

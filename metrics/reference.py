@@ -1,0 +1,95 @@
+"""The data set that is measured against: which of its images each metric takes, and the labels of fakes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dnnlib.cli import UserError
+from metrics.classes import find_class
+from metrics.names import MetricRequest
+from metrics.sources import FakeLabels, Selection, SetImages, Shape, describe_shape
+
+
+class Choice(NamedTuple):
+    """Which reals a metric takes."""
+
+    count: int | None  # at most; None = all
+    mirror: bool  # mirrored ones too
+
+
+class Reference:
+    """The real images, opened and checked.
+
+    data:    path of the data set; None where metrics need none
+    mirror:  the training saw mirrored images as well
+    chosen:  name or number of a class: take its images only
+    seed:    of the choice where a metric takes not all
+
+    Raises UserError when they are missing or too few.
+    """
+
+    def __init__(self, requests: Sequence[MetricRequest], data: str | os.PathLike | None, *, mirror: bool,
+                 chosen: str | None, seed: int):
+        self.images = None if data is None else SetImages(data, chosen)
+        self.mirror, self.chosen, self.seed = mirror, chosen, seed
+        self.selections: dict[Choice, Selection] = {
+            self.choice(request): self._select(request) for request in requests if request.needs_reals}
+
+    def choice(self, request: MetricRequest) -> Choice | None:
+        """Return which reals a metric takes; None where it takes none."""
+        return Choice(request.num_reals, self.mirror and not request.full) if request.needs_reals else None
+
+    def check_shape(self, shape: Shape, other: str) -> None:
+        """Raise UserError when reals are compared with fakes of another shape.
+
+        other:  says whose shape it is, "the network makes {} ones"
+        """
+        if self.selections and self.images.shape != shape:
+            raise UserError(f"{self.images.path} holds {describe_shape(self.images.shape)} images and "
+                            f"{other.format(describe_shape(shape))}; expected the same: convert the data set with "
+                            "dataset_tool.py")
+
+    def labels_of_fakes(self, c_dim: int, info: Mapping[str, Any]) -> FakeLabels:
+        """Return what labels of fakes are drawn from: the class, the data set, or what the network learned from.
+
+        c_dim:  of the network;  info: what its file says
+
+        Raises UserError when network, data set and class do not go together.
+        """
+        if c_dim == 0:
+            if self.chosen is not None:
+                raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
+                                "out, or take a network that was trained with --cond=1")
+            return FakeLabels(torch.zeros(1, 0))
+        names, counts = (info.get(field) for field in ("classes", "class_counts"))
+        table = None
+        if self.images is not None:
+            table, names = self.images.label_table(c_dim), self._names(names)
+        if self.chosen is not None:
+            return FakeLabels.of_class(find_class(self.chosen, names, c_dim), c_dim)
+        if table is not None:
+            return FakeLabels(table)
+        if not counts or len(counts) != c_dim or sum(counts) == 0:
+            raise UserError("--data is missing, and the network file does not say how many images of each class it "
+                            "learned from; expected the data set, or --class")
+        return FakeLabels.of_counts(counts)
+
+    def _names(self, of_network: Sequence[str] | None) -> Sequence[str] | None:
+        """Return the names of the classes, which network and data set must agree on."""
+        if of_network and self.images.classes and list(of_network) != list(self.images.classes):
+            raise UserError(f"{self.images.path} has the classes {', '.join(self.images.classes)} and the network "
+                            f"{', '.join(of_network)}; expected the same in the same order")
+        return self.images.classes or of_network
+
+    def _select(self, request: MetricRequest) -> Selection:
+        if self.images is None:
+            raise UserError(f"--data is missing; expected the real images that {request.name} compares with")
+        count, mirror = self.choice(request)
+        selection = self.images.select(count, mirror=mirror, seed=self.seed)
+        if len(selection) < request.fewest:
+            of_class = "" if self.chosen is None else f" of class {self.chosen}"
+            raise UserError(f"metric {request.name} needs at least {request.fewest} real images and "
+                            f"{self.images.path} holds {len(selection)}{of_class}; expected more")
+        return selection

@@ -1,0 +1,56 @@
+"""Programs on metrics that tests run as several processes: `python -m tests.metric_programs NAME+NAME FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from metrics import evaluation
+from metrics.blocks import compute_rows, from_main, on_main, together
+from metrics.evaluation import Evaluator
+from tests.metric_networks import MeanDetector, SquareDistance
+from tests.small_networks import small_generator
+from torch_utils.distributed import Processes, gather_rows, join
+
+
+def evaluate(processes: Processes, folder: Path) -> dict:
+    """Measure all kinds of metrics, with blocks that divide evenly among processes and with others."""
+    evaluation.open_detector = lambda name, *, device, weights: MeanDetector(name)
+    evaluation.open_similarity = lambda *, device, weights: SquareDistance()
+    found = {}
+    for count, batch in ((70, 8), (12, 32)):
+        names = f"fid{count}_full,kid{count},pr{count}_full,is{count},ppl{count}_zfull"
+        evaluator = Evaluator(names, data=folder / "data.zip", mirror=True, batch=batch, use_cache=False)
+        results = evaluator.evaluate(small_generator(resolution=32))
+        found[count] = {name: record["results"] for name, record in results.items()}
+    return found
+
+
+def exchange(processes: Processes, folder: Path) -> dict:
+    """Gather rows, and let work fail here and there."""
+    rank = processes.rank
+    rows = torch.arange(6.0).reshape(3, 2)[:2 * rank] + 100 * rank
+    failures = []
+    for call in (lambda: together(lambda: 1 // (1 - rank)), lambda: on_main(lambda: 1 // rank),
+                 lambda: compute_rows(8, 2, [(8, 1)], lambda rows: [torch.zeros(len(rows), 1 // (2 - rows.start))])):
+        try:
+            call()
+        except (ZeroDivisionError, RuntimeError) as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    return {"rows": gather_rows(rows), "none": gather_rows(torch.zeros(0, 3, dtype=torch.uint8)), "failures": failures,
+            "main": on_main(lambda: "here"), "from_main": from_main(lambda: ["rank", rank]),
+            "blocks": compute_rows(5, 2, [(5, 1), (3, 2)], lambda rows: [
+                torch.tensor(rows)[:, None].float(), torch.tensor(rows).float()[:max(3 - rows.start, 0), None].repeat(
+                    1, 2)])}
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    names, folder = sys.argv[1].split("+"), Path(sys.argv[2])
+    with join("cpu") as processes:
+        for name in names:
+            torch.save(globals()[name](processes, folder), folder / f"{name}-{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

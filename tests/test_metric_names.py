@@ -1,0 +1,62 @@
+"""Names of metrics say how many images they take."""
+
+import pytest
+
+from dnnlib.cli import UserError
+from metrics.names import DESCRIPTIONS, KNOWN_NAMES, MetricRequest, parse_metric, parse_metrics
+
+
+def request(name, **fields):
+    return MetricRequest(name=name, **fields)
+
+
+@pytest.mark.parametrize("expected", [
+    request("fid50k_full", kind="fid", num_fakes=50_000, full=True),
+    request("fid50k", kind="fid", num_fakes=50_000, num_reals=50_000),
+    request("fid500_full", kind="fid", num_fakes=500, full=True),
+    request("kid5k_full", kind="kid", num_fakes=5000, full=True),
+    request("kid20", kind="kid", num_fakes=20, num_reals=20),
+    request("pr50k3_full", kind="pr", num_fakes=50_000, full=True, k=3),
+    request("pr2k5", kind="pr", num_fakes=2000, num_reals=2000, k=5),
+    request("pr2k_full", kind="pr", num_fakes=2000, full=True, k=3),
+    request("pr500_full", kind="pr", num_fakes=500, full=True, k=3),
+    request("is10k", kind="is", num_fakes=10_000),
+    request("ppl2_wend", kind="ppl", num_fakes=50_000, space="w", sampling="end"),
+    request("ppl_zfull", kind="ppl", num_fakes=50_000, space="z", sampling="full", crop=True),
+    request("ppl1k_zend", kind="ppl", num_fakes=1000, space="z", sampling="end", crop=True),
+    request("ppl1k2_wfull", kind="ppl", num_fakes=1000, space="w", sampling="full"),
+    request("ppl64_wend", kind="ppl", num_fakes=64, space="w", sampling="end", crop=True),
+], ids=lambda expected: expected.name)
+def test_parse_metric_reads_counts_and_options(expected):
+    assert parse_metric(expected.name) == expected
+
+
+def test_known_names_are_50k_ones_and_each_kind_is_described():
+    requests = [parse_metric(name) for name in KNOWN_NAMES]
+    assert {found.num_fakes for found in requests} == {50_000}
+    assert {found.kind for found in requests} == set(DESCRIPTIONS)
+    assert all("is better" in text or "is smoother" in text for text in DESCRIPTIONS.values())
+
+
+@pytest.mark.parametrize("name", ["", "fid", "fid0", "fid05k", "fid2kk", "fid2k_ful", "FID2k", "fid2k3", "is10k_full",
+                                  "ppl2_xend", "ppl_w", "pr_full", "fid-1", "kid2k_full ", "ppl1k3_wend"])
+def test_parse_metric_unknown_name_gives_a_hint(name):
+    with pytest.raises(UserError) as error:
+        parse_metric(name)
+    assert str(error.value) == (
+        f"metric {name!r} is not known; expected names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or "
+        f"one of {', '.join(KNOWN_NAMES)}")
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("fid1", 2), ("kid1_full", 2), ("pr3_full", 4), ("is9", 10),
+                                              ("pr1k1000_full", 1001)])
+def test_parse_metric_too_few_images_raises(name, fewest):
+    with pytest.raises(UserError, match=rf"metric {name} takes \d+ images; expected at least {fewest}$"):
+        parse_metric(name)
+
+
+def test_parse_metrics_takes_each_once_and_in_order():
+    assert [found.name for found in parse_metrics(" kid5k,fid2k_full , kid5k,")] == ["kid5k", "fid2k_full"]
+    assert parse_metrics(["is10k"]) == (parse_metric("is10k"),)
+    with pytest.raises(UserError, match=r"^no metric is named; expected names such as"):
+        parse_metrics(" ,")

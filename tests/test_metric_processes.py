@@ -1,0 +1,58 @@
+"""Metrics of several processes are those of one."""
+
+import sys
+
+import pytest
+import torch
+
+from metrics import evaluation
+from tests import metric_programs
+from tests.make_sets import make_set
+from torch_utils.distributed import Processes
+from training.launch import launch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    make_set(folder / "data.zip", 21, size=32, labels=[index % 2 for index in range(21)])
+    assert launch(2, [sys.executable, "-m", "tests.metric_programs", "evaluate+exchange", str(folder)]) == 0
+    return folder
+
+
+def results(folder, name):
+    """Return what each of two processes found."""
+    return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture
+def one_thread():
+    """Compute as each of two processes does: sums in another order end in other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_evaluate_two_processes_give_the_bits_of_one(folder, one_thread, monkeypatch):
+    for name in ("open_detector", "open_similarity"):  # the program replaces them; this puts them back
+        monkeypatch.setattr(evaluation, name, None)
+    alone = metric_programs.evaluate(Processes(rank=0, count=1, device=torch.device("cpu")), folder)
+    main, other = results(folder, "evaluate")
+    assert main == alone
+    assert [len(found) for found in main.values()] == [5, 5]
+    assert other == {70: {}, 12: {}}
+
+
+def test_exchange_gathers_rows_and_shares_failures(folder):
+    main, other = results(folder, "exchange")
+    assert main["rows"].tolist() == [[100, 101], [102, 103]]
+    assert main["none"].shape == (0, 3)
+    assert main["none"].dtype == torch.uint8
+    assert [found["main"] for found in (main, other)] == ["here", None]
+    assert [found["from_main"] for found in (main, other)] == [["rank", 0]] * 2
+    assert [part.tolist() for part in main["blocks"]] == [[[0], [1], [2], [3], [4]], [[0, 0], [1, 1], [2, 2]]]
+    assert (other["rows"], other["none"], other["blocks"]) == (None, None, None)
+    zero, elsewhere = "ZeroDivisionError: integer division or modulo by zero", "RuntimeError: another process failed"
+    assert main["failures"] == [elsewhere, zero, elsewhere]
+    assert other["failures"] == [zero, elsewhere, zero]
