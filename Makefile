@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup test slow soak lint clean
+.PHONY: help setup demo test slow soak bench lint clean
 
 help:
 	@echo "make setup   install what is needed into .venv"
+	@echo "make demo    train on drawings of lesions and show what comes out, minutes on two cores"
 	@echo "make test    run the tests, a few minutes on two cores"
 	@echo "make slow    run the tests that take longer"
 	@echo "make soak    kill a training run a hundred times, and compare its end with an unbroken one"
+	@echo "make bench   measure speeds"
 	@echo "make lint    check the style"
 
 setup: $(READY)
@@ -20,6 +22,9 @@ $(READY): requirements.txt requirements-offline.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $(READY)
 
+demo: $(READY)
+	$(BIN)/python -m scripts.demo $(ARGS)
+
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -28,6 +33,9 @@ slow: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.soak $(ARGS)
+
+bench: $(READY)
+	for subject in ops dataset_tool metrics train; do $(BIN)/python -m tests.bench_$$subject || exit 1; done
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

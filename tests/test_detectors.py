@@ -79,23 +79,22 @@ def test_detectors_ask_for_no_gradients_and_do_not_train(detectors, name):
     assert not detector(phantoms(1)).requires_grad
 
 
-@quick_detectors
-def test_settings_of_a_gpu_are_as_before(detectors, name):
+def test_detector_computes_without_tf32_and_restores_the_settings(detectors, monkeypatch):
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    seen = []
-    hook = detectors[name].register_forward_pre_hook(lambda *_: None)
-    hook.remove()
-    layer = next(module for module in detectors[name].modules() if isinstance(module, (nn.Conv2d, nn.ParameterList)))
-    hook = layer.register_forward_hook(lambda *_: seen.append((cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32)))
-    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
+
+    def settings():
+        return cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
+
+    detector, inside, before = detectors["random-conv"], [], settings()
+    monkeypatch.setattr(detector, "_features", lambda pixels: inside.append(settings()))
     cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = True, True, False, True
     try:
-        detectors[name](phantoms(1))
-        assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32) == (True, True, False, True)
+        detector(phantoms(1))
+        after = settings()
     finally:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = before
-        hook.remove()
-    assert set(seen) <= {(False, False, False)}
+    assert inside == [(False, False, True, False)]
+    assert after == (True, True, False, True)
 
 
 @pytest.mark.parametrize("pixels", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
@@ -202,25 +201,37 @@ def test_random_conv_weights_are_the_same_everywhere(detectors):
     again = open_detector("random-conv", device="cpu")
     assert (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == (before[0].tolist(), before[1])
     assert again.weights_sha256 == detectors["random-conv"].weights_sha256 == (
-        "6038416f0dba2133e06085270b750a84fc02b4a15ac4fa69b3d55c894ae53049")
+        "de87527e633f4af437321eaa98e96cd396981bb6208da670ba2c3ca2be73ae7c")
     assert "random weights" in again.preprocessing
 
 
-def test_random_conv_features_of_an_even_image_are_those_of_its_colour(detectors):
-    """All of an even image's features but those of its borders are known: of the first level, colour times filter."""
-    detector = detectors["random-conv"]
-    color = torch.tensor([10, 100, 200], dtype=torch.uint8)
-    features = detector(color[None, :, None, None].expand(1, 3, 32, 32))
-    inner = (detector.weights[0].sum(dim=(2, 3)) @ (color / 127.5 - 1) + detector.biases[0]).relu()
-    means = features[0, :32]
-    # 31 of 32 rows and columns see no border.
-    assert ((means - inner * (31 / 32) ** 2).abs() <= 0.25 * inner.max()).all()
-    assert np.corrcoef(means, inner)[0, 1] > 0.99
+def test_random_conv_features_are_means_and_log_deviations_of_layers(detectors):
+    detector, pixels = detectors["random-conv"], phantoms(3, size=64)
+    x, expected = pixels.double() / 127.5 - 1, []
+    for weight, bias in zip(detector.weights, detector.biases):
+        padded = nn.functional.pad(x, (1, 1, 1, 1))
+        side = x.shape[2] // 2
+        x = bias.double().reshape(-1, 1, 1) + sum(
+            torch.einsum("nihw,oi->nohw", padded[:, :, row:row + 2 * side:2, column:column + 2 * side:2],
+                         weight[:, :, row, column].double())
+            for row in range(3) for column in range(3))
+        x = x.clamp(min=0)
+        means = x.mean(dim=(2, 3))
+        deviations = (x - means[:, :, None, None]).square().mean(dim=(2, 3)).sqrt()
+        expected += [means, (deviations + 0.02).log()]
+    torch.testing.assert_close(detector(pixels), torch.cat(expected, dim=1).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_random_conv_half_of_the_filters_do_not_answer_to_brightness(detectors):
+    for weight in detectors["random-conv"].weights:
+        sums = weight.sum(dim=(2, 3)).abs().amax(dim=1)
+        assert sums[::2].max() < 1e-5
+        assert sums[1::2].min() > 0.1
 
 
 def test_random_conv_distance_falls_as_images_get_more_like_the_reals(detectors):
-    detector, pixels = detectors["random-conv"], phantoms(240)
-    reals, others = pixels[:120], pixels[120:].float()
+    detector, pixels = detectors["random-conv"], phantoms(320)
+    reals, others = pixels[:160], pixels[160:].float()
     noise = torch.randn(others.shape, generator=torch.Generator().manual_seed(2))
 
     def distances(changed):
@@ -232,6 +243,6 @@ def test_random_conv_distance_falls_as_images_get_more_like_the_reals(detectors)
     shifted = distances(others + shift for shift in (0, 10, 20, 40))
     for values in (noisy, blurred, shifted):
         assert (np.diff(values) > 0).all(), values
-    few = frechet(detector, reals, pixels[120:124].repeat(30, 1, 1, 1))
+    few = frechet(detector, reals, pixels[160:165].repeat(32, 1, 1, 1))
     grey = frechet(detector, reals, torch.full_like(reals, 128))
     assert min(few, grey) > 5 * noisy[0]

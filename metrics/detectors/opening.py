@@ -60,8 +60,10 @@ def open_similarity(*, device: "str | torch.device",
     """
     from metrics.detectors.lpips import PerceptualDistance
 
-    vgg16, linear = ((_fetched(file, "; the ppl metrics need it") if weights is None else _given(Path(weights) / file.name, file))
-                     for file in (VGG16, LPIPS_VGG16))
+    if weights is None:
+        vgg16, linear = (_fetched(file, "; the ppl metrics need it") for file in (VGG16, LPIPS_VGG16))
+    else:
+        vgg16, linear = (_given(Path(weights) / file.name, file) for file in (VGG16, LPIPS_VGG16))
     return PerceptualDistance(vgg16, linear).to(device)
 
 

@@ -15,11 +15,13 @@ _SIZE = 64
 _CHANNELS = (3, 32, 32, 32, 32)
 _KERNEL = 3
 _SEED = 1
-_SPREAD_OF_BIAS = 0.2  # so that units switch at different brightness
+_STEPS = 1 << 15  # weights are multiples of 1 / _STEPS times their largest
+_LARGEST_BIAS = 0.2  # so that units switch at different brightness
+_LEAST_DEVIATION = 0.02  # about two steps of 255 in a pixel: less is not told apart
 
 
 class RandomConv(Detector):
-    """Four convolutions of stride 2, each with ReLU; features are means and deviations of each one's channels.
+    """Four convolutions of stride 2, each with ReLU; features are the means and log deviations of their channels.
 
     They describe colour, contrast and texture at four scales, and know nothing of what is shown: good to see whether
     training makes progress, not for statements about quality.
@@ -31,13 +33,11 @@ class RandomConv(Detector):
 
     def __init__(self):
         super().__init__()
-        # numpy promises that these numbers never change; torch's may with its version and the processor.
-        random = np.random.RandomState(_SEED)
+        random = np.random.RandomState(_SEED)  # numpy promises that its numbers stay; torch's may change
         weights, biases = [], []
         for inputs, outputs in itertools.pairwise(_CHANNELS):
-            reach = math.sqrt(6 / (inputs * _KERNEL**2))  # He et al. 2015: variance 2 / fan-in keeps the scale
-            weights.append(_uniform(random, reach, (outputs, inputs, _KERNEL, _KERNEL)))
-            biases.append(_uniform(random, _SPREAD_OF_BIAS, (outputs,)))
+            weights.append(_draw_filters(random, inputs, outputs))
+            biases.append(_scaled(_draw_steps(random, (outputs,)), _LARGEST_BIAS))
         self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
         self.requires_grad_(False).eval()
         self.weights_sha256 = _digest([*weights, *biases])
@@ -47,12 +47,26 @@ class RandomConv(Detector):
         features = []
         for weight, bias in zip(self.weights, self.biases):
             x = conv2d(x, weight, bias, stride=2, padding=_KERNEL // 2).relu()
-            features += [x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)]
+            # The logarithm: else images differ so much in colour that a change of fine texture is lost beside it.
+            features += [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + _LEAST_DEVIATION).log()]
         return torch.cat(features, dim=1)
 
 
-def _uniform(random: np.random.RandomState, reach: float, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(random.uniform(-reach, reach, shape).astype(np.float32))
+def _draw_filters(random: np.random.RandomState, inputs: int, outputs: int) -> Tensor:
+    """Return filters [O, I, k, k] float32; every other one answers to changes alone, not to brightness."""
+    steps = _draw_steps(random, (outputs, inputs, _KERNEL, _KERNEL))
+    taps = _KERNEL**2
+    steps[::2] -= steps[::2].sum(axis=(2, 3), keepdims=True) / taps  # sums of integers: the same in any order
+    return _scaled(steps, math.sqrt(6 / (inputs * taps)))  # He et al. 2015: variance 2 / fan-in keeps the scale
+
+
+def _draw_steps(random: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
+    """Return whole numbers of -_STEPS to _STEPS, as float64."""
+    return random.randint(-_STEPS, _STEPS + 1, shape, dtype=np.int64).astype(np.float64)
+
+
+def _scaled(steps: np.ndarray, largest: float) -> Tensor:
+    return torch.from_numpy((steps * (largest / _STEPS)).astype(np.float32))
 
 
 def _digest(tensors: list[Tensor]) -> str:

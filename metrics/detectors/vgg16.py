@@ -15,10 +15,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of 
 
 
 class VGG16(Detector):
-    """Features are the second fully connected layer's after its ReLU, as torch-fidelity takes for precision and recall.
-
-    Kynkaanniemi et al. 2019: "the activations after the second fully connected layer".
-    """
+    """Features are those of the second fully connected layer (Kynkaanniemi et al. 2019), after its ReLU."""
 
     name = "vgg16"
     preprocessing = ("resized to 224x224 (bilinear as in TensorFlow 1, not antialiased), x / 255, "
