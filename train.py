@@ -4,6 +4,8 @@ import sys
 
 from dnnlib.cli import run
 from metrics.choice import choose_metrics, needed_detectors, require_detectors
+from metrics.names import parse_metrics
+from metrics.perceptual_path import check_path_requests
 from torch_utils.distributed import Place
 from training.command import make_command
 from training.config import TrainConfig
@@ -15,7 +17,7 @@ from training.run_settings import RunSettings
 
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
     """Run the training, in as many processes as it takes, and return the exit code."""
-    evaluate = make_evaluate(config, settings)
+    evaluate = make_evaluate(config, settings, dataset.resolution) if config.metrics else None
     if config.gpus > 1 and not is_part_of_run():
         return launch(config.gpus)
     from training.loop import train as train_here
@@ -23,12 +25,11 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> 
     return train_here(config, settings, dataset, evaluate)
 
 
-def make_evaluate(config: TrainConfig, settings: RunSettings) -> Evaluate | None:
-    """Return what computes the run's metrics; None when it has none. Raises UserError when they cannot be computed."""
-    if not config.metrics:
-        return None
+def make_evaluate(config: TrainConfig, settings: RunSettings, resolution: int) -> Evaluate:
+    """Return what computes the run's metrics. Raises UserError when they cannot be computed."""
     from metrics.evaluation import Evaluator
 
+    check_path_requests(parse_metrics(config.metrics), resolution)
     detectors = needed_detectors(config.metrics, settings.detector, settings.detector_weights)
     if Place.from_environment().rank == 0:
         require_detectors(detectors)

@@ -17,10 +17,11 @@ import PIL.Image
 
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
+from imagesets.class_shares import class_counts
 from imagesets.labels.compact import CompactTexts
 from imagesets.phantoms.looks import look_of
 from imagesets.phantoms.options import PhantomOptions
-from imagesets.phantoms.plan import class_counts, lesion_numbers, make_plan
+from imagesets.phantoms.plan import lesion_numbers, make_plan
 from imagesets.phantoms.render import render
 from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, draw_scene
 from imagesets.workers import ordered_map, usable_cores
@@ -61,7 +62,7 @@ def write_phantoms(dest: str | os.PathLike, *, workers: int | None = None, strea
     if workers < 1:
         raise UserError(f"--workers={workers}; expected at least 1")
     names = list(settings.classes)
-    counts = class_counts(settings.classes, settings.count)
+    counts = class_counts(list(settings.classes.values()), settings.count)
     plan = make_plan(counts, settings.seed)
     table = CompactTexts()
     jobs = zip(range(settings.count), plan.labels.tolist(), plan.lesions.tolist())

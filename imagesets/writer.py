@@ -34,13 +34,15 @@ class ImageSetWriter:
     dest:     a name ending in .zip, replaced if it exists; or a folder that is missing or empty
     classes:  names of the integer labels, None when labels have none
     source:   what dataset.json says of the origin; more may be put into the dict until the block ends
+    option:   the option that gave `dest`, for messages
 
     Raises UserError when dest cannot be written, when the disk is full, and for labels of mixed kinds.
     """
 
     def __init__(self, dest: str | os.PathLike, *, classes: Sequence[str] | None = None,
-                 source: dict[str, Any] | None = None):
+                 source: dict[str, Any] | None = None, option: str = "--dest"):
         self.dest = Path(dest)
+        self._flag = f"{option}={self.dest}"
         self.classes = None if classes is None else list(classes)
         self.source = {} if source is None else source
         self._count = 0
@@ -154,19 +156,19 @@ class ImageSetWriter:
     def _check_dest(self) -> None:
         if self.dest.suffix.lower() == ".zip":
             if self.dest.is_dir():
-                raise UserError(f"--dest={self.dest} is a folder; expected a zip file to write")
+                raise UserError(f"{self._flag} is a folder; expected a zip file to write")
         elif self.dest.suffix:
-            raise UserError(f"--dest={self.dest} ends in {self.dest.suffix}; expected .zip, or a folder")
+            raise UserError(f"{self._flag} ends in {self.dest.suffix}; expected .zip, or a folder")
         elif self.dest.is_file():
-            raise UserError(f"--dest={self.dest} is a file; expected a name ending in .zip, or a folder")
+            raise UserError(f"{self._flag} is a file; expected a name ending in .zip, or a folder")
         elif self.dest.is_dir() and any(self.dest.iterdir()):
-            raise UserError(f"--dest={self.dest} is a folder with files in it; expected an empty or a new one")
+            raise UserError(f"{self._flag} is a folder with files in it; expected an empty or a new one")
         if not self.dest.absolute().parent.is_dir():
-            raise UserError(f"--dest={self.dest}: there is no folder {self.dest.parent}; make it first")
+            raise UserError(f"{self._flag}: there is no folder {self.dest.parent}; make it first")
 
     def _cannot_write(self, error: OSError) -> UserError:
         reason = "the disk is full" if _is_full(error) else error.strerror or str(error)
-        return UserError(f"--dest={self.dest} cannot be written: {reason}; nothing was left there")
+        return UserError(f"{self._flag} cannot be written: {reason}; nothing was left there")
 
 
 def _is_full(error: OSError) -> bool:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from imagesets.naming import listed, suggestion
-from imagesets.phantoms.plan import class_counts
+from imagesets.class_names import find_class, known_classes
+from imagesets.class_shares import class_counts
 
-_NUMBER = re.compile(r"[+-]?\d+")
 _COUNTS_SYNTAX = "expected NAME:COUNT,NAME:COUNT,..., such as benign:5000,melanoma:5000"
 
 
@@ -35,19 +34,7 @@ class Classes:
 
     def find(self, flag: str, text: str) -> int:
         """Return the number of a class. A name wins over a number. Raises UserError."""
-        text = text.strip()
-        if self.names is not None and text in self.names:
-            return self.names.index(text)
-        if _NUMBER.fullmatch(text):
-            if 0 <= int(text) < self.count:
-                return int(text)
-            raise UserError(f"{flag} names the class {text}; expected a number from 0 to {self.count - 1}"
-                            + ("" if self.names is None else f", or a name: {listed(self.names)}"))
-        if self.names is None:
-            raise UserError(f"{flag} names the class {text!r}, but this network knows its classes by number alone; "
-                            f"expected 0 to {self.count - 1}")
-        raise UserError(f"{flag} names the class {text!r}{suggestion(text, self.names)}; expected one of "
-                        f"{listed(self.names)}, or a number from 0 to {self.count - 1}")
+        return find_class(text.strip(), self.names, self.count, flag=flag)
 
     def choose(self, text: str | None) -> list[int | None]:
         """Return the classes of --class: one, several with commas between them, or all; [None] when there are none.
@@ -59,7 +46,8 @@ class Classes:
                 raise UserError(f"--class is {text}, but this network was trained without classes; leave --class out")
             return [None]
         if text is None:
-            raise UserError(f"--class is missing, and this network makes images of a class; expected {self.expected()}")
+            raise UserError("--class is missing, and this network makes images of a class; expected "
+                            f"{known_classes(self.names, self.count)}")
         if self.names is not None and text.strip() in self.names:
             return [self.names.index(text.strip())]
         if text.strip() == "all":
@@ -68,12 +56,6 @@ class Classes:
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--class={text} names a class twice; expected each once")
         return chosen
-
-    def expected(self) -> str:
-        """Say which classes there are."""
-        if self.names is None:
-            return f"a number from 0 to {self.count - 1}"
-        return f"one of {listed(self.names)}, or a number from 0 to {self.count - 1}"
 
     def labels(self, classes: Sequence[int | None]) -> Tensor:
         """Return one-hot labels: float32 [N, c_dim]; [N, 0] of an unconditional network."""
@@ -107,14 +89,14 @@ class Classes:
         if self.training_counts is None:
             raise UserError("--classes is missing, and the network file does not say how many images of each class it "
                             f"learned from; {_COUNTS_SYNTAX}")
-        return class_counts({self.name(i): images for i, images in enumerate(self.training_counts)}, count)
+        return class_counts(self.training_counts, count)
 
     def _given_counts(self, count: int | None, text: str) -> list[int]:
         counts = [0] * self.count
         seen = set()
         for part in text.split(","):
             name, _, number = part.rpartition(":")
-            if not name or not re.fullmatch(r"\d{1,12}", number.strip()):
+            if not name or not re.fullmatch(r"[0-9]{1,12}", number.strip()):
                 raise UserError(f"--classes has {part.strip()!r}; {_COUNTS_SYNTAX}")
             index = self.find("--classes", name)
             if index in seen:

@@ -105,10 +105,7 @@ def _painting(request: Request) -> Iterator[tuple[OpenNetwork, Painter]]:
     request.processes(Place.from_environment())
     if request.outdir:
         check_outdir(request.outdir)
-    if request.grid == BESIDE_FILES:
-        if not request.outdir:
-            raise UserError("--grid has no name, and there is no --outdir; expected --grid=FILE")
-    elif request.grid is not None:
+    if request.grid:
         check_file("--grid", request.grid, ".png")
     device = choose_device(request.device).name
     network = open_network(request.network, device)
@@ -138,10 +135,10 @@ def _plan_set(request: Request, network: OpenNetwork, batch: int) -> SetPlan:
 
 
 def _describe_set(path: str, network: OpenNetwork, plan: SetPlan) -> str:
-    """Return "synthetic.zip: 10000 images of 64x64 (benign 8700, melanoma 1300), seeds 0-9999"."""
+    """Return "synthetic.zip: 10000 images of 64x64 (benign: 8700, melanoma: 1300), seeds 0-9999"."""
     counts = ""
     if plan.counts is not None:
-        counts = f" ({', '.join(f'{network.classes.name(i)} {count}' for i, count in enumerate(plan.counts))})"
+        counts = f" ({', '.join(f'{network.classes.name(i)}: {count}' for i, count in enumerate(plan.counts))})"
     side = network.G.img_resolution
     return (f"{path}: {plan.count} images of {side}x{side}{counts}, seeds {plan.first_seed}-"
             f"{plan.first_seed + plan.count - 1}")

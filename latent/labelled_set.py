@@ -27,6 +27,8 @@ def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: P
     number. Finished pieces wait in a folder beside `dest` until all are there.
     LIMIT: equal plans give equal bytes where each process has equally many threads. On a CPU a process with a single
     one sums in another order than one with several: one value in some 10,000 moves by a level.
+    LIMIT: of several processes the others wait while one puts the pieces together, half an hour at most (see
+    torch_utils.distributed); a set that takes longer stays in its pieces, and --gpus=1 completes it.
 
     Raises UserError when `dest` cannot be written, another process works on it, or other pieces lie there.
     """
@@ -78,25 +80,24 @@ def _progress(pieces: Pieces, plan: SetPlan, *, shown: bool) -> Iterator[Callabl
 
 
 @contextmanager
-def _hint(pieces: Pieces, plan: SetPlan) -> Iterator[None]:
-    """Say, when the program is stopped, that nothing is lost."""
+def _hint(pieces: Pieces, plan: SetPlan, ending: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
+    """Say, when the program is stopped, that nothing is lost. ending: what stops it"""
     try:
         yield
-    except KeyboardInterrupt:
-        done = _count(plan, set(pieces.finished()))
-        print(f"{done} of {plan.count} images are kept in {pieces.folder}; the same command continues",
-              file=sys.stderr)
+    except ending:
+        if done := _count(plan, set(pieces.finished())):
+            print(f"{done} of {plan.count} images are kept in {pieces.folder}; the same command continues",
+                  file=sys.stderr)
         raise
 
 
 def _assemble(dest: str | os.PathLike, network: OpenNetwork, plan: SetPlan, pieces: Pieces, origin: dict) -> None:
     """Put all pieces into the zip."""
-    try:
-        with ImageSetWriter(dest, classes=network.classes.names, source=origin) as writer:
-            for number in range(plan.num_pieces):
-                pixels = torch.from_numpy(pieces.load(number))
-                for image, label in zip(pixels, plan.classes(plan.images(number)), strict=True):
-                    writer.add(as_png(image), label)
-    except UserError as error:
-        # The writer names the option of the data tool.
-        raise UserError(str(error).replace("--dest=", "--zip=", 1)) from error
+    # A full disk is to be expected here, where all images are there twice for a while.
+    with (_hint(pieces, plan, UserError), Progress(plan.count, "images put together") as progress,
+          ImageSetWriter(dest, classes=network.classes.names, source=origin, option="--zip") as writer):
+        for number in range(plan.num_pieces):
+            pixels = torch.from_numpy(pieces.load(number))
+            for image, label in zip(pixels, plan.classes(plan.images(number)), strict=True):
+                writer.add(as_png(image), label)
+            progress.advance(len(pixels))

@@ -7,9 +7,10 @@ import click
 
 from dnnlib.cli import UserError
 from latent.measuring import MeasureSettings, measure
+from metrics.blocks import OtherProcessFailed
 from metrics.detectors.opening import DETECTOR_NAMES
 from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES
-from torch_utils.distributed import Place, join
+from torch_utils.distributed import Place, ProcessLost, join
 from training.device import choose_device
 from training.launch import is_part_of_run, launch
 
@@ -53,7 +54,10 @@ def _run(gpus: int | None, device: str, **flags: Any) -> int:
     if count > 1 and not is_part_of_run():
         return launch(count)
     with join(device) as processes:
-        measure(settings, processes)
+        try:
+            measure(settings, processes)
+        except OtherProcessFailed as error:  # that one tells the user
+            raise ProcessLost(str(error)) from error
     return 0
 
 
@@ -64,7 +68,7 @@ def _options() -> list[click.Option]:
                 "run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
         _option("--generated", str, "Folder or zip of generated images to measure.", "PATH"),
         _option("--run", str, "Folder of a run: measure all its network files, add the results to its "
-                "metric-NAME.jsonl, and draw metric-NAME.png.", "DIR"),
+                "metric-NAME.jsonl, and draw measured-NAME.png.", "DIR"),
         _option("--metrics", str, f"Metrics, separated by commas; see below. [default: {DEFAULT_METRIC}]", "LIST",
                 default=DEFAULT_METRIC),
         _option("--data", str, "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
@@ -75,7 +79,8 @@ def _options() -> list[click.Option]:
                 "Its numbers compare with none of another one. [default: inception-v3; vgg16 for pr, lpips-vgg16 for "
                 "ppl]", "NAME"),
         _option("--detector-weights", str, "File of weights in place of a downloaded one; NAME=FILE where several "
-                "networks are needed. May be given several times.", "FILE", multiple=True),
+                "networks are needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several "
+                "times.", "FILE", multiple=True),
         _option("--seed", int, "Number that latents and all random choices follow from. [default: 0]", "INT",
                 default=0),
         _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "

@@ -86,7 +86,7 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
                     curves.setdefault(record["metric"], {}).setdefault(key, []).append((kimg, value))
     if settings.run is not None and is_main():
         for name, found in curves.items():
-            save_curves(RunFolder(settings.run).metric(name).with_suffix(".png"), found)
+            save_curves(Path(settings.run) / f"measured-{name}.png", found)
 
 
 def _measure_images(settings: MeasureSettings, processes: Processes) -> None:

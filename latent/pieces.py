@@ -85,7 +85,7 @@ class Pieces:
         """Remove all pieces; the folder goes when it is given back."""
         for name in os.listdir(self.folder):
             if _OURS.fullmatch(name):
-                (self.folder / name).unlink()
+                (self.folder / name).unlink(missing_ok=True)  # another process of the run may be ending
         (self.folder / SETTINGS).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:

@@ -1,6 +1,5 @@
 """What generate.py is asked for: the values of its options, and which of them go together."""
 
-import math
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -27,6 +26,8 @@ _FLAGS = {
 }
 # Options that one job alone has.
 _OWNERS = {"count": Job.SET, "classes": Job.SET, "gpus": Job.SET, "rows": Job.MIX, "cols": Job.MIX, "styles": Job.MIX}
+
+_LARGEST_TRUNC = 1000  # far beyond where images are any; much larger ones pass what float32 holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,9 @@ class Request:
                             "--network=run/network-snapshot-001000.safetensors, or see --help")
         self._check_together()
         self._check_complete()
-        if self.trunc is not None and not math.isfinite(self.trunc):
-            raise UserError(f"--trunc is {self.trunc}; expected a number, usually from 0 to 1")
+        if self.trunc is not None and not abs(self.trunc) <= _LARGEST_TRUNC:  # so that nan is none
+            raise UserError(f"--trunc is {self.trunc:g}; expected a number, usually from 0 to 1, at most "
+                            f"{_LARGEST_TRUNC}")
         for name in ("batch", "gpus"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dnnlib.cli import UserError
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
 
@@ -71,6 +72,8 @@ class Painter:
 
         ws:           [N, L, W]
         noise_seeds:  what the noise of each image follows from with the noise mode "random"
+
+        Raises UserError where the network makes something else than finite numbers.
         """
         if self.look.noise_mode != "random":
             return to_pixels(self._synthesize(ws)).cpu()
@@ -93,5 +96,10 @@ class Painter:
             yield pixels
 
     def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,
-                                generator=generator)
+        images = self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,
+                                  generator=generator)
+        if not images.isfinite().all():  # they would become pixels all the same
+            other = "" if self.fp32 else ", or --fp32"
+            raise UserError("the network of --network makes images that are no finite numbers, perhaps since its "
+                            f"training diverged; expected a sound one: try an earlier snapshot{other}")
+        return images

@@ -7,7 +7,7 @@ from latent.sampling import LARGEST_SEED
 
 MOST_SEEDS = 1_000_000
 
-_PART = re.compile(r"(\d+)(?:-(\d+))?")
+_PART = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def parse_ranges(flag: str, text: str, *, largest: int, what: str) -> list[range]:

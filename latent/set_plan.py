@@ -29,8 +29,9 @@ class SetPlan:
 
     def __post_init__(self):
         if self.first_seed + self.count - 1 > LARGEST_SEED:
-            raise UserError(f"--seeds is {self.first_seed}, and with --count={self.count} the last seed would be "
-                            f"{self.first_seed + self.count - 1}; the largest seed is {LARGEST_SEED}: start lower")
+            raise UserError(f"--seeds is {self.first_seed}, and the last seed of {self.count} images would be "
+                            f"{self.first_seed + self.count - 1}; the largest seed is {LARGEST_SEED}: start lower, or "
+                            "make fewer images")
 
     @property
     def num_pieces(self) -> int:

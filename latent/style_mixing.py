@@ -57,14 +57,14 @@ def write_style_mix(outdir: str | os.PathLike, painter: Painter, rows: Sequence[
     seeds = list(dict.fromkeys([*rows, *columns]))
     ws = torch.cat([painter.styles([seed], label) for seed in seeds])
     styles = dict(zip(seeds, ws, strict=True))
-    wanted = {(seed, seed): styles[seed] for seed in seeds}
-    wanted |= {(row, column): mix(styles[row], styles[column], layers) for row in rows for column in columns}
-    pairs, pictures = list(wanted), {}
+    pairs = list(dict.fromkeys([*((seed, seed) for seed in seeds), *((r, c) for r in rows for c in columns)]))
+    pictures = {}
     folder = make_outdir(outdir)
     with Progress(len(pairs), "images") as progress:
         for start in range(0, len(pairs), painter.batch):
             some = pairs[start:start + painter.batch]
-            pixels = painter.pixels(torch.stack([wanted[pair] for pair in some]), [row for row, _ in some])
+            mixed = torch.stack([mix(styles[row], styles[column], layers) for row, column in some])
+            pixels = painter.pixels(mixed, [row for row, _ in some])
             for pair, image in zip(some, pixels, strict=True):
                 save_picture(folder / f"{pair[0]}-{pair[1]}.png", image)
                 pictures[pair] = image

@@ -1,16 +1,30 @@
 """Compute rows of results for blocks of images, with several processes as with one."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from torch_utils.distributed import any_process, broadcast_object, gather_rows, is_main, rank, world_size
+from torch_utils.distributed import (
+    any_process,
+    broadcast_object,
+    describe_error,
+    gather_rows,
+    is_main,
+    rank,
+    world_size,
+)
 
 T = TypeVar("T")
 
+_BEAT_SECONDS = 60  # between two signs of life; far below torch_utils.distributed.COLLECTIVE_TIMEOUT
 _SMALLEST_BATCH, _LARGEST_BATCH, _PIXELS = 4, 32, 1 << 20
+
+
+class OtherProcessFailed(RuntimeError):
+    """Work failed on another process, which has the error itself; this one says what it was."""
 
 
 def choose_batch(resolution: int) -> int:
@@ -48,14 +62,18 @@ def compute_rows(count: int, batch: int, sizes: Sequence[tuple[int, int]], compu
 
 
 def together(work: Callable[[], T]) -> T:
-    """Run `work`; when it fails on one process, all raise, so that none waits for another in vain."""
+    """Run `work`; when it fails on one process, all raise, so that none waits for another in vain.
+
+    Raises the error of the work; OtherProcessFailed on processes where it did not fail.
+    """
     result, failure = None, None
     try:
         result = work()
     except Exception as error:
         failure = error
     if any_process(failure is not None):
-        raise failure or RuntimeError("another process failed")
+        reason = _first_reason(failure)
+        raise failure or OtherProcessFailed(reason)
     return result
 
 
@@ -64,6 +82,42 @@ def on_main(work: Callable[[], T]) -> T | None:
     return together(lambda: work() if is_main() else None)
 
 
+def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
+    """As `on_main`, for work of any length: it calls the function that it gets now and then.
+
+    Processes that wait for one that gives no sign give up after a while.
+    """
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _BEAT_SECONDS:
+            any_process(False)
+            last = time.monotonic()
+
+    def work_or_wait() -> T | None:
+        if is_main():
+            try:
+                result = work(beat)
+            except Exception:
+                any_process(True)
+                raise
+            any_process(True)
+            return result
+        while not any_process(False):  # the main process says that it is done
+            pass
+        return None
+
+    return together(work_or_wait)
+
+
 def from_main(work: Callable[[], T]) -> T:
     """Run `work` on the main process alone; all get its result."""
     return broadcast_object(on_main(work))
+
+
+def _first_reason(failure: Exception | None) -> str:
+    """Return on all processes what went wrong on the first of those where something did."""
+    text = "" if failure is None else f"{describe_error(failure)}\n"
+    lines = gather_rows(torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8))
+    return broadcast_object(None if lines is None else bytes(lines.tolist()).decode().split("\n", 1)[0])

@@ -12,7 +12,7 @@ from torch import nn
 from dnnlib.cache import cache_folder
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
-from metrics.blocks import choose_batch, compute_rows, from_main, on_main, together
+from metrics.blocks import choose_batch, compute_rows, from_main, on_main, on_main_for_long, together
 from metrics.detector_choice import SIMILARITY, choose_detector
 from metrics.detectors.opening import open_detector, open_similarity
 from metrics.detectors.precision import exact_float32
@@ -22,7 +22,7 @@ from metrics.names import MetricRequest, parse_metrics
 from metrics.perceptual_path import EPSILON, PathSteps, check_path_requests, path_length
 from metrics.record import software_versions
 from metrics.reference import Choice, Reference
-from metrics.results import Side, compute_results
+from metrics.results import Side, compute_results, num_rows
 from metrics.sources import FakeLabels, GeneratedImages, Selection, SetImages, Source
 from torch_utils.distributed import is_main
 
@@ -109,6 +109,7 @@ class Evaluator:
                 raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {images.path} "
                                 f"holds {len(images)}; expected more, or a smaller number in the metric's name")
         self.reference.check_shape(images.shape, f"{images.path} holds {{}} ones")
+        self.reference.check_class(images)
         self._device = self._device or torch.device("cpu")
         batch = self.batch or choose_batch(max(images.shape[1:]))
         with _measuring(None, self._device):
@@ -133,11 +134,11 @@ class Evaluator:
                 batch: int, started: float) -> Results:
         """Compare the features of fakes with those of reals, and put records together."""
         self._see_reals(batch)
-        results = on_main(lambda: self._records(wishes, fakes, lengths, batch, started))
+        results = on_main_for_long(lambda beat: self._records(wishes, fakes, lengths, batch, started, beat))
         return results or {}
 
     def _records(self, wishes: list[Wish], fakes: list[Features], lengths: Mapping[str, float], batch: int,
-                 started: float) -> Results:
+                 started: float, beat: Callable[[], None]) -> Results:
         sides = {wish.detector.name: Side(features) for wish, features in zip(wishes, fakes, strict=True)}
         records = {}
         for request in self.requests:
@@ -148,7 +149,7 @@ class Evaluator:
                 found = {"results": {request.name: lengths[request.name]}, "epsilon": EPSILON}
             else:
                 real = None if selection is None else self._sides[network.name, choice]
-                found = compute_results(request, real, sides[network.name].first(request.num_fakes), self.seed)
+                found = self._compare(request, real, sides[network.name].first(request.num_fakes), beat)
             records[request.name] = {
                 **found, "total_time": time.monotonic() - started,
                 "num_real": 0 if selection is None else len(selection), "num_fake": request.num_fakes,
@@ -158,6 +159,12 @@ class Evaluator:
                 "data_sha256": None if selection is None else selection.content_hash(),
                 "device": self._device.type, "versions": software_versions()}
         return records
+
+    def _compare(self, request: MetricRequest, real: Side | None, fake: Side,
+                 beat: Callable[[], None]) -> Mapping[str, Any]:
+        beat()
+        with self._showing(num_rows(request, real, fake), f"rows for {request.name}") as advance:
+            return compute_results(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
 
     def _feature_requests(self) -> list[MetricRequest]:
         return [request for request in self.requests if request.kind != "ppl"]
@@ -211,7 +218,7 @@ class Evaluator:
         return None if found is None else path_length(found[0][:, 0])
 
     @contextmanager
-    def _showing(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def _showing(self, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
         if not (self._progress and is_main()):
             yield lambda count: None
             return

@@ -1,5 +1,7 @@
 """The kernel distance (KID): the unbiased squared MMD of two sets of features under a cubic kernel."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,14 +16,15 @@ def kernel_distance(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subset
     return float(kernel_distances(real, fake, subsets, size, seed).mean())
 
 
-def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subsets: int, size: int,
-                     seed: int) -> np.ndarray:
+def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subsets: int, size: int, seed: int,
+                     on_rows: Callable[[int], None] = lambda count: None) -> np.ndarray:
     """Return float64 [subsets]: the estimate from each of `subsets` random subsets of `size` images of either side.
 
     real, fake:  [N, F] and [M, F], floating point; products and sums are float64, since the result is a small
                  difference of large means
     size:        2 to the smaller of N and M
     seed:        0 to 2^32 - 1; equal seeds draw equal subsets, in the same order on every platform
+    on_rows:     is told how many rows of kernel matrices were done
 
     With kernel (x.y / F + 1)^3; Binkowski et al. 2018, eq. 3.
 
@@ -36,12 +39,12 @@ def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subse
     for _ in range(subsets):
         chosen_real.append(torch.from_numpy(random.choice(len(real), size, replace=False)))
         chosen_fake.append(torch.from_numpy(random.choice(len(fake), size, replace=False)))
-    within = _pair_sums(real, chosen_real) + _pair_sums(fake, chosen_fake)
-    across = _pair_sums(real, chosen_real, fake, chosen_fake)
+    within = _pair_sums(on_rows, real, chosen_real) + _pair_sums(on_rows, fake, chosen_fake)
+    across = _pair_sums(on_rows, real, chosen_real, fake, chosen_fake)
     return (within / (size * (size - 1)) - 2 * across / size**2).cpu().numpy()
 
 
-def _pair_sums(a: Tensor, chosen_a: list[Tensor], b: Tensor | None = None,
+def _pair_sums(on_rows: Callable[[int], None], a: Tensor, chosen_a: list[Tensor], b: Tensor | None = None,
                chosen_b: list[Tensor] | None = None) -> Tensor:
     """Return float64 [subsets]: sums of the kernel over pairs of each subset; within `a`, i = j left out, without `b`.
 
@@ -50,11 +53,12 @@ def _pair_sums(a: Tensor, chosen_a: list[Tensor], b: Tensor | None = None,
     subsets, size = len(chosen_a), len(chosen_a[0])
     if max(len(a), 0 if b is None else len(b)) ** 2 <= subsets * size**2:
         members = _members(chosen_a, a)
-        return _block_sums(a, members) if b is None else _block_sums(a, members, b, _members(chosen_b, b))
+        other = () if b is None else (b, _members(chosen_b, b))
+        return _block_sums(on_rows, a, members, *other)
     everyone = torch.ones(size, 1, dtype=torch.float64, device=a.device)
     if b is None:
-        return torch.cat([_block_sums(a[i], everyone) for i in chosen_a])
-    return torch.cat([_block_sums(a[i], everyone, b[j], everyone) for i, j in zip(chosen_a, chosen_b)])
+        return torch.cat([_block_sums(on_rows, a[i], everyone) for i in chosen_a])
+    return torch.cat([_block_sums(on_rows, a[i], everyone, b[j], everyone) for i, j in zip(chosen_a, chosen_b)])
 
 
 def _members(chosen: list[Tensor], features: Tensor) -> Tensor:
@@ -65,7 +69,8 @@ def _members(chosen: list[Tensor], features: Tensor) -> Tensor:
     return members.to(features.device)
 
 
-def _block_sums(a: Tensor, members_a: Tensor, b: Tensor | None = None, members_b: Tensor | None = None) -> Tensor:
+def _block_sums(on_rows: Callable[[int], None], a: Tensor, members_a: Tensor, b: Tensor | None = None,
+                members_b: Tensor | None = None) -> Tensor:
     within = b is None
     if within:
         b, members_b = a, members_a
@@ -84,4 +89,5 @@ def _block_sums(a: Tensor, members_a: Tensor, b: Tensor | None = None, members_b
                 else:
                     twice = 2
             sums += twice * ((values @ members_b[column:column + _BLOCK]) * of_rows).sum(dim=0)
+        on_rows(len(rows))
     return sums

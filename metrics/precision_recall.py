@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +22,14 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: int) -> PrecisionRecall:
+def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: int,
+                     on_rows: Callable[[int], None] = lambda count: None) -> PrecisionRecall:
     """Return precision and recall of Kynkaanniemi et al. 2019.
 
     real, fake:  [N, F] and [M, F], floating point; N, M > k
     k:           an image's neighbourhood reaches to its k-th neighbour other than itself, and includes that distance;
                  an equal image is a neighbour at distance 0
+    on_rows:     is told how many rows of distances were done; there are 2 (N + M)
 
     Decisions are those of float64 differences of the features: matrix products, whose rounding would decide ties and
     duplicates by chance, only sort out the pairs that are clear. Memory beyond the features: a float32 copy of one set
@@ -38,7 +41,7 @@ def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: in
         raise ValueError(f"k is {k}; expected at least 1")
     real, fake = as_feature_pair(real, fake, at_least=k + 1)
     screen = _Screen(real, fake)
-    return PrecisionRecall(_share_inside(screen, fake, real, k), _share_inside(screen, real, fake, k))
+    return PrecisionRecall(_share_inside(screen, fake, real, k, on_rows), _share_inside(screen, real, fake, k, on_rows))
 
 
 class _Screened(NamedTuple):
@@ -87,15 +90,18 @@ class _Screen:
         return 2 * self._slack * (a.squares + b.squares.max())
 
 
-def _share_inside(screen: _Screen, points: Tensor, centres: Tensor, k: int) -> float:
+def _share_inside(screen: _Screen, points: Tensor, centres: Tensor, k: int, on_rows: Callable[[int], None]) -> float:
     """Return the share of points that lie in the neighbourhood of at least one centre."""
     first, counts = _distinct(centres)
     screened = screen(centres)
-    radii = _square_radii(screen, screened, first, counts, k)
+    radii = _square_radii(screen, screened, first, counts, k, on_rows)
     some_points, counts = _distinct(points)
-    inside = torch.cat([_inside(screen, screen(points[some]), screened, first, radii)
-                        for some in some_points.split(_BLOCK)])
-    return (inside * counts).sum().item() / len(points)
+    num_inside = 0
+    for some, equal in zip(some_points.split(_BLOCK), counts.split(_BLOCK)):
+        inside = _inside(screen, screen(points[some]), screened, first, radii)
+        num_inside += int((inside * equal).sum())
+        on_rows(int(equal.sum()))
+    return num_inside / len(points)
 
 
 def _distinct(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +114,8 @@ def _distinct(features: Tensor) -> tuple[Tensor, Tensor]:
     return first, counts
 
 
-def _square_radii(screen: _Screen, centres: _Screened, first: Tensor, counts: Tensor, k: int) -> Tensor:
+def _square_radii(screen: _Screen, centres: _Screened, first: Tensor, counts: Tensor, k: int,
+                  on_rows: Callable[[int], None]) -> Tensor:
     """Return the squared distance to the k-th other row, float64 [U], of each distinct row.
 
     first, counts:  as `_distinct` returns them
@@ -117,6 +124,8 @@ def _square_radii(screen: _Screen, centres: _Screened, first: Tensor, counts: Te
     lonely = (counts <= k).nonzero().flatten()  # the others have k neighbours at distance 0
     for some in lonely.split(_BLOCK) if len(lonely) > 0 else ():
         radii[some] = _nearest(screen, centres, first[some], k)[:, -1]
+        on_rows(int(counts[some].sum()))
+    on_rows(int(counts[counts > k].sum()))
     return radii
 
 

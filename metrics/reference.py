@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib.cli import UserError
-from metrics.classes import find_class
+from imagesets.class_names import find_class
 from metrics.names import MetricRequest
 from metrics.sources import FakeLabels, Selection, SetImages, Shape, describe_shape
 
@@ -50,6 +50,13 @@ class Reference:
             raise UserError(f"{self.images.path} holds {describe_shape(self.images.shape)} images and "
                             f"{other.format(describe_shape(shape))}; expected the same: convert the data set with "
                             "dataset_tool.py")
+
+    def check_class(self, fakes: SetImages) -> None:
+        """Raise UserError when the number of the class stands for another name in the set of fakes."""
+        names = [None if images is None else images.class_name for images in (self.images, fakes)]
+        if None not in names and names[0] != names[1]:
+            raise UserError(f"--class is {self.chosen}, which is {names[0]} in {self.images.path} and {names[1]} in "
+                            f"{fakes.path}; expected the same in both: give its name")
 
     def labels_of_fakes(self, c_dim: int, info: Mapping[str, Any]) -> FakeLabels:
         """Return what labels of fakes are drawn from: the class, the data set, or what the network learned from.

@@ -1,6 +1,6 @@
 """Turn features into the numbers of a metric."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -42,11 +42,18 @@ class Side:
                              probabilities=None if probabilities is None else probabilities[:count]))
 
 
-def compute_results(request: MetricRequest, real: Side | None, fake: Side, seed: int) -> Mapping[str, Any]:
+def num_rows(request: MetricRequest, real: Side | None, fake: Side) -> int | None:
+    """Return of how many rows `compute_results` tells; None where that is not known."""
+    return 2 * (len(real) + len(fake)) if request.kind == "pr" else None
+
+
+def compute_results(request: MetricRequest, real: Side | None, fake: Side, seed: int,
+                    on_rows: Callable[[int], None] = lambda count: None) -> Mapping[str, Any]:
     """Return {"results": {key: value}, further fields} of a metric other than ppl.
 
-    real:  None where the metric looks at no reals
-    seed:  of random subsets
+    real:     None where the metric looks at no reals
+    seed:     of random subsets
+    on_rows:  is told how many rows of a table of all pairs of images were done, for kid and pr
 
     Raises ValueError when there are too few images.
     """
@@ -57,11 +64,11 @@ def compute_results(request: MetricRequest, real: Side | None, fake: Side, seed:
     if request.kind == "kid":
         size = min(len(real), len(fake), KID_SUBSET_SIZE)
         differ = size < max(len(real), len(fake))  # otherwise each subset would be everything
-        distances = kernel_distances(real.values, fake.values, KID_SUBSETS if differ else 1, size, seed)
+        distances = kernel_distances(real.values, fake.values, KID_SUBSETS if differ else 1, size, seed, on_rows)
         spread = {"subset_std": float(distances.std())} if differ else {}
         return {"results": {name: float(distances.mean())}, "subsets": len(distances), "subset_size": size, **spread}
     if request.kind == "pr":
-        found = precision_recall(real.values, fake.values, request.k)
+        found = precision_recall(real.values, fake.values, request.k, on_rows)
         return {"results": {f"{name}_precision": float(found.precision), f"{name}_recall": float(found.recall)}}
     score = inception_score(fake.features.probabilities, IS_SPLITS)
     return {"results": {f"{name}_mean": float(score.mean), f"{name}_std": float(score.std)}}

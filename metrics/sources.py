@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from imagesets.class_names import find_class
 from imagesets.reader import NO_LABEL, ImageSet
-from metrics.classes import find_class
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
 
@@ -43,8 +44,12 @@ class SetImages:
         self._set = ImageSet(path)
         self.path, self.classes = self._set.path, self._set.classes
         self.rows = np.arange(len(self._set))
+        self.class_name: str | None = None  # of `chosen`, where it has a name
         if chosen is not None:
-            self.rows = np.flatnonzero(self._class_indices() == find_class(chosen, self.classes, self._num_classes()))
+            indices = self._class_indices()
+            index = find_class(chosen, self.classes, self._num_classes())
+            self.class_name = None if self.classes is None else self.classes[index]
+            self.rows = np.flatnonzero(indices == index)
             if not len(self.rows):
                 raise UserError(f"{self.path} holds no images of class {chosen}; expected some")
         self._shape: Shape | None = None
@@ -80,7 +85,7 @@ class SetImages:
 
     def content_hash(self, items: np.ndarray) -> str:
         """Return a sha256 of images in their order, by their sizes and CRC-32; names and labels do not matter."""
-        checksums = self._set.checksums()
+        checksums = self._checksums
         digest = hashlib.sha256(f"{CONTENT_VERSION}".encode())
         for index in items:
             mirrored, row = divmod(int(index), len(self))
@@ -112,6 +117,10 @@ class SetImages:
     def close(self) -> None:
         self._set.close()
 
+    @cached_property
+    def _checksums(self) -> list[tuple[int, int]]:
+        return self._set.checksums()  # of a folder all files are read for them
+
     def _class_indices(self) -> np.ndarray:
         labels = self._set.labels
         if labels is None or labels.ndim == 2:
@@ -132,7 +141,8 @@ class SetImages:
         except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path}: {name} cannot be decoded ({error}); make or copy it again") from error
+            reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+            raise UserError(f"{self.path}: {name} cannot be decoded ({reason}); make or copy it again") from error
         if image.mode not in ("L", "RGB"):
             raise UserError(f"{self.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
                             "dataset_tool.py")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from metrics import evaluation
-from metrics.blocks import compute_rows, from_main, on_main, together
+from metrics import blocks, evaluation
+from metrics.blocks import compute_rows, from_main, on_main, on_main_for_long, together
 from metrics.evaluation import Evaluator
 from tests.metric_networks import MeanDetector, SquareDistance
 from tests.small_networks import small_generator
@@ -31,7 +31,9 @@ def exchange(processes: Processes, folder: Path) -> dict:
     rank = processes.rank
     rows = torch.arange(6.0).reshape(3, 2)[:2 * rank] + 100 * rank
     failures = []
+    blocks._BEAT_SECONDS = 0  # each call of beat is a sign of life
     for call in (lambda: together(lambda: 1 // (1 - rank)), lambda: on_main(lambda: 1 // rank),
+                 lambda: on_main_for_long(lambda beat: (beat(), 1 // rank)),
                  lambda: compute_rows(8, 2, [(8, 1)], lambda rows: [torch.zeros(len(rows), 1 // (2 - rows.start))])):
         try:
             call()
@@ -39,6 +41,7 @@ def exchange(processes: Processes, folder: Path) -> dict:
             failures.append(f"{type(error).__name__}: {error}")
     return {"rows": gather_rows(rows), "none": gather_rows(torch.zeros(0, 3, dtype=torch.uint8)), "failures": failures,
             "main": on_main(lambda: "here"), "from_main": from_main(lambda: ["rank", rank]),
+            "long": on_main_for_long(lambda beat: [beat() for _ in range(3)]),
             "blocks": compute_rows(5, 2, [(5, 1), (3, 2)], lambda rows: [
                 torch.tensor(rows)[:, None].float(), torch.tensor(rows).float()[:max(3 - rows.start, 0), None].repeat(
                     1, 2)])}

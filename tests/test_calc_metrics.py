@@ -14,7 +14,7 @@ from dnnlib.files import sha256_of
 from latent.measure_command import make_command
 from metrics.names import DESCRIPTIONS, KNOWN_NAMES
 from metrics.sources import GeneratedImages
-from tests.make_sets import make_set
+from tests.make_sets import make_set, pixels_of, png
 from tests.small_networks import small_generator
 from training.json_lines import read_lines
 from training.options import DatasetFacts, TrainOptions
@@ -100,6 +100,7 @@ def test_network_in_a_run_folder_adds_to_the_files_of_its_metrics(capsys, data, 
 
 def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):
     folder = save_run(tmp_path / "run")
+    (folder / "metric-kid20.png").write_bytes(b"the run's own")
     code, records, err = measure(capsys, f"--run={folder}", f"--data={data}", "--metrics=fid20_full,kid20",
                                  "--verbose=1")
     assert code == 0
@@ -109,8 +110,10 @@ def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):
     assert "network-snapshot-000200.safetensors (2 of 2)" in err.splitlines()
     for name in ("fid20_full", "kid20"):
         assert read_lines(folder / f"metric-{name}.jsonl") == [record for record in records if record["metric"] == name]
-        with PIL.Image.open(folder / f"metric-{name}.png") as picture:
+        with PIL.Image.open(folder / f"measured-{name}.png") as picture:
             assert picture.size == (720, 400)
+    assert (folder / "metric-kid20.png").read_bytes() == b"the run's own"
+    assert not (folder / "metric-fid20_full.png").exists()
 
 
 def test_mirror_is_as_in_the_training_unless_given(capsys, data, tmp_path):
@@ -186,8 +189,9 @@ def test_bad_arguments_give_one_line(capsys, tmp_path, monkeypatch, arguments, m
 
 
 @pytest.mark.parametrize(("network", "arguments", "message"), [
-    ({}, ["--class=nevus"], "--class is nevus; expected one of benign, melanoma, or a number from 0 to 1"),
-    ({}, ["--class=2"], "--class is 2; expected one of benign, melanoma, or a number from 0 to 1"),
+    ({}, ["--class=nevus"], "--class names the class 'nevus'; expected one of benign, melanoma, or a number "
+                               "from 0 to 1"),
+    ({}, ["--class=2"], "--class names the class '2'; expected one of benign, melanoma, or a number from 0 to 1"),
     ({"c_dim": 0}, ["--class=1"], "--class is 1, but the network was trained without classes; leave --class out, or "
                                   "take a network that was trained with --cond=1"),
     ({"resolution": 32}, [], "{data} holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the same: "
@@ -208,6 +212,15 @@ def test_class_of_a_set_without_labels_gives_one_line(capsys, tmp_path):
     plain = make_set(tmp_path / "plain.zip", 4, size=16)
     assert refused(capsys, f"--generated={plain}", f"--data={plain}", "--class=0", "--metrics=kid2") == (
         f"{plain} has no labels, but --class is given; expected numbers of classes: leave --class out")
+
+
+def test_class_number_that_means_another_class_in_the_generated_set_gives_one_line(capsys, data, tmp_path):
+    fake = make_set(tmp_path / "fake.zip", 20, size=16, classes=["melanoma", "benign"], labels=[0, 1] * 10)
+    arguments = [f"--generated={fake}", f"--data={data}", "--metrics=kid5_full"]
+    assert refused(capsys, *arguments, "--class=1") == (
+        f"--class is 1, which is melanoma in {data} and benign in {fake}; expected the same in both: give its name")
+    code, records, _ = measure(capsys, *arguments, "--class=melanoma")
+    assert (code, records[0]["num_real"]) == (0, 5)
 
 
 def test_damaged_and_foreign_network_files_give_one_line(capsys, data, tmp_path):
@@ -242,3 +255,18 @@ def test_program_with_two_processes_prints_what_one_does(data, tmp_path, cache):
         assert [record["num_gpus"] for record in records] == [gpus, gpus]
         results.append([record["results"] for record in records])
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [1, 5])  # of the first process's block, and of the second's
+def test_program_with_two_processes_says_once_which_image_is_damaged(data, tmp_path, damaged):
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    for index in range(8):
+        (folder / f"{index}.png").write_bytes(png(pixels_of(index, size=16)))
+    (folder / f"{damaged}.png").write_bytes(b"nothing")
+    done = subprocess.run([sys.executable, str(ROOT / "calc_metrics.py"), *QUICK, f"--generated={data}",
+                           f"--data={folder}", "--metrics=kid5_full", "--batch=4", "--gpus=2"], capture_output=True,
+                          text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    message = f"error: {folder}: {damaged}.png cannot be decoded (it is no image); make or copy it again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)

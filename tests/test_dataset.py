@@ -310,6 +310,12 @@ def test_image_set_writer_refuses_destinations_it_cannot_write(tmp_path):
         assert found == f"--dest={tmp_path / name}{'' if message.startswith(':') else ' '}{message}"
 
 
+def test_image_set_writer_names_the_option_of_its_caller(tmp_path):
+    (tmp_path / "set.zip").mkdir()
+    assert refused(lambda: ImageSetWriter(tmp_path / "set.zip", option="--zip")) == (
+        f"--zip={tmp_path / 'set.zip'} is a folder; expected a zip file to write")
+
+
 def test_image_set_writer_refuses_labels_of_mixed_kinds(tmp_path):
     def write():
         with ImageSetWriter(tmp_path / "a.zip") as writer:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.progress import Progress
 from metrics import evaluation
 from metrics.evaluation import Evaluator
 from metrics.feature_stats import FeatureStats
@@ -231,7 +232,8 @@ def test_evaluate_keeps_no_features_of_networks(data, tmp_path):
     ("fid20_full", {"detector": "resnet"}, r"^detector 'resnet' is not known; expected one of inception-v3, vgg16, "),
     ("fid20", {"seed": -1}, r"^--seed is -1; expected 0 to 4294967295$"),
     ("fid20", {"batch": 0}, r"^--batch is 0; expected at least 1$"),
-    ("fid20", {"chosen": "nevus"}, r"^--class is nevus; expected one of benign, melanoma, or a number from 0 to 1$"),
+    ("fid20", {"chosen": "nevus"}, r"^--class names the class 'nevus'; expected one of benign, melanoma, or a number "
+                                   r"from 0 to 1$"),
 ])
 def test_evaluator_refuses_what_cannot_be(data, metrics, changes, message):
     with pytest.raises(UserError, match=message):
@@ -266,3 +268,17 @@ def test_evaluate_images_of_another_size_raises(data, tmp_path):
     fake = make_set(tmp_path / "fake.zip", 30, size=8)
     with pytest.raises(UserError, match=r"a.zip holds 16x16 RGB images and .*fake.zip holds 8x8 RGB ones; expected"):
         Evaluator("fid30_full", data=data).evaluate_images(SetImages(fake))
+
+
+def test_evaluate_shows_how_far_each_part_of_the_work_is(data, monkeypatch):
+    shown = []
+
+    class Recorder(Progress):
+        def __exit__(self, *details):
+            shown.append((self.unit, self.done, self.total))
+
+    monkeypatch.setattr(evaluation, "Progress", Recorder)
+    Evaluator("fid30_full,kid30_full,pr30_full", data=data, progress=True).evaluate(small_generator())
+    assert shown == [("generated images", 30, 30), ("real images", COUNT, COUNT), ("rows for fid30_full", 0, None),
+                     ("rows for kid30_full", 2 * COUNT + 30, None),
+                     ("rows for pr30_full", 2 * (COUNT + 30), 2 * (COUNT + 30))]

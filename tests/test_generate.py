@@ -191,7 +191,7 @@ def test_style_mix_of_all_layers_is_the_column():
 
 def test_set_image_can_be_made_again_alone(inside, capsys):
     out = make(capsys, "--zip=set.zip", "--count=10", "--seeds=100", "--trunc=0.6", "--noise-mode=random")
-    assert out == "set.zip: 10 images of 8x8 (nv 6, mel 4), seeds 100-109\n"
+    assert out == "set.zip: 10 images of 8x8 (nv: 6, mel: 4), seeds 100-109\n"
     found = ImageSet("set.zip")
     assert found.labels.tolist() == [0] * 6 + [1] * 4
     for index, name in ((3, "nv"), (8, "mel")):
@@ -201,8 +201,16 @@ def test_set_image_can_be_made_again_alone(inside, capsys):
 
 def test_set_takes_counts_of_classes(inside, capsys):
     out = make(capsys, "--zip=set.zip", "--classes=mel:2,nv:1")
-    assert out == "set.zip: 3 images of 8x8 (nv 1, mel 2), seeds 0-2\n"
+    assert out == "set.zip: 3 images of 8x8 (nv: 1, mel: 2), seeds 0-2\n"
     assert ImageSet("set.zip").labels.tolist() == [0, 1, 1]
+
+
+def test_set_of_classes_without_names_has_their_numbers(inside, capsys):
+    save_generator("numbers.safetensors", {}, c_dim=3)
+    out = make(capsys, "--zip=set.zip", "--classes=0:1,2:2", network="numbers.safetensors")
+    assert out == "set.zip: 3 images of 8x8 (0: 1, 1: 0, 2: 2), seeds 0-2\n"
+    found = ImageSet("set.zip")
+    assert (found.classes, found.labels.tolist()) == (None, [0, 2, 2])
 
 
 def test_set_of_a_network_without_classes(inside, capsys):
@@ -224,16 +232,18 @@ NETWORK = "a .safetensors of a run, or a .pkl of the original"
     (["--seeds=-1", "--outdir=o"], "--seeds has '-1'; expected numbers and ranges, such as 0,1,5-9"),
     (["--seeds=0", "--outdir=o"], "--class is missing, and this network makes images of a class; expected one of nv, "
                                   "mel, or a number from 0 to 1"),
-    (["--seeds=0", "--outdir=o", "--class=2"], "--class names the class 2; expected a number from 0 to 1, or a name: "
-                                               "nv, mel"),
-    (["--seeds=0", "--outdir=o", "--class=-1"], "--class names the class -1; expected a number from 0 to 1, or a name: "
-                                                "nv, mel"),
+    (["--seeds=0", "--outdir=o", "--class=2"], "--class names the class '2'; expected one of nv, mel, or a number "
+                                               "from 0 to 1"),
+    (["--seeds=0", "--outdir=o", "--class=-1"], "--class names the class '-1'; expected one of nv, mel, or a "
+                                                "number from 0 to 1"),
     (["--seeds=0", "--outdir=o", "--class=me"], "--class names the class 'me' (did you mean mel?); expected one of nv, "
                                                 "mel, or a number from 0 to 1"),
     (["--seeds=0", "--outdir=o", "--class=all"], "--class names 2 classes, and files in --outdir are of one; expected "
      "one class, or --grid=FILE without --outdir for a sheet of several"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--trunc=nan"], "--trunc is nan; expected a number, usually from 0 to "
-                                                               "1"),
+                                                               "1, at most 1000"),
+    (["--seeds=0", "--outdir=o", "--class=nv", "--trunc=1e39"], "--trunc is 1e+39; expected a number, usually from 0 "
+                                                                "to 1, at most 1000"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--batch=0"], "--batch is 0; expected at least 1"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--gpus=2"], "--gpus is given, which belongs to --zip; add that, or "
                                                             "leave --gpus out"),
@@ -309,6 +319,16 @@ def test_cut_network_gives_one_line(inside, capsys, flags):
 def test_class_on_a_network_without_classes_gives_one_line(inside, capsys):
     assert refuse(capsys, "--seeds=0", "--outdir=o", "--class=0", network="plain.safetensors") == (
         "--class is 0, but this network was trained without classes; leave --class out")
+
+
+@pytest.mark.parametrize("flags", [["--seeds=0", "--outdir=o"], ["--zip=set.zip", "--count=3"]])
+def test_network_of_a_diverged_training_gives_one_line(inside, capsys, flags):
+    G = generator(c_dim=0)
+    torch.nn.init.constant_(G.synthesis.b8.conv1.weight, torch.nan)
+    save_network("bad.safetensors", Networks(G=None, D=None, G_ema=G))
+    assert refuse(capsys, *flags, network="bad.safetensors") == (
+        "the network of --network makes images that are no finite numbers, perhaps since its training diverged; "
+        "expected a sound one: try an earlier snapshot")
 
 
 def test_truncation_without_a_mean_gives_one_line(inside, capsys):

@@ -68,7 +68,7 @@ def end_after_a_piece(process, number):
 def test_set_of_two_processes_is_that_of_one(inside, expected):
     process = start("--gpus=2")
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (0, f"set.zip: {COUNT} images of 8x8 (nv 500, mel 600), seeds 0-1099\n"), err
+    assert (process.returncode, out) == (0, f"set.zip: {COUNT} images of 8x8 (nv: 500, mel: 600), seeds 0-1099\n"), err
     assert Path("set.zip").read_bytes() == expected
     assert sorted(os.listdir()) == ["net.safetensors", "set.zip"]
 

@@ -89,3 +89,10 @@ def test_kernel_distance_is_symmetric():
 def test_kernel_distances_numbers_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         kernel_distances(features(9), features(5), *arguments)
+
+
+@pytest.mark.parametrize(("subsets", "size", "expected"), [(30, 8, 20 + 25 + 20), (3, 4, 3 * 3 * 4)])
+def test_kernel_distances_tell_of_each_row(subsets, size, expected):
+    told = []
+    kernel_distances(features(20), features(25, seed=1), subsets, size, seed=0, on_rows=told.append)
+    assert sum(told) == expected

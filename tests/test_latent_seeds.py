@@ -19,6 +19,8 @@ def test_parse_seeds_keeps_the_order(text, expected):
     ("-1", "--seeds has '-1'; expected numbers and ranges, such as 0,1,5-9"),
     ("", "--seeds has ''; expected numbers and ranges, such as 0,1,5-9"),
     ("1,,2", "--seeds has ''; expected numbers and ranges, such as 0,1,5-9"),
+    ("\u0663", "--seeds has '\u0663'; expected numbers and ranges, such as 0,1,5-9"),
+    ("9" * 5000, f"--seeds has '{'9' * 5000}'; expected numbers and ranges, such as 0,1,5-9"),
     ("1.5", "--seeds has '1.5'; expected numbers and ranges, such as 0,1,5-9"),
     ("9-3", "--seeds has the range 9-3, which runs backwards; expected 3-9"),
     ("4294967296", "--seeds has 4294967296; the largest seed is 4294967295"),

@@ -63,8 +63,8 @@ def test_plan_refuses_seeds_that_do_not_exist():
     plan(first_seed=2**32 - 7)
     with pytest.raises(UserError) as caught:
         plan(first_seed=2**32 - 6)
-    assert str(caught.value) == ("--seeds is 4294967290, and with --count=7 the last seed would be 4294967296; the "
-                                 "largest seed is 4294967295: start lower")
+    assert str(caught.value) == ("--seeds is 4294967290, and the last seed of 7 images would be 4294967296; the "
+                                 "largest seed is 4294967295: start lower, or make fewer images")
 
 
 @pytest.mark.parametrize(("shape", "batch", "expected"), [
@@ -152,12 +152,14 @@ def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path,
     assert sorted(os.listdir(f"{dest}.parts")) == before == ["piece-000000.npy", "settings.json"]
 
 
-def test_set_without_a_finished_piece_leaves_nothing(network, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [UserError("no"), Terminated("no")])
+def test_set_without_a_finished_piece_leaves_nothing(network, tmp_path, monkeypatch, capsys, error):
     with monkeypatch.context() as patch:
-        stop_after(patch, 0, UserError("no"))
-        with pytest.raises(UserError, match=r"^no$"):
+        stop_after(patch, 0, error)
+        with pytest.raises(type(error), match=r"^no$"):
             write(tmp_path / "set.zip", network)
     assert os.listdir(tmp_path) == []
+    assert capsys.readouterr().err == ""
 
 
 def test_settings_that_a_killed_program_left_without_pieces_hinder_nobody(network, tmp_path):
@@ -231,6 +233,32 @@ def test_full_disk_keeps_the_pieces_and_says_so(network, tmp_path, monkeypatch):
     assert str(caught.value) == (f"{dest}.parts cannot be written to (No space left on device); the pieces there are "
                                  "kept: put that right, and give the same command again")
     assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npy", "settings.json"]
+
+
+def test_full_disk_at_the_end_keeps_the_pieces_and_says_so(network, tmp_path, monkeypatch, capsys):
+    def refuse(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    dest = tmp_path / "set.zip"
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "writestr", refuse)
+        with pytest.raises(UserError) as caught:
+            write(dest, network)
+    assert str(caught.value) == f"--zip={dest} cannot be written: the disk is full; nothing was left there"
+    assert capsys.readouterr().err == f"7 of 7 images are kept in {dest}.parts; the same command continues\n"
+    assert os.listdir(tmp_path) == ["set.zip.parts"]
+    saved = stop_after(monkeypatch, 0, AssertionError("all pieces are there"))
+    assert len(ImageSet(write(dest, network))) == 7
+    assert saved == []
+
+
+def test_pieces_that_another_process_takes_away_hinder_nobody(tmp_path, monkeypatch):
+    (tmp_path / "set.zip.parts").mkdir()
+    (tmp_path / "set.zip.parts" / "piece-000000.npy").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("latent.pieces.os.listdir", lambda folder: [".tmp-0123456789abcdef", "piece-000000.npy"])
+        Pieces(tmp_path / "set.zip", {}).remove()
+    assert not list((tmp_path / "set.zip.parts").iterdir())
 
 
 def test_set_replaces_an_older_one_whole(network, tmp_path):

@@ -50,9 +50,11 @@ def test_exchange_gathers_rows_and_shares_failures(folder):
     assert main["none"].shape == (0, 3)
     assert main["none"].dtype == torch.uint8
     assert [found["main"] for found in (main, other)] == ["here", None]
+    assert [found["long"] for found in (main, other)] == [[None] * 3, None]
     assert [found["from_main"] for found in (main, other)] == [["rank", 0]] * 2
     assert [part.tolist() for part in main["blocks"]] == [[[0], [1], [2], [3], [4]], [[0, 0], [1, 1], [2, 2]]]
     assert (other["rows"], other["none"], other["blocks"]) == (None, None, None)
-    zero, elsewhere = "ZeroDivisionError: integer division or modulo by zero", "RuntimeError: another process failed"
-    assert main["failures"] == [elsewhere, zero, elsewhere]
-    assert other["failures"] == [zero, elsewhere, zero]
+    zero = "ZeroDivisionError: integer division or modulo by zero"
+    elsewhere = f"OtherProcessFailed: {zero}"
+    assert main["failures"] == [elsewhere, zero, zero, elsewhere]
+    assert other["failures"] == [zero, elsewhere, elsewhere, zero]

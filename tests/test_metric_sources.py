@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
+from imagesets.reader import ImageSet
 from metrics.blocks import choose_batch
-from metrics.classes import find_class
 from metrics.sources import FakeLabels, GeneratedImages, SetImages, draw_latents, to_rgb
 from tests.make_sets import make_set, pixels_of, png
 from tests.small_networks import small_generator
@@ -81,11 +81,19 @@ def test_content_hash_follows_images_order_and_mirroring_not_names(labelled, tmp
     assert SetImages(folder).select().content_hash() != images.select().content_hash()
 
 
+def test_content_hash_reads_the_files_of_a_folder_once(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(pixels_of(0)))
+    selection = SetImages(tmp_path).select()
+    first = selection.content_hash()
+    monkeypatch.setattr(ImageSet, "read", None)
+    assert selection.content_hash() == first
+
+
 @pytest.mark.parametrize(("chosen", "message"), [
-    ("melanomas", r"--class is melanomas \(did you mean melanoma\?\); expected one of benign, melanoma, or a number "
-                  r"from 0 to 1$"),
-    ("2", r"--class is 2; expected one of benign, melanoma, or a number from 0 to 1$"),
-    ("-1", r"--class is -1; expected one of benign, melanoma, or a number from 0 to 1$"),
+    ("melanomas", r"--class names the class 'melanomas' \(did you mean melanoma\?\); expected one of benign, melanoma, "
+                  r"or a number from 0 to 1$"),
+    ("2", r"--class names the class '2'; expected one of benign, melanoma, or a number from 0 to 1$"),
+    ("-1", r"--class names the class '-1'; expected one of benign, melanoma, or a number from 0 to 1$"),
 ])
 def test_set_images_unknown_class_raises(labelled, chosen, message):
     with pytest.raises(UserError, match=message):
@@ -104,11 +112,6 @@ def test_set_images_class_without_images_raises(tmp_path):
     path = make_set(tmp_path / "a.zip", 2, labels=[0, 0], classes=CLASSES)
     with pytest.raises(UserError, match=r"a.zip holds no images of class melanoma; expected some$"):
         SetImages(path, "melanoma")
-
-
-def test_find_class_prefers_a_name_that_looks_like_a_number():
-    assert find_class("1", ["1", "0"], 2) == 0
-    assert find_class("1", None, 2) == 1
 
 
 def test_set_images_of_another_size_or_mode_raise(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from imagesets.phantom import render_phantom
 from imagesets.phantoms.looks import look_of
 from imagesets.phantoms.options import PhantomOptions
-from imagesets.phantoms.plan import class_counts, make_plan
+from imagesets.phantoms.plan import make_plan
 from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, draw_scene
 from tests.phantom_helpers import auc
 
@@ -30,7 +30,7 @@ def test_attributes_but_those_of_the_look_are_the_same_in_every_class():
 
 
 def test_attributes_are_independent_of_the_class_in_a_set():
-    plan = make_plan(class_counts({"benign": 0.5, "melanoma": 0.5}, 2000), 1)
+    plan = make_plan([1000, 1000], 1)
     looks = [look_of("benign"), look_of("melanoma")]
     rows = [attributes(draw_scene(seed=1, lesion_number=lesion, index=index, look=looks[label], rates=ARTEFACT_RATES))
             for index, (label, lesion) in enumerate(zip(plan.labels.tolist(), plan.lesions.tolist()))]

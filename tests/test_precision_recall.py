@@ -148,3 +148,13 @@ def test_precision_recall_least_number_of_images():
         precision_recall(real, fake[:3], 3)
     with pytest.raises(ValueError, match=r"^k is 0; expected at least 1$"):
         precision_recall(real, fake, 0)
+
+
+def test_precision_recall_tells_of_each_row_equal_ones_too():
+    random = np.random.RandomState(0)
+    real, fake = random.randn(30, 4), random.randn(20, 4)
+    real[10:20] = real[0]  # more than k equal ones
+    fake[5:7] = fake[0]
+    told = []
+    precision_recall(real, fake, 3, on_rows=told.append)
+    assert sum(told) == 2 * (30 + 20)

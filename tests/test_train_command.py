@@ -195,6 +195,19 @@ def test_script_launches_several_processes_or_trains(inside, monkeypatch):
     assert train.train(config, None, None) == 1
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--metrics=ppl_wend", "metric ppl_wend compares images of 16 pixels a side or more after its crop to the middle, "
+                           "and the network makes 16x16; expected larger ones, or another metric"),
+    ("--metrics=kid4 --detector-weights=gone.pth", "the file of weights gone.pth does not exist; expected "
+     "weights-inception-2015-12-05-6726825d.pth, which https://github.com/toshas/torch-fidelity/releases/download/"
+     "v0.2.0/weights-inception-2015-12-05-6726825d.pth has"),
+])
+def test_metrics_that_cannot_work_end_a_run_before_it_begins(flags, message, inside, capsys):
+    assert run(train.main, ["--outdir=runs", "--data=set.zip", "--cfg=tiny", *flags.split()]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert not (inside / "runs").exists()
+
+
 def test_number_of_processes_is_that_of_torchrun(inside, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)

@@ -49,8 +49,9 @@ FLAGS = [
           "fid50k_full where its detector is at hand, else none", "LIST"),
     _flag("--detector", str, RUN, "Network that metrics look through, in place of the usual ones; see calc_metrics.py "
           "--help.", "inception-v3; vgg16 for pr", "NAME"),
-    _flag("--detector-weights", str, RUN, "File of its weights in place of a downloaded one; NAME=FILE where several "
-          "networks are needed. May be given several times.", metavar="FILE", multiple=True),
+    _flag("--detector-weights", str, RUN, "File of its weights; NAME=FILE where several networks are needed, and "
+          "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "downloaded ones",
+          "FILE", multiple=True),
     _flag("--seed", int, RUN, "Number that all random choices follow from.", "0", "INT"),
     _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
           is_flag=True, default=False),

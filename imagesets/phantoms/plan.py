@@ -1,6 +1,6 @@
 """Decide which images show one lesion, and which class each has: exact numbers of images a class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +27,6 @@ def lesion_numbers(seed: int, count: int) -> np.ndarray:
     draws = stream(seed, _SIZES, 0).random(count)
     sizes = 1 + (draws > _SINGLE) + (draws > _SINGLE + _PAIR)
     return np.repeat(np.arange(count), sizes)[:count]
-
-
-def class_counts(shares: Mapping[str, float], count: int) -> list[int]:
-    """Return numbers of images that add up to `count`, by largest remainder; of equal remainders the first wins."""
-    total = sum(shares.values())
-    wanted = [share / total * count for share in shares.values()]
-    counts = [int(number + 1e-9) for number in wanted]
-    by_remainder = sorted(range(len(counts)), key=lambda label: round(counts[label] - wanted[label], 9))
-    for label in by_remainder[:count - sum(counts)]:
-        counts[label] += 1
-    return counts
 
 
 def make_plan(counts: Sequence[int], seed: int) -> Plan:
