@@ -12,6 +12,7 @@ import pytest
 from dnnlib.files import sha256_of
 from tests.full_disk import needs_mount
 from tests.training_runs import (
+    METRIC,
     METRIC_FLAGS,
     OFTEN,
     ROOT,
@@ -70,11 +71,11 @@ def test_run_reports_its_metric_with_all_it_was_computed_from(unbroken):
     lines = metrics(folder)
     assert [line["nimg"] for line in lines] == [8, 208, 408, 608, 808, 1000]
     last, snapshot = lines[-1], folder / "network-snapshot-000001.safetensors"
-    assert (last["metric"], last["snapshot_pkl"], last["network_sha256"]) == ("kid24_full", snapshot.name,
+    assert (last["metric"], last["snapshot_pkl"], last["network_sha256"]) == ("kid80_full", snapshot.name,
                                                                              sha256_of(snapshot))
-    assert (last["num_real"], last["num_fake"], last["detector"], last["num_gpus"]) == (24, 24, "random-conv", 1)
-    assert last["results"].keys() == {"kid24_full"}
-    assert (folder / "metric-kid24_full.png").exists()
+    assert (last["num_real"], last["num_fake"], last["detector"], last["num_gpus"]) == (24, 80, "random-conv", 1)
+    assert last["results"].keys() == {"kid80_full"}
+    assert (folder / "metric-kid80_full.png").exists()
 
 
 def test_metric_of_a_run_is_what_calc_metrics_finds(unbroken):
@@ -168,7 +169,11 @@ def test_full_disk_leaves_the_state_before_and_the_run_goes_on(unbroken, workpla
     assert {found[name]["message"] for name in ("full", "freed")} == {None}  # no state was damaged
     assert (found["code"], found["errors"]) == (0, "")
     assert f"continues at image {found['freed']['nimg']}\n" in found["output"]
-    assert differences(unbroken[1], here / "ended") == []
+    assert differences(unbroken[1], here / "ended") == [f"metric-{METRIC}.jsonl"]
+    pairs = list(zip(metrics(unbroken[1]), metrics(here / "ended"), strict=True))
+    assert any(ended["network_sha256"] is None for _, ended in pairs)  # of a network that found no room
+    for whole, ended in pairs:
+        assert ended == whole | ({"network_sha256": None} if ended["network_sha256"] is None else {})
 
 
 @pytest.mark.slow
@@ -228,3 +233,10 @@ def test_two_processes_train_as_one_with_two_passes(workplace, tmp_path):
     for name, entry in ticks[0].items():
         assert ticks[1][name]["num"] == entry["num"], name
         assert ticks[1][name]["mean"] == pytest.approx(entry["mean"], rel=1e-3, abs=1e-5), name
+    measured = [metrics(folder)[0] for folder in folders]  # by both processes
+    assert [line.pop("num_gpus") for line in measured] == [1, 2]
+    values = [line.pop("results")["kid80_full"] for line in measured]
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+    digests = {line.pop("network_sha256") for line in measured}
+    assert len(digests) == 2  # as the weights, which float32 rounds in another order
+    assert measured[0] == measured[1]

@@ -15,7 +15,7 @@ from imagesets.phantom import write_phantoms
 ROOT = Path(__file__).parent.parent
 RUN_NAME = "00000-phantom-cond-tiny-kimg1-batch8"  # what the command makes
 OFTEN = "--state-minutes=0.005"  # a state every third of a second: a good part of the time goes into writing them
-METRIC, METRIC_FLAGS = "kid24_full", ("--metrics=kid24_full", "--detector=random-conv")
+METRIC, METRIC_FLAGS = "kid80_full", ("--metrics=kid80_full", "--detector=random-conv")  # three blocks of fakes
 # Fields that may differ between two equal runs.
 TIMING = ("Timing/", "Resources/")
 METRIC_TIMING = ("timestamp", "total_time", "total_time_str")

@@ -37,6 +37,7 @@ class RunOutput:
         self.clock = TickClock(total_nimg=config.kimg * 1000)
         self._grid = None
         self._saved_at = time.monotonic()
+        self._network_sha256: str | None = None  # of the newest network file; None where it could not be written
 
     def start(self, lines: list[str]) -> None:
         """Begin a new run. lines: what was taken from --resume"""
@@ -91,9 +92,10 @@ class RunOutput:
         info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
                 "class_counts": _class_counts(self.dataset),
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
+        path, self._network_sha256 = self.run.snapshot(self.state.nimg), None
         with self.reporter.surviving("a network file"):
-            save_network(self.run.snapshot(self.state.nimg), Networks(
-                G=self.state.G, D=self.state.D, G_ema=self.state.G_ema, config={"info": info}))
+            save_network(path, Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema, config={"info": info}))
+            self._network_sha256 = sha256_of(path)
 
     def evaluate(self, tick: int) -> None:
         """Compute metrics. Whatever goes wrong there is said, and training goes on."""
@@ -108,13 +110,12 @@ class RunOutput:
             return
         if not self.is_main:
             return
-        snapshot = self.run.snapshot(self.state.nimg)
-        network = {"network_sha256": sha256_of(snapshot)} if snapshot.exists() else {}  # none where the disk was full
         for name, record in found.items():
             seconds = record.get("total_time", time.monotonic() - started)
             more = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
             self.reporter.metric(name, record["results"], tick=tick, nimg=self.state.nimg, seconds=seconds,
-                                 num_gpus=self._processes.count, snapshot=snapshot.name, **{**more, **network})
+                                 num_gpus=self._processes.count, snapshot=self.run.snapshot(self.state.nimg).name,
+                                 **{**more, "network_sha256": self._network_sha256})
 
     def state_is_due(self) -> bool:
         """Tell the main process whether states were not saved for too long."""
