@@ -47,6 +47,7 @@ class ImageSet:
     def __init__(self, path: str | os.PathLike, *, with_metadata: bool = True):
         self.path = Path(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._checksums: list[tuple[int, int]] | None = None
         self._raw_names: dict[str, str] = {}  # of a zip's members that are listed under another name
         members = self._list_members()
         suffixes = image_suffixes()
@@ -65,7 +66,8 @@ class ImageSet:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
+        # The checksums are as long as the set, and workers, who get the copies, read images only.
+        return {**self.__dict__, "_archive": None, "_checksums": None}
 
     @property
     def is_zip(self) -> bool:
@@ -94,17 +96,22 @@ class ImageSet:
                             "again") from error
 
     def checksums(self) -> list[tuple[int, int]]:
-        """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read."""
-        if self.is_zip:
-            entries = {member_path(info.filename): (info.file_size, info.CRC) for info in self._zip().infolist()}
-            return [entries[name] for name in self.names]
-        contents = (self.read(name) for name in self.names)
-        return [(len(data), zlib.crc32(data)) for data in contents]
+        """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read for it, once."""
+        if self._checksums is None:
+            self._checksums = self._read_checksums()
+        return self._checksums
 
     def close(self) -> None:
         if self._archive is not None:
             self._archive[1].close()
             self._archive = None
+
+    def _read_checksums(self) -> list[tuple[int, int]]:
+        if self.is_zip:
+            entries = {member_path(info.filename): (info.file_size, info.CRC) for info in self._zip().infolist()}
+            return [entries[name] for name in self.names]
+        contents = (self.read(name) for name in self.names)
+        return [(len(data), zlib.crc32(data)) for data in contents]
 
     def _zip(self) -> zipfile.ZipFile:
         # A file position shared with a forked parent would be moved by both.
@@ -125,6 +132,14 @@ class ImageSet:
 def member_path(name: str) -> str:
     """Return a zip member's name with "/" between folders: some programs of Windows write "\\"."""
     return name.replace("\\", "/")
+
+
+def label_vectors(labels: np.ndarray, length: int) -> np.ndarray:
+    """Return labels as networks take them: float32 [N, length]; classes become one-hot, NO_LABEL zeros.
+
+    labels:  int64 [N] below `length`, or float32 [N, length], which come back as they are
+    """
+    return labels if labels.ndim == 2 else (labels[:, None] == np.arange(length)).astype(np.float32)
 
 
 def _files_below(path: Path) -> list[str]:

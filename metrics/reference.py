@@ -8,8 +8,9 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.class_names import find_class
+from imagesets.member_pixels import Shape, describe_shape
 from metrics.names import MetricRequest
-from metrics.sources import FakeLabels, Selection, SetImages, Shape, describe_shape
+from metrics.sources import FakeLabels, Selection, SetImages
 
 
 class Choice(NamedTuple):

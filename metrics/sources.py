@@ -1,24 +1,21 @@
 """Where images to measure come from: a data set, or a generator. Both give uint8 [n, 3, H, W] by index."""
 
 import hashlib
-import io
 import os
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from imagesets.class_names import find_class
-from imagesets.reader import NO_LABEL, ImageSet
+from imagesets.member_pixels import Shape, load_pixels
+from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
 
 CONTENT_VERSION = 1
-Shape = tuple[int, int, int]  # channels, height, width
 
 
 class Source(Protocol):
@@ -52,16 +49,10 @@ class SetImages:
             self.rows = np.flatnonzero(indices == index)
             if not len(self.rows):
                 raise UserError(f"{self.path} holds no images of class {chosen}; expected some")
-        self._shape: Shape | None = None
-        self._shape = self._load(self.rows[0]).shape
+        self.shape: Shape = load_pixels(self._set, self._set.names[self.rows[0]]).shape
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def shape(self) -> Shape:
-        """Channels, height and width."""
-        return self._shape
 
     def select(self, count: int | None = None, *, mirror: bool = False, shuffle: bool = False,
                seed: int = 0) -> "Selection":
@@ -80,12 +71,12 @@ class SetImages:
     def item(self, index: int) -> np.ndarray:
         """Return an image, uint8 [C, H, W]; from len(self) on they are the mirrored ones."""
         mirrored, row = divmod(int(index), len(self))
-        pixels = self._load(self.rows[row])
+        pixels = load_pixels(self._set, self._set.names[self.rows[row]], self.shape)
         return pixels[:, :, ::-1] if mirrored else pixels
 
     def content_hash(self, items: np.ndarray) -> str:
         """Return a sha256 of images in their order, by their sizes and CRC-32; names and labels do not matter."""
-        checksums = self._checksums
+        checksums = self._set.checksums()
         digest = hashlib.sha256(f"{CONTENT_VERSION}".encode())
         for index in items:
             mirrored, row = divmod(int(index), len(self))
@@ -111,15 +102,10 @@ class SetImages:
         if missing:
             raise UserError(f"{self.path}: {missing} of {len(labels)} images have no label; expected one each: convert "
                             "it with --unlabelled=drop")
-        table = torch.from_numpy(labels)
-        return table if table.ndim == 2 else nn.functional.one_hot(table, c_dim).float()
+        return torch.from_numpy(label_vectors(labels, c_dim))
 
     def close(self) -> None:
         self._set.close()
-
-    @cached_property
-    def _checksums(self) -> list[tuple[int, int]]:
-        return self._set.checksums()  # of a folder all files are read for them
 
     def _class_indices(self) -> np.ndarray:
         labels = self._set.labels
@@ -131,26 +117,6 @@ class SetImages:
 
     def _num_classes(self) -> int:
         return len(self.classes) if self.classes is not None else int(self._set.labels.max()) + 1
-
-    def _load(self, row: int) -> np.ndarray:
-        """Return the pixels of a member, uint8 [C, H, W]."""
-        name = self._set.names[row]
-        try:
-            image = PIL.Image.open(io.BytesIO(self._set.read(name)))
-            pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
-            raise UserError(f"{self.path}: {name} cannot be decoded ({reason}); make or copy it again") from error
-        if image.mode not in ("L", "RGB"):
-            raise UserError(f"{self.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
-                            "dataset_tool.py")
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        if self._shape is not None and pixels.shape != self._shape:
-            raise UserError(f"{self.path}: {name} is {describe_shape(pixels.shape)}, the first image "
-                            f"{describe_shape(self._shape)}; expected one size: convert it with dataset_tool.py")
-        return pixels
 
 
 class Selection:
@@ -230,9 +196,3 @@ def draw_latents(rows: range, z_dim: int, seed: int, stream: str) -> Tensor:
 def to_rgb(images: Tensor) -> Tensor:
     """Repeat grey [N, 1, H, W] to [N, 3, H, W]; leave colour alone."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def describe_shape(shape: Shape) -> str:
-    """Return "64x64 RGB" for (3, 64, 64)."""
-    channels, height, width = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.reader import ImageSet
+from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from imagesets.writer import ImageSetWriter
 from tests.make_sets import make_set, pixels_of, png
 from training.dataset import ImageDataset, choose_subset
@@ -60,6 +61,18 @@ def test_dataset_label_vectors_are_taken_as_they_are(tmp_path):
     assert dataset[0][1].tolist() == [0.5, 0.25, 1.0]
     assert dataset.label_dim == 3
     assert dataset.class_indices() is None
+
+
+@pytest.mark.parametrize("labels", [[1, 0], [[0.5, 1], [0, 1]]])
+def test_dataset_labels_belong_to_who_asked(tmp_path, labels):
+    dataset = ImageDataset(make_set(tmp_path / "a.zip", 2, labels=labels), use_labels=True)
+    before = dataset.label_table()
+    for index in range(2):
+        assert dataset[index][1].dtype == np.float32
+        dataset[index][1][:] = 7
+    dataset.label_table()[:] = 7
+    assert torch.equal(dataset.label_table(), before)
+    assert [dataset[index][1].tolist() for index in range(2)] == before.tolist()
 
 
 def test_dataset_label_length_counts_classes_without_images(tmp_path):
@@ -111,6 +124,13 @@ def test_dataset_content_hash_follows_content_only(tmp_path):
         ImageDataset(same[0], max_size=3).content_hash(),
     }
     assert len(others | {base}) == 5
+
+
+def test_dataset_content_hash_reads_the_files_of_a_folder_once(tmp_path, monkeypatch):
+    dataset = ImageDataset(make_set(tmp_path / "folder", 2))
+    first = dataset.content_hash()
+    monkeypatch.setattr(ImageSet, "read", None)
+    assert dataset.content_hash() == first
 
 
 def test_dataset_opens_its_file_anew_in_each_process(tmp_path):
@@ -182,11 +202,11 @@ def folder_with(tmp_path, **files):
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"a_png": png(np.zeros((8, 6, 3)))},
-     "a.png is 6x8 with 3 channels; expected square images, grey or RGB: convert it with dataset_tool.py "
+     "a.png is 6x8 RGB; expected square images, grey or RGB: convert it with dataset_tool.py "
      "--transform=center-crop --resolution=256x256"),
     ({"a_png": png(np.zeros((8, 8, 4)))},
      "a.png has mode RGBA; expected 8-bit grey or RGB: convert it with dataset_tool.py"),
-    ({"a_png": b"nothing"}, "a.png cannot be decoded (cannot identify image file"),
+    ({"a_png": b"nothing"}, "a.png cannot be decoded (it is no image); make or copy it again"),
     ({"a_png": png(pixels_of(0))[:150]}, "a.png cannot be decoded ("),
 ])
 def test_dataset_first_image_that_cannot_be_used_is_refused(tmp_path, files, message):
@@ -197,9 +217,9 @@ def test_dataset_first_image_that_cannot_be_used_is_refused(tmp_path, files, mes
 def test_dataset_image_of_another_size_is_named_when_it_is_read(tmp_path):
     folder = folder_with(tmp_path, a_png=png(pixels_of(0)), b_png=png(pixels_of(1, 16)), c_png=png(np.zeros((8, 8))))
     dataset = ImageDataset(folder)
-    ending = "the first image 8x8 with 3 channels; expected one size: convert it with dataset_tool.py"
-    assert refused(lambda: dataset[1]) == f"{folder}: b.png is 16x16 with 3 channels, {ending}"
-    assert refused(lambda: dataset[2]) == f"{folder}: c.png is 8x8 with 1 channel, {ending}"
+    ending = "the first image 8x8 RGB; expected one size: convert it with dataset_tool.py"
+    assert refused(lambda: dataset[1]) == f"{folder}: b.png is 16x16 RGB, {ending}"
+    assert refused(lambda: dataset[2]) == f"{folder}: c.png is 8x8 grey, {ending}"
 
 
 def test_dataset_labels_that_are_missing_are_counted(tmp_path):
@@ -280,6 +300,25 @@ def test_image_set_round_trip_keeps_everything(tmp_path):
     # Readers of the original's format find what they know.
     metadata = json.loads(ImageSet(tmp_path / "a.zip").read("dataset.json"))
     assert metadata["labels"][0] == ["00000/img00000000.png", 1]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "folder"])
+def test_image_set_checksums_are_those_of_the_files_and_are_left_out_of_copies(tmp_path, name):
+    images = ImageSet(make_set(tmp_path / name, 3))
+    contents = [png(pixels_of(index)) for index in range(3)]
+    assert images.checksums() == [(len(data), zlib.crc32(data)) for data in contents]
+    assert images.checksums() is images.checksums()
+    bare = ImageSet(images.path)
+    assert len(pickle.dumps(images)) == len(pickle.dumps(bare))
+    assert pickle.loads(pickle.dumps(images)).checksums() == images.checksums()
+
+
+def test_label_vectors_are_one_hot_and_zeros_without_a_label():
+    found = label_vectors(np.array([2, NO_LABEL, 0]), 3)
+    assert (found.dtype, found.tolist()) == (np.float32, [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
+    vectors = np.array([[0.5, 0.25]], dtype=np.float32)
+    np.testing.assert_array_equal(label_vectors(vectors, 2), vectors)
+    assert label_vectors(np.zeros(0, dtype=np.int64), 4).shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "folder"])

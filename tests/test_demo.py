@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 
 from imagesets.reader import ImageSet
+from imagesets.writer import ImageSetWriter
+from scripts.demo_pictures import COLUMNS, save_reals_and_fakes
+from tests.make_sets import pixels_of, png
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +56,22 @@ def test_demo_ends_with_the_message_of_the_program_that_failed(tmp_path):
     assert done.stderr.splitlines() == [
         f"error: --dest={tmp_path / 'demo' / 'phantom.zip'} is a folder; expected a zip file to write",
         "error: dataset_tool.py ended with exit code 2; see above. The same command continues from here"]
+
+
+def test_demo_shows_images_of_each_set_and_class(tmp_path):
+    classes = ["benign", "melanoma"]
+    labels = {"real": [0, 1, 0, 0], "synthetic": [1, 0, 1, 1]}
+    for kind, found in labels.items():
+        with ImageSetWriter(tmp_path / kind, classes=classes) as writer:
+            for index, label in enumerate(found):
+                writer.add(png(pixels_of(index + 10 * (kind == "real"))), label)
+    save_reals_and_fakes(tmp_path / "picture.png", tmp_path / "real", tmp_path / "synthetic", seed=0)
+    with PIL.Image.open(tmp_path / "picture.png") as picture:
+        sheet = np.asarray(picture)[:, -16 * COLUMNS:]  # without the column of names; images of 8 pixels, enlarged
+    assert sheet.shape == (4 * 16, 16 * COLUMNS, 3)
+    tiles = sheet.reshape(4, 16, COLUMNS, 16, 3).transpose(0, 2, 1, 3, 4)
+    for row, (label, kind) in enumerate((label, kind) for label in range(2) for kind in labels):
+        expected = {pixels_of(index + 10 * (kind == "real")).repeat(2, axis=0).repeat(2, axis=1).tobytes()
+                    for index, found in enumerate(labels[kind]) if found == label}
+        assert {tile.tobytes() for tile in tiles[row, :len(expected)]} == expected
+        assert (tiles[row, len(expected):] == 255).all()

@@ -371,9 +371,9 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
     ("--data=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
     ("--data=cut.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is cut off or no zip; make or "
                        "copy it again"),
-    ("--data=mixed.zip", "mixed.zip: b.png is 32x32 with 3 channels, the first image 16x16 with 3 channels; expected "
+    ("--data=mixed.zip", "mixed.zip: b.png is 32x32 RGB, the first image 16x16 RGB; expected "
                          "one size: convert it with dataset_tool.py"),
-    ("--data=mixed", "mixed: b.png is 16x16 with 1 channel, the first image 16x16 with 3 channels; expected one size: "
+    ("--data=mixed", "mixed: b.png is 16x16 grey, the first image 16x16 RGB; expected one size: "
                      "convert it with dataset_tool.py"),
     ("--data=odd.zip", "data set odd has resolution 24; expected a power of two from 8 to 2048: convert it with "
                        "dataset_tool.py"),
@@ -419,7 +419,7 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
     ("--valid=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
     ("--valid=./set.zip", "--valid=set.zip is the data set of --data itself; expected images that are not learned "
                           "from"),
-    ("--valid=odd.zip", "--valid=odd.zip is 24x24 with 3 channels; expected 16x16 with 3 channels, as --data"),
+    ("--valid=odd.zip", "--valid=odd.zip is 24x24 RGB; expected 16x16 RGB, as --data"),
     ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with the "
                                  "same --classes"),
     ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is no folder; expected a folder, new or not"),

@@ -1,15 +1,15 @@
 """Read a data set that dataset_tool.py made, image by image, for training and metrics."""
 
 import hashlib
-import io
 import os
+from functools import cached_property
 
 import numpy as np
-import PIL.Image
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.reader import NO_LABEL, ImageSet
+from imagesets.member_pixels import Shape, describe_shape, load_pixels
+from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from training.options import DatasetFacts
 
 CONTENT_HASH_VERSION = 1
@@ -36,7 +36,6 @@ class ImageDataset(torch.utils.data.Dataset):
         self.use_labels, self.xflip = use_labels, xflip
         self.name = self.path.name.removesuffix(".zip")
         self._chosen = choose_subset(len(self._set), max_size, seed)
-        self._shape = None
         self._shape = self._check_first_image()
         if use_labels:
             self._check_labels()
@@ -46,7 +45,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         mirrored, row = divmod(int(index), len(self._chosen))
-        pixels = self._load(self._set.names[self._chosen[row]])
+        pixels = load_pixels(self._set, self._set.names[self._chosen[row]], self._shape)
         if mirrored:
             pixels = pixels[:, :, ::-1]
         return np.ascontiguousarray(pixels), self.get_label(index)
@@ -57,7 +56,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self._chosen)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         return self._shape
 
     @property
@@ -88,18 +87,13 @@ class ImageDataset(torch.utils.data.Dataset):
         if not self.use_labels:
             return np.zeros(0, dtype=np.float32)
         label = self._set.labels[self._chosen[int(index) % len(self._chosen)]]
-        if np.ndim(label):
-            return np.array(label, dtype=np.float32)
-        one_hot = np.zeros(self.label_dim, dtype=np.float32)
-        one_hot[label] = 1
-        return one_hot
+        return (label if np.ndim(label) else self._class_vectors[label]).copy()
 
     def label_table(self) -> torch.Tensor:
         """Return the labels of all images, without the mirrored ones: float32 [num_images, c_dim]."""
         if not self.use_labels:
             return torch.zeros(self.num_images, 0)
-        labels = torch.from_numpy(self._set.labels[self._chosen])
-        return labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, self.label_dim).float()
+        return torch.from_numpy(label_vectors(self._set.labels[self._chosen], self.label_dim))
 
     def class_indices(self) -> np.ndarray | None:
         """Return the class of each image, int64 [num_images], NO_LABEL for none; None without integer labels."""
@@ -135,6 +129,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def close(self) -> None:
         self._set.close()
 
+    @cached_property
+    def _class_vectors(self) -> np.ndarray:
+        """The label of each class: float32 [c_dim, c_dim]; made once, for speed."""
+        return label_vectors(np.arange(self.label_dim), self.label_dim)
+
     def _check_labels(self) -> None:
         if not self.has_labels:
             raise UserError(f"{self.path} has no labels; expected them: convert it with --labels, or leave --cond out")
@@ -145,32 +144,14 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: {int(missing.sum())} of {self.num_images} images have no label ({first}, "
                             "...); expected one each: convert with --unlabelled=drop, or leave --cond out")
 
-    def _check_first_image(self) -> tuple[int, int, int]:
+    def _check_first_image(self) -> Shape:
         name = self._set.names[self._chosen[0]]
-        shape = self._load(name).shape
-        channels, height, width = shape
-        if height != width or channels not in (1, 3):
+        shape = load_pixels(self._set, name).shape
+        _, height, width = shape
+        if height != width:
             raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, grey or RGB: "
                             "convert it with dataset_tool.py --transform=center-crop --resolution=256x256")
         return shape
-
-    def _load(self, name: str) -> np.ndarray:
-        """Return the pixels of a member, uint8 [C, H, W]."""
-        data = self._set.read(name)
-        try:
-            image = PIL.Image.open(io.BytesIO(data))
-            pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
-            raise UserError(f"{self.path}: {name} cannot be decoded ({error}); make or copy it again") from error
-        if pixels.dtype != np.uint8 or image.mode not in ("L", "RGB"):
-            raise UserError(f"{self.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
-                            "dataset_tool.py")
-        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-        pixels = pixels.transpose(2, 0, 1)
-        if self._shape is not None and pixels.shape != self._shape:
-            raise UserError(f"{self.path}: {name} is {describe_shape(pixels.shape)}, the first image "
-                            f"{describe_shape(self._shape)}; expected one size: convert it with dataset_tool.py")
-        return pixels
 
 
 def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:
@@ -183,9 +164,3 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
         return rows
     np.random.RandomState(seed % 2**31).shuffle(rows)
     return np.sort(rows[:max_size])
-
-
-def describe_shape(shape: tuple[int, int, int]) -> str:
-    """Return "64x64 with 3 channels" for [3, 64, 64]."""
-    channels, height, width = shape
-    return f"{width}x{height} with {channels} channel{'s' if channels != 1 else ''}"

@@ -9,8 +9,9 @@ from pathlib import Path
 import PIL.Image
 
 from dnnlib.cli import UserError
+from imagesets.member_pixels import describe_shape
 from training.config import TrainConfig
-from training.dataset import ImageDataset, describe_shape
+from training.dataset import ImageDataset
 from training.estimate import meta_state
 from training.preset_table import TRANSFER_NAMES
 from training.transfer import transfer_weights

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from dnnlib.files import sha256_of
+from imagesets.member_pixels import describe_shape
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes
 from training.config import TrainConfig
-from training.dataset import ImageDataset, describe_shape
+from training.dataset import ImageDataset
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
 from training.reporting import METRIC_FIELDS, Reporter
 from training.run_folder import RunFolder
