@@ -17,7 +17,7 @@ from metrics.names import parse_metrics
 from metrics.record import result_record, to_json
 from metrics.sources import SetImages
 from torch_utils.distributed import Processes, is_main
-from training.curves import save_curves
+from torch_utils.plots import save_curves
 from training.json_lines import to_line
 from training.run_folder import RunFolder
 from training.run_record import read_record

@@ -1,7 +1,6 @@
 """Draw what the demonstration shows: samples over time, reals beside fakes, curves, and the page that holds them."""
 
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ import PIL.Image
 import torch
 
 from dnnlib.files import atomic_write
+from imagesets.member_pixels import load_pixels
 from imagesets.reader import ImageSet
 from torch_utils.images import save_grid, to_pixels
-from training.curves import draw_curves
+from torch_utils.plots import draw_curves
 from training.json_lines import read_lines
 from training.snapshot import load_network
 
@@ -58,7 +58,7 @@ def save_reals_and_fakes(path: Path, reals: Path, fakes: Path, *, seed: int) -> 
     for label, name in enumerate(sets["real"].classes):
         for kind, images in sets.items():
             chosen = rng.permutation(np.flatnonzero(images.labels == label))[:COLUMNS]
-            pixels = [torch.tensor(_decode(images.read(images.names[row]))) for row in chosen]
+            pixels = [torch.tensor(load_pixels(images, images.names[row])) for row in chosen]
             pixels += [torch.full_like(pixels[0], 255)] * (COLUMNS - len(pixels))
             rows.append(torch.stack(pixels))
             names.append(f"{name}, {kind}")
@@ -87,11 +87,6 @@ def save_page(path: Path, summary: Mapping[str, Any], classes: Sequence[str] = (
     with atomic_write(path, text=True) as file:
         file.write(_PAGE.format(first=classes[0], second=classes[1],
                                 summary=html.escape(json.dumps(summary, indent=1, allow_nan=False))))
-
-
-def _decode(png: bytes) -> np.ndarray:
-    """Return the pixels of an RGB image, uint8 [3, H, W]."""
-    return np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1)
 
 
 def _enlarged(pixels: torch.Tensor) -> torch.Tensor:

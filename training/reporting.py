@@ -13,7 +13,7 @@ from typing import Any
 from dnnlib.appending import AppendFile
 from dnnlib.files import atomic_write
 from dnnlib.progress import format_seconds
-from training.curves import save_curves
+from torch_utils.plots import save_curves
 from training.event_file import EventFile
 from training.json_lines import cut_lines, read_lines, to_line
 from training.tick import Tick

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from dnnlib.cli import UserError
+from dnnlib.plain_text import to_ascii
 from imagesets.class_columns import class_columns, class_names, is_unlabelled
 from imagesets.reader import ImageSet
 from imagesets.text_table import plural
@@ -60,15 +60,9 @@ def _sheets(images: ImageSet, usable: np.ndarray) -> Iterator[tuple[str, str, np
 
 def sheet_name(index: int, count: int, name: str) -> str:
     """Return a file name that is safe on every system and differs from class to class, as "04-melanoma.png"."""
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", _ascii(name)).strip("-")[:60]
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", to_ascii(name)).strip("-")[:60]
     number = str(index).zfill(len(str(count - 1)))
     return f"{number}-{plain}.png" if plain else f"{number}.png"
-
-
-def _ascii(text: str) -> str:
-    """Take accents off, and put "?" for what is left: Pillow's own font has only these letters."""
-    letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
-    return "".join(letters).encode("ascii", "replace").decode()
 
 
 def choose_evenly(groups: Sequence[str], limit: int) -> list[int]:
@@ -98,7 +92,7 @@ def _draw_sheet(images: ImageSet, name: str, rows: np.ndarray, places: Sequence[
     num_rows = math.ceil(len(pictures) / columns)
     num_groups = len({images.groups[row] for row in rows})
     shown = "" if len(pictures) == len(rows) else f", {len(pictures)} of them here"
-    title = f"{_ascii(name)}: {plural(len(rows), 'image')}, {plural(num_groups, 'group')}{shown}"
+    title = f"{to_ascii(name)}: {plural(len(rows), 'image')}, {plural(num_groups, 'group')}{shown}"
     font = PIL.ImageFont.load_default(_FONT_SIZE)
     width = max(columns * (cell + _GAP) + _GAP, math.ceil(font.getlength(title)) + 2 * _GAP)
     sheet = PIL.Image.new("RGB", (width, _TITLE_HEIGHT + num_rows * (cell + _GAP)), _BACKGROUND)

@@ -1,0 +1,1 @@
+"""The parts of the projection of images into the latent space."""

@@ -1,0 +1,254 @@
+"""Plot numbers as PNGs: curves over a run, histograms of a quantity."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+
+from dnnlib.files import atomic_write
+from dnnlib.plain_text import fitted
+
+# matplotlib takes a second to import, which programs without a plot do not spend: functions import it.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[float, float]]  # (kimg, value)
+
+_DPI = 100
+_WIDTH, _HEIGHT = 720, 400  # pixels, as all lengths here
+_TOP, _RIGHT, _BOTTOM = 36, 20, 48  # around the axes
+_LEFT = 72
+_LEFT_OF_ROWS = 232  # room for names
+_LINE = 19  # of text
+_COLUMN = 280  # of texts in a legend
+_NUMBER, _SUMMARY = 80, 200  # longest texts behind a name
+_ROW = 46  # of a histogram that has a row of its own
+_COLORS = ("#1f4ea0", "#c44e1e", "#288246", "#783c96", "#94741a", "#1a8a96", "#b03060", "#606060")
+_STYLE = {
+    "font.size": 9.5,
+    "text.parse_math": False,  # a "$" in a name is no formula
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dedede",
+    "legend.frameon": False,
+}
+_MOST_TOGETHER = 4  # histograms that can be told apart in one
+_LEAST_BINS, _MOST_BINS = 12, 60
+_MOST_MARKERS = 100  # points of a curve that are marked one by one
+_FARTHEST = 1e150  # values beyond lie at the edge: distances of larger ones are no numbers
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """Draw alike whatever the user's matplotlibrc says, and say nothing of caches; all is as before at the end."""
+    log, deaf = logging.getLogger("matplotlib"), logging.NullHandler()
+    log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
+    try:
+        import matplotlib
+
+        plain = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+        with matplotlib.rc_context({**plain, **_STYLE}):
+            yield
+    finally:
+        log.removeHandler(deaf)
+
+
+def save_curves(path: str | os.PathLike, curves: dict[str, Curve]) -> None:
+    """Draw named curves over kimg. Values that are not finite are left out; raises OSError."""
+    _save(path, draw_curves(curves))
+
+
+def draw_curves(curves: dict[str, Curve]) -> PIL.Image.Image:
+    """Return the picture that `save_curves` writes: RGB, the last value of each curve in the legend.
+
+    Up to four curves give 720 x 400 pixels, more a higher picture.
+    """
+    return _render(curves_figure(curves))
+
+
+def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], *, quantity: str) -> None:
+    """Draw a histogram of each name's values, on common bins, with their number and median.
+
+    quantity: what the values are, written below the axis
+
+    Few names share the axes, more have a row each. Values that are not finite are left out, and counted in the title.
+    Raises OSError.
+    """
+    _save(path, _render(histogram_figure(values, quantity=quantity)))
+
+
+@_own_style()
+def curves_figure(curves: dict[str, Curve]) -> "Figure":
+    """Return the figure of `draw_curves`."""
+    lines = math.ceil(len(curves) / 2)  # of the legend, which has two columns
+    axes = _axes(top=_TOP + _LINE * max(0, lines - 1), height=_HEIGHT + _LINE * max(0, lines - 2))
+    entries, times = [], [0.0]  # a run begins at 0
+    for index, (name, curve) in enumerate(curves.items()):
+        finite = [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)]
+        (line,) = axes.plot([x for x, _ in finite], [_held(y) for _, y in finite], color=_color(index), linewidth=1.5,
+                            marker="o" if len(finite) <= _MOST_MARKERS else None, markersize=4)
+        value = f" {finite[-1][1]:.4g}" if finite else ": no value"
+        entries.append((line, f"{_printable(name, _COLUMN - _NUMBER)}{value}"))
+        times += [x for x, _ in finite]
+    axes.margins(y=0.06)
+    first, last = min(times), max(times) if any(times) else 1.0
+    axes.set_xlim(first - 0.02 * (last - first), last + 0.02 * (last - first))
+    _mark(axes.xaxis)
+    _mark(axes.yaxis)
+    axes.set_xlabel("kimg", loc="right")
+    _legend(axes, entries, columns=2)
+    return axes.figure
+
+
+@_own_style()
+def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "Figure":
+    """Return the figure of `save_histogram`."""
+    given = {name: np.asarray(numbers, dtype=np.float64).ravel() for name, numbers in values.items()}
+    finite = {name: numbers[np.isfinite(numbers)] for name, numbers in given.items()}
+    edges = _bin_edges([_held(numbers) for numbers in finite.values()])
+    axes = _overlaid(finite, edges) if len(finite) <= _MOST_TOGETHER else _in_rows(finite, edges)
+    axes.set_xlim(edges[0], edges[-1])
+    _mark(axes.xaxis)
+    axes.set_xlabel(_printable(quantity, 2 * _COLUMN), loc="right")
+    number = sum(map(len, finite.values()))
+    missing = sum(map(len, given.values())) - number
+    left_out = f"; {missing} more not finite, left out" if missing else ""
+    title = f"{number} value{'' if number == 1 else 's'}{left_out}"
+    axes.figure.text(_LEFT / _WIDTH, 1 - 8 / _height(axes), title, va="top")
+    if not number:
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", va="center")
+    return axes.figure
+
+
+def _overlaid(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
+    """Draw histograms over each other."""
+    top = _TOP + _LINE * len(finite)
+    axes = _axes(top=top, height=_HEIGHT + _LINE * max(0, len(finite) - 2))
+    entries = []
+    for index, (name, numbers) in enumerate(finite.items()):
+        color = _color(index)
+        outline = axes.stairs(_shares(numbers, edges), edges, color=color, linewidth=1.5)
+        axes.stairs(_shares(numbers, edges), edges, color=color, alpha=0.2, fill=True)
+        if len(numbers):
+            axes.axvline(_held(np.median(numbers)), color=color, linestyle="--", linewidth=1.2)
+        entries.append((outline, f"{_printable(name, 2 * _COLUMN - _SUMMARY)}: {_summary(numbers)}"))
+    axes.set_ylim(0, max(1.0, axes.dataLim.y1) * 1.05)
+    _mark(axes.yaxis)
+    axes.set_ylabel("% of values" if len(finite) < 2 else "% of the values of each")
+    _legend(axes, entries, columns=1, top=_TOP - 8)
+    return axes
+
+
+def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
+    """Draw a histogram a row, all to one scale, the first at the top."""
+    axes = _axes(top=_TOP, left=_LEFT_OF_ROWS, height=_TOP + _BOTTOM + _ROW * len(finite))
+    shares = {name: _shares(numbers, edges) for name, numbers in finite.items()}
+    scale = 0.85 / max(1.0, *(share.max() for share in shares.values()))
+    for index, (name, share) in enumerate(shares.items()):
+        color, floor = _color(index), -float(index)
+        axes.stairs(floor + scale * share, edges, baseline=floor, color=color, alpha=0.35, fill=True)
+        axes.stairs(floor + scale * share, edges, baseline=floor, color=color, linewidth=1.2)
+        if len(finite[name]):
+            axes.plot([_held(np.median(finite[name]))] * 2, [floor, floor + 0.9], color=color, linestyle="--",
+                      linewidth=1.2)
+    axes.set_ylim(1 - len(finite), 1)
+    titles = [f"{_printable(name, _LEFT_OF_ROWS - 12)}\n{_summary(numbers)}" for name, numbers in finite.items()]
+    axes.set_yticks([0.4 - index for index in range(len(finite))], titles)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    return axes
+
+
+def _bin_edges(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the edges of bins of one width that hold all values."""
+    values = np.concatenate([np.empty(0), *groups])
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+    # Rice's rule for a group of middle size; a group of few values would be noise, were there many more bins.
+    size = np.median([len(group) for group in groups if len(group)] or [0])
+    count = min(max(math.ceil(2 * size ** (1 / 3)), _LEAST_BINS), _MOST_BINS)
+    room = 0.0 if high - low > 1e-9 * max(abs(low), abs(high)) else max(abs(high) * 0.1, 1e-9)
+    return np.linspace(low - room, high + room, count + 1)
+
+
+def _shares(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Return how many percent of the values lie in each bin."""
+    return np.histogram(_held(numbers), edges)[0] * (100 / max(1, len(numbers)))
+
+
+def _summary(numbers: np.ndarray) -> str:
+    return f"n {len(numbers)}, median {np.median(numbers):.4g}" if len(numbers) else "no value"
+
+
+def _held(values):
+    return np.clip(values, -_FARTHEST, _FARTHEST)
+
+
+def _color(index: int) -> str:
+    return _COLORS[index % len(_COLORS)]
+
+
+def _axes(*, top: int, left: int = _LEFT, height: int = _HEIGHT) -> "Axes":
+    """Return the axes of a new figure, with room around them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((_WIDTH / _DPI, height / _DPI), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    return figure.add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH,
+                            (height - top - _BOTTOM) / height))
+
+
+def _height(axes: "Axes") -> float:
+    return axes.figure.get_figheight() * _DPI
+
+
+def _mark(axis) -> None:
+    """Mark few, round numbers, and write them as they are."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+
+
+def _legend(axes: "Axes", entries: Sequence[tuple], *, columns: int, top: int = 4) -> None:
+    """Write texts beside their lines, above the axes."""
+    if not entries:
+        return
+    legend = axes.figure.legend([line for line, _ in entries], ["-"] * len(entries), ncols=columns, loc="upper left",
+                                bbox_to_anchor=(_LEFT / _WIDTH, 1 - top / _height(axes)), borderaxespad=0, borderpad=0)
+    for place, (_, text) in zip(legend.get_texts(), entries):
+        place.set_text(text)  # only now: a legend leaves out what begins with "_"
+
+
+def _printable(text: str, width: int) -> str:
+    """Put "?" for letters that the font has not, and shorten a text that is wider than `width`."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    font.set_size(_STYLE["font.size"], _DPI)
+    text = "".join(letter if letter.isprintable() and font.get_char_index(ord(letter)) else "?" for letter in text)
+    return fitted(text, width, lambda some: _width(font, some))
+
+
+def _width(font, text: str) -> float:
+    font.set_text(text)
+    return font.get_width_height()[0] / 64
+
+
+@_own_style()
+def _render(figure: "Figure") -> PIL.Image.Image:
+    figure.canvas.draw()
+    return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
+
+
+def _save(path: str | os.PathLike, picture: PIL.Image.Image) -> None:
+    with atomic_write(path) as file:
+        picture.save(file, "png")
