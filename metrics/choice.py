@@ -55,4 +55,4 @@ def require_detectors(detectors: Mapping[str, str | None]) -> None:
 
 
 def _is_at_hand(name: str, weights: str | None) -> bool:
-    return similarity_at_hand(weights) if name == SIMILARITY else weights_at_hand(name, weights)
+    return similarity_at_hand(name, weights) if name == SIMILARITY else weights_at_hand(name, weights)

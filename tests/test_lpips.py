@@ -88,6 +88,49 @@ def test_lpips_gradients_flow_to_images_and_are_finite(similarity):
     assert not any(parameter.requires_grad for parameter in similarity.parameters())
 
 
+def test_lpips_maps_add_up_to_the_distance_and_end_in_a_description(similarity):
+    a, b = images(1), images(2)
+    maps = similarity.embed(a)
+    assert [list(x.shape) for x in maps] == [[3, channels, 32 >> level, 32 >> level]
+                                             for level, channels in enumerate(CHANNELS)]
+    assert torch.equal(similarity.compare(maps, similarity.embed(b)), similarity(a, b))
+    described = similarity.describe(a)
+    assert described.shape == (3, 512)
+    assert torch.equal(described, maps[-1].mean(dim=(2, 3)))
+
+
+def test_lpips_order_and_company_of_images_change_no_bit(similarity):
+    """In batches of 8, as the projection of many images has them."""
+    def measured(a, target):
+        a = a.clone().requires_grad_()
+        distance = similarity.compare(similarity.embed(a), target)
+        return distance.detach(), torch.autograd.grad(distance.sum(), a)[0]
+
+    a, b = (torch.cat([images(seed), images(seed + 2), images(seed + 4)])[:8] for seed in (1, 2))
+    order, target = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4]), similarity.embed(b)
+    others, their_target = images(9).repeat(3, 1, 1, 1)[:8], [x.flip(0) for x in target]
+    others[7] = a[0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = measured(a, target)
+        shuffled = measured(a[order], [x[order] for x in target])
+        strange = measured(others, their_target)
+    finally:
+        torch.set_num_threads(before)
+    for index in range(2):
+        assert torch.equal(shuffled[index], expected[index][order])
+        assert torch.equal(strange[index][7], expected[index][0])
+
+
+def test_lpips_embedding_of_small_images_raises(similarity):
+    with pytest.raises(ValueError) as caught:
+        similarity.embed(torch.zeros(1, 3, 16, 15))
+    assert similarity.least_size == 16
+    assert str(caught.value) == ("images are torch.float32 [1, 3, 16, 15]; expected floating point [N, 3, H, W], "
+                                 "H and W at least 16")
+
+
 @pytest.mark.parametrize(("a", "b"), [((1, 3, 32, 32), (2, 3, 32, 32)), ((1, 1, 32, 32), (1, 1, 32, 32)),
                                       ((1, 3, 8, 32), (1, 3, 8, 32))])
 def test_lpips_of_other_shapes_raises(similarity, a, b):
@@ -109,3 +152,15 @@ def test_lpips_weights_of_another_network_are_refused(tmp_path, folder):
     message = r": lin2\.model\.1\.weight is \[1, 192, 1, 1\]; expected \[1, 256, 1, 1\], as in weights-vgg16-lpips\.pth"
     with pytest.raises(UserError, match=message):
         open_similarity(device="cpu", weights=tmp_path)
+
+
+def test_lpips_weights_below_zero_are_refused(tmp_path, folder):
+    (tmp_path / VGG16.name).symlink_to(folder / VGG16.name)
+    negative = torch.ones(1, 256, 1, 1)
+    negative[0, 7] = -0.01
+    torch.save(linear_weights() | {"lin2.model.1.weight": negative}, tmp_path / LPIPS_VGG16.name)
+    with pytest.raises(UserError) as caught:
+        open_similarity(device="cpu", weights=tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / LPIPS_VGG16.name}: lin2.model.1.weight has values below 0; expected none, as in "
+        f"{LPIPS_VGG16.name}: is it the weights of another network?")

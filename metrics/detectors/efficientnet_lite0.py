@@ -29,17 +29,10 @@ class EfficientNetLite0(Detector):
 
     def __init__(self, weights: str | os.PathLike):
         """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
-        from efficientnet_lite_pytorch import EfficientNet  # optional: the extra `offline`
-
         super().__init__()
-        with torch.device("meta"):
-            self.network = EfficientNet.from_name("efficientnet-lite0")
-        load_weights(self.network, weights, EFFICIENTNET_LITE0)
-        for part in (self.network, *self.network._blocks):
-            _fold_normalisation(part)
-            part._swish = nn.ReLU6(inplace=True)
+        self.network = read_network(weights)
         self.weights_sha256 = sha256_of(weights)
-        self.requires_grad_(False).eval()
+        self.eval()
 
     def _features(self, pixels: Tensor) -> Tensor:
         if pixels.device.type != "cpu":
@@ -48,7 +41,28 @@ class EfficientNetLite0(Detector):
 
     def _average(self, pixels: Tensor) -> Tensor:
         x = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
-        return self.network.extract_features((x - _MEAN) / _STD).mean(dim=(2, 3))  # of [N, 1280, 7, 7]
+        return self.network.extract_features(scale_pixels(x)).mean(dim=(2, 3))  # of [N, 1280, 7, 7]
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """Return what the network takes, of pixels in [0, 255]."""
+    return (pixels - _MEAN) / _STD
+
+
+def read_network(weights: str | os.PathLike) -> nn.Module:
+    """Return the network with the weights of a file, in eval mode; convolutions do the batch normalisation too.
+
+    Raises UserError when the file is not of this network, OSError when it cannot be opened.
+    """
+    from efficientnet_lite_pytorch import EfficientNet  # optional: the extra `offline`
+
+    with torch.device("meta"):
+        network = EfficientNet.from_name("efficientnet-lite0")
+    load_weights(network, weights, EFFICIENTNET_LITE0)
+    for part in (network, *network._blocks):
+        _fold_normalisation(part)
+        part._swish = nn.ReLU6(inplace=True)
+    return network.requires_grad_(False).eval()
 
 
 def _fold_normalisation(part: nn.Module) -> None:

