@@ -3,13 +3,16 @@
 The folder lies beside what is being made, under its name with ".parts" behind it:
 
     settings.json       what the pieces follow from; written before the first of them
-    piece-000000.npy    pixels, uint8 [n, C, R, R]; each appears whole or not at all
+    piece-000000.npz    named arrays; each piece appears whole or not at all
+    state-000001.pt     of a piece that is not finished, where the work keeps states
     lock                while a process works on it
 """
 
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +26,7 @@ from dnnlib.process_lock import LockHeld, ProcessLock
 
 SETTINGS, LOCK = "settings.json", "lock"
 
-_OURS = re.compile(r"piece-(\d{6,})\.npy|\.tmp-[0-9a-f]{16}")
+_OURS = re.compile(r"piece-(\d{6,})\.np[yz]|state-\d{6,}\.pt|\.tmp-[0-9a-f]{16}")  # npy: of version 1
 _FORMAT = "stylegan2-ada-pieces"
 
 
@@ -37,7 +40,7 @@ class Pieces:
     def __init__(self, dest: str | os.PathLike, settings: Mapping[str, Any]):
         self.dest = Path(dest)
         self.folder = self.dest.with_name(self.dest.name + ".parts")
-        self._settings = {"format": _FORMAT, "version": 1, **settings}
+        self._settings = {"format": _FORMAT, "version": 2, **settings}
         self._lock = ProcessLock(self.folder / LOCK)
 
     @contextmanager
@@ -52,7 +55,7 @@ class Pieces:
             try:
                 yield
             finally:
-                if not self.finished():
+                if not self.is_begun():
                     self.remove()
         finally:
             self._lock.release()
@@ -64,22 +67,37 @@ class Pieces:
         matches = (_OURS.fullmatch(name) for name in os.listdir(self.folder))
         return sorted(int(match[1]) for match in matches if match and match[1])
 
-    def save(self, number: int, pixels: np.ndarray) -> None:
-        """Keep a piece: uint8 [n, C, R, R]. Raises UserError when it cannot be written."""
+    def is_begun(self) -> bool:
+        """Tell whether there is something that would be missed: a piece, or the state of one."""
+        return any(name.startswith(("piece-", "state-")) and _OURS.fullmatch(name) for name in os.listdir(self.folder))
+
+    def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a piece; its state, if there is one, goes. Raises UserError when it cannot be written."""
+        with self.writing(), atomic_write(self._path(number)) as file:
+            np.savez(file, **arrays)
+        self.state_path(number).unlink(missing_ok=True)
+
+    def load(self, number: int) -> dict[str, np.ndarray]:
+        """Return the arrays of a piece. Raises UserError when the file was damaged since."""
+        path = self._path(number)
         try:
-            with atomic_write(self._path(number)) as file:
-                np.save(file, pixels)
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path} cannot be read ({error}); remove it, and give the same command again") from error
+
+    def state_path(self, number: int) -> Path:
+        """Return where the state of an unfinished piece is kept."""
+        return self.folder / f"state-{number:06d}.pt"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a failure to write into the folder into UserError."""
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written to ({error.strerror or error}); the pieces there are "
                             "kept: put that right, and give the same command again") from error
-
-    def load(self, number: int) -> np.ndarray:
-        """Return the pixels of a piece. Raises UserError when the file was damaged since."""
-        path = self._path(number)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it, and give the same command again") from error
 
     def remove(self) -> None:
         """Remove all pieces; the folder goes when it is given back."""
@@ -89,7 +107,7 @@ class Pieces:
         (self.folder / SETTINGS).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"piece-{number:06d}.npy"
+        return self.folder / f"piece-{number:06d}.npz"
 
     def _acquire(self) -> None:
         try:
@@ -112,7 +130,7 @@ class Pieces:
                 raise UserError(f"{self.folder}, where finished pieces go, holds other files ({foreign[0]}); rename it")
         elif found == self._settings:
             return
-        elif self.finished():
+        elif self.is_begun():
             raise UserError(f"{self.folder} holds the beginning of another set ({self._differences(found)}); repeat "
                             "its command to complete that one, or remove the folder")
         self.remove()  # pieces that nobody knows the origin of

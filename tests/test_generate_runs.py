@@ -55,7 +55,7 @@ def start(*flags):
 def end_after_a_piece(process, number):
     """Send a signal once a piece is there; return exit code and standard error."""
     deadline = time.monotonic() + 60
-    while not list(Path("set.zip.parts").glob("piece-*.npy")):
+    while not list(Path("set.zip.parts").glob("piece-*.npz")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -85,7 +85,7 @@ def test_set_that_was_stopped_is_continued_by_the_same_command(inside, expected,
         assert hint.endswith(f" of {COUNT} images are kept in set.zip.parts; the same command continues")
         assert last == f"error: {word}"
         assert "lock" not in os.listdir("set.zip.parts")
-    before = len(list(Path("set.zip.parts").glob("piece-*.npy")))
+    before = len(list(Path("set.zip.parts").glob("piece-*.npz")))
     assert run(generate.main, [*FLAGS, "--zip=set.zip"]) == 0
     assert f"{before * 256} of {COUNT} images are there already" in capsys.readouterr().err or before == 5
     assert Path("set.zip").read_bytes() == expected

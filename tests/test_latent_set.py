@@ -149,7 +149,7 @@ def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path,
     assert str(caught.value) == (
         f"{dest}.parts holds the beginning of another set (seeds is [7, 13] there and [7, 14] here; truncation is 1.0 "
         "there and 0.5 here); repeat its command to complete that one, or remove the folder")
-    assert sorted(os.listdir(f"{dest}.parts")) == before == ["piece-000000.npy", "settings.json"]
+    assert sorted(os.listdir(f"{dest}.parts")) == before == ["piece-000000.npz", "settings.json"]
 
 
 @pytest.mark.parametrize("error", [UserError("no"), Terminated("no")])
@@ -175,7 +175,7 @@ def test_pieces_of_unknown_origin_are_made_anew(network, tmp_path, monkeypatch):
     dest = begun(tmp_path, network, monkeypatch)
     folder = tmp_path / "set.zip.parts"
     (folder / "settings.json").unlink()
-    np.save(folder / "piece-000000.npy", np.zeros((2, 3, 8, 8), dtype=np.uint8))
+    np.savez(folder / "piece-000000.npz", pixels=np.zeros((2, 3, 8, 8), dtype=np.uint8))
     (folder / ".tmp-0123456789abcdef").touch()
     assert write(dest, network).read_bytes() == expected
     assert not folder.exists()
@@ -213,9 +213,9 @@ def test_second_process_is_refused(network, tmp_path):
 
 def test_damaged_piece_is_named_and_the_rest_is_kept(network, tmp_path, monkeypatch):
     dest = begun(tmp_path, network, monkeypatch)
-    piece = tmp_path / "set.zip.parts" / "piece-000000.npy"
+    piece = tmp_path / "set.zip.parts" / "piece-000000.npz"
     piece.write_bytes(piece.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"piece-000000\.npy cannot be read .*; remove it, and give the same command"):
+    with pytest.raises(UserError, match=r"piece-000000\.npz cannot be read .*; remove it, and give the same command"):
         write(dest, network)
     piece.unlink()
     assert len(ImageSet(write(dest, network))) == 7
@@ -227,12 +227,12 @@ def test_full_disk_keeps_the_pieces_and_says_so(network, tmp_path, monkeypatch):
 
     dest = begun(tmp_path, network, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("latent.pieces.np.save", refuse)
+        patch.setattr("latent.pieces.np.savez", refuse)
         with pytest.raises(UserError) as caught:
             write(dest, network)
     assert str(caught.value) == (f"{dest}.parts cannot be written to (No space left on device); the pieces there are "
                                  "kept: put that right, and give the same command again")
-    assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npy", "settings.json"]
+    assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npz", "settings.json"]
 
 
 def test_full_disk_at_the_end_keeps_the_pieces_and_says_so(network, tmp_path, monkeypatch, capsys):
@@ -254,9 +254,9 @@ def test_full_disk_at_the_end_keeps_the_pieces_and_says_so(network, tmp_path, mo
 
 def test_pieces_that_another_process_takes_away_hinder_nobody(tmp_path, monkeypatch):
     (tmp_path / "set.zip.parts").mkdir()
-    (tmp_path / "set.zip.parts" / "piece-000000.npy").touch()
+    (tmp_path / "set.zip.parts" / "piece-000000.npz").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("latent.pieces.os.listdir", lambda folder: [".tmp-0123456789abcdef", "piece-000000.npy"])
+        patch.setattr("latent.pieces.os.listdir", lambda folder: [".tmp-0123456789abcdef", "piece-000000.npz"])
         Pieces(tmp_path / "set.zip", {}).remove()
     assert not list((tmp_path / "set.zip.parts").iterdir())
 
@@ -271,8 +271,8 @@ def test_set_replaces_an_older_one_whole(network, tmp_path):
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, [2]), (2, [4])])
 def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank, expected):
-    monkeypatch.setattr("latent.labelled_set.broadcast_object", lambda value: [1, 2, 4, 5])
-    monkeypatch.setattr("latent.labelled_set.barrier", lambda: None)
+    monkeypatch.setattr("latent.piecework.broadcast_object", lambda value: [1, 2, 4, 5])
+    monkeypatch.setattr("latent.piecework.barrier", lambda: None)
     saved = stop_after(monkeypatch, 9, None)
     (tmp_path / "set.zip.parts").mkdir()
     chosen, painter = plan(counts=(5, 6)), Painter(network.G, Look(), batch=1)
@@ -282,5 +282,5 @@ def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank
     assert os.listdir(tmp_path) == ["set.zip.parts"]
     images = chosen.images(expected[0])
     alone = painter.paint(chosen.seeds(images), network.classes.labels(chosen.classes(images)))
-    found = np.load(tmp_path / "set.zip.parts" / f"piece-{expected[0]:06d}.npy")
+    found = np.load(tmp_path / "set.zip.parts" / f"piece-{expected[0]:06d}.npz")["pixels"]
     assert np.array_equal(found, torch.cat(list(alone)).numpy())

@@ -1,0 +1,145 @@
+"""Project one image, and write what the original's projector writes, with distances beside it."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.files import atomic_write
+from dnnlib.progress import Progress
+from latent.network import OpenNetwork
+from latent.pictures import save_picture
+from latent.projecting.distances import COLUMNS, PERCEPTUAL, measure_pairs
+from latent.projecting.kept_state import finish
+from latent.projecting.pivotal_tuning import TuningSettings, save_tuned, tune
+from latent.projecting.projection import Projector, Start, find_start
+from latent.projecting.video import Video
+from latent.sampling import Look, Painter
+
+TARGET, PROJECTION, STYLES, VIDEO, RECORD = ("target.png", "proj.png", "projected_w.npz", "proj.mp4",
+                                             "projection.json")
+TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
+_STATE = "projection-state-{}.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """The projection with the smallest distance."""
+
+    start: Start
+    index: int | None  # class that it started from
+    ws: Tensor  # [1, L, K] float32 on the CPU
+    pixels: Tensor  # uint8 [C, R, R], of the network's own noise maps
+    distances: dict[str, float]  # by COLUMNS
+    path: list[Tensor] | None  # of its styles, [S, K] each
+    tried: dict[int | None, float]  # perceptual distance by class
+
+
+class TargetProjection:
+    """The projection of one image, from the first step to the last file.
+
+    size:      projections of a pass, filled up
+    settings:  what the result follows from, for the record
+    """
+
+    def __init__(self, outdir: Path, network: OpenNetwork, projector: Projector, target: Tensor, *, size: int,
+                 painter_batch: int, settings: dict[str, Any]):
+        self._outdir, self._network, self._projector, self._target = outdir, network, projector, target
+        self._size, self._settings = size, settings
+        # As generate.py --projected-w does it, so that proj.png is what that makes of projected_w.npz.
+        self._painter = Painter(network.G, Look(), batch=painter_batch)
+        self._identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def find(self, candidates: Sequence[int | None], *, keep_path: bool) -> Nearest:
+        """Project from the mean style of each class; return the nearest. Raises UserError, OSError."""
+        passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
+        steps = len(passes) * self._projector.settings.num_steps
+        best, tried = None, {}
+        with Progress(steps, "steps") as progress:
+            for number, classes in enumerate(passes):
+                found = self._find_among(number, classes, progress, keep_path=keep_path)
+                tried |= {one.index: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
+                best = min([*([best] if best else []), *found], key=lambda one: one.distances[COLUMNS[PERCEPTUAL]])
+        return Nearest(**{**vars(best), "tried": tried})
+
+    def _find_among(self, number: int, classes: Sequence[int | None], progress: Progress, *,
+                    keep_path: bool) -> list[Nearest]:
+        starts = [find_start(self._network.G, self._network.classes.labels([index])[0]) for index in classes]
+        filled = starts + starts[:1] * (self._size - len(starts))
+        targets = self._target.expand(len(filled), -1, -1, -1)
+        projection = self._projector.begin(targets, filled, keep_path=keep_path)
+        identity = f"{self._identity} {classes} {keep_path}"
+        finish(projection, self._state_path(number), identity, progress.advance)
+        ws = projection.styles()
+        pixels = torch.cat([self._painter.pixels(some, range(len(some))) for some in ws.split(self._painter.batch)])
+        distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
+        return [Nearest(start=starts[slot], index=index, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
+                        distances=dict(zip(COLUMNS, distances[slot], strict=True)),
+                        path=None if projection.path is None else [w[slot] for w in projection.path])
+                for slot, index in enumerate(classes)]
+
+    def write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
+        """Write all files, tuning the network first where that is wanted; return the record. Raises UserError, OSError.
+        """
+        save_picture(self._outdir / TARGET, self._target)
+        save_picture(self._outdir / PROJECTION, nearest.pixels)
+        with atomic_write(self._outdir / STYLES) as file:
+            np.savez(file, w=nearest.ws.numpy())
+        if nearest.path is not None:
+            self._write_video(nearest.path)
+        tuning = self._tune(nearest, pti_steps) if pti_steps else None
+        record = self._record(nearest, tuning)
+        with atomic_write(self._outdir / RECORD, text=True) as file:
+            file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        for path in self._outdir.glob(_STATE.format("*")):
+            path.unlink()
+        return record
+
+    def _write_video(self, path: Sequence[Tensor]) -> None:
+        """Show the target beside the image after each step."""
+        with Progress(len(path), "frames") as progress, Video(self._outdir / VIDEO) as video:
+            for first in range(0, len(path), self._painter.batch):
+                ws = torch.stack(path[first:first + self._painter.batch]).expand(-1, self._network.G.num_ws, -1)
+                for image in self._painter.pixels(ws, range(len(ws))):
+                    video.add(torch.cat([self._target, image], dim=2))
+                    progress.advance()
+
+    def _tune(self, nearest: Nearest, steps: int) -> dict[str, Any]:
+        settings = TuningSettings(num_steps=steps, seed=self._projector.settings.seed,
+                                  locality_distance=nearest.start.deviation)
+        with Progress(steps, "tuning steps") as progress:
+            tuned = tune(self._network.G, nearest.ws, self._target[None].float() / 127.5 - 1,
+                         self._projector.similarity, settings, lambda step, distance: progress.advance())
+        save_tuned(self._outdir / TUNED_NETWORK, tuned, self._network, settings)
+        pixels = Painter(tuned.G, Look(), batch=1).pixels(nearest.ws, [0])
+        save_picture(self._outdir / TUNED_PROJECTION, pixels[0])
+        distances = measure_pairs(self._target[None], pixels, self._projector.similarity)[0].tolist()
+        return {"num_steps": steps, **_finite(dict(zip(COLUMNS, distances, strict=True)))}
+
+    def _record(self, nearest: Nearest, tuning: dict[str, Any] | None) -> dict[str, Any]:
+        classes = self._network.classes
+        mean = nearest.start.mean.expand(1, self._network.G.num_ws, -1)
+        start = measure_pairs(self._target[None], self._painter.pixels(mean, [0]), self._projector.similarity)[0]
+        record = {**self._settings, "class": None if nearest.index is None else classes.name(nearest.index),
+                  "distances": _finite(nearest.distances),
+                  "distances_of_start": _finite(dict(zip(COLUMNS, start.tolist(), strict=True)))}
+        if len(nearest.tried) > 1:
+            record["perceptual_by_class"] = _finite({classes.name(i): value for i, value in nearest.tried.items()})
+        if tuning is not None:
+            record["pivotal_tuning"] = tuning
+        return record
+
+    def _state_path(self, number: int) -> Path:
+        return self._outdir / _STATE.format(number)
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """Put null for what JSON has no number for: the PSNR of equal images."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

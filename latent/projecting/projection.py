@@ -1,0 +1,235 @@
+"""Find styles whose images are near to given ones, many at a time (Karras et al. 2020, StyleGAN2, appendix D).
+
+Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles of an image that move: 1 in W, L in W+.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import avg_pool2d
+
+from dnnlib.cli import UserError
+from latent.projecting.similarity_input import to_similarity_input
+from metrics.detectors.precision import exact_float32
+from metrics.detectors.similarity import Similarity
+from torch_utils.seeding import generator_for, seed_for
+
+SPACES = ("w", "w+")
+
+_MEAN_SAMPLES, _MEAN_SEED, _MEAN_BATCH = 10_000, 123, 1000
+_LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # the ramps as shares of all steps
+_STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
+_MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
+_BETAS = (0.9, 0.999)
+_MAP_NAME = "noise_const"
+_PASS_PIXELS, _MOST_ON_CPU, _MOST_ON_GPU = 1 << 19, 8, 32  # 8 images of 256x256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSettings:
+    """How a projection is done; images, network and similarity come beside it."""
+
+    space: str = "w"  # "w": one style for all layers of an image; "w+": one for each layer
+    num_steps: int = 1000
+    seed: int = 303
+
+    def __post_init__(self):
+        if self.space not in SPACES:
+            raise UserError(f"--space is {self.space}; expected {' or '.join(SPACES)}")
+        if self.num_steps < 1:
+            raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; expected a number from 0 on")
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Return Adam's learning rate for a step from 0 on: linear ramp up, cosine ramp down."""
+    t = step / num_steps
+    down = min((1 - t) / _RAMP_DOWN, 1)
+    return _LEARNING_RATE * (0.5 - 0.5 * math.cos(math.pi * down)) * min(t / _RAMP_UP, 1)
+
+
+def style_noise(step: int, num_steps: int) -> float:
+    """Return the deviation of the noise that a step adds to styles, as a multiple of sigma_w."""
+    return _STYLE_NOISE * max(0, 1 - step / num_steps / _STYLE_NOISE_RAMP) ** 2
+
+
+def map_penalty(maps: Sequence[Tensor]) -> Tensor:
+    """Return, for each image, what keeps its noise maps from carrying the image: [N].
+
+    maps:  each [N, 1, r, r]; squared mean products with the map's neighbours in x and y, over the map and its 2x2
+           averages down to a side of 8
+    """
+    total = maps[0].new_zeros(len(maps[0]))
+    for level in maps:
+        while True:
+            for axis in (2, 3):
+                total = total + (level * level.roll(1, axis)).mean(dim=(1, 2, 3)).square()
+            if level.shape[2] <= _SMALLEST_MAP:
+                break
+            level = avg_pool2d(level, 2)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a projection begins: what styles of a class are like."""
+
+    mean: Tensor  # [K] float32
+    deviation: float  # sigma_w
+
+
+@torch.no_grad()
+def find_start(G: nn.Module, label: Tensor) -> Start:
+    """Return mean and deviation of the styles of 10,000 latents. label: [c_dim], of the class; c_dim may be 0"""
+    z = torch.from_numpy(np.random.RandomState(_MEAN_SEED).randn(_MEAN_SAMPLES, G.z_dim))
+    device = next(G.parameters()).device
+    labels = label.to(device).expand(_MEAN_BATCH, -1)
+    w = torch.cat([G.mapping(some.to(device), labels, skip_w_avg_update=True)[:, 0].double().cpu()
+                   for some in z.split(_MEAN_BATCH)])
+    mean = w.mean(dim=0)
+    return Start(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
+
+
+def choose_pass(resolution: int, device: torch.device | str) -> int:
+    """Return how many images of a set are projected at a time."""
+    most = _MOST_ON_CPU if torch.device(device).type == "cpu" else _MOST_ON_GPU
+    return min(max(_PASS_PIXELS // resolution**2, 1), most)
+
+
+class Projector:
+    """Projects images into the latent space of a generator.
+
+    G:           the averaged generator, on the device that is to compute; it stays as it is
+    similarity:  what "near" means, on the same device
+
+    All is computed in float32: half precision has too few digits for the gradients of a small distance.
+    """
+
+    def __init__(self, G: nn.Module, similarity: Similarity, settings: ProjectionSettings):
+        self.similarity, self.settings = similarity, settings
+        # In train mode the modulated convolutions share their weights: a kernel an image would cost the gradient of
+        # each kernel. There is nothing else in a synthesis network that the mode changes.
+        self._synthesis = copy.deepcopy(G.synthesis).train().requires_grad_(False)
+        self.device = next(G.parameters()).device
+        self.num_ws, self.w_dim = G.num_ws, G.w_dim
+        self._map_sides = {name: len(buffer) for name, buffer in self._synthesis.named_buffers()
+                           if name.rpartition(".")[2] == _MAP_NAME}
+
+    def begin(self, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False) -> "Projection":
+        """Return the beginning of a projection. targets: uint8 [N, C, R, R]; starts: one for each"""
+        return Projection(self, targets, starts, keep_path=keep_path)
+
+    def first_maps(self) -> dict[str, Tensor]:
+        """Return the noise maps that every image begins with, [1, 1, r, r] by name."""
+        return {name: self._draw(index, "projector/maps", 1, 1, side, side)
+                for index, (name, side) in enumerate(self._map_sides.items())}
+
+    def draw_style_noise(self, step: int) -> Tensor:
+        """Return standard normal noise for the styles of an image, the same for all images: [1, S, K]."""
+        styles = 1 if self.settings.space == "w" else self.num_ws
+        return self._draw(step, "projector/styles", 1, styles, self.w_dim)
+
+    def synthesize(self, ws: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """Return images [N, C, R, R] for ws [N, L, K], with noise maps of their own."""
+        return functional_call(self._synthesis, dict(maps), (ws,), dict(noise_mode="const", force_fp32=True))
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        return self.similarity.embed(to_similarity_input(images, self.similarity))
+
+    def _draw(self, index: int, stream: str, *shape: int) -> Tensor:
+        """Return noise that depends on seed, index and stream alone, so that an image may be in any pass."""
+        generator = generator_for(seed_for(self.settings.seed, index, 0, stream))  # CPU: the same on every device
+        return torch.randn(shape, generator=generator).to(self.device)
+
+
+class Projection:
+    """Some images on their way. Each goes as if it were alone, up to rounding; in passes of equally many images the
+    result of one is the same bits wherever it stands, and whatever the others are.
+
+    step:  steps done
+    w:     styles, float32 [N, S, K]
+    path:  w after each step, [N, S, K] each on the CPU, where it is kept
+    """
+
+    def __init__(self, projector: Projector, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False):
+        self._projector = projector
+        self.path: list[Tensor] | None = [] if keep_path else None
+        device, styles = projector.device, 1 if projector.settings.space == "w" else projector.num_ws
+        self.step = 0
+        self.w = torch.stack([start.mean for start in starts]).to(device)[:, None].repeat(1, styles, 1)
+        self._deviations = torch.tensor([start.deviation for start in starts], device=device)[:, None, None]
+        self._maps = {name: values.repeat(len(starts), 1, 1, 1) for name, values in projector.first_maps().items()}
+        self._parameters = {"w": self.w, **self._maps}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_()
+        self._adam = torch.optim.Adam(self._parameters.values(), betas=_BETAS)
+        with torch.no_grad():
+            self._targets = projector.embed(targets.to(device).float() / 127.5 - 1)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self._projector.settings.num_steps
+
+    def advance(self) -> Tensor:
+        """Do a step; return the distances that it found, [N]. Raises UserError when they are no finite numbers."""
+        projector, num_steps = self._projector, self._projector.settings.num_steps
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate(self.step, num_steps)
+        noise = projector.draw_style_noise(self.step) * (self._deviations * style_noise(self.step, num_steps))
+        with exact_float32():
+            images = projector.synthesize((self.w + noise).expand(-1, projector.num_ws, -1), self._maps)
+            distances = projector.similarity.compare(self._targets, projector.embed(images))
+            penalty = map_penalty(list(self._maps.values())) if self._maps else 0
+            self._adam.zero_grad(set_to_none=True)
+            (distances + _MAP_WEIGHT * penalty).sum().backward()
+        self._adam.step()
+        self._renormalise_maps()
+        self.step += 1
+        if self.path is not None:
+            self.path.append(self.w.detach().cpu().clone())
+        if self.is_done or self.step == 1:  # not at each one: a GPU would have to wait for the answer
+            self._check(distances)
+        return distances.detach()
+
+    def styles(self) -> Tensor:
+        """Return the styles as generate.py takes them: float32 [N, L, K] on the CPU."""
+        return self.w.detach().cpu().expand(-1, self._projector.num_ws, -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes; tensors, numbers and dicts."""
+        moments = {name: self._adam.state[parameter] for name, parameter in self._parameters.items()}
+        return {"step": self.step, "path": None if not self.path else torch.stack(self.path),
+                "values": {name: parameter.detach() for name, parameter in self._parameters.items()},
+                "first_moments": {name: moment["exp_avg"] for name, moment in moments.items()},
+                "second_moments": {name: moment["exp_avg_sq"] for name, moment in moments.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken, of the same images and settings."""
+        self.step = state["step"]
+        if self.path is not None:
+            self.path = [] if state["path"] is None else list(state["path"])
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state["values"][name])
+            self._adam.state[parameter] = {"step": torch.tensor(float(self.step)),
+                                           "exp_avg": state["first_moments"][name].to(parameter.device),
+                                           "exp_avg_sq": state["second_moments"][name].to(parameter.device)}
+
+    @torch.no_grad()
+    def _renormalise_maps(self) -> None:
+        for values in self._maps.values():
+            values -= values.mean(dim=(1, 2, 3), keepdim=True)
+            values *= values.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+
+    def _check(self, distances: Tensor) -> None:
+        if not distances.isfinite().all():
+            raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
+                            "its training diverged; expected a sound network: try an earlier snapshot")

@@ -1,0 +1,105 @@
+"""Read pictures of any kind and size as images of a network."""
+
+import io
+import os
+import stat
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from dnnlib.cli import UserError
+from imagesets.conversion.options import TRANSFORMS
+from imagesets.pixels.decode import MAX_PIXELS, BadImage, decode, probe
+from imagesets.pixels.resize import PixelSpec
+from imagesets.reader import MAX_FILE_BYTES
+
+STRETCH = "none"  # what dataset_tool.py does without --transform
+TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
+DEFAULT_TRANSFORM = "center-crop"
+
+_EXPECTED = "expected an image file, such as a PNG or JPEG"
+# What is wrong with a file, by BadImage's reason, and what to give instead.
+_REASONS = {
+    "zero bytes": f"is empty; {_EXPECTED}",
+    "not an image": f"is not an image; {_EXPECTED} (many images, or a data set, go with --data)",
+    "unsupported format": "is an image of a format that is not read here; expected another: save it as PNG or JPEG",
+    "truncated": "ends too early; expected a whole image: copy or download it again",
+    "corrupt": "is damaged; expected a whole image: copy or download it again",
+    "too large": f"has more than {MAX_PIXELS} pixels; expected a smaller image",
+    "not-a-number pixels": "has pixels that are no finite numbers; expected an image without them",
+}
+
+
+def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: str = "lanczos",
+             exact: bool = False) -> PixelSpec:
+    """Return what makes pictures into images of a generator.
+
+    G:             with img_resolution and img_channels
+    transform:     "center-crop" takes the largest square, "center-crop-wide" the middle in the proportions 4:3, put
+                   between black bars, "none" stretches
+    resize_filter, exact:  as in PixelSpec
+
+    Raises UserError for unknown values, and for networks whose images are no pictures.
+    """
+    if transform not in TARGET_TRANSFORMS:
+        raise UserError(f"--transform is {transform}; expected {', '.join(TRANSFORMS)} or {STRETCH}")
+    if G.img_channels not in (1, 3):
+        raise UserError(f"the network of --network makes images of {G.img_channels} channels; expected one of grey or "
+                        "RGB images")
+    side = G.img_resolution
+    return PixelSpec(width=side, height=side * 3 // 4 if transform == "center-crop-wide" else side,
+                     transform=None if transform == STRETCH else transform, resize_filter=resize_filter,
+                     channels=G.img_channels, exact=exact)
+
+
+def prepare(data: bytes, spec: PixelSpec) -> Tensor:
+    """Return an image file as a network's image: uint8 [C, R, R]. A picture of its size and channels keeps every pixel.
+
+    Raises BadImage where that cannot be done.
+    """
+    with PIL.Image.open(io.BytesIO(decode(data, spec).png)) as picture:
+        pixels = torch.from_numpy(np.array(picture))  # [R, R] or [R, R, 3]
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAULT_TRANSFORM,
+                resize_filter: str = "lanczos", exact: bool = False) -> Tensor:
+    """Return the picture of --target as an image of the network: uint8 [C, R, R].
+
+    transform, resize_filter, exact:  see spec_for
+
+    Raises UserError, one line, when there is no such file, or it is no picture that can be used.
+    """
+    spec = spec_for(G, transform, resize_filter, exact)
+    data = _read_file(path)
+    try:
+        return prepare(data, spec)
+    except BadImage as error:
+        problem = _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason]
+        raise UserError(f"--target is {path}, which {problem}") from error
+
+
+def _read_file(path: str | os.PathLike) -> bytes:
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"--target is {path}, which is a folder; {_EXPECTED} (the images of a folder go with "
+                            "--data)")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"--target is {path}, which is a pipe or a device; {_EXPECTED}")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"--target is {path}, which has more than {MAX_FILE_BYTES >> 20} MiB; {_EXPECTED}")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UserError(f"--target is {path}, which does not exist; {_EXPECTED}") from error
+    except OSError as error:
+        raise UserError(f"--target is {path}, which cannot be read ({error.strerror or error}); {_EXPECTED}") from error
+
+
+def _too_small(data: bytes, spec: PixelSpec) -> str:
+    width, height, _ = probe(data)
+    return (f"is {width}x{height}; expected at least {spec.width} pixels of width, and no more than 4:3 of its height, "
+            "for --transform=center-crop-wide: use --transform=center-crop")
