@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
@@ -19,6 +18,7 @@ from latent.request import Job, Request
 from latent.sampling import Painter, choose_batch
 from latent.seeds import parse_first_seed, parse_seeds
 from latent.set_plan import SetPlan, piece_size
+from latent.sharing import memory_advice
 from latent.style_mixing import check_mix_size, choose_layers, write_style_mix
 from torch_utils.distributed import Place, join
 from training.device import choose_device
@@ -88,7 +88,7 @@ def make_set(request: Request) -> int:
     if processes > 1 and not is_part_of_run():
         del network  # each of the processes has one
         return launch(processes)
-    with join(device) as joined, _memory_advice(batch):
+    with join(device) as joined, memory_advice(batch):
         painter = Painter(network.G.to(joined.device), request.look, batch=batch)
         write_labelled_set(request.zip, network, painter, plan, joined)
         if joined.rank == 0:
@@ -111,18 +111,8 @@ def _painting(request: Request) -> Iterator[tuple[OpenNetwork, Painter]]:
     network = open_network(request.network, device)
     check_look(request.look, network.G)
     painter = Painter(network.G, request.look, batch=request.batch or choose_batch(network.G.img_resolution, device))
-    with _memory_advice(painter.batch):
+    with memory_advice(painter.batch):
         yield network, painter
-
-
-@contextmanager
-def _memory_advice(batch: int) -> Iterator[None]:
-    """Say what to try when images do not fit into the memory of a GPU."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = f"try --batch={batch // 2}" if batch > 1 else "use --device=cpu, or a GPU with more memory"
-        raise UserError(f"out of memory with --batch={batch}; {advice}") from error
 
 
 def _plan_set(request: Request, network: OpenNetwork, batch: int) -> SetPlan:

@@ -5,6 +5,7 @@ from enum import Enum
 
 from dnnlib.cli import UserError
 from latent.sampling import Look
+from latent.sharing import count_processes
 from torch_utils.distributed import Place
 
 
@@ -86,15 +87,7 @@ class Request:
 
     def processes(self, place: Place) -> int:
         """Return how many processes do the work. place: this process's. Raises UserError."""
-        if place.count == 1:
-            return self.gpus or 1
-        if self.job is not Job.SET:
-            raise UserError(f"{place.count} processes were started; expected one: several share the work of --zip "
-                            "alone")
-        if self.gpus not in (None, place.count):
-            raise UserError(f"--gpus is {self.gpus}; expected {place.count}, the processes that were started: leave "
-                            "--gpus out")
-        return place.count
+        return count_processes(place, self.gpus, shared=None if self.job is Job.SET else Job.SET.value)
 
     def _check_together(self) -> None:
         job = self.job

@@ -2,7 +2,6 @@
 
 import math
 import os
-import unicodedata
 from collections.abc import Sequence
 
 import PIL.Image
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_write
+from dnnlib.plain_text import to_ascii
 
 _BACKGROUND, _INK = 255, 0
 _LONGEST_LABEL = 24  # letters
@@ -82,7 +82,5 @@ def _shade(mode: str, value: int) -> int | tuple[int, int, int]:
 
 
 def _printable(text: str) -> str:
-    """Leave ASCII alone, since Pillow's own font has no more: accents go, other letters become "?"."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    plain = plain.encode("ascii", "replace").decode()
+    plain = to_ascii(text)  # Pillow's own font has no more
     return plain if len(plain) <= _LONGEST_LABEL else plain[:_LONGEST_LABEL - 2] + ".."

@@ -4,7 +4,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from latent.projecting.set_targets import AUTO, choose_targets, fingerprint
 from latent.projecting.set_work import ProjectionPlan, SetWorker
 from latent.projecting.target_image import read_target, spec_for
 from latent.sampling import choose_batch
+from latent.sharing import memory_advice
 from metrics.detectors.similarity import Similarity
 from torch_utils.distributed import Place, Processes, join
 from training.device import choose_device
@@ -53,7 +53,7 @@ def project_target(request: ProjectRequest) -> int:
                                    Processes(rank=0, count=1, device=torch.device(device)))
     settings = {**_describe(request, network, similarity, size, device), "target": Path(request.target).name,
                 "target_sha256": hashlib.sha256(target.numpy()).hexdigest()}
-    with _memory_advice(size):
+    with memory_advice(size):
         work = TargetProjection(make_outdir(request.outdir), network, Projector(network.G, similarity,
                                 request.settings), target, size=size, settings=settings,
                                 painter_batch=_painter_batch(network, device))
@@ -80,7 +80,7 @@ def project_set(request: ProjectRequest) -> int:
         return launch(processes)
     if request.count is not None and len(targets) < request.count and place.rank == 0:
         print(f"{request.data} has {len(targets)} such images, fewer than --count={request.count}", file=sys.stderr)
-    with join(device) as joined, _memory_advice(plan.size):
+    with join(device) as joined, memory_advice(plan.size):
         similarity = choose_similarity(request.detector, request.detector_weights, joined)
         network.G.to(joined.device)
         settings = {**_describe(request, network, similarity, plan.size, device), "data": images.path.name,
@@ -154,16 +154,6 @@ def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
         raise UserError(f"--outdir is {outdir}, which holds other results ({different[0]} differs); expected a folder "
                         "of its own for these")
     return True
-
-
-@contextmanager
-def _memory_advice(size: int) -> Iterator[None]:
-    """Say what to try when a pass does not fit into the memory of a GPU."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = f"try --batch={size // 2}" if size > 1 else "use --device=cpu, or a GPU with more memory"
-        raise UserError(f"out of memory with passes of {size} projections; {advice}") from error
 
 
 def _describe_target(request: ProjectRequest, record: dict[str, Any]) -> str:

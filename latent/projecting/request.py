@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dnnlib.cli import UserError
 from latent.projecting.projection import ProjectionSettings
+from latent.sharing import count_processes
 from torch_utils.distributed import Place
 
 _OF_SETS, _OF_TARGETS = ("count", "group_by_class", "gpus"), ("save_video", "pti_steps")
@@ -62,15 +63,7 @@ class ProjectRequest:
 
     def processes(self, place: Place) -> int:
         """Return how many processes do the work. place: this process's. Raises UserError."""
-        if place.count == 1:
-            return self.gpus or 1
-        if self.data is None:
-            raise UserError(f"{place.count} processes were started; expected one: several share the work of --data "
-                            "alone")
-        if self.gpus not in (None, place.count):
-            raise UserError(f"--gpus is {self.gpus}; expected {place.count}, the processes that were started: leave "
-                            "--gpus out")
-        return place.count
+        return count_processes(place, self.gpus, shared=None if self.data is not None else "--data")
 
     def _check_pti(self, settings: ProjectionSettings) -> None:
         if not self.pti_steps:

@@ -1,0 +1,37 @@
+"""Fit work into the machine: how many processes share it, and what to try when it does not fit into memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dnnlib.cli import UserError
+from torch_utils.distributed import Place
+
+
+def count_processes(place: Place, gpus: int | None, *, shared: str | None) -> int:
+    """Return how many processes do the work.
+
+    place:   this process's
+    gpus:    --gpus, None where not given
+    shared:  None where the work can be shared, else the option whose work alone can be
+
+    Raises UserError where other processes were started than are wanted.
+    """
+    if place.count == 1:
+        return gpus or 1
+    if shared is not None:
+        raise UserError(f"{place.count} processes were started; expected one: several share the work of {shared} alone")
+    if gpus not in (None, place.count):
+        raise UserError(f"--gpus is {gpus}; expected {place.count}, the processes that were started: leave --gpus out")
+    return place.count
+
+
+@contextmanager
+def memory_advice(batch: int) -> Iterator[None]:
+    """Say what to try when images do not fit into the memory of a GPU. batch: images of a pass"""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = f"try --batch={batch // 2}" if batch > 1 else "use --device=cpu, or a GPU with more memory"
+        raise UserError(f"out of memory with --batch={batch}; {advice}") from error
