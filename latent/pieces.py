@@ -67,6 +67,10 @@ class Pieces:
         matches = (_OURS.fullmatch(name) for name in os.listdir(self.folder))
         return sorted(int(match[1]) for match in matches if match and match[1])
 
+    def is_there(self) -> bool:
+        """Tell whether the work is going on: from the first moment of `held` to `remove`."""
+        return (self.folder / SETTINGS).exists()
+
     def is_begun(self) -> bool:
         """Tell whether there is something that would be missed: a piece, or the state of one."""
         return any(name.startswith(("piece-", "state-")) and _OURS.fullmatch(name) for name in os.listdir(self.folder))

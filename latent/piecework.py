@@ -1,12 +1,15 @@
 """Do long work in pieces, shared by the processes of a run; the same command continues after any end."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from dnnlib.cli import UserError
 from latent.pieces import Pieces
-from torch_utils.distributed import Processes, barrier, broadcast_object
+from torch_utils.distributed import Processes, broadcast_object
+
+_POLL_SECONDS = 0.2
 
 
 def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make: Callable[[list[int]], None],
@@ -17,22 +20,30 @@ def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make
     sizes:     images of each piece, or what else `unit` says
     make:      saves pieces, given by their numbers: those that are this process's
     assemble:  is called by the main process when all pieces are there, which are removed after it
-    LIMIT: the others wait for it, half an hour at most (see torch_utils.distributed); work that takes longer stays in
-    its pieces, and --gpus=1 completes it.
 
-    Raises UserError when another process works on it, or pieces of other work lie there.
+    Processes wait for each other as long as it takes; those that die are noticed (see torch_utils.process_watch).
+    Raises UserError when another program works on it, or pieces of other work lie there.
     """
     is_main = processes.rank == 0
     with pieces.held() if is_main else nullcontext():
-        with _hint(pieces, sizes, unit) if is_main else nullcontext():
+        with _hint(pieces, sizes, unit, KeyboardInterrupt) if is_main else nullcontext():
             missing = broadcast_object(_find_missing(pieces, sizes, unit) if is_main else None)
             make(missing[processes.rank::processes.count])
-            barrier()
+            # Not by a barrier, which would give up while one process is still busy for long.
             if is_main:
-                with _hint(pieces, sizes, unit, UserError):  # a full disk is to be expected, where all is there twice
+                _wait_until(lambda: len(pieces.finished()) == len(sizes))
+                # A full disk is to be expected, where all is there twice.
+                with _hint(pieces, sizes, unit, UserError, OSError):
                     assemble()
         if is_main:
             pieces.remove()
+    if not is_main:
+        _wait_until(lambda: not pieces.is_there())
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(_POLL_SECONDS)
 
 
 def count_images(pieces: Pieces, sizes: Sequence[int]) -> int:
@@ -50,12 +61,11 @@ def _find_missing(pieces: Pieces, sizes: Sequence[int], unit: str) -> list[int]:
 
 
 @contextmanager
-def _hint(pieces: Pieces, sizes: Sequence[int], unit: str,
-          ending: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
-    """Say, when the program is stopped, that nothing is lost. ending: what stops it"""
+def _hint(pieces: Pieces, sizes: Sequence[int], unit: str, *endings: type[BaseException]) -> Iterator[None]:
+    """Say, when the program is stopped, that nothing is lost. endings: what stops it"""
     try:
         yield
-    except ending:
+    except endings:
         if done := count_images(pieces, sizes):
             print(f"{done} of {sum(sizes)} {unit} are kept in {pieces.folder}; the same command continues",
                   file=sys.stderr)

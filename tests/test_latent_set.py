@@ -272,7 +272,6 @@ def test_set_replaces_an_older_one_whole(network, tmp_path):
 @pytest.mark.parametrize(("rank", "expected"), [(1, [2]), (2, [4])])
 def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank, expected):
     monkeypatch.setattr("latent.piecework.broadcast_object", lambda value: [1, 2, 4, 5])
-    monkeypatch.setattr("latent.piecework.barrier", lambda: None)
     saved = stop_after(monkeypatch, 9, None)
     (tmp_path / "set.zip.parts").mkdir()
     chosen, painter = plan(counts=(5, 6)), Painter(network.G, Look(), batch=1)

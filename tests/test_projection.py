@@ -289,7 +289,8 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 @pytest.mark.parametrize(("resolution", "device", "expected"), [
-    (64, "cpu", 8), (256, "cpu", 8), (512, "cpu", 2), (1024, "cpu", 1), (64, "cuda", 32), (256, "cuda", 8)])
+    (64, "cpu", 8), (256, "cpu", 8), (512, "cpu", 2), (1024, "cpu", 1), (64, "cuda", 32), (256, "cuda", 16),
+    (1024, "cuda", 1)])
 def test_passes_fit_resolution_and_device(resolution, device, expected):
     assert choose_pass(resolution, device) == expected
 

@@ -3,6 +3,7 @@
 import sys
 
 from dnnlib.cache import FetchError
+from dnnlib.cli import UserError
 from metrics.detectors.opening import SIMILARITY_NAMES, open_similarity, similarity_at_hand
 from metrics.detectors.similarity import Similarity
 from torch_utils.distributed import Processes, broadcast_object
@@ -19,6 +20,8 @@ def choose_similarity(name: str | None, weights: str | None, processes: Processe
 
     Raises UserError when it is not known, or what it needs is missing.
     """
+    if name is not None and name not in SIMILARITY_NAMES:
+        raise UserError(f"--detector is {name}; expected one of {', '.join(SIMILARITY_NAMES)}")
     similarity = None
     if processes.rank == 0:  # it fetches what the others then find
         similarity = _open(name, weights, processes)

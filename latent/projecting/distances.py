@@ -1,6 +1,7 @@
 """Measure how near projections are to their targets, on the pixels that are kept."""
 
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def measure_pairs(targets: Tensor, projections: Tensor, similarity: Similarity) 
     targets, projections:  uint8 [N, C, R, R], on any device
     similarity:            its device is where they are compared
     """
-    device = next(iter(similarity.buffers()), torch.empty(0)).device
+    device = next(chain(similarity.parameters(), similarity.buffers()), torch.empty(0)).device
     a, b = (to_similarity_input(pixels.to(device).float() / 127.5 - 1, similarity) for pixels in (targets, projections))
     perceptual = similarity(a, b)
     cosine = cosine_similarity(similarity.describe(a), similarity.describe(b))

@@ -19,7 +19,7 @@ FLAGS = [
     Flag(["--outdir"], group=WHAT, metavar="DIR", help="Folder for the results. Must be given."),
     Flag(["--class", "class_"], group=WHAT, metavar="NAME", help="Class whose mean style is the start, by name or "
          "number, where the network knows classes; auto tries each and keeps the nearest. With --data also the class "
-         "of the images to take. [default with --data: the class of each image]"),
+         "of the images to take, where the set has classes. [default with --data: the class of each image]"),
     Flag(["--count"], group=WHAT, type=int, metavar="INT", help="So many images of --data, drawn by --seed. "
          "[default: all]"),
     Flag(["--group-by-class"], group=WHAT, is_flag=True, default=None, help="Take equally many images of each class of "
@@ -54,6 +54,6 @@ FLAGS = [
     Flag(["--gpus"], group=SPEED, type=int, metavar="INT", help="Processes that share the work of --data: one a GPU, "
          "or several on a CPU. [default: 1]"),
     Flag(["--batch"], group=SPEED, type=int, metavar="INT", help="Projections of one pass. An image's result does not "
-         "depend on the others in it; passes of other sizes round otherwise. [default: with --data by resolution and "
-         "device, such as 8]"),
+         "depend on the others in it; passes of other sizes round otherwise. [default: by resolution and device, such "
+         "as 8; with --target the classes that are tried]"),
 ]

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import click
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.process_lock import LockHeld, ProcessLock
 from imagesets.reader import ImageSet
 from latent.network import OpenNetwork, open_network
 from latent.pictures import make_outdir
@@ -18,12 +21,13 @@ from latent.pieces import Pieces
 from latent.piecework import complete
 from latent.projecting.choose_similarity import choose_similarity
 from latent.projecting.distances import COLUMNS
-from latent.projecting.one_target import PROJECTION, TargetProjection
+from latent.projecting.one_target import LOCK, PROJECTION, STATES, TargetProjection
 from latent.projecting.projection import Projector, choose_pass
 from latent.projecting.request import ProjectRequest
-from latent.projecting.set_results import FAILED, SUMMARY, ZIP, write_results
-from latent.projecting.set_targets import AUTO, choose_targets, fingerprint
+from latent.projecting.set_results import FAILED, STYLES, SUMMARY, TABLE, ZIP, NothingReadable, write_results
+from latent.projecting.set_targets import choose_targets, count_left_out, fingerprint
 from latent.projecting.set_work import ProjectionPlan, SetWorker
+from latent.projecting.start_class import parse_start, starts_of_target
 from latent.projecting.target_image import read_target, spec_for
 from latent.sampling import choose_batch
 from latent.sharing import memory_advice
@@ -47,16 +51,15 @@ def project_target(request: ProjectRequest) -> int:
     network = open_network(request.network, device)
     target = read_target(request.target, network.G, transform=request.transform, resize_filter=request.resize_filter,
                          exact=request.exact)
-    candidates = _candidates(network, request.class_)
+    candidates = starts_of_target(network.classes, request.class_)
     size = request.batch or min(len(candidates), choose_pass(network.G.img_resolution, device))
     similarity = choose_similarity(request.detector, request.detector_weights,
                                    Processes(rank=0, count=1, device=torch.device(device)))
     settings = {**_describe(request, network, similarity, size, device), "target": Path(request.target).name,
                 "target_sha256": hashlib.sha256(target.numpy()).hexdigest()}
-    with memory_advice(size):
-        work = TargetProjection(make_outdir(request.outdir), network, Projector(network.G, similarity,
-                                request.settings), target, size=size, settings=settings,
-                                painter_batch=_painter_batch(network, device))
+    with memory_advice(size), _held(request.outdir) as outdir:
+        work = TargetProjection(outdir, network, Projector(network.G, similarity, request.settings), target, size=size,
+                                settings=settings, painter_batch=choose_batch(network.G.img_resolution, device))
         nearest = work.find(candidates, keep_path=request.save_video is not False)
         record = work.write(nearest, pti_steps=request.pti_steps or 0)
     click.echo(_describe_target(request, record))
@@ -72,20 +75,23 @@ def project_set(request: ProjectRequest) -> int:
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)
     spec = spec_for(network.G, request.transform, request.resize_filter, request.exact)
-    targets = choose_targets(images, network.classes, chosen=request.class_, count=request.count,
+    start = parse_start(network.classes, request.class_)
+    targets = choose_targets(images, network.classes, start=start, count=request.count,
                              group_by_class=bool(request.group_by_class), seed=request.seed)
     plan = ProjectionPlan(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
     if processes > 1 and not is_part_of_run():
         del network  # each of the processes has one
         return launch(processes)
-    if request.count is not None and len(targets) < request.count and place.rank == 0:
-        print(f"{request.data} has {len(targets)} such images, fewer than --count={request.count}", file=sys.stderr)
+    left_out = count_left_out(images, network.classes, start)
+    if place.rank == 0:
+        _say_what_is_missing(request, len(targets), left_out)
     with join(device) as joined, memory_advice(plan.size):
         similarity = choose_similarity(request.detector, request.detector_weights, joined)
         network.G.to(joined.device)
         settings = {**_describe(request, network, similarity, plan.size, device), "data": images.path.name,
                     "data_sha256": fingerprint(images, targets), "count": len(targets),
-                    "class": request.class_, "group_by_class": bool(request.group_by_class)}
+                    "left_out_by_class": left_out, "class": request.class_,
+                    "group_by_class": bool(request.group_by_class)}
         _project_set(request, settings, images, network, joined, plan,
                      SetWorker(images, spec, network, Projector(network.G, similarity, request.settings), plan))
     return 0
@@ -99,44 +105,72 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
         if is_main:
             click.echo(f"{outdir} holds these results already")
         return
-    if is_main:
-        make_outdir(request.outdir)
     pieces = Pieces(outdir / ZIP, settings)
 
     def assemble() -> None:
-        summary = write_results(outdir, settings, images, network, plan, pieces,
-                                by_class=bool(request.group_by_class))
+        try:
+            summary = write_results(outdir, settings, images, network, plan, pieces,
+                                    by_class=bool(request.group_by_class))
+        except NothingReadable:
+            pieces.remove()  # so that the same command reads the images again
+            raise
         for line in _describe_set(outdir, summary):
             click.echo(line)
 
-    complete(pieces, [len(plan.lanes_of(number)) for number in range(plan.num_passes)], processes,
-             make=lambda numbers: worker.make(pieces, numbers, shown=is_main), assemble=assemble, unit="projections")
+    with _made(request.outdir) if is_main else nullcontext():
+        complete(pieces, [len(plan.lanes_of(number)) for number in range(plan.num_passes)], processes,
+                 make=lambda numbers: worker.make(pieces, numbers, shown=is_main), assemble=assemble,
+                 unit="projections")
 
 
-def _candidates(network: OpenNetwork, text: str | None) -> Sequence[int | None]:
-    """Return the classes that --target is started from."""
-    if text == AUTO and network.classes.count > 0:
-        return range(network.classes.count)
-    found = network.classes.choose(text)
-    if len(found) > 1:
-        raise UserError(f"--class names {len(found)} classes; expected one, or {AUTO}")
-    return found
+@contextmanager
+def _held(outdir: str) -> Iterator[Path]:
+    """Make --outdir and keep other programs out of it; say what is kept there when this one is stopped."""
+    with _made(outdir) as folder:
+        try:
+            with ProcessLock(folder / LOCK):
+                yield folder
+        except LockHeld as error:
+            raise UserError(f"--outdir is {outdir}, where {error} is at work; wait for it, or choose another "
+                            "folder") from error
+        except KeyboardInterrupt:
+            if any(folder.glob(STATES)):
+                print(f"the work so far is kept in {folder}; the same command continues", file=sys.stderr)
+            raise
+
+
+@contextmanager
+def _made(outdir: str) -> Iterator[Path]:
+    """Make --outdir; one that was not there before and stays empty is removed."""
+    is_new = not os.path.lexists(outdir)
+    folder = make_outdir(outdir)
+    try:
+        yield folder
+    finally:
+        if is_new:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def _say_what_is_missing(request: ProjectRequest, found: int, left_out: int) -> None:
+    if left_out:
+        print(f"{left_out} images of {request.data} are left out, which have no class that the network knows",
+              file=sys.stderr)
+    if request.count is not None and found < request.count:
+        print(f"{request.data} has {found} such images, fewer than --count={request.count}", file=sys.stderr)
 
 
 def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similarity, size: int,
               device: str) -> dict[str, Any]:
     """Return what projections follow from, beside the images."""
     settings = request.settings
+    phantom = {"phantom": True} if network.info.get("phantom") is True else {}
     return {"network": network.name, "network_sha256": network.sha256, "network_kimg": network.info.get("kimg"),
             "space": settings.space, "num_steps": settings.num_steps, "seed": settings.seed,
             "detector": similarity.name, "detector_weights_sha256": similarity.weights_sha256,
             "detector_preprocessing": similarity.preprocessing, "transform": request.transform,
             "resize_filter": request.resize_filter, "exact": request.exact, "batch": size,
-            "device": torch.device(device).type}
-
-
-def _painter_batch(network: OpenNetwork, device: str) -> int:
-    return choose_batch(network.G.img_resolution, device)
+            "device": torch.device(device).type, **phantom}
 
 
 def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
@@ -153,7 +187,7 @@ def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
     if different:
         raise UserError(f"--outdir is {outdir}, which holds other results ({different[0]} differs); expected a folder "
                         "of its own for these")
-    return True
+    return all((outdir / name).exists() for name in (ZIP, STYLES, TABLE))
 
 
 def _describe_target(request: ProjectRequest, record: dict[str, Any]) -> str:
@@ -178,5 +212,9 @@ def _describe_set(outdir: Path, summary: dict[str, Any]) -> Iterator[str]:
     yield f"{outdir}: {summary['projected']} images projected{failed}; medians with {summary['detector']}:"
     for name, values in summary["distances"].items():
         if values["count"]:
-            medians = ", ".join(f"{column} {values[column]['median'] or 0:.4g}" for column in COLUMNS)
+            medians = ", ".join(f"{column} {_number(values[column]['median'])}" for column in COLUMNS)
             yield f"  {name} ({values['count']}): {medians}"
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4g}"

@@ -5,8 +5,10 @@ import sys
 import time
 from collections.abc import Callable
 
+from dnnlib.cli import Terminated
 from latent.projecting.projection import Projection
 from torch_utils.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from training.stopping import StopRequest
 
 STATE_SECONDS = 120.0  # between two states: what a sudden end costs at most
 
@@ -19,18 +21,22 @@ def finish(projection: Projection, path: str | os.PathLike, identity: str,
     identity:  tells what the projection follows from beside its settings: another one's state is not used
     on_steps:  is told how many steps were done
 
-    Raises OSError when a state cannot be written, UserError as Projection.advance does.
+    A signal lets the step at hand come to its end, and is raised once its state is kept; a second Ctrl-C is raised at
+    once. Raises OSError when a state cannot be written, UserError as Projection.advance does.
     """
     if (state := _read(path)) is not None and state.get("identity") == identity:
         projection.load_state_dict(state["projection"])
         on_steps(projection.step)
     saved = time.monotonic()
-    while not projection.is_done:
-        projection.advance()
-        on_steps(1)
-        if time.monotonic() - saved >= STATE_SECONDS or projection.is_done:
-            write_checkpoint(path, {"identity": identity, "projection": projection.state_dict()})
-            saved = time.monotonic()
+    with StopRequest() as stop:
+        while not projection.is_done:
+            projection.advance()
+            on_steps(1)
+            if projection.is_done or stop.wanted() or time.monotonic() - saved >= STATE_SECONDS:
+                write_checkpoint(path, {"identity": identity, "projection": projection.state_dict()})
+                saved = time.monotonic()
+            if stop.wanted():
+                raise KeyboardInterrupt if stop.reason.startswith("SIGINT") else Terminated
 
 
 def _read(path: str | os.PathLike) -> dict | None:

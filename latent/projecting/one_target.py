@@ -26,7 +26,7 @@ from latent.sampling import Look, Painter
 TARGET, PROJECTION, STYLES, VIDEO, RECORD = ("target.png", "proj.png", "projected_w.npz", "proj.mp4",
                                              "projection.json")
 TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
-_STATE = "projection-state-{}.pt"
+STATES, LOCK = "projection-state-*.pt", "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,8 @@ class TargetProjection:
     def write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
         """Write all files, tuning the network first where that is wanted; return the record. Raises UserError, OSError.
         """
+        for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # of an earlier command: none may pass for ours
+            (self._outdir / name).unlink(missing_ok=True)
         save_picture(self._outdir / TARGET, self._target)
         save_picture(self._outdir / PROJECTION, nearest.pixels)
         with atomic_write(self._outdir / STYLES) as file:
@@ -98,7 +100,7 @@ class TargetProjection:
         record = self._record(nearest, tuning)
         with atomic_write(self._outdir / RECORD, text=True) as file:
             file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        for path in self._outdir.glob(_STATE.format("*")):
+        for path in self._outdir.glob(STATES):
             path.unlink()
         return record
 
@@ -137,7 +139,7 @@ class TargetProjection:
         return record
 
     def _state_path(self, number: int) -> Path:
-        return self._outdir / _STATE.format(number)
+        return self._outdir / STATES.replace("*", str(number))
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

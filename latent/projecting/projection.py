@@ -29,7 +29,7 @@ _STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
 _MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
 _BETAS = (0.9, 0.999)
 _MAP_NAME = "noise_const"
-_PASS_PIXELS, _MOST_ON_CPU, _MOST_ON_GPU = 1 << 19, 8, 32  # 8 images of 256x256
+_MOST_PIXELS, _MOST_IMAGES = {"cpu": 1 << 19, "cuda": 1 << 20}, {"cpu": 8, "cuda": 32}  # of a pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ def find_start(G: nn.Module, label: Tensor) -> Start:
 
 def choose_pass(resolution: int, device: torch.device | str) -> int:
     """Return how many images of a set are projected at a time."""
-    most = _MOST_ON_CPU if torch.device(device).type == "cpu" else _MOST_ON_GPU
-    return min(max(_PASS_PIXELS // resolution**2, 1), most)
+    kind = torch.device(device).type
+    return min(max(_MOST_PIXELS[kind] // resolution**2, 1), _MOST_IMAGES[kind])
 
 
 class Projector:
@@ -151,8 +151,8 @@ class Projector:
 
 
 class Projection:
-    """Some images on their way. Each goes as if it were alone, up to rounding; in passes of equally many images the
-    result of one is the same bits wherever it stands, and whatever the others are.
+    """Some images on their way. Each goes as if it were alone, up to rounding. On a CPU, in passes of equally many
+    images, the result of one is the same bits wherever it stands, and whatever the others are.
 
     step:  steps done
     w:     styles, float32 [N, S, K]
@@ -179,7 +179,7 @@ class Projection:
         return self.step >= self._projector.settings.num_steps
 
     def advance(self) -> Tensor:
-        """Do a step; return the distances that it found, [N]. Raises UserError when they are no finite numbers."""
+        """Do a step; return the distances that it found, [N]. Raises UserError when none is a finite number."""
         projector, num_steps = self._projector, self._projector.settings.num_steps
         for group in self._adam.param_groups:
             group["lr"] = learning_rate(self.step, num_steps)
@@ -220,8 +220,8 @@ class Projection:
         for name, parameter in self._parameters.items():
             parameter.copy_(state["values"][name])
             self._adam.state[parameter] = {"step": torch.tensor(float(self.step)),
-                                           "exp_avg": state["first_moments"][name].to(parameter.device),
-                                           "exp_avg_sq": state["second_moments"][name].to(parameter.device)}
+                                           "exp_avg": state["first_moments"][name].to(parameter.device, copy=True),
+                                           "exp_avg_sq": state["second_moments"][name].to(parameter.device, copy=True)}
 
     @torch.no_grad()
     def _renormalise_maps(self) -> None:
@@ -230,6 +230,6 @@ class Projection:
             values *= values.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
 
     def _check(self, distances: Tensor) -> None:
-        if not distances.isfinite().all():
+        if not distances.isfinite().any():
             raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
                             "its training diverged; expected a sound network: try an earlier snapshot")

@@ -8,6 +8,7 @@ from latent.sharing import count_processes
 from torch_utils.distributed import Place
 
 _OF_SETS, _OF_TARGETS = ("count", "group_by_class", "gpus"), ("save_video", "pti_steps")
+_FOR_NOTHING = {"gpus": 1, "save_video": False, "pti_steps": 0}  # values that ask for nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class ProjectRequest:
         others, owner = (_OF_SETS, "--data") if self.data is None else (_OF_TARGETS, "--target")
         for name in others:
             value = getattr(self, name)
-            if value not in (None, False, 0) and (name, value) != ("gpus", 1):
+            if value is not None and value != _FOR_NOTHING.get(name):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is given, which belongs to {owner}; leave {flag} out")
         for name in ("batch", "gpus"):
@@ -59,7 +60,7 @@ class ProjectRequest:
 
     @property
     def settings(self) -> ProjectionSettings:
-        return ProjectionSettings(space=self.space, num_steps=self.num_steps, seed=self.seed)
+        return ProjectionSettings(space=self.space.lower(), num_steps=self.num_steps, seed=self.seed)
 
     def processes(self, place: Place) -> int:
         """Return how many processes do the work. place: this process's. Raises UserError."""

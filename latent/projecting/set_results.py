@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
 from imagesets.reader import ImageSet
@@ -46,6 +47,14 @@ class Found:
         return self.distances[PERCEPTUAL]
 
 
+class NothingReadable(UserError):
+    """None of the images could be projected; failed.csv says why."""
+
+    def __init__(self, path: Path, failed: list[tuple[str, str]]):
+        super().__init__(f"none of the {len(failed)} images of {path} could be read; see {FAILED} in --outdir")
+        self.failed = failed
+
+
 def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork,
                   plan: ProjectionPlan, pieces: Pieces, *, by_class: bool) -> dict[str, Any]:
     """Write all files of a set whose pieces are there; return what projections.json says, the last one of them.
@@ -53,19 +62,23 @@ def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, n
     settings:  what the projections follow from
     by_class:  sheet and histogram show classes on their own
 
-    Raises OSError and UserError when a file cannot be written.
+    Raises NothingReadable, once failed.csv is written, and OSError and UserError when a file cannot be.
     """
-    found, failed = _write_zip(outdir / ZIP, settings, images, network, plan, pieces)
+    for name in (SHEET, HISTOGRAM, FAILED, SUMMARY):  # of an earlier command
+        (outdir / name).unlink(missing_ok=True)
+    try:
+        found, failed = _write_zip(outdir / ZIP, settings, images, network, plan, pieces)
+    except NothingReadable as error:
+        _write_table(outdir / FAILED, _FAILED_COLUMNS, error.failed)
+        raise
     _write_table(outdir / TABLE, [*_COLUMNS], [_row(item, network, settings["detector"]) for item in found])
-    (outdir / FAILED).unlink(missing_ok=True)
     if failed:
-        _write_table(outdir / FAILED, ["image", "reason"], failed)
-    if found:
-        groups = _by_class(found) if by_class else {"": found}
-        quantity = f"perceptual distance ({settings['detector']}), {settings['space']}, {network.name}"
-        save_histogram(outdir / HISTOGRAM, {name or "all": [item.perceptual for item in items]
-                                            for name, items in groups.items()}, quantity=quantity)
-        _write_sheet(outdir / SHEET, groups, pieces, title=f"target and projection: {quantity}")
+        _write_table(outdir / FAILED, _FAILED_COLUMNS, failed)
+    groups = _by_class(found) if by_class else {"": found}
+    quantity = f"perceptual distance ({settings['detector']}), {settings['space']}, {network.name}"
+    save_histogram(outdir / HISTOGRAM, {name or "all": [item.perceptual for item in items]
+                                        for name, items in groups.items()}, quantity=quantity)
+    _write_sheet(outdir / SHEET, groups, pieces, title=f"target and projection: {quantity}")
     summary = {**settings, "projected": len(found), "unreadable": len(failed),
                "distances": {name: _statistics(items) for name, items in {"all": found, **_by_class(found)}.items()}}
     with atomic_write(outdir / SUMMARY, text=True) as file:
@@ -89,11 +102,13 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
             if arrays["reasons"][slot]:
                 failed.append((target.name, str(arrays["reasons"][slot])))
                 continue
-            file = writer.add(as_png(torch.from_numpy(arrays["projections"][slot])),
-                              start if conditional else target.label, target.group)
-            styles.append(arrays["w"][slot])
+            label = target.label if not conditional else start if target.own is None else target.own
+            file = writer.add(as_png(torch.from_numpy(arrays["projections"][slot])), label, target.group)
+            styles.append(arrays["w"][slot].copy())  # a view would keep those of all classes
             found.append(Found(target=target, start=start, piece=piece, slot=slot, file=file,
                                distances=tuple(float(value) for value in arrays["distances"][slot])))
+        if not found:
+            raise NothingReadable(images.path, failed)
         # Before the zip takes its place, so that a full disk leaves all or nothing of what takes long.
         _write_styles(path.with_name(STYLES), network, found, styles)
     return found, failed
@@ -123,7 +138,7 @@ def _distance(place: tuple[int, int, int | None, dict]) -> float:
 def _write_styles(path: Path, network: OpenNetwork, found: Sequence[Found], styles: Sequence[np.ndarray]) -> None:
     """Write w [M, L, K], as generate.py --projected-w reads it, and beside it what each row is of."""
     G = network.G
-    w = np.stack(styles) if styles else np.zeros((0, 1, G.w_dim), np.float32)
+    w = np.stack(styles)
     names = {"image": [item.target.name for item in found], "group": [item.target.group for item in found],
              "class": [item.target.class_name or "" for item in found],
              "network_class": [_class_name(network, item.start) for item in found]}
@@ -132,6 +147,7 @@ def _write_styles(path: Path, network: OpenNetwork, found: Sequence[Found], styl
                  **{name: np.array(texts, dtype=str) for name, texts in names.items()})
 
 
+_FAILED_COLUMNS = ("image", "reason")
 _COLUMNS = ("image", "projection", "class", "group", "network_class", "detector", *COLUMNS)
 
 
@@ -148,7 +164,12 @@ def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any
     with atomic_write(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(rows)
+        writer.writerows([_as_text(value) for value in row] for row in rows)
+
+
+def _as_text(value: Any) -> str:
+    """Return a cell of a table; bytes of a file name that are no UTF-8 become escapes, such as \\udcff."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _by_class(found: Sequence[Found]) -> dict[str, list[Found]]:
@@ -177,10 +198,11 @@ def _write_sheet(path: Path, groups: Mapping[str, Sequence[Found]], pieces: Piec
         title += f" (the first {len(shown)} of {len(groups)} classes)"
     rows = []
     for name, items in shown.items():
-        examples = choose_examples([item.perceptual for item in items],
-                                   _EXAMPLES if len(groups) == 1 else _EXAMPLES_OF_CLASS)
-        rows += [Row(title=f"{name} {kind}".strip(), pairs=[_pair(items[index], pieces) for index in indices])
-                 for kind, indices in examples.items() if indices]
+        most = _EXAMPLES if len(groups) == 1 else _EXAMPLES_OF_CLASS
+        examples = choose_examples([item.perceptual for item in items], min(most, max(len(items) // 3, 1)))
+        for kind, indices in examples.items():
+            row_title = f"{name} {kind}".strip() if len(items) > 2 else name  # one or two are no best and worst
+            rows.append(Row(title=row_title, pairs=[_pair(items[index], pieces) for index in indices]))
     save_pair_sheet(path, rows, title=title)
 
 

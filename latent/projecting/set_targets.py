@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -10,8 +11,7 @@ from dnnlib.cli import UserError
 from imagesets.class_names import known_classes
 from imagesets.reader import NO_LABEL, ImageSet
 from latent.classes import Classes
-
-AUTO = "auto"  # of --class: try each
+from latent.projecting.start_class import AUTO, StartClass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +22,27 @@ class TargetImage:
     group: str  # what must not be split: patient, lesion, or the image itself
     label: int | None  # the set's own, None where it has none
     class_name: str | None  # its name, or its number where it has none
+    own: int | None  # the network's class of that name, where there is one
     starts: tuple[int | None, ...]  # classes of the network to begin with; (None,) of an unconditional one
 
 
-def choose_targets(images: ImageSet, classes: Classes, *, chosen: str | None, count: int | None, group_by_class: bool,
+def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, count: int | None, group_by_class: bool,
                    seed: int) -> list[TargetImage]:
     """Return images in the order of the set; class by class with group_by_class.
 
     classes:         of the network
-    chosen:          --class: the class to begin with, AUTO for each, None for the image's own. In a set with labels a
-                     name takes the images of that class alone
+    start:           what the images start from, None for their own class: images of other classes, or without one, are
+                     left out. Of a set whose classes the network knows, a class takes the images of that class alone
     count:           of images, drawn by `seed`; None for all
     group_by_class:  take equally many of each class of the set, as far as there are
 
-    Raises UserError where labels are missing, or the network does not know them.
+    Raises UserError where no image is left.
     """
     if count is not None and count < 1:
         raise UserError(f"--count is {count}; expected at least 1")
     labels = _labels_of(images)
-    starts = _Starts(images, labels, classes, chosen)
-    rows = starts.rows()
+    own = _own_classes(images, labels, classes)
+    rows = _wanted_rows(images, labels, own, classes, start)
     if group_by_class and not (labels[rows] >= 0).all():
         raise UserError(f"{images.path} has {int((labels[rows] < 0).sum())} images without a class; expected one each "
                         "for --group-by-class")
@@ -52,71 +53,89 @@ def choose_targets(images: ImageSet, classes: Classes, *, chosen: str | None, co
         rows = np.concatenate([_draw(kind, number, random) for kind, number in zip(kinds, counts, strict=True)])
     else:
         rows = _draw(rows, count, random)
-    return [TargetImage(name=images.names[row], group=images.groups[row],
-                        label=None if labels[row] == NO_LABEL else int(labels[row]),
-                        class_name=_name_of(images, labels[row]), starts=starts.of(labels[row])) for row in rows]
+    return [TargetImage(name=images.names[row], group=images.groups[row], label=_none_or(labels[row]),
+                        class_name=_name_of(images, labels[row]), own=own[int(labels[row])],
+                        starts=_starts(start, own[int(labels[row])], classes)) for row in rows]
+
+
+def count_left_out(images: ImageSet, classes: Classes, start: StartClass) -> int:
+    """Return how many images of a set have no class that the network knows, where each starts from its own."""
+    if start is not None or classes.count == 0:
+        return 0
+    labels = _labels_of(images)
+    own = _own_classes(images, labels, classes)
+    return sum(own[label] is None for label in labels.tolist())
+
+
+def _starts(start: StartClass, own: int | None, classes: Classes) -> tuple[int | None, ...]:
+    if classes.count == 0:
+        return (None,)
+    if start == AUTO:
+        return tuple(range(classes.count))
+    return (own if start is None else start,)
+
+
+def _none_or(label: int) -> int | None:
+    return None if label == NO_LABEL else int(label)
 
 
 def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
-    """Return a sha256 of which images they are: names, and sizes and checksums of a zip's members, sizes of files."""
+    """Return a sha256 of which images they are: names, and sizes with checksums of members or times of files."""
     known = dict(zip(images.names, images.checksums(), strict=True)) if images.is_zip else {}
     digest = hashlib.sha256()
     for target in targets:
-        content = known[target.name] if known else (images.path / target.name).stat().st_size
+        content = known[target.name] if known else _describe_file(images.path / target.name)
         digest.update(f"{target.name}/{content}/{target.group}/{target.class_name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-class _Starts:
-    """Which images are wanted, and which classes of the network each starts from."""
+def _describe_file(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:  # reading it will say why
+        return None
+    return status.st_size, status.st_mtime_ns
 
-    def __init__(self, images: ImageSet, labels: np.ndarray, classes: Classes, chosen: str | None):
-        self._images, self._labels, self._classes = images, labels, classes
-        self._all = chosen == AUTO and classes.count > 0
-        self._one = None
-        if chosen is not None and not self._all:
-            found = classes.choose(chosen)
-            if len(found) > 1:
-                raise UserError(f"--class names {len(found)} classes; expected one, or {AUTO}")
-            self._one = found[0]
-        self._has_labels = bool((labels != NO_LABEL).any())
 
-    def rows(self) -> np.ndarray:
-        """Return the rows of the images that are wanted."""
-        rows = np.arange(len(self._images))
-        if self._one is None or not self._has_labels:
-            return rows
-        own = {int(label): self._own(int(label)) for label in np.unique(self._labels) if label != NO_LABEL}
-        rows = np.array([row for row in rows if own.get(int(self._labels[row])) == self._one], dtype=np.int64)
-        if not len(rows):
-            raise UserError(f"{self._images.path} holds no images of class {self._classes.name(self._one)}; expected "
-                            "some")
+def _own_classes(images: ImageSet, labels: np.ndarray, classes: Classes) -> dict[int, int | None]:
+    """Return the network's class for each label of the set: that of the same name, where both have names."""
+    def own(label: int) -> int | None:
+        if classes.names is None or images.classes is None:
+            return label if label < classes.count else None
+        name = images.classes[label]
+        return classes.names.index(name) if name in classes.names else None
+
+    return {NO_LABEL: None} | {label: own(label) for label in np.unique(labels).tolist() if label != NO_LABEL}
+
+
+def _wanted_rows(images: ImageSet, labels: np.ndarray, own: dict[int, int | None], classes: Classes,
+                 start: StartClass) -> np.ndarray:
+    """Return the rows that can be projected as `start` says. Raises UserError where there are none."""
+    rows = np.arange(len(images))
+    if classes.count == 0 or start == AUTO:
         return rows
+    of_network = np.array([-1 if own[label] is None else own[label] for label in labels.tolist()])
+    if start is None:
+        rows = np.flatnonzero(of_network >= 0)
+        if not len(rows):
+            known = known_classes(classes.names, classes.count)
+            found = _names_of(images, labels)
+            what = f"has images of {found}, which the network does not know" if found else (
+                "has no classes, and the network starts from one")
+            raise UserError(f"{images.path} {what}; expected {known}: give --class=NAME to start from, or "
+                            f"--class={AUTO} to try each")
+        return rows
+    if not (of_network >= 0).any():  # other classes, or none
+        return rows
+    rows = np.flatnonzero(of_network == start)
+    if not len(rows):
+        raise UserError(f"{images.path} holds no images of class {classes.name(start)}; expected one of "
+                        f"{_names_of(images, labels)}, or leave --class out")
+    return rows
 
-    def of(self, label: int) -> tuple[int | None, ...]:
-        """Return the classes to begin with for an image of this label."""
-        if self._classes.count == 0:
-            return (None,)
-        if self._all:
-            return tuple(range(self._classes.count))
-        if self._one is not None:
-            return (self._one,)
-        ways = f"give --class=NAME, or --class={AUTO} to try each"
-        if label == NO_LABEL:
-            raise UserError(f"{self._images.path} has images without a class, and the network starts from one; {ways}")
-        found = self._own(label)
-        if found is None:
-            raise UserError(f"{self._images.path} has images of class {_name_of(self._images, label)}, which the "
-                            f"network does not know; expected {known_classes(self._classes.names, self._classes.count)}"
-                            f": {ways}")
-        return (found,)
 
-    def _own(self, label: int) -> int | None:
-        """Return the network's class of a label of the set: the one of the same name, where both have names."""
-        ours, theirs = self._classes.names, self._images.classes
-        if ours is None or theirs is None:
-            return int(label) if label < self._classes.count else None
-        return ours.index(theirs[label]) if theirs[label] in ours else None
+def _names_of(images: ImageSet, labels: np.ndarray) -> str:
+    return ", ".join(_name_of(images, label) for label in np.unique(labels).tolist() if label != NO_LABEL)
 
 
 def _labels_of(images: ImageSet) -> np.ndarray:

@@ -82,12 +82,12 @@ class SetWorker:
 
     def _make_piece(self, pieces: Pieces, number: int, on_steps: Callable[[int], None]) -> dict[str, np.ndarray]:
         lanes = self._plan.lanes_of(number)
-        targets = [self._read(self._plan.targets[lane.target]) for lane in lanes]
+        targets = self._read_all(lanes)
         good = [slot for slot, target in enumerate(targets) if isinstance(target, Tensor)]
         G, styles = self._network.G, 1 if self._projector.settings.space == "w" else self._network.G.num_ws
         shape = (len(lanes), G.img_channels, G.img_resolution, G.img_resolution)
-        piece = {"w": np.zeros((len(lanes), styles, G.w_dim), np.float32),
-                 "reasons": np.array(["" if isinstance(target, Tensor) else target for target in targets]),
+        reasons = ["" if isinstance(target, Tensor) else target for target in targets]
+        piece = {"w": np.zeros((len(lanes), styles, G.w_dim), np.float32), "reasons": np.array(reasons),
                  "targets": np.zeros(shape, np.uint8), "projections": np.zeros(shape, np.uint8),
                  "distances": np.full((len(lanes), len(COLUMNS)), np.nan, np.float32)}
         if not good:
@@ -98,24 +98,36 @@ class SetWorker:
         projection = self._projector.begin(pixels, [self._start(lanes[slot].start) for slot in filled])
         with pieces.writing():
             finish(projection, pieces.state_path(number), hashlib.sha256(pixels.numpy()).hexdigest(), on_steps)
-        ws = projection.styles()
+        ws = projection.styles().clone()
+        lost = ~ws.isfinite().all(dim=(1, 2))
+        ws[lost] = 0
         projected = torch.cat([self._painter.pixels(some, range(len(some))) for some in ws.split(self._painter.batch)])
         distances = measure_pairs(pixels, projected, self._projector.similarity)
+        distances[lost] = torch.inf  # farther than that of another class
         for name, values in (("w", ws[:, :styles]), ("targets", pixels), ("projections", projected),
                              ("distances", distances)):
             piece[name][good] = values[:len(good)].numpy()
-        return piece
+        for slot, is_lost in zip(good, lost.tolist()):
+            reasons[slot] = "its distance became no finite number" if is_lost else ""
+        return {**piece, "reasons": np.array(reasons)}
+
+    def _read_all(self, lanes: Sequence[Lane]) -> list[Tensor | str]:
+        """Return what `_read` does for each lane; say which images are left out."""
+        read = {index: self._read(self._plan.targets[index]) for index in dict.fromkeys(lane.target for lane in lanes)}
+        for index, found in read.items():
+            target = self._plan.targets[index]
+            if isinstance(found, str) and Lane(index, target.starts[0]) in lanes:  # told once
+                print(f"{target.name} is left out: {found}", file=sys.stderr)
+        return [read[lane.target] for lane in lanes]
 
     def _read(self, target: TargetImage) -> Tensor | str:
         """Return the pixels, uint8 [C, R, R], or in a few words why there are none."""
         try:
             return prepare(self._images.read(target.name), self._spec)
         except BadImage as error:
-            reason = error.reason
+            return error.reason
         except UserError as error:  # a damaged member of a zip, a file without permission
-            reason = str(error)
-        print(f"{target.name} is left out: {reason}", file=sys.stderr)
-        return reason
+            return str(error)
 
     def _start(self, label: int | None) -> Start:
         if label not in self._starts:
