@@ -39,10 +39,7 @@ def working_in(folder, monkeypatch):
     save_generator("net.safetensors", INFO)
     save_generator("plain.safetensors", {}, c_dim=0)
     save_generator("grey.safetensors", {}, c_dim=0, img_channels=1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as programs that tests start have
     yield folder
-    torch.set_num_threads(threads)
 
 
 def attempt(*arguments, network="net.safetensors"):

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import generate
 from dnnlib.cli import run
@@ -21,13 +20,7 @@ COUNT = 1100  # five pieces
 FLAGS = ("--network=net.safetensors", "--classes=nv:500,mel:600", "--batch=32", "--device=cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Compute as the started programs do, which have one thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the started programs
 
 
 @pytest.fixture(scope="module")

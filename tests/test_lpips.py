@@ -12,7 +12,7 @@ from metrics.detectors.files import LPIPS_VGG16, VGG16
 from metrics.detectors.opening import open_similarity
 from tests.weights_files import write_weights
 
-pytestmark = pytest.mark.slow  # half a GiB of weights
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # half a GiB of weights
 CHANNELS = (64, 128, 256, 512, 512)
 
 
@@ -110,14 +110,9 @@ def test_lpips_order_and_company_of_images_change_no_bit(similarity):
     order, target = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4]), similarity.embed(b)
     others, their_target = images(9).repeat(3, 1, 1, 1)[:8], [x.flip(0) for x in target]
     others[7] = a[0]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = measured(a, target)
-        shuffled = measured(a[order], [x[order] for x in target])
-        strange = measured(others, their_target)
-    finally:
-        torch.set_num_threads(before)
+    expected = measured(a, target)
+    shuffled = measured(a[order], [x[order] for x in target])
+    strange = measured(others, their_target)
     for index in range(2):
         assert torch.equal(shuffled[index], expected[index][order])
         assert torch.equal(strange[index][7], expected[index][0])

@@ -25,15 +25,6 @@ def results(folder, name):
     return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture
-def one_thread():
-    """Compute as each of two processes does: sums in another order end in other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_evaluate_two_processes_give_the_bits_of_one(folder, one_thread, monkeypatch):
     for name in ("open_detector", "open_similarity"):  # the program replaces them; this puts them back
         monkeypatch.setattr(evaluation, name, None)

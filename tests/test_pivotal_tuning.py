@@ -17,6 +17,8 @@ from tests.small_networks import small_generator
 from torch_utils.images import to_pixels
 from training.snapshot import load_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = 1e-2  # a learning rate with which tiny networks learn in some steps
 
 

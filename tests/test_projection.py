@@ -24,6 +24,8 @@ from metrics.detectors.opening import open_similarity
 from tests.tiny_networks import generator
 from torch_utils.images import to_pixels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # In the closest network that is quick: one that is not trained hides its styles behind noise of full strength.
 NETWORK = dict(img_resolution=32, synthesis_kwargs={"channel_base": 512, "channel_max": 16})
 NOISE_STRENGTH = 0.02

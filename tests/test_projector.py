@@ -36,6 +36,8 @@ from tests.projector_commands import (
 )
 from training.snapshot import Networks, load_network, save_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 FILES = ["proj.mp4", "proj.png", "projected_w.npz", "projection.json", "target.png"]
 TARGET = ("--target=target.png", "--class=mel", "--outdir=out")
 QUICK = ("--target=target.png", "--outdir=out", "--save-video=0")

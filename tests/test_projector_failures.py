@@ -30,6 +30,8 @@ from tests.projector_commands import (
 )
 from training.snapshot import load_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 SET = ("--data=set.zip", "--outdir=out", "--batch=4")
 
 

@@ -11,6 +11,8 @@ from tests.make_sets import make_set, pixels_of, png
 from tests.projector_commands import contents, project, refuse, working_in
 from training.snapshot import Networks, save_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 CLASSES, LABELS, GROUPS = ["mel", "nv"], [1, 0, 1, 0, 0, 1], ["a", "a", "b", "c", "d", "e"]
 SET = ("--data=set.zip", "--outdir=out", "--batch=4")
 

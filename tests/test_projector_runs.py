@@ -14,6 +14,8 @@ from tests.make_sets import make_set, pixels_of, png
 from tests.projector_commands import INFO, SET_FILES, attempt, contents, names_in, working_in
 from tests.training_runs import environment
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 ROOT = Path(__file__).parent.parent
 COUNT, STEPS = 10, 25
 FLAGS = (f"--num-steps={STEPS}", "--detector=pixels", "--device=cpu")

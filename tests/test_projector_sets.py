@@ -36,6 +36,8 @@ from tests.projector_commands import (
 from torch_utils.plots import save_histogram
 from training.dataset import ImageDataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 CLASSES, LABELS, GROUPS = ["mel", "nv"], [1, 0, 1, 0, 0, 1], ["a", "a", "b", "c", "d", "e"]  # the network's, reversed
 SET = ("--data=set.zip", "--outdir=out", "--batch=4")
 QUANTITY = "perceptual distance (pixels), w, net.safetensors"

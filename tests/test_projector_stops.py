@@ -23,6 +23,8 @@ from tests.projector_commands import (
     working_in,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
+
 TARGET = ("--target=target.png", "--outdir=out", "--save-video=0")
 SET = ("--data=set.zip", "--outdir=out", "--batch=2", "--class=auto")  # six passes
 PARTS = Path("out/projections.zip.parts")

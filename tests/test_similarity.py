@@ -15,20 +15,13 @@ from metrics.detectors.similarity import mean_directions
 QUICK = ("efficientnet-lite0", "random-conv", "pixels")  # lpips-vgg16 has its own tests, slow ones
 LEAST_SIZES = {"efficientnet-lite0": 32, "random-conv": 16, "pixels": 8}
 NUM_DESCRIBED = {"efficientnet-lite0": 320, "random-conv": 32, "pixels": 192}
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_quick_one = pytest.mark.parametrize("name", QUICK)
 
 
 @pytest.fixture(scope="module")
 def similarities():
     return {name: open_similarity(name, device="cpu") for name in QUICK}
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(seed, count=2, size=32):
@@ -145,7 +138,7 @@ def test_gradient_is_the_slope_of_the_direct_formula(similarities, name):
 
 
 @every_quick_one
-def test_order_and_company_of_images_change_no_bit(similarities, name, one_thread):
+def test_order_and_company_of_images_change_no_bit(similarities, name):
     similarity, order = similarities[name], torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
     a, target = phantoms(0), similarity.embed(phantoms(8))
     maps, distance, gradient = distance_and_gradient(similarity, a, target)

@@ -29,14 +29,14 @@ def finish(projection: Projection, path: str | os.PathLike, identity: str,
         on_steps(projection.step)
     saved = time.monotonic()
     with StopRequest() as stop:
-        while not projection.is_done:
+        while not (projection.is_done or stop.wanted()):
             projection.advance()
             on_steps(1)
             if projection.is_done or stop.wanted() or time.monotonic() - saved >= STATE_SECONDS:
                 write_checkpoint(path, {"identity": identity, "projection": projection.state_dict()})
                 saved = time.monotonic()
-            if stop.wanted():
-                raise KeyboardInterrupt if stop.reason.startswith("SIGINT") else Terminated
+    if stop.wanted():
+        raise KeyboardInterrupt if stop.reason.startswith("SIGINT") else Terminated
 
 
 def _read(path: str | os.PathLike) -> dict | None:
