@@ -27,7 +27,7 @@ from torch_utils.plots import save_histogram
 ZIP, STYLES, TABLE, FAILED = "projections.zip", "latents.npz", "distances.csv", "failed.csv"
 SHEET, HISTOGRAM, SUMMARY = "pairs.png", "distances.png", "projections.json"
 
-_EXAMPLES, _EXAMPLES_OF_CLASS = 8, 4  # pairs of a row of the sheet
+_EXAMPLES, _EXAMPLES_OF_CLASS = 8, 2  # pairs of each kind on the sheet
 _MOST_CLASSES = 12  # with rows of their own
 
 
@@ -200,14 +200,17 @@ def _write_sheet(path: Path, groups: Mapping[str, Sequence[Found]], pieces: Piec
     for name, items in shown.items():
         most = _EXAMPLES if len(groups) == 1 else _EXAMPLES_OF_CLASS
         examples = choose_examples([item.perceptual for item in items], min(most, max(len(items) // 3, 1)))
-        for kind, indices in examples.items():
-            row_title = f"{name} {kind}".strip() if len(items) > 2 else name  # one or two are no best and worst
-            rows.append(Row(title=row_title, pairs=[_pair(items[index], pieces) for index in indices]))
+        if len(groups) == 1:
+            rows += [Row(title=f"{name} {kind}".strip(), pairs=[_pair(items[index], pieces) for index in indices])
+                     for kind, indices in examples.items() if indices]
+        else:
+            rows.append(Row(title=name, pairs=[_pair(items[index], pieces, f"{kind} ")
+                                               for kind, indices in examples.items() for index in indices]))
     save_pair_sheet(path, rows, title=title)
 
 
-def _pair(item: Found, pieces: Pieces) -> Pair:
+def _pair(item: Found, pieces: Pieces, kind: str = "") -> Pair:
     arrays = pieces.load(item.piece)
     return Pair(target=torch.from_numpy(arrays["targets"][item.slot]),
                 projection=torch.from_numpy(arrays["projections"][item.slot]),
-                caption=f"{item.perceptual:.3g} {Path(item.target.name).name}")
+                caption=f"{kind}{item.perceptual:.3g} {Path(item.target.name).name}")
