@@ -1,5 +1,6 @@
 """Apply a function to many items in several processes: results in order, memory bounded, no process left behind."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -91,7 +92,7 @@ class _Worker:
     def __init__(self, function: Callable):
         self.connection, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.Process(target=_serve, args=(function, theirs, self.connection), daemon=True)
-        with _signals_blocked():
+        with _signals_blocked(), _collection_paused():
             self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self.held = 0
@@ -166,8 +167,23 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Collect no garbage; a process started meanwhile inherits that until it has set ours aside."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _serve(function: Callable, connection: Connection, parents_end: Connection) -> None:
     """Work in the new process until the pipe ends, as it also does when the parent is killed."""
+    # What the parent left behind is not for us to free: a video encoder's end would wait for threads that are not here.
+    gc.freeze()
+    gc.enable()
     parents_end.close()  # else our own copy of it would keep the pipe open
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,5 @@
 """imagesets.workers: the order, the bound, and every way to end."""
+import gc
 import multiprocessing
 import os
 import pickle
@@ -227,3 +228,40 @@ def test_ordered_map_stopped_program_ends_quietly_and_whole(tmp_path, number, to
     assert (program.returncode, errors.splitlines()) == (code, lines)
     assert len(pids) == 3
     assert all_end(pids)
+
+
+class Garbage:
+    """Something in a circle, which says in a file which process freed it."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self
+
+    def __del__(self):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def collect_garbage(number):
+    circle = []
+    circle.append(circle)
+    del circle
+    return gc.collect() > 0  # its own it does collect
+
+
+def test_ordered_map_workers_leave_garbage_of_the_parent_alone(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        Garbage(tmp_path / "freed")
+        assert all(ordered_map(collect_garbage, range(8), 2))
+        assert not (tmp_path / "freed").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"
+
+
+def test_ordered_map_leaves_collection_as_it_was():
+    assert gc.isenabled()
+    list(ordered_map(square, range(8), 2))
+    assert gc.isenabled()

@@ -54,8 +54,11 @@ class Video:
 
     def __exit__(self, *failure) -> bool | None:
         # What the block raises comes out as it is: the stack raises only what went wrong since.
-        with _naming(self._path):
-            return self._stack.__exit__(*failure)
+        try:
+            with _naming(self._path):
+                return self._stack.__exit__(*failure)
+        finally:
+            self._container = self._stream = None  # with their threads, which would outlive the block
 
     def add(self, frame: Tensor) -> None:
         """Append a frame: uint8 [1 or 3, H, W], of the first one's shape. Raises ValueError for others."""
