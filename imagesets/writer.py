@@ -71,6 +71,9 @@ class ImageSetWriter:
                 self._write_metadata()
         except BaseException as raised:  # raised again below, once the files are gone
             failure = raised
+        if failure is not None and self._zip is not None:
+            # Nothing of it is kept; closing one that was interrupted within a member would raise an error of its own.
+            self._zip.fp = None
         try:
             self._stack.__exit__(type(failure) if failure else None, failure, None)
         except OSError as raised:

@@ -1,5 +1,6 @@
 """training.dataset: what it reads, and what it says when it cannot."""
 
+import gc
 import json
 import multiprocessing
 import pickle
@@ -399,3 +400,18 @@ def test_workers_ignore_signals_to_all_processes_and_obey_their_parent(tmp_path)
 def test_to_unit_range_maps_pixels_to_minus_one_and_one():
     found = to_unit_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
     torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.6]))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_writer_that_is_interrupted_within_a_member_leaves_nothing_and_says_nothing_else(tmp_path):
+    def write():
+        with ImageSetWriter(tmp_path / "set.zip") as writer:
+            writer.add(png(pixels_of(0)))
+            handle = writer._zip.open("half.png", "w")  # as in the moment when writestr has just begun
+            handle.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
