@@ -56,7 +56,7 @@ def make_projected(request: Request) -> int:
         sheet = _sheet(request, painter, None, len(ws))
         files = [f"proj{index:02d}.png" for index in range(len(ws))]
         with Progress(len(ws), "images") as progress:
-            _write(request, _paint_styles(painter, ws, progress), files, sheet)
+            _write(request, painter.show(ws, progress.advance), files, sheet)
     return 0
 
 
@@ -139,14 +139,6 @@ def _sheet(request: Request, painter: Painter, names: Sequence[str] | None, per_
     if request.grid is None:
         return None
     return Sheet(names, per_class, channels=painter.G.img_channels, resolution=painter.G.img_resolution)
-
-
-def _paint_styles(painter: Painter, ws: Tensor, progress: Progress) -> Iterator[Tensor]:
-    """Yield the images of styles in batches: uint8 [n, C, R, R]."""
-    for start in range(0, len(ws), painter.batch):
-        some = ws[start:start + painter.batch]
-        yield painter.pixels(some, range(start, start + len(some)))
-        progress.advance(len(some))
 
 
 def _write(request: Request, batches: Iterable[Tensor], files: Sequence[str], sheet: Sheet | None) -> None:

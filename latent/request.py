@@ -5,7 +5,7 @@ from enum import Enum
 
 from dnnlib.cli import UserError
 from latent.sampling import Look
-from latent.sharing import count_processes
+from latent.sharing import check_counts, count_processes
 from torch_utils.distributed import Place
 
 
@@ -67,10 +67,7 @@ class Request:
         if self.trunc is not None and not abs(self.trunc) <= _LARGEST_TRUNC:  # so that nan is none
             raise UserError(f"--trunc is {self.trunc:g}; expected a number, usually from 0 to 1, at most "
                             f"{_LARGEST_TRUNC}")
-        for name in ("batch", "gpus"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; expected at least 1")
+        check_counts(batch=self.batch, gpus=self.gpus)
 
     @property
     def job(self) -> Job:

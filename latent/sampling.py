@@ -95,6 +95,13 @@ class Painter:
             on_images(len(pixels))
             yield pixels
 
+    def show(self, ws: Tensor, on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
+        """Yield the images of styles [N, L, W] in batches, uint8 [n, C, R, R] on the CPU. on_images: as in `paint`"""
+        for start in range(0, len(ws), self.batch):
+            some = ws[start:start + self.batch]
+            yield self.pixels(some, range(start, start + len(some)))
+            on_images(len(some))
+
     def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
         images = self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,
                                   generator=generator)

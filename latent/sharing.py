@@ -9,6 +9,13 @@ from dnnlib.cli import UserError
 from torch_utils.distributed import Place
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raise UserError unless options, by name, are at least 1 where they are given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; expected at least 1")
+
+
 def count_processes(place: Place, gpus: int | None, *, shared: str | None) -> int:
     """Return how many processes do the work.
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class TargetProjection:
                 found = self._find_among(number, classes, progress, keep_path=keep_path)
                 tried |= {one.index: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
                 best = min([*([best] if best else []), *found], key=lambda one: one.distances[COLUMNS[PERCEPTUAL]])
-        return Nearest(**{**vars(best), "tried": tried})
+        return replace(best, tried=tried)
 
     def _find_among(self, number: int, classes: Sequence[int | None], progress: Progress, *,
                     keep_path: bool) -> list[Nearest]:
@@ -78,7 +78,7 @@ class TargetProjection:
         identity = f"{self._identity} {classes} {keep_path}"
         finish(projection, self._state_path(number), identity, progress.advance)
         ws = projection.styles()
-        pixels = torch.cat([self._painter.pixels(some, range(len(some))) for some in ws.split(self._painter.batch)])
+        pixels = torch.cat(list(self._painter.show(ws)))
         distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
         return [Nearest(start=starts[slot], index=index, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
                         distances=dict(zip(COLUMNS, distances[slot], strict=True)),

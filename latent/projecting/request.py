@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dnnlib.cli import UserError
 from latent.projecting.projection import ProjectionSettings
-from latent.sharing import count_processes
+from latent.sharing import check_counts, count_processes
 from torch_utils.distributed import Place
 
 _OF_SETS, _OF_TARGETS = ("count", "group_by_class", "gpus"), ("save_video", "pti_steps")
@@ -52,10 +52,7 @@ class ProjectRequest:
             if value is not None and value != _FOR_NOTHING.get(name):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is given, which belongs to {owner}; leave {flag} out")
-        for name in ("batch", "gpus"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; expected at least 1")
+        check_counts(batch=self.batch, gpus=self.gpus)
         self._check_pti(self.settings)
 
     @property

@@ -101,7 +101,7 @@ class SetWorker:
         ws = projection.styles().clone()
         lost = ~ws.isfinite().all(dim=(1, 2))
         ws[lost] = 0
-        projected = torch.cat([self._painter.pixels(some, range(len(some))) for some in ws.split(self._painter.batch)])
+        projected = torch.cat(list(self._painter.show(ws)))
         distances = measure_pairs(pixels, projected, self._projector.similarity)
         distances[lost] = torch.inf  # farther than that of another class
         for name, values in (("w", ws[:, :styles]), ("targets", pixels), ("projections", projected),
