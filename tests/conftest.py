@@ -1,14 +1,27 @@
 """What holds for all tests."""
 
+import os
 import signal
 import urllib.error
 
 import pytest
 import torch
 
+from torch_utils.ops.build import builds_folder
+
 # A shell that starts tests in the background lets them ignore Ctrl-C, and programs that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Compiled operators are built once, also for programs that tests start with a cache folder of their own.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(builds_folder()))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="module")

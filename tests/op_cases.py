@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.activations import ACTIVATIONS
+from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, upfirdn2d, upsample2d
 from training.layers import modulated_conv2d
 
-# What runs on a CPU, "ref" first. A compiled "cpp" is to be added here.
-CPU_IMPLEMENTATIONS = ["ref", "composed"]
-# (implementation, device) compared with "ref". A "cuda" is to be added as
-# pytest.param("cuda", "cuda", marks=pytest.mark.cuda).
-COMPARED = [(impl, "cpu") for impl in CPU_IMPLEMENTATIONS[1:]]
+# What runs on a CPU, "ref" first.
+CPU_IMPLEMENTATIONS = ["ref", "composed", "cpp"]
+# (implementation, device) compared with "ref"
+COMPARED = [*((impl, "cpu") for impl in CPU_IMPLEMENTATIONS[1:]),
+            pytest.param("cuda", "cuda", marks=pytest.mark.cuda)]
 
 # Two orders of summation of n float64 terms differ by at most 2 n eps times the sum of their magnitudes. Values and
 # derivatives of these cases add up fewer than 500 products each, a few times over: 2 * 500 * 2.2e-16 = 2.2e-13.

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from imagesets.pixels.resize import PixelSpec, crop_and_resize, crop_box
 from torch_utils.ops import upfirdn2d as upfirdn2d_module
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.activations import ACTIVATIONS
+from torch_utils.ops.bias_act import bias_act
 from training import loss as losses
 from training.ada import next_p
 from training.augment import AugmentPipe

@@ -16,7 +16,8 @@ from tests.op_cases import (
     ids,
     unit_roundoff,
 )
-from torch_utils.ops.bias_act import ACTIVATIONS, bias_act
+from torch_utils.ops.activations import ACTIVATIONS
+from torch_utils.ops.bias_act import bias_act
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017
 

@@ -1,38 +1,10 @@
 """Add a bias, apply an activation, scale and clamp, in one differentiable op."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from torch_utils.ops.activations import Activation, activation_named
+from torch_utils.ops.compiled_bias_act import along_dimension, bias_act_compiled
 from torch_utils.ops.dispatch import resolve_impl
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation with the defaults that networks use."""
-
-    apply: Callable[[Tensor, float], Tensor]  # (x, alpha)
-    alpha: float = 0.0
-    gain: float = 1.0  # keeps the variance of a unit normal input near 1 where the activation halves it
-
-
-_HALVING_GAIN = math.sqrt(2)
-
-ACTIVATIONS = {
-    "linear": Activation(lambda x, alpha: x),
-    "relu": Activation(lambda x, alpha: F.relu(x), gain=_HALVING_GAIN),
-    "lrelu": Activation(F.leaky_relu, alpha=0.2, gain=_HALVING_GAIN),
-    "tanh": Activation(lambda x, alpha: torch.tanh(x)),
-    "sigmoid": Activation(lambda x, alpha: torch.sigmoid(x)),
-    "elu": Activation(lambda x, alpha: F.elu(x)),
-    "selu": Activation(lambda x, alpha: F.selu(x)),
-    "softplus": Activation(lambda x, alpha: F.softplus(x)),
-    "swish": Activation(lambda x, alpha: torch.sigmoid(x) * x, gain=_HALVING_GAIN),
-}
 
 
 def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linear", alpha: float | None = None,
@@ -49,31 +21,32 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     Returns the shape and dtype of x. Differentiable to any order in x and b. Raises ValueError for an unknown
     activation, a bias that does not fit, or a negative clamp.
     """
-    resolve_impl("bias_act", impl)  # "ref" and "composed" are the same code
     activation = activation_named(act)
     if clamp is not None and clamp < 0:
         raise ValueError(f"bias_act: clamp is {clamp}; expected a limit >= 0, or None")
     if b is not None:
-        x = x + _along(b, x, dim)
-    x = activation.apply(x, activation.alpha if alpha is None else alpha)
+        _check_bias(b, x, dim)
+    alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
+    impl = resolve_impl("bias_act", impl, x)
+    if b is None and act == "linear" and gain == 1 and clamp is None:
+        return x
+    if impl in ("cpp", "cuda"):
+        return bias_act_compiled(x, b, dim, act, alpha, gain, clamp)
+    return _composed(x, b, dim, activation, alpha, gain, clamp)  # "ref" too
+
+
+def _composed(x: Tensor, b: Tensor | None, dim: int, activation: Activation, alpha: float, gain: float,
+              clamp: float | None) -> Tensor:
+    if b is not None:
+        x = x + along_dimension(b, dim, x.shape)
+    x = activation.apply(x, alpha)
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 
-def activation_named(act: str) -> Activation:
-    """Return an entry of ACTIVATIONS. Raises ValueError for an unknown name."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"bias_act: act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[act]
-
-
-def _along(b: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Shape the bias so that it broadcasts along one dimension of x."""
+def _check_bias(b: Tensor, x: Tensor, dim: int) -> None:
     if not -x.ndim <= dim < x.ndim or b.shape != (x.shape[dim],) or b.dtype != x.dtype:
         raise ValueError(f"bias_act: bias is {b.dtype} {list(b.shape)} along dimension {dim} of x, {x.dtype} "
                          f"{list(x.shape)}; expected one value of the same dtype per index of that dimension")
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return b.reshape(shape)

@@ -31,7 +31,7 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     Returns [N, O, H', W']. Differentiable to any order in x and w. Raises ValueError for malformed factors, padding or
     filter.
     """
-    impl = resolve_impl("conv2d_resample", impl)
+    fast = resolve_impl("conv2d_resample", impl, x) != "ref"
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, Integral) or factor < 1:
             raise ValueError(f"conv2d_resample: {name} is {factor!r}; expected an integer >= 1")
@@ -42,10 +42,10 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     if down > 1:
         border = [side + extra for side, extra in zip(border, down_margins(f, down))]
 
-    if impl == "composed" and (up > 1 or down > 1):
-        fast = _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter)
-        if fast is not None:
-            return fast
+    if fast and (up > 1 or down > 1):
+        result = _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter, impl)
+        if result is not None:
+            return result
     if up == 1 and border[0] == border[1] >= 0 and border[2] == border[3] >= 0:
         x = _convolve(x, w, groups, flip_weight, padding=(border[2], border[0]))
     else:
@@ -54,18 +54,18 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl)
 
 
-def _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter) -> Tensor | None:
+def _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter, impl) -> Tensor | None:
     """Return the result in an order that filters or convolves fewer samples, or None where there is none."""
     pointwise = w.shape[2:] == (1, 1)
     if up == 1:
-        x = upfirdn2d(x, f, down=down if pointwise else 1, padding=border, flip_filter=flip_filter)
+        x = upfirdn2d(x, f, down=down if pointwise else 1, padding=border, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, groups, flip_weight, stride=1 if pointwise else down)
     if pointwise and down == 1:
         x = _convolve(x, w, groups, flip_weight)
-        return upfirdn2d(x, f, up, padding=border, flip_filter=flip_filter, gain=up**2)
+        return upfirdn2d(x, f, up, padding=border, flip_filter=flip_filter, gain=up**2, impl=impl)
     x, border = _spread_and_convolve(x, w, up, border, groups, flip_weight)
-    x = upfirdn2d(x, f, padding=border, flip_filter=flip_filter, gain=up**2)
-    return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter)
+    x = upfirdn2d(x, f, padding=border, flip_filter=flip_filter, gain=up**2, impl=impl)
+    return x if down == 1 else upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl)
 
 
 def _convolve(x, w, groups, flip_weight, stride=1, padding=0) -> Tensor:

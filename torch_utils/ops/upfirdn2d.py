@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from torch_utils.ops.compiled_upfirdn2d import upfirdn2d_compiled
 from torch_utils.ops.dispatch import resolve_impl
 from torch_utils.ops.upfirdn2d_composed import upfirdn2d_composed
 from torch_utils.ops.upfirdn2d_ref import upfirdn2d_ref
@@ -52,7 +53,7 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     """Spread by `up`, pad, filter, multiply by `gain`, and keep every `down`-th sample.
 
     x:            [N, C, H, W] floating point
-    f:            [kh, kw], [k] (separable) or None (identity); a constant for impl="composed", while "ref" and "auto"
+    f:            [kh, kw], [k] (separable) or None (identity); a constant, but for "ref" and "auto", which
                   differentiate with respect to it if it asks for that
     up, down:     integer or (x, y)
     padding:      zeros around the spread image: integer, (x, y) or (x0, x1, y0, y1); negative values crop
@@ -62,14 +63,11 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     order. Raises ValueError for malformed arguments.
     """
     differentiates_f = impl in ("auto", "ref") and isinstance(f, Tensor) and f.requires_grad
-    impl = "ref" if differentiates_f else resolve_impl("upfirdn2d", impl)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"upfirdn2d: x is {x.dtype} {list(x.shape)}; expected floating point [N, C, H, W]")
     f = as_filter(f, x)
     up, down = _pair("up", up), _pair("down", down)
     padding = four_sides(padding)
-    if gain < 0 and f.ndim == 1:  # a separable filter is applied twice: the sign has to stay outside
-        return -upfirdn2d(x, f, up, down, padding, flip_filter, -gain, impl)
     for name, size, taps, factor, pad in (("width", x.shape[3], f.shape[-1], up[0], padding[:2]),
                                           ("height", x.shape[2], f.shape[0], up[1], padding[2:])):
         if size * factor + sum(min(side, 0) for side in pad) < 0:
@@ -77,10 +75,26 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
         if size * factor + sum(pad) < taps:
             raise ValueError(f"upfirdn2d: padded {name} is {size * factor + sum(pad)}; expected at least the "
                              f"{taps} taps of the filter")
-    if gain != 1:
-        f = f * (gain if f.ndim == 2 else gain**0.5)  # in the filter's own precision
+    impl = "ref" if differentiates_f else resolve_impl("upfirdn2d", impl, x)
+    f, gain = _with_gain(f, gain, keeps_exact=impl in ("cpp", "cuda"))
+    if impl in ("cpp", "cuda"):
+        return upfirdn2d_compiled(x, f, up, down, padding, flip_filter, gain)
     run = upfirdn2d_ref if impl == "ref" else upfirdn2d_composed
-    return run(x, f, up, down, padding, flip_filter)
+    y = run(x, f, up, down, padding, flip_filter)
+    return y if gain == 1 else y * gain
+
+
+def _with_gain(f: Tensor, gain: float, *, keeps_exact: bool) -> tuple[Tensor, float]:
+    """Multiply the taps by a gain, in their own precision as the original does; return what is left of the gain.
+
+    keeps_exact: leave powers of four alone, which are exact wherever they are applied
+
+    A separable filter is applied twice: each time with the root of the gain, and a sign has to stay outside.
+    """
+    root = abs(gain) ** 0.5
+    if gain == 1 or (keeps_exact and math.frexp(root)[0] == 0.5):
+        return f, gain
+    return (f * gain, 1) if f.ndim == 2 else (f * root, 1 if gain > 0 else -1)
 
 
 def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter: bool = False, gain: float = 1,

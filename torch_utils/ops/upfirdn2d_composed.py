@@ -11,30 +11,11 @@ becomes k - 1 - p0. The op is therefore its own derivative of every order, and n
 ever computed.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Axis:
-    """Resampling along one image axis."""
-
-    up: int
-    down: int
-    front: int  # zeros before the first spread sample; negative crops
-    back: int
-
-    def output_size(self, size: int, taps: int) -> int:
-        return (size * self.up + self.front + self.back - taps) // self.down + 1
-
-    def transposed(self, size: int, taps: int) -> "Axis":
-        """Return the axis of the derivative with respect to an input of `size` samples."""
-        front = taps - 1 - self.front
-        covered = self.output_size(size, taps) * self.down
-        return Axis(up=self.down, down=self.up, front=front, back=(size - 1) * self.up + taps - covered - front)
+from torch_utils.ops.resampling_axis import Axis
 
 
 def upfirdn2d_composed(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int],

@@ -1,0 +1,279 @@
+"""Build the libraries of compiled operators, once: `python -m torch_utils.ops.build` does it ahead of their use."""
+
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from dnnlib.cache import cache_folder
+from dnnlib.cli import run
+from dnnlib.files import atomic_write
+from dnnlib.process_lock import LockHeld, ProcessLock
+from dnnlib.progress import Progress
+from torch_utils.ops.build_recipe import KINDS, SNAPSHOT, Recipe, Subject, TorchBuild, read_subject, write_recipe
+from torch_utils.ops.build_report import ptxas_lines, read_ptxas_report, summarize
+from torch_utils.ops.build_tools import BuildError, environment, find_ninja
+
+SOURCE = Path(__file__).parent / "csrc"
+_RECORD, _LOG, _REPORT = "build.json", "log.txt", "ptxas.txt"
+_STATUS = re.compile(r"\[(\d+)/\d+\] ")  # as NINJA_STATUS below
+_FAULT = re.compile(r"(error|fatal) *:|undefined reference|cannot find -l")
+_FULL_DISK = os.strerror(errno.ENOSPC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A library that is there."""
+
+    library: Path
+    is_new: bool
+    recipe: Recipe | None  # None where a tool is missing, and the library was built when it was there
+
+    @property
+    def record(self) -> dict:
+        """What build.json says: kind, versions, commands, seconds."""
+        return json.loads((self.library.parent / _RECORD).read_text(encoding="utf-8"))
+
+
+def library(kind: str, *, source: Path = SOURCE, archs: str | None = None, force: bool = False) -> Path:
+    """Return the shared library of the operators for one kind of device; builds it when it is not in the cache.
+
+    kind:   "cpu" or "cuda"
+    source: folder of the sources
+    archs:  GPU architectures as "8.0;9.0+PTX"; None for TORCH_CUDA_ARCH_LIST, else the GPUs at hand, else data centres'
+    force:  build it although it is there
+
+    PyTorch has to be imported before the library is loaded. Raises BuildError.
+    """
+    return obtain(kind, source=source, archs=archs, force=force).library
+
+
+def builds_folder() -> Path:
+    """Return where builds are kept: $TORCH_EXTENSIONS_DIR, as for PyTorch's own, else ops/ in the cache folder."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(chosen).expanduser() if chosen else cache_folder() / "ops"
+
+
+def obtain(kind: str, *, source: Path = SOURCE, archs: str | None = None, force: bool = False) -> Built:
+    """Do what `library` does, and tell what was found."""
+    cache = builds_folder()
+    if archs is None:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    subject = read_subject(kind, source, TorchBuild.installed(), archs)
+    try:
+        recipe = write_recipe(subject, cache)
+    except BuildError:
+        earlier = None if force else _any_build(subject, cache)
+        if earlier is None:
+            raise
+        return Built(library=earlier, is_new=False, recipe=None)
+    path = cache / recipe.name / subject.library_name
+    is_new = (force or not path.is_file()) and _build_alone(recipe, path, force)
+    return Built(library=path, is_new=is_new, recipe=recipe)
+
+
+def _any_build(subject: Subject, cache: Path) -> Path | None:
+    """Return the newest library of the same code, by whatever tools: machines without tools use what others built."""
+    found = sorted(cache.glob(f"{subject.prefix}-*/{subject.library_name}"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _build_alone(recipe: Recipe, path: Path, force: bool) -> bool:
+    """Build unless another process does or did; tell whether this one built."""
+    folder = path.parent
+    with _explained_disk(folder.parent), _locked(folder):
+        if path.is_file() and not force:
+            return False
+        # What a killed build left. Compilers of that build may still run: they write into a folder that is gone.
+        for left in folder.parent.glob(f".tmp-{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            _build(recipe, temporary, folder)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _build(recipe: Recipe, temporary: Path, folder: Path) -> None:
+    """Fill `temporary` with all that a build leaves; `folder` is where it will lie."""
+    started = time.monotonic()
+    subject = recipe.subject
+    (temporary / SNAPSHOT).mkdir()
+    for name, content in subject.sources.items():
+        (temporary / SNAPSHOT / name).write_bytes(content)
+    (temporary / "build.ninja").write_text(recipe.ninja_file(), encoding="utf-8")
+    print(f"building the {subject.kind.upper()} operators, once, into {folder}", file=sys.stderr)
+    code, log = _run_ninja(temporary, len(recipe.objects) + 1)
+    log_of_failure = folder.with_name(f"{folder.name}.log")
+    if code:
+        raise _failure(log, log_of_failure)
+    log_of_failure.unlink(missing_ok=True)
+    (temporary / _LOG).write_text(log, encoding="utf-8")
+    if recipe.toolkit is not None:
+        (temporary / _REPORT).write_text(ptxas_lines(log), encoding="utf-8")
+    with atomic_write(temporary / _RECORD, text=True) as file:
+        json.dump(_record(recipe, time.monotonic() - started, _step_seconds(temporary)), file, indent=1)
+    with open(temporary / subject.library_name, "rb") as file:  # a power cut must not leave a half-written one
+        os.fsync(file.fileno())
+    for name in (*recipe.objects, ".ninja_log"):
+        (temporary / name).unlink(missing_ok=True)
+    shutil.rmtree(temporary / SNAPSHOT)
+
+
+def _run_ninja(folder: Path, steps: int) -> tuple[int, str]:
+    """Run build.ninja, showing how far it is; return its exit code and what the compilers printed."""
+    # Temporary files here, not where the disk may be full; nvcc splits the name of the folder at spaces.
+    variables = environment(NINJA_STATUS="[%f/%t] ", TMPDIR=".")
+    process = subprocess.Popen([find_ninja(), "-j", f"{_jobs()}"], cwd=folder, env=variables, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    lines = []
+    try:
+        with process.stdout, Progress(steps, "steps of the build") as progress:
+            for line in process.stdout:
+                status = _STATUS.match(line)
+                if status:
+                    progress.advance(int(status[1]) - progress.done)
+                lines.append(line)
+        return process.wait(), "".join(lines)
+    finally:
+        if process.poll() is None:  # this program is being stopped
+            process.terminate()
+            process.wait()
+
+
+def _jobs() -> int:
+    """Return how many compilers may run at once: $MAX_JOBS, as PyTorch's own builds read it, else the CPUs."""
+    text = os.environ.get("MAX_JOBS", "")
+    if not text:
+        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if not (text.isdecimal() and int(text)):
+        raise BuildError(f"MAX_JOBS is {text!r}; expected how many compilers may run at once: set it to 1 or more")
+    return int(text)
+
+
+def _failure(log: str, kept: Path) -> BuildError:
+    """Keep the log of a failed build; return what to tell of it. Raises OSError when the disk is full."""
+    if _FULL_DISK in log:
+        raise OSError(errno.ENOSPC, _FULL_DISK)
+    with atomic_write(kept, text=True) as file:
+        file.write(log)
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    first = next((line for line in lines if _FAULT.search(line)), lines[-1] if lines else "ninja ended without a word")
+    return BuildError(f"compiling the operators failed ({first}): the whole log is {kept}")
+
+
+def _step_seconds(folder: Path) -> dict[str, float]:
+    """Return how long each output took, from ninja's own log: start and end in ms, time of the file, name, hash."""
+    lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
+    steps = [line.split("\t") for line in lines if not line.startswith("#")]
+    return {name: (int(end) - int(start)) / 1000 for start, end, _, name, _ in steps}
+
+
+def _record(recipe: Recipe, seconds: float, steps: dict[str, float]) -> dict:
+    torch = recipe.subject.torch
+    return {"kind": recipe.subject.kind, "made": datetime.now().astimezone().isoformat(" ", "seconds"),
+            "seconds": round(seconds, 1), "steps": steps, "torch": torch.version, "torch_cuda": torch.cuda,
+            "cxx11_abi": torch.cxx11_abi, "compiler": recipe.compiler.title,
+            "toolkit": recipe.toolkit and recipe.toolkit.title, "archs": list(recipe.subject.archs),
+            "commands": [*(command for _, command in recipe.objects.values()), recipe.link]}
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Give a finished build its name; what had it, by --force or with its library removed, goes."""
+    if folder.exists():
+        old = temporary.with_name(f"{temporary.name}-old")
+        os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a build; wait for another process that holds it, however long that takes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = ProcessLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire()
+    except LockHeld as holder:
+        print(f"waiting for operators that {holder} builds", file=sys.stderr)
+        lock.acquire(patience=math.inf)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _explained_disk(cache: Path) -> Iterator[None]:
+    """Turn an error of the file system into a BuildError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"operators cannot be built in {cache} ({error.strerror or error}): set DNNLIB_CACHE_DIR to a "
+                         "folder that can be written and has space") from error
+
+
+@click.command(help=__doc__)
+@click.option("--kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True,
+              help="Operators for which device; auto: the CPU, and CUDA where PyTorch sees a GPU.")
+@click.option("--archs", help="GPU architectures, as '8.0;9.0+PTX'.  [default: TORCH_CUDA_ARCH_LIST, else the GPUs at "
+                              "hand, else 8.0, 9.0 and 10.0+PTX]")
+@click.option("--force", is_flag=True, help="Build although it is there.")
+def main(kind: str, archs: str | None, force: bool) -> None:
+    import torch
+
+    print(f"torch     {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}")
+    kinds = [kind]
+    if kind == "auto":
+        kinds = list(KINDS) if torch.version.cuda and torch.cuda.is_available() else ["cpu"]
+    for each in kinds:
+        built = obtain(each, archs=archs, force=force)
+        _describe(each, built)
+    if kinds == ["cpu"] and kind == "auto":
+        print("cuda      left out, since PyTorch sees no GPU; --kind=cuda builds it all the same")
+    _count_others(built.library.parent.parent)
+
+
+def _describe(kind: str, built: Built) -> None:
+    """Print what was found and built."""
+    record = built.record
+    if built.recipe is None:
+        print("tools     missing; the library was built when they were there")
+    print(f"compiler  {record['compiler']}")
+    if kind == "cuda":
+        print(f"toolkit   {record['toolkit']}")
+        for reason in built.recipe.refused if built.recipe else []:
+            print(f"refused   {reason}")
+        print(f"archs     {' '.join(record['archs'])}")
+    how = f"built in {record['seconds']:.1f} s" if built.is_new else f"there already, made {record['made']}"
+    print(f"{kind:<9} {how}: {built.library}")
+    if kind == "cuda":
+        report = (built.library.parent / _REPORT).read_text(encoding="utf-8")
+        print(f"kernels   {summarize(read_ptxas_report(report))}")
+
+
+def _count_others(cache: Path) -> None:
+    """Print how much the builds take up: those of earlier versions are not removed by themselves."""
+    builds = [path for path in cache.iterdir() if (path / _RECORD).is_file()]
+    size = sum(file.stat().st_size for path in builds for file in path.iterdir())
+    print(f"cache     {len(builds)} builds, {size / 1e6:.1f} MB in {cache}; the folder may be removed at any time")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

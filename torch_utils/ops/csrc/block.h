@@ -1,0 +1,35 @@
+// Say which threads run a kernel body together: the block contexts that bodies are templated on.
+//
+// A context has nx * ny threads; this one is at (tx, ty). A thread computes `lanes` neighbours at a time. What threads
+// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs.
+#pragma once
+#include "portable.h"
+
+namespace ops {
+
+// One thread of a CPU, which is a whole block: loops over threads become loops over data, and sync nothing.
+template <int LANES, int ROWS = 1>
+struct SerialBlock {
+  static constexpr int nx = 1, ny = 1, lanes = LANES, rows = ROWS;
+  KERNEL_FN int tx() const { return 0; }
+  KERNEL_FN int ty() const { return 0; }
+  KERNEL_FN void sync() const {}
+};
+
+// A walk over the rows of images: plane and row without a division for each.
+struct RowWalk {
+  int64_t plane;
+  int32_t row;
+
+  KERNEL_FN RowWalk(int64_t index, int32_t rows_per_plane)
+      : plane(index / rows_per_plane), row(static_cast<int32_t>(index % rows_per_plane)) {}
+
+  KERNEL_FN void advance(int32_t rows_per_plane) {
+    if (++row == rows_per_plane) {
+      row = 0;
+      plane++;
+    }
+  }
+};
+
+}  // namespace ops

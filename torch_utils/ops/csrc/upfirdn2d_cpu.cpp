@@ -1,0 +1,72 @@
+// Run the kernel bodies of upfirdn2d on a CPU. Compiled once for each CPU level, which names the entry points.
+#include "cpu.h"
+#include "dispatch.h"
+
+namespace ops::CPU_LEVEL {
+namespace {
+
+constexpr int kColumns = 512;    // of a tile: its buffer and a few rows of the image fit in the first cache
+constexpr int kChunk = 64;       // channels of a tile
+constexpr int kPixels = 16;      // columns of a tile of so many channels
+
+constexpr int kRows = 8;         // gathered before they are filtered: what was just stored is slow to load
+
+template <class T>
+using Block = SerialBlock<32 / sizeof(Sum<T>), kRows>;
+
+template <class K, class T>
+void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+  using A = Sum<T>;
+  constexpr int pitch = K::buffer_columns(kColumns, Block<T>::lanes);
+  const Block<T> block;
+  alignas(64) A taps[K::tap_count];
+  alignas(64) A buffer[kRows * K::buffer_rows * pitch];
+  load_taps<K>(block, call, taps);
+  const int32_t out = call.horizontal.out, rows = static_cast<int32_t>(end - begin);
+  for (int32_t first = 0; first < out; first += kColumns) {
+    upfirdn2d_tile<K, T>(block, call, begin, rows, first, smaller(kColumns, out - first), taps, buffer, pitch);
+  }
+}
+
+template <class K, class T>
+void channel_rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+  using A = Sum<T>;
+  constexpr int columns = K::buffer_columns(kPixels, 1);
+  const Block<T> block;
+  alignas(64) A taps[K::tap_count];
+  alignas(64) A buffer[K::buffer_rows * columns * kChunk];
+  load_taps<K>(block, call, taps);
+  const int32_t out = call.horizontal.out, rows = static_cast<int32_t>(end - begin);
+  for (int32_t first = 0; first < out; first += kPixels) {
+    for (int32_t from = 0; from < call.channels; from += kChunk) {
+      upfirdn2d_channels_tile<K, kChunk, T>(block, call, begin, rows, first, smaller(kPixels, out - first), from,
+                                            smaller(kChunk, call.channels - from), taps, buffer, columns);
+    }
+  }
+}
+
+template <class T>
+void run(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+  const bool ran = with_kind(call, [&](auto kind) {
+    if (call.channels == 1) {
+      rows_of<decltype(kind), T>(call, begin, end);
+    } else {
+      channel_rows_of<decltype(kind), T>(call, begin, end);
+    }
+  });
+  if (ran) return;
+  const int64_t row = static_cast<int64_t>(call.horizontal.out) * call.channels;
+  if (call.taps_xy != nullptr) {
+    upfirdn2d_anything<true, T>(SerialBlock<1>(), call, begin * row, end * row);
+  } else {
+    upfirdn2d_anything<false, T>(SerialBlock<1>(), call, begin * row, end * row);
+  }
+}
+
+}  // namespace
+
+void upfirdn2d(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+  with_scalar(call.scalar, [&](auto scalar) { run<decltype(scalar)>(call, begin, end); });
+}
+
+}  // namespace ops::CPU_LEVEL
