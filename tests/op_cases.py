@@ -131,6 +131,31 @@ UPFIRDN2D_CASES = [
     _filtering("downsample2d_per_axis", (1, 2, 9, 8), (6,), op=downsample2d, down=(2, 3), flip_filter=True),
 ]
 
+# What the small cases do not reach: filters beyond what fast bodies keep, and rows of several tiles. Their sums are of
+# up to 1600 products; errors of such sums are random, so that they stay within TOLERANCE, which is relative to the
+# largest value.
+LARGE_UPFIRDN2D_CASES = [
+    _filtering("separable_32_taps", (1, 2, 35, 37), (32,), padding=5),
+    _filtering("separable_33_taps", (1, 2, 35, 37), (33,), padding=5),
+    _filtering("separable_40_taps", (1, 2, 20, 21), (40,), padding=20),
+    _filtering("separable_40_taps_up2", (1, 2, 12, 15), (40,), up=2, padding=(20, 19)),
+    _filtering("separable_12_taps_up2", (2, 2, 9, 10), (12,), up=2, padding=(6, 5), flip_filter=True),
+    _filtering("separable_12_taps_down2", (2, 2, 18, 20), (12,), down=2, padding=5),
+    _filtering("full_9x7", (1, 2, 11, 12), (9, 7), padding=4),
+    _filtering("full_9x7_up2", (1, 2, 8, 9), (9, 7), up=2, padding=4),
+    _filtering("full_9x7_down3", (1, 2, 20, 19), (9, 7), down=3, padding=4),
+    _filtering("separable_up3", (1, 2, 7, 9), (6,), up=3, padding=3),
+    _filtering("up2_down3_per_axis", (1, 3, 9, 8), (5, 6), up=(2, 1), down=(1, 3), padding=3),
+    *(_filtering(f"{name}_{width}_columns", (1, 2, 3, width), taps, **factors)
+      for width in (7, 8, 9, 15, 16, 17) for name, taps, factors in [
+          ("filter", (4,), dict(padding=(2, 1))), ("up2", (4, 4), dict(up=2, padding=(2, 1))),
+          ("down2", (4,), dict(down=2, padding=1))]),
+    *(_filtering(f"{name}_{width}_columns", (1, 2, 2, width), taps, **factors)
+      for width in (511, 512, 513, 1030) for name, taps, factors in [
+          ("filter", (4,), dict(padding=(2, 1))), ("filter_full", (4, 4), dict(padding=(2, 1))),
+          ("up2", (4,), dict(up=2, padding=(2, 1))), ("down2", (4, 4), dict(down=2, padding=1))]),
+]
+
 EMPTY_CASES = [
     _filtering("empty_batch", (0, 3, 4, 5), (3, 4), padding=2),
     _filtering("empty_batch_upsampled", (0, 3, 4, 5), (3, 4), up=2, down=3, padding=2),
@@ -147,6 +172,8 @@ BIAS_ACT_CASES = [
         ("_clamp_gain_no_bias", 1, {"clamp": 0.4, "gain": -1.5}),
     ]
 ] + [
+    Case("odd_length", bias_act, ((2, 3, 5), (3,)), arguments={"act": "lrelu", "clamp": 0.9}, filter_name=""),
+    Case("negative_slope", bias_act, ((2, 3, 5), (3,)), arguments={"act": "lrelu", "alpha": -0.3}, filter_name=""),
     Case("bias_along_the_first", bias_act, ((3, 4), (3,)), arguments={"act": "swish", "dim": 0}, filter_name=""),
     Case("bias_along_the_last", bias_act, ((2, 3, 4), (4,)), arguments={"act": "elu", "dim": -1}, filter_name=""),
 ]

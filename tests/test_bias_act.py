@@ -16,6 +16,7 @@ from tests.op_cases import (
     ids,
     unit_roundoff,
 )
+from torch_utils.ops import compiled
 from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
 
@@ -174,8 +175,15 @@ def test_bias_act_bad_argument_raises(arguments, message):
         bias_act(X, **arguments)
 
 
-@pytest.mark.parametrize("impl", ["cpp", "cuda"])
-def test_bias_act_implementation_that_is_not_built_raises(impl):
-    message = f"bias_act: impl is '{impl}', which this version does not build; use 'auto'"
+@pytest.mark.parametrize(("impl", "device", "expected"), [("cuda", "cpu", "cuda"), ("cpp", "meta", "cpu")])
+def test_bias_act_implementation_of_another_device_raises(impl, device, expected):
+    message = f"bias_act: impl is '{impl}' and x is on {device}; expected x on {expected}: move it, or use 'auto'"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        bias_act(X, impl=impl)
+        bias_act(X.to(device), impl=impl)
+
+
+def test_bias_act_implementation_that_could_not_be_built_raises(monkeypatch):
+    monkeypatch.setattr(compiled, "_failures", {"cpu": "there is no compiler"})
+    message = "bias_act: impl is 'cpp', which cannot run here: there is no compiler"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        bias_act(X, impl="cpp")

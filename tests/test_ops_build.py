@@ -322,7 +322,7 @@ def test_cuda_without_its_parts_says_which(source, log, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert message("cuda", source).endswith(': pip install "cuda-toolkit[nvcc]==77.1.*"')
+    assert message("cuda", source).endswith(': pip install "cuda-toolkit[nvcc,cccl]==77.1.*"')
 
 
 def test_other_faults_are_named(source, log, tmp_path, monkeypatch):

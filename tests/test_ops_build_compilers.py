@@ -164,7 +164,7 @@ def installed_toolkit(where, tmp_path):
     major = torch.version.cuda.split(".")[0]
     beside = [PACKAGES / "nvidia" / folder / "bin" / "nvcc" for folder in (f"cu{major}", "cuda_nvcc")]
     if where == "pip" and not any(path.is_file() for path in beside):
-        pytest.skip(f'no toolkit beside PyTorch; pip install "cuda-toolkit[nvcc]=={torch.version.cuda}.*"')
+        pytest.skip(f'no toolkit beside PyTorch; pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"')
     try:
         packages = PACKAGES if where == "pip" else tmp_path
         return find_toolkit(torch.version.cuda, packages, tmp_path / "answers")[0]

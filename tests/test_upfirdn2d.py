@@ -18,6 +18,7 @@ from tests.op_cases import (
     filtering_bound,
     ids,
 )
+from torch_utils.ops import compiled
 from torch_utils.ops.upfirdn2d import (
     down_margins,
     downsample2d,
@@ -294,11 +295,18 @@ def test_upfirdn2d_bad_argument_raises(arguments, message):
         upfirdn2d(**arguments)
 
 
-@pytest.mark.parametrize("impl", ["cpp", "cuda"])
-def test_upfirdn2d_implementation_that_is_not_built_raises(impl):
-    message = f"upfirdn2d: impl is '{impl}', which this version does not build; use 'auto'"
+@pytest.mark.parametrize(("impl", "device", "expected"), [("cuda", "cpu", "cuda"), ("cpp", "meta", "cpu")])
+def test_upfirdn2d_implementation_of_another_device_raises(impl, device, expected):
+    message = f"upfirdn2d: impl is '{impl}' and x is on {device}; expected x on {expected}: move it, or use 'auto'"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        upfirdn2d(torch.zeros(1, 1, 2, 2), None, impl=impl)
+        upfirdn2d(torch.zeros(1, 1, 2, 2, device=device), None, impl=impl)
+
+
+def test_upfirdn2d_implementation_that_could_not_be_built_raises(monkeypatch):
+    monkeypatch.setattr(compiled, "_failures", {"cpu": "there is no compiler"})
+    message = "upfirdn2d: impl is 'cpp', which cannot run here: there is no compiler"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        upfirdn2d(torch.zeros(1, 1, 2, 2), None, impl="cpp")
 
 
 @pytest.mark.parametrize("op", [filter2d, upsample2d, downsample2d])

@@ -31,7 +31,8 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     impl = resolve_impl("bias_act", impl, x)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
-    if impl in ("cpp", "cuda"):
+    # The compiled slope of lrelu is told by the sign of the result, which a negative alpha would hide.
+    if impl in ("cpp", "cuda") and not (act == "lrelu" and alpha < 0):
         return bias_act_compiled(x, b, dim, act, alpha, gain, clamp)
     return _composed(x, b, dim, activation, alpha, gain, clamp)  # "ref" too
 

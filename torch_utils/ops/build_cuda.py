@@ -53,7 +53,7 @@ def find_toolkit(wanted: str, packages: Path, cache: Path, *,
             refused.append(f"{reason}")
     found = f" ({'; '.join(refused)})" if refused else ""
     raise BuildError(f"no CUDA toolkit fits a PyTorch for CUDA {wanted}{found}: "
-                     f'pip install "cuda-toolkit[nvcc]=={wanted}.*"')
+                     f'pip install "cuda-toolkit[nvcc,cccl]=={wanted}.*"')
 
 
 def architectures(text: str, torch_cuda: str, devices: list[tuple[int, int]]) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ def fast_implementation(kind: str) -> str:
 def describe(kind: str) -> str:
     """Return what a run's record says of its operators: which it uses, and why no faster ones."""
     chosen = fast_implementation(kind)
+    if chosen == "cpp":
+        return f"cpp ({torch.ops.lesion_ops.cpu_level()})"
     failure = _failures.get(kind)
     return chosen if failure is None else f"{chosen} ({failure})"
 

@@ -26,12 +26,13 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     w:            [O, I / groups, kh, kw] of x's dtype
     f:            filter of setup_filter for both resamplings, None for the identity
     padding:      of the upsampled image, as in upfirdn2d; what keeps the filters centred is added
+    impl:         of the filters; "ref" asks for the definition's order as well
     flip_weight:  True correlates (as torch does), False convolves
 
     Returns [N, O, H', W']. Differentiable to any order in x and w. Raises ValueError for malformed factors, padding or
     filter.
     """
-    fast = resolve_impl("conv2d_resample", impl, x) != "ref"
+    resolve_impl("conv2d_resample", impl, x)
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, Integral) or factor < 1:
             raise ValueError(f"conv2d_resample: {name} is {factor!r}; expected an integer >= 1")
@@ -42,7 +43,7 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     if down > 1:
         border = [side + extra for side, extra in zip(border, down_margins(f, down))]
 
-    if fast and (up > 1 or down > 1):
+    if impl != "ref" and (up > 1 or down > 1):
         result = _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter, impl)
         if result is not None:
             return result

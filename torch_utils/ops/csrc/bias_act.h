@@ -10,7 +10,7 @@ struct BiasRows {
   int64_t rows, cols;
   bool bias_per_row;
 
-  inline __attribute__((always_inline)) explicit BiasRows(const BiasActCall& call) : bias_per_row(call.step > 1 || call.bias_size == 1) {
+  ALWAYS_INLINE explicit BiasRows(const BiasActCall& call) : bias_per_row(call.step > 1 || call.bias_size == 1) {
     const bool matters = call.b != nullptr || call.sums_bias;
     cols = !matters ? call.size : bias_per_row ? call.step : call.bias_size;
     rows = cols > 0 ? call.size / cols : 0;
@@ -97,7 +97,8 @@ KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack
     if constexpr (FORM == Form::relu) result = where_positive(sign, scaled(dy, gain), filled<A, LANES>(0));
     if constexpr (FORM == Form::lrelu) result = where_positive(sign, scaled(dy, gain), scaled(dy, gain * alpha));
     if constexpr (FORM == Form::linear) result = scaled(dy, gain);
-    return CLAMPS ? where_within(out, limit, result) : result;
+    // The limit as results are rounded to it
+    return CLAMPS ? where_within(out, static_cast<A>(widen(narrow<T>(limit))), result) : result;
   }
   if constexpr (FORM == Form::smooth) {
     const P v = plus(load<LANES>(static_cast<const T*>(c.x) + at, aligned), bias);
@@ -117,29 +118,25 @@ KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack
   }
 }
 
-// Rows [first_row, first_row + rows), columns [first, first + cols) of each. SUMS: leave each row's sum, unrounded, in
-// sums, one number for each of nx threads a row.
-template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, class T, class Block>
-KERNEL_FN void bias_act_tile(Block b, BiasActCall c, int64_t row_length, bool bias_per_row, int64_t first_row,
+// What `bias_act_tile` does, for arrays of which all accesses are aligned, or for any. Two loops rather than a choice at
+// each access, which a compiler turns into single accesses.
+template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, bool ALIGNED, class T, class Block>
+KERNEL_FN void bias_act_rows(Block b, const BiasActCall& c, int64_t row_length, bool bias_per_row, int64_t first_row,
                              int32_t rows, int64_t first, int32_t cols, Sum<T>* sums) {
   using A = Sum<T>;
   constexpr int lanes = Block::lanes;
   const T* biases = static_cast<const T*>(c.b);
-  const bool aligned = row_length % lanes == 0 && first % lanes == 0 &&
-                       (reinterpret_cast<uintptr_t>(c.x) | reinterpret_cast<uintptr_t>(c.y) |
-                        reinterpret_cast<uintptr_t>(c.dy) | reinterpret_cast<uintptr_t>(c.ddx) |
-                        reinterpret_cast<uintptr_t>(c.out)) % (lanes * sizeof(T)) == 0;
+  const bool varies = biases != nullptr && !bias_per_row;
   const int32_t whole = cols / lanes * lanes;
   for (int32_t r = b.ty(); r < rows; r += b.ny) {
     const int64_t row = first_row + r, base = row * row_length + first;
     Pack<A, lanes> bias = filled<A, lanes>(0), sum = bias;
     A tail_sum = 0;
     if (biases != nullptr && bias_per_row) bias = filled<A, lanes>(widen(biases[row % c.bias_size]));
-    const bool varies = biases != nullptr && !bias_per_row;
     for (int32_t i = b.tx() * lanes; i < whole; i += b.nx * lanes) {
       if (varies) bias = load<lanes>(biases + first + i);
-      const Pack<A, lanes> result = bias_act_at<ORDER, FORM, CLAMPS, lanes, T>(c, base + i, bias, aligned);
-      store(static_cast<T*>(c.y) + base + i, result, aligned);
+      const Pack<A, lanes> result = bias_act_at<ORDER, FORM, CLAMPS, lanes, T>(c, base + i, bias, ALIGNED);
+      store(static_cast<T*>(c.y) + base + i, result, ALIGNED);
       if constexpr (SUMS) sum = plus(sum, result);
     }
     for (int32_t i = whole + b.tx(); i < cols; i += b.nx) {
@@ -153,6 +150,26 @@ KERNEL_FN void bias_act_tile(Block b, BiasActCall c, int64_t row_length, bool bi
       sums[r * b.nx + b.tx()] = tail_sum;
     }
   }
+}
+
+// Rows [first_row, first_row + rows), columns [first, first + cols) of each. SUMS: leave each row's sum, unrounded, in
+// sums, one number for each of nx threads a row.
+template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, class T, class Block>
+KERNEL_FN void bias_act_tile(Block b, BiasActCall c, int64_t row_length, bool bias_per_row, int64_t first_row,
+                             int32_t rows, int64_t first, int32_t cols, Sum<T>* sums) {
+#ifndef PACKS_ARE_VECTORS
+  constexpr int lanes = Block::lanes;
+  const bool aligned = row_length % lanes == 0 && first % lanes == 0 &&
+                       (reinterpret_cast<uintptr_t>(c.x) | reinterpret_cast<uintptr_t>(c.y) |
+                        reinterpret_cast<uintptr_t>(c.dy) | reinterpret_cast<uintptr_t>(c.ddx) |
+                        reinterpret_cast<uintptr_t>(c.out)) % (lanes * sizeof(T)) == 0;
+  if (aligned) {
+    return bias_act_rows<ORDER, FORM, CLAMPS, SUMS, true, T>(b, c, row_length, bias_per_row, first_row, rows, first,
+                                                             cols, sums);
+  }
+#endif
+  bias_act_rows<ORDER, FORM, CLAMPS, SUMS, false, T>(b, c, row_length, bias_per_row, first_row, rows, first, cols,
+                                                     sums);
 }
 
 }  // namespace ops

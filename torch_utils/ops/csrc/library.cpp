@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -17,8 +18,9 @@ using at::Tensor;
 using ops::BiasActCall;
 using ops::Upfirdn2dCall;
 
+// Whether the bodies compiled for AVX2 run here; the build compiles them for x86-64.
 bool has_avx2() {
-#ifdef HAS_AVX2_LEVEL
+#ifdef __x86_64__
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("f16c");
   return has;
@@ -27,15 +29,17 @@ bool has_avx2() {
 #endif
 }
 
+std::string cpu_level() { return has_avx2() ? "AVX2" : "no AVX2"; }
+
 void upfirdn2d_rows(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
-#ifdef HAS_AVX2_LEVEL
+#ifdef __x86_64__
   if (has_avx2()) return ops::avx2::upfirdn2d(call, begin, end);
 #endif
   ops::plain::upfirdn2d(call, begin, end);
 }
 
 void bias_act_tiles(const BiasActCall& call, int64_t begin, int64_t end, double* sums) {
-#ifdef HAS_AVX2_LEVEL
+#ifdef __x86_64__
   if (has_avx2()) return ops::avx2::bias_act(call, begin, end, sums);
 #endif
   ops::plain::bias_act(call, begin, end, sums);
@@ -171,6 +175,7 @@ Tensor bias_act_grad2(const Tensor& ddx, const Tensor& dy, const Tensor& x, cons
 }  // namespace
 
 TORCH_LIBRARY(lesion_ops, library) {
+  library.def("cpu_level() -> str", cpu_level);
   library.def(
       "upfirdn2d(Tensor x, Tensor f, SymInt[] up, SymInt[] down, SymInt[] padding, bool flip_filter, float gain) -> "
       "Tensor");

@@ -10,8 +10,13 @@
 
 #ifdef KERNELS_ON_GPU
 #define KERNEL_FN __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#elif defined(KERNELS_ON_HOST)
+#define KERNEL_FN inline  // tests compile many variants, and quickly
+#define UNROLL
 #else
 #define KERNEL_FN inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
 #endif
 
 #if !defined(KERNELS_ON_GPU) && !defined(KERNELS_ON_HOST)
@@ -21,6 +26,9 @@
 #if defined(__F16C__) && defined(PACKS_ARE_VECTORS)
 #include <immintrin.h>
 #endif
+
+// For what a host calls in code of every CPU level: a copy outside could be that of a level which the CPU lacks.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace ops {
 
@@ -130,8 +138,7 @@ struct alignas(N * sizeof(T)) Aligned {
 template <class A, int N>
 KERNEL_FN Pack<A, N> filled(A value) {
   Pack<A, N> result;
-#pragma GCC unroll 16
-  for (int i = 0; i < N; i++) result.lane[i] = value;
+  UNROLL for (int i = 0; i < N; i++) result.lane[i] = value;
   return result;
 }
 
@@ -214,6 +221,16 @@ KERNEL_FN void store(T* to, Pack<A, N> p, [[maybe_unused]] bool aligned) {
   if (aligned) {
     Aligned<T, N> chunk;
     store(chunk.value, p);
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(chunk) == 16) {  // the assignment below comes out as single stores in some kernels
+      uint32_t word[4];
+      memcpy(word, &chunk, sizeof(word));
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]),
+                   "r"(word[1]), "r"(word[2]), "r"(word[3])
+                   : "memory");
+      return;
+    }
+#endif
     *reinterpret_cast<Aligned<T, N>*>(to) = chunk;
     return;
   }

@@ -77,8 +77,7 @@ template <int N, int LANES, int STEP, class T, class A>
 KERNEL_FN Pack<A, LANES> weighted(const T* from, int64_t pitch, const A* taps, int32_t count, bool aligned) {
   Pack<A, LANES> sum = filled<A, LANES>(0);
   if constexpr (N > 0) {
-#pragma GCC unroll 32
-    for (int q = 0; q < N; q++) sum = added(sum, load<LANES>(from + q * pitch, aligned), taps[q * STEP]);
+    UNROLL for (int q = 0; q < N; q++) sum = added(sum, load<LANES>(from + q * pitch, aligned), taps[q * STEP]);
   } else {
     for (int32_t q = 0; q < count; q++) sum = added(sum, load<LANES>(from + q * pitch, aligned), taps[q * STEP]);
   }
@@ -151,8 +150,7 @@ template <class K, class A, int LANES>
 KERNEL_FN Pack<A, LANES> filtered(const A* buffer, int32_t pitch, int32_t at, const A* taps, int32_t num_taps,
                                   Pack<A, LANES> sum) {
   const int32_t n = K::taps ? K::taps : num_taps;
-#pragma GCC unroll 32
-  for (int32_t m = 0; m < n; m++) sum = added(sum, load<LANES>(buffer + K::place(at + m, pitch)), taps[m]);
+  UNROLL for (int32_t m = 0; m < n; m++) sum = added(sum, load<LANES>(buffer + K::place(at + m, pitch)), taps[m]);
   return sum;
 }
 
@@ -161,8 +159,7 @@ template <class K, class A, int LANES>
 KERNEL_FN Pack<A, LANES> filtered_phase(const A* buffer, const A* taps, int32_t num_taps, int32_t tap,
                                         Pack<A, LANES> sum) {
   const int32_t n = K::taps ? (K::taps + 1) / 2 : (num_taps - tap + 1) / 2;
-#pragma GCC unroll 16
-  for (int32_t q = 0; q < n; q++) {
+  UNROLL for (int32_t q = 0; q < n; q++) {
     if (K::taps % 2 && tap + 2 * q >= K::taps) break;
     sum = added(sum, load<LANES>(buffer + q), taps[tap + 2 * q]);
   }
@@ -330,8 +327,7 @@ KERNEL_FN void upfirdn2d_channels_tile(Block b, Upfirdn2dCall c, int64_t first_r
             const A* at = pixels + q * buffer_cols * CHUNK + i;
             const A* t = row_taps + q * K::up * h.taps;
             if constexpr (usual > 0) {
-#pragma GCC unroll 32
-              for (int m = 0; m < usual; m++) sum = added(sum, load<lanes>(at + m * CHUNK), t[m * K::up]);
+              UNROLL for (int m = 0; m < usual; m++) sum = added(sum, load<lanes>(at + m * CHUNK), t[m * K::up]);
             } else {
               for (int32_t m = 0; m < n; m++) sum = added(sum, load<lanes>(at + m * CHUNK), t[m * K::up]);
             }
