@@ -3,7 +3,7 @@
 import click
 
 from training.config import NOISE_MODES
-from training.flags import Flag
+from training.flags import TUNE_MALLOC_HELP, Flag
 
 IMAGES, FILES, SET, MIX, SPEED = ("Which images", "Where they go", "A labelled data set", "Mixed styles",
                                   "Speed and devices")
@@ -50,4 +50,6 @@ FLAGS = [
          "tiny networks; they move some pixels by one level. [default: 1 on a CPU, by resolution on a GPU]"),
     Flag(["--fp32"], group=SPEED, is_flag=True, default=None, help="Compute all in float32, also what the network "
          "computes in half precision on a GPU."),
+    Flag(["--tune-malloc"], group=SPEED, type=bool, metavar="BOOL", default=True, help=f"{TUNE_MALLOC_HELP} "
+         "[default: true]"),
 ]

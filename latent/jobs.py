@@ -18,10 +18,9 @@ from latent.request import Job, Request
 from latent.sampling import Painter, choose_batch
 from latent.seeds import parse_first_seed, parse_seeds
 from latent.set_plan import SetPlan, piece_size
-from latent.sharing import memory_advice
+from latent.sharing import memory_advice, settle_device
 from latent.style_mixing import check_mix_size, choose_layers, write_style_mix
 from torch_utils.distributed import Place, join
-from training.device import choose_device
 from training.input_checks import check_outdir
 from training.launch import is_part_of_run, launch
 
@@ -80,7 +79,7 @@ def make_set(request: Request) -> int:
     check_file("--zip", request.zip, ".zip")
     place = Place.from_environment()
     processes = request.processes(place)
-    device = choose_device(request.device, processes if place.count == 1 else place.local_count).name
+    device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, "cpu")
     check_look(request.look, network.G)
     batch = request.batch or choose_batch(network.G.img_resolution, device)
@@ -102,12 +101,13 @@ _JOBS = {Job.IMAGES: make_images, Job.PROJECTED: make_projected, Job.SET: make_s
 @contextmanager
 def _painting(request: Request) -> Iterator[tuple[OpenNetwork, Painter]]:
     """Open the network and its device for images that are files of their own, once their places were checked."""
-    request.processes(Place.from_environment())
+    place = Place.from_environment()
+    processes = request.processes(place)
     if request.outdir:
         check_outdir(request.outdir)
     if request.grid:
         check_file("--grid", request.grid, ".png")
-    device = choose_device(request.device).name
+    device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, device)
     check_look(request.look, network.G)
     painter = Painter(network.G, request.look, batch=request.batch or choose_batch(network.G.img_resolution, device))

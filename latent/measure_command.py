@@ -7,11 +7,12 @@ import click
 
 from dnnlib.cli import UserError
 from latent.measuring import MeasureSettings, measure
+from latent.sharing import settle_device
 from metrics.blocks import OtherProcessFailed
 from metrics.detectors.opening import DETECTOR_NAMES
 from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES
 from torch_utils.distributed import Place, ProcessLost, join
-from training.device import choose_device
+from training.flags import TUNE_MALLOC_HELP
 from training.launch import is_part_of_run, launch
 
 _HELP = """Measure how good generated images are; print one JSON line for each metric.
@@ -43,14 +44,14 @@ def make_command() -> click.Command:
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
-def _run(gpus: int | None, device: str, **flags: Any) -> int:
+def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
     settings = MeasureSettings(**flags)
     place = Place.from_environment()
     if gpus is not None and (gpus < 1 or (place.count > 1 and gpus != place.count)):
         raise UserError(f"--gpus is {gpus}; expected "
                         + (f"{place.count}, the processes that were started" if place.count > 1 else "at least 1"))
     count = gpus or 1
-    device = choose_device(device, count if place.count == 1 else place.local_count).name
+    device = settle_device(device, place, count, tunes_malloc=tune_malloc)
     if count > 1 and not is_part_of_run():
         return launch(count)
     with join(device) as processes:
@@ -88,6 +89,7 @@ def _options() -> list[click.Option]:
         _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1. "
                 "[default: auto]", "NAME", default="auto"),
         _option("--gpus", int, "Number of processes that share the work. [default: 1]", "INT"),
+        _option("--tune-malloc", bool, f"{TUNE_MALLOC_HELP} [default: true]", "BOOL", default=True),
         _option("--verbose", bool, "Show how far the work is. [default: true]", "BOOL", default=True),
         click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
                      help="Compute features of image sets anew, and keep none."),

@@ -18,7 +18,7 @@ class Job(Enum):
     MIX = "--style-mix"
 
 
-_EVERYWHERE = {"network", "noise_mode", "device", "batch", "fp32"}
+_EVERYWHERE = {"network", "noise_mode", "device", "batch", "fp32", "tune_malloc"}
 _FLAGS = {
     Job.IMAGES: {"seeds", "class_", "trunc", "outdir", "grid"},
     Job.PROJECTED: {"projected_w", "outdir", "grid"},
@@ -57,6 +57,7 @@ class Request:
     gpus: int | None
     batch: int | None
     fp32: bool | None
+    tune_malloc: bool
 
     def __post_init__(self) -> None:
         if not self.network:

@@ -1,12 +1,16 @@
-"""Fit work into the machine: how many processes share it, and what to try when it does not fit into memory."""
+"""Fit work into the machine: its device, how many processes share it, what to try when memory is too small."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from dnnlib.cli import UserError
+from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
+from training.device import choose_device
+from training.launch import is_part_of_run
 
 
 def check_counts(**counts: int | None) -> None:
@@ -32,6 +36,23 @@ def count_processes(place: Place, gpus: int | None, *, shared: str | None) -> in
     if gpus not in (None, place.count):
         raise UserError(f"--gpus is {gpus}; expected {place.count}, the processes that were started: leave --gpus out")
     return place.count
+
+
+def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool) -> str:
+    """Return "cpu", "cuda" or "cuda:N" for --device; on a CPU, tune the allocator of a process that works.
+
+    place:         this process's
+    processes:     that do the work
+    tunes_malloc:  --tune-malloc; where the environment has settings of its own, the main process says so
+
+    Raises UserError where the machine has no such device, or too few.
+    """
+    device = choose_device(name, processes if place.count == 1 else place.local_count).name
+    if device == "cpu" and (processes == 1 or is_part_of_run()):
+        tuning = tune_malloc(tunes_malloc)
+        if tuning.is_foreign and place.rank == 0:
+            print(tuning.note, file=sys.stderr)
+    return device
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Choosing the device and the number format; GPUs are pretended."""
 
-import time
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ def gpus(monkeypatch):
 @pytest.fixture
 def speed(monkeypatch):
     def pretend(ratio):
-        monkeypatch.setattr(device, "half_speed", lambda *_: ratio)
+        monkeypatch.setattr(device, "half_speed", lambda *_, **__: ratio)
     return pretend
 
 
@@ -81,13 +79,15 @@ def test_auto_precision_needs_no_measurement_elsewhere(monkeypatch):
     assert choose_precision("auto", "cuda").name == "fp16"
     assert choose_precision("auto", "cpu", processes=2).name == "fp32"
     assert choose_precision("fp32", "cpu") == Choice("fp32", "--precision=fp32")
-    assert choose_precision("bf16", "cpu", processes=2) == Choice("bf16", "--precision=bf16")
+    assert choose_precision("bf16", "cpu", processes=2, is_main=False) == Choice("bf16", "--precision=bf16")
+    assert choose_precision("fp16", "cuda", processes=2) == Choice("fp16", "--precision=fp16")
 
 
-def test_half_precision_that_is_slower_warns_with_the_ratio(speed):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_half_precision_that_is_slower_warns_with_the_ratio(processes, speed):
     speed(0.01)
     slower = "convolutions in bf16 take 100 times as long as in fp32 on this CPU"
-    assert choose_precision("bf16", "cpu") == Choice(
+    assert choose_precision("bf16", "cpu", processes) == Choice(
         "bf16", f"--precision=bf16; {slower}", f"{slower} (measured); try --precision=fp32")
 
 
@@ -97,20 +97,72 @@ def test_half_precision_that_is_faster_does_not_warn(speed):
         "fp16", "--precision=fp16; its convolutions are 2 times as fast as fp32 here")
 
 
-def test_measurement_compares_the_formats_in_bounded_time(monkeypatch):
-    seconds = {torch.float32: 0.02, torch.bfloat16: 0.2}
-    formats = []
+class Rates:
+    """Lets half precision compute at given rates, relative to fp32, forward and with gradients; notes what was run."""
 
-    def convolve(x, w, padding):
-        formats.append(x.dtype)
-        time.sleep(seconds[x.dtype])
+    def __init__(self, monkeypatch, forward, training):
+        self.now, self.runs = 0.0, []
+        seconds = {"forward": 1 / forward, "forward_and_backward": 1 / training}
+        for kind, slow in seconds.items():
+            monkeypatch.setattr(device._Convolution, kind, self._run(kind, slow))
+        monkeypatch.setattr(device.time, "perf_counter", lambda: self.now)
 
-    monkeypatch.setattr(device.F, "conv2d", convolve)
-    # A busy machine sleeps longer than asked, rarely by as much as a half.
-    assert device.half_speed("cpu", "bf16") == pytest.approx(0.1, rel=0.5)
-    assert formats.count(torch.bfloat16) == 2
-    assert 2 <= formats.count(torch.float32) <= 8
+    def _run(self, kind, slow):
+        def run(convolution):
+            is_half, is_nhwc = (convolution._w.dtype != torch.float32,
+                                not convolution._w.is_contiguous())
+            self.now += 0.002 * (slow if is_half else 1)
+            self.runs.append((kind, is_half, is_nhwc))
+        return run
+
+
+def test_measurement_stops_at_a_format_that_is_hopeless(monkeypatch):
+    rates = Rates(monkeypatch, forward=1 / 125, training=2)
+    assert device.half_speed("cpu", "bf16") == pytest.approx(1 / 125)
+    assert rates.runs.count(("forward", True, False)) == 2  # of a quarter of a second each
+    assert rates.runs.count(("forward", False, False)) >= 20
+    assert len(rates.runs) < 40
+    assert rates.now < 0.6
+
+
+@pytest.mark.parametrize("training", [0.7, 1.6])
+def test_measurement_is_decided_by_a_pass_as_in_training(training, monkeypatch):
+    rates = Rates(monkeypatch, forward=3, training=training)
+    assert device.half_speed("cpu", "bf16") == pytest.approx(training)
+    assert rates.now < 0.8
+    chosen = choose_precision("auto", "cpu")
+    assert (chosen.name, f"{training} times as fast" in chosen.reason) == ("bf16" if training > 1.5 else "fp32", True)
+
+
+@pytest.mark.parametrize("name", ["auto", "bf16"])
+def test_measurement_has_the_layout_that_is_asked_for(name, monkeypatch):
+    rates = Rates(monkeypatch, forward=3, training=2)
+    assert choose_precision(name, "cpu", nhwc=True).name == "bf16"
+    assert {(is_half, is_nhwc) for _, is_half, is_nhwc in rates.runs} == {(False, False), (True, True)}
+
+
+def test_measurement_takes_turns_and_the_fastest_run(monkeypatch):
+    now, order = [0.0], []
+    durations = {"a": iter([9.0, 0.02, 0.05, 0.04] + [0.05] * 9), "b": iter([7.0, 0.2, 0.1, 0.3] + [0.3] * 9)}
+
+    def run(name):
+        order.append(name)
+        now[0] += next(durations[name])
+
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    assert device._compare(lambda: run("a"), lambda: run("b")) == pytest.approx(0.02 / 0.2)
+    assert order == ["a", "b", "a", "a", "b"]  # 0.02 seconds are less than a turn
 
 
 def test_measurement_works_on_this_machine():
     assert 0 < device.half_speed("cpu", "bf16") < 1000
+
+
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_measured_convolutions_are_those_of_a_layer(nhwc):
+    made = device._Convolution("cpu", torch.bfloat16, device._LARGE, nhwc=nhwc)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    assert (made._x.shape, made._w.shape) == ((4, 256, 16, 16), (256, 256, 3, 3))
+    assert made._x.is_contiguous(memory_format=layout)
+    assert made._w.is_contiguous(memory_format=layout)
+    assert made._w.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from dnnlib.cli import run
 from metrics.choice import choose_metrics
 from tests.make_archives import make_folder, make_zip
 from tests.make_sets import make_set, pixels_of, png
+from torch_utils.allocator import Tuning
 from training import device
 from training.balance import image_weights
 from training.command import make_command
@@ -31,9 +32,14 @@ BASE = ("--outdir=runs", "--data=set.zip", "--metrics=none")
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with a data set of six labelled images of 16x16; bf16 is slow here, and no GPU is seen."""
+    """A folder to work in, with a data set of six labelled images of 16x16; bf16 is slow here, and no GPU is seen.
+
+    The allocator of the tests' process is left alone.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(device, "half_speed", lambda *_: 0.5)
+    monkeypatch.setattr("training.command.tune_malloc",
+                        lambda wanted: Tuning(is_done=wanted, reason=f"--tune-malloc={wanted}"))
+    monkeypatch.setattr(device, "half_speed", lambda *_, **__: 0.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -148,6 +154,7 @@ SETTINGS_FLAGS = [
     ("", "balance", "none"), ("--balance=classes", "balance", "classes"), ("--valid=other.zip", "valid", "other.zip"),
     ("", "max_hours", None), ("--max-hours=1.5", "max_hours", 1.5), ("", "new", False), ("--new", "new", True),
     ("", "name", None), ("--name=a.b_c-1", "name", "a.b_c-1"),
+    ("", "tune_malloc", True), ("--tune-malloc=0", "tune_malloc", False),
 ]
 
 
@@ -156,6 +163,22 @@ def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
     make_set("other.zip", 2, size=16, labels=[0, 1])
     trainer, _ = start(capsys, *flags.split())
     assert getattr(trainer.settings, name) == value
+
+
+def test_allocator_is_tuned_on_a_cpu_alone(inside, capsys, monkeypatch):
+    def memory_notes(*flags):
+        return [line for line in start(capsys, "--precision=fp32", *flags)[0].settings.notes if "memory" in line]
+
+    assert memory_notes() == ["memory: freed memory is kept for reuse (--tune-malloc=True)"]
+    assert memory_notes("--tune-malloc=no") == ["memory: the allocator is left as it is (--tune-malloc=False)"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert memory_notes() == []
+
+
+def test_allocator_is_no_part_of_a_runs_identity(inside, capsys):
+    tuned, left = (start(capsys, *flags)[0] for flags in ([], ["--tune-malloc=0"]))
+    assert tuned.config == left.config
 
 
 def test_every_flag_has_a_test_of_its_effect(inside):
@@ -235,6 +258,7 @@ def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
     assert trainer.config.metrics == ()
     assert trainer.settings.notes == (
         "device: cpu (no CUDA device is available)",
+        "memory: freed memory is kept for reuse (--tune-malloc=True)",
         "precision: fp32 (bf16 convolutions are 0.5 times as fast as fp32 on this CPU; 1.5 times would be worth bf16)",
         line)
     assert run(make_command(None, choose_metrics), ["--outdir=runs", "--data=set.zip", "--dry-run"]) == 0
@@ -259,12 +283,12 @@ def test_metrics_at_hand_are_used(inside, capsys):
 def test_slow_half_precision_warns_in_one_line(inside, capsys):
     line = "convolutions in bf16 take 2 times as long as in fp32 on this CPU (measured); try --precision=fp32"
     trainer, err = start(capsys, "--precision=bf16")
-    assert (trainer.settings.notes[2:], err) == ((line,), "")
+    assert (trainer.settings.notes[3:], err) == ((line,), "")
     assert dry_run(capsys, "--precision=bf16")[1] == line + "\n"
 
 
 def test_fast_bf16_is_chosen(inside, capsys, monkeypatch):
-    monkeypatch.setattr(device, "half_speed", lambda *_: 2.0)
+    monkeypatch.setattr(device, "half_speed", lambda *_, **__: 2.0)
     trainer, err = start(capsys)
     assert (trainer.config.generator.half_dtype, trainer.config.generator.num_fp16_res, err) == ("bfloat16", 4, "")
 

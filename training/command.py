@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import UserError
+from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
 from training.balance import image_weights
 from training.config import ConfigError, TrainConfig
@@ -74,7 +75,9 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
 
 
 def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
-    """Check everything that can be checked before a run starts. Prints nothing: a run says the notes of its settings.
+    """Check everything that can be checked before a run starts, and tune the allocator of a CPU for it.
+
+    Prints nothing: a run says the notes of its settings.
 
     flags:  values by the names of `training.flags.FLAGS`, None where not given
     Raises UserError, one line, where the run could not work; nothing was written then.
@@ -86,9 +89,12 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
     processes, is_main = options.gpus or 1, place.rank == 0
     device = choose_device(settings.device, processes if place.count == 1 else place.local_count)
 
+    memory = (tune_malloc(settings.tune_malloc).note,) if device.name == "cpu" else ()
+
     facts = ImageDataset(settings.data).facts()
     config = resolve(options, facts)  # so that mistakes are found before the measurement
-    precision = choose_precision(_asked_precision(options), device.name, processes)
+    precision = choose_precision(_asked_precision(options), device.name, processes, nhwc=bool(options.nhwc),
+                                 is_main=is_main)
     config = resolve(replace(options, precision=precision.name), facts)
     if settings.name is not None:
         config = replace(config, run_name=settings.name)
@@ -97,7 +103,8 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
         check_resume_weights(config)
 
     warnings = tuple(line for line in (metrics_note, precision.warning) if line is not None)
-    notes = (f"device: {device.name} ({device.reason})", f"precision: {precision.name} ({precision.reason})", *warnings)
+    notes = (f"device: {device.name} ({device.reason})", *memory,
+             f"precision: {precision.name} ({precision.reason})", *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision,
                 warnings=warnings)

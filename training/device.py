@@ -1,6 +1,8 @@
 """Choose the device of a run and the number format of its networks."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,11 @@ PRECISION_NAMES = ("auto", "fp32", "fp16", "bf16")
 WORTHWHILE_RATIO = 1.5
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PROBE_SECONDS = 0.15  # of each format; a run of the slowest formats seen takes as long
-_PROBE_RUNS = 50
+# Images, channels and pixels a side of convolutions. The slowest formats seen take a quarter of a second for the small
+# one; where they are below this ratio the other, which is as in training, would take seconds and tell nothing new.
+_SMALL, _LARGE = (2, 64, 32), (4, 256, 16)
+_HOPELESS_RATIO = 0.5
+_PROBE_SECONDS, _TURN_SECONDS = 0.3, 0.03  # of each of them; of a format, unless a run takes longer
 
 
 @dataclass(frozen=True)
@@ -60,56 +65,101 @@ def _check_cuda(name: str, index: str, processes: int, available: bool) -> None:
         raise ConfigError(f"--gpus is {processes}; expected at most {count}, the GPUs of this machine")
 
 
-def choose_precision(name: str, device: str, processes: int = 1) -> Choice:
+def choose_precision(name: str, device: str, processes: int = 1, *, nhwc: bool = False, is_main: bool = True) -> Choice:
     """Return "fp32", "fp16" or "bf16" for --precision.
 
-    "auto" is fp16 on a GPU, as in the original. On a CPU it is fp32, unless a measurement of less than a second shows
-    bf16 to be 1.5 times as fast. Several processes would disturb each other's measurement and might choose differently:
-    they take fp32. What was asked for is taken, with a warning where it is slower than fp32.
+    nhwc:     half precision keeps the channels of a pixel together
+    is_main:  of several processes this is the one whose warnings are said
+
+    "auto" is fp16 on a GPU, as in the original. On a CPU it is fp32, unless a measurement of about a second shows bf16
+    to be 1.5 times as fast. Several processes would disturb each other's measurement and might choose differently: they
+    take fp32. What was asked for is taken, with a warning where it is slower than fp32.
     """
     if name == "auto":
-        return _choose_for_user(device, processes)
+        return _choose_for_user(device, processes, nhwc)
     reason = f"--precision={name}"
-    if name == "fp32" or processes > 1:
+    # On a GPU the process that starts the others would take memory that they need.
+    if name == "fp32" or not is_main or (processes > 1 and device != "cpu"):
         return Choice(name, reason)
-    ratio = half_speed(device, name)
+    ratio = half_speed(device, name, nhwc=nhwc)
     if ratio >= 1:
         return Choice(name, f"{reason}; its convolutions are {ratio:.3g} times as fast as fp32 here")
     slower = f"convolutions in {name} take {1 / ratio:.3g} times as long as in fp32 on this {_describe(device)}"
     return Choice(name, f"{reason}; {slower}", f"{slower} (measured); try --precision=fp32")
 
 
-def half_speed(device: str, name: str) -> float:
-    """Measure, in less than a second, how many times as fast as in fp32 a convolution is in a half format."""
-    seconds = {fmt: _fastest_convolution(torch.device(device), _DTYPES[fmt]) for fmt in ("fp32", name)}
-    return seconds["fp32"] / seconds[name]
+def half_speed(device: str, name: str, *, nhwc: bool = False) -> float:
+    """Measure, in about a second, how many times as fast as in fp32 convolutions are in a half format.
+
+    Where a small one does not rule the format out, forward and backward pass of one as in training decide.
+    """
+    works = {fmt: _Convolution(device, _DTYPES[fmt], _SMALL, nhwc=nhwc and fmt != "fp32") for fmt in ("fp32", name)}
+    ratio = _compare(works["fp32"].forward, works[name].forward)
+    if ratio < _HOPELESS_RATIO:
+        return ratio
+    works = {fmt: _Convolution(device, _DTYPES[fmt], _LARGE, nhwc=nhwc and fmt != "fp32") for fmt in ("fp32", name)}
+    return _compare(works["fp32"].forward_and_backward, works[name].forward_and_backward)
 
 
-def _choose_for_user(device: str, processes: int) -> Choice:
+def _choose_for_user(device: str, processes: int, nhwc: bool) -> Choice:
     if device != "cpu":
         return Choice("fp16", "the highest resolutions in fp16 are the standard on a GPU")
     if processes > 1:
         return Choice("fp32", "the standard on a CPU for several processes")
-    ratio = half_speed(device, "bf16")
+    ratio = half_speed(device, "bf16", nhwc=nhwc)
     found = f"bf16 convolutions are {ratio:.3g} times as fast as fp32 on this CPU"
     if ratio >= WORTHWHILE_RATIO:
         return Choice("bf16", f"{found}, and {WORTHWHILE_RATIO:g} times is worth it")
     return Choice("fp32", f"{found}; {WORTHWHILE_RATIO:g} times would be worth bf16")
 
 
-def _fastest_convolution(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of the fastest of several convolutions; at least two are run, the first one sets things up."""
-    x = torch.ones(2, 64, 32, 32, dtype=dtype, device=device)
-    w = torch.ones(64, 64, 3, 3, dtype=dtype, device=device)
-    best, started = float("inf"), time.perf_counter()
-    for run in range(_PROBE_RUNS):
-        before = time.perf_counter()
-        if run >= 2 and before - started > _PROBE_SECONDS:
-            break
-        F.conv2d(x, w, padding=1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - before)
+class _Convolution:
+    """A 3x3 convolution of a layer of the networks.
+
+    size:  images, channels, pixels a side;  nhwc: keep the channels of a pixel together
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype, size: tuple[int, int, int], *, nhwc: bool):
+        images, channels, side = size
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        self._x, self._w = (
+            torch.ones(shape, dtype=dtype, device=device).to(memory_format=layout).requires_grad_()
+            for shape in ((images, channels, side, side), (channels, channels, 3, 3)))
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            F.conv2d(self._x, self._w, padding=1)
+        self._wait()
+
+    def forward_and_backward(self) -> None:
+        y = F.conv2d(self._x, self._w, padding=1)
+        torch.autograd.grad(y, (self._x, self._w), torch.ones_like(y))
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._x.is_cuda:
+            torch.cuda.synchronize(self._x.device)
+
+
+def _compare(work: Callable[[], None], other: Callable[[], None]) -> float:
+    """Return the seconds of the fastest of several runs of `work` by those of `other`.
+
+    They take turns, so that what else the machine does hits both; at least two, since the first one sets things up.
+    """
+    best, turns, started = [math.inf, math.inf], 0, time.perf_counter()
+    while turns < 2 or time.perf_counter() - started < _PROBE_SECONDS:
+        best = [min(known, _fastest(run)) for known, run in zip(best, (work, other), strict=True)]
+        turns += 1
+    return best[0] / best[1]
+
+
+def _fastest(run: Callable[[], None]) -> float:
+    """Return the seconds of the fastest run within a turn."""
+    best, started, now = math.inf, time.perf_counter(), 0.0
+    while now < _TURN_SECONDS:
+        run()
+        before, now = now, time.perf_counter() - started
+        best = min(best, now - before)
     return best
 
 

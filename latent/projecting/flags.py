@@ -6,7 +6,7 @@ from imagesets.conversion.options import FILTERS
 from latent.projecting.projection import SPACES
 from latent.projecting.target_image import DEFAULT_TRANSFORM, TARGET_TRANSFORMS
 from metrics.detectors.opening import SIMILARITY_NAMES
-from training.flags import Flag
+from training.flags import TUNE_MALLOC_HELP, Flag
 
 WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")
 
@@ -56,4 +56,6 @@ FLAGS = [
     Flag(["--batch"], group=SPEED, type=int, metavar="INT", help="Projections of one pass. An image's result does not "
          "depend on the others in it; passes of other sizes round otherwise. [default: by resolution and device, such "
          "as 8; with --target the classes that are tried]"),
+    Flag(["--tune-malloc"], group=SPEED, type=bool, metavar="BOOL", default=True, help=f"{TUNE_MALLOC_HELP} "
+         "[default: true]"),
 ]

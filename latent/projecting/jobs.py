@@ -30,10 +30,9 @@ from latent.projecting.set_work import ProjectionPlan, SetWorker
 from latent.projecting.start_class import parse_start, starts_of_target
 from latent.projecting.target_image import read_target, spec_for
 from latent.sampling import choose_batch
-from latent.sharing import memory_advice
+from latent.sharing import memory_advice, settle_device
 from metrics.detectors.similarity import Similarity
 from torch_utils.distributed import Place, Processes, join
-from training.device import choose_device
 from training.input_checks import check_outdir
 from training.launch import is_part_of_run, launch
 
@@ -45,9 +44,10 @@ def do_job(request: ProjectRequest) -> int:
 
 def project_target(request: ProjectRequest) -> int:
     """Write the latent of one image, and what is shown there."""
-    request.processes(Place.from_environment())
+    place = Place.from_environment()
+    processes = request.processes(place)
     check_outdir(request.outdir)
-    device = choose_device(request.device).name
+    device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, device)
     target = read_target(request.target, network.G, transform=request.transform, resize_filter=request.resize_filter,
                          exact=request.exact)
@@ -70,7 +70,7 @@ def project_set(request: ProjectRequest) -> int:
     """Write the latents of many images, in as many processes as asked for."""
     place = Place.from_environment()
     processes = request.processes(place)
-    device = choose_device(request.device, processes if place.count == 1 else place.local_count).name
+    device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     check_outdir(request.outdir)
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)

@@ -38,6 +38,7 @@ class ProjectRequest:
     device: str
     gpus: int | None
     batch: int | None
+    tune_malloc: bool
 
     def __post_init__(self) -> None:
         for name, example in (("network", "network-snapshot-001000.safetensors"), ("outdir", "out")):
