@@ -127,7 +127,8 @@ def test_pipe_double_precision_draws_the_same_augmentations():
     single = AugmentPipe(**EVERYTHING)(images, generator=seeded())
     double = AugmentPipe(**EVERYTHING).double()(images.double(), generator=seeded())
     assert double.dtype == torch.float64
-    torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-4)  # float32 sampling positions, as above
+    # Float32 sampling positions, as above; what they move, contrast and filter enlarge.
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=2e-4)
     assert AugmentPipe(**EVERYTHING).double()(images, generator=seeded()).dtype == torch.float32
 
 

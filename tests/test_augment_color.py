@@ -44,8 +44,8 @@ def paper_matrix(draws, n, p):
 def test_recolor_equals_the_papers_matrices(channels):
     random = torch.Generator().manual_seed(0)
     images = torch.randn(40, channels, 4, 5, dtype=torch.float64, generator=random)
-    draws = draw_random(40, dtype=torch.float64, device=images.device, generator=random)
-    result = recolor(images, draw_color_map(AugmentStrengths(**ALL), draws, torch.tensor(0.7)))
+    draws = draw_random(40, random)
+    result = recolor(images, draw_color_map(AugmentStrengths(**ALL), draws, 0.7))
     for n in range(40):
         matrix = paper_matrix(draws, n, 0.7)
         if channels == 1:

@@ -57,6 +57,30 @@ def test_resume_is_exact():
         assert same, name
 
 
+def test_resume_brings_moments_into_the_layout_of_their_weights():
+    # The fused optimizer goes over weights, gradients and moments in the order of memory.
+    config = small_config()
+
+    def start(layout):
+        state = small_state(config)
+        weight = state.D.b16.conv0.weight
+        weight.data = weight.data.contiguous(memory_format=layout)
+        return state
+
+    plain, unbroken, broken, continued = map(start, [torch.contiguous_format] + 3 * [torch.channels_last])
+    run(plain, config, 3)
+    run(unbroken, config, 3)
+    run(broken, config, 2)
+    saved = saved_and_opened(broken)
+    moments = saved["d_adam"]["b16.conv0.weight"]
+    assert not moments["exp_avg_sq"].is_contiguous()
+    saved["d_adam"]["b16.conv0.weight"] = {name: value.contiguous() for name, value in moments.items()}
+    continued.load_state_dict(saved)
+    run(continued, config, 1)
+    assert torch.equal(continued.D.b16.conv0.weight, unbroken.D.b16.conv0.weight)
+    torch.testing.assert_close(continued.D.b16.conv0.weight, plain.D.b16.conv0.weight, rtol=0, atol=1e-4)
+
+
 def test_state_dict_holds_moments_of_every_parameter_once_trained():
     config = small_config()
     state = small_state(config)

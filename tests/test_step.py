@@ -108,9 +108,9 @@ def test_step_w_avg_follows_first_latents_in_every_phase():
     calls = []
     state.G.mapping.register_forward_hook(lambda module, args, output: calls.append(output[:, 0].detach()))
     train_step(state, only(small_inputs(state, config), mix_cutoffs=[1]), config)
-    assert len(calls) == 6  # Gmain, Greg, Dmain: each with its mixing
-    for w in calls[::2]:
-        expected = torch.lerp(w.mean(0), expected, 0.995)
+    assert [len(w) for w in calls] == [8, 4, 8]  # Gmain, Greg, Dmain: the first latents, then those of mixing
+    for w in calls:
+        expected = torch.lerp(w.chunk(2)[0].mean(0), expected, 0.995)
     torch.testing.assert_close(state.G.mapping.w_avg, expected)
 
 
@@ -181,7 +181,7 @@ def test_step_equal_inputs_give_bit_equal_states():
 
 def test_step_augments_reals_and_fakes_before_the_discriminator():
     class Blank(AugmentPipe):
-        def forward(self, images, debug_percentile=None, *, generator=None):
+        def forward(self, images, debug_percentile=None, **generators):
             return images * 0
 
     config = small_config()

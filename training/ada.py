@@ -17,7 +17,7 @@ def count_signs(logits: Tensor) -> Tensor:
     """
     values = logits.detach().double()
     signs = torch.where(values.isnan(), values, values.sign())  # PyTorch's sign of NaN is 0: it would go unseen
-    return torch.stack([signs.sum(), signs.new_tensor(signs.numel())])
+    return torch.stack([signs.sum(), signs.new_full([], signs.numel())])
 
 
 def mean_sign(counts: Tensor) -> float:

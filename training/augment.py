@@ -17,7 +17,8 @@ class AugmentPipe(torch.nn.Module):
     """Apply random augmentations, each with probability strength * p; differentiable in the images to any order.
 
     Keyword arguments are the fields of AugmentStrengths; what is not named stays off. `p` is a buffer, 1 at first, that
-    training adapts. `init_kwargs` keeps the arguments. Raises ValueError for an unknown name or a value out of range.
+    training adapts; it stays on the host. `init_kwargs` keeps the arguments. Raises ValueError for an unknown name or
+    a value out of range.
     """
 
     def __init__(self, **strengths):
@@ -25,18 +26,20 @@ class AugmentPipe(torch.nn.Module):
         self.init_kwargs = dict(strengths)
         self.strengths = parse_strengths(strengths)
         # The names are those of published network files.
-        self.register_buffer("p", torch.ones([]))
+        self.register_buffer("p", torch.ones([], device="cpu"))
         self.register_buffer("Hz_geom", setup_filter(SYM6))
         self.register_buffer("Hz_fbank", torch.as_tensor(octave_bank(), dtype=torch.float32))
 
     def forward(self, images: Tensor, debug_percentile: float | None = None, *,
-                generator: torch.Generator | None = None) -> Tensor:
+                generator: torch.Generator | None = None, host_generator: torch.Generator | None = None) -> Tensor:
         """Augment a batch.
 
         images:           [N, C, H, W] floating point, H and W at least 2; C is 1 or 3 where colours are changed
         debug_percentile: replaces every draw by this quantile, in (0, 1), and makes every augmentation happen; only the
                           pixels of the noise stay random
         generator:        source of all randomness, on any device; None takes PyTorch's own
+        host_generator:   source of what is decided about each image, in place of `generator`; where that is on another
+                          device than the host, its draws have to be waited for
 
         Returns images of the same shape and dtype. Half precision is computed in float32. An image that no
         augmentation changes comes back bit for bit. Raises ValueError for images of another kind.
@@ -45,23 +48,29 @@ class AugmentPipe(torch.nn.Module):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point [N, C, H, W] "
                              "with at least one image and 2 pixels a side")
         dtype = images.dtype if images.dtype == torch.float64 else torch.float32
-        like = {"dtype": dtype, "device": images.device}
         if debug_percentile is None:
-            draws = draw_random(len(images), generator=generator, **like)
+            draws = draw_random(len(images), generator if host_generator is None else host_generator)
         else:
-            draws = draw_quantile(len(images), debug_percentile, **like)
+            draws = draw_quantile(len(images), debug_percentile)
         return self._augment(images.to(dtype), draws, generator).to(images.dtype)
 
+    def _apply(self, *args, **kwargs) -> "AugmentPipe":
+        """Move or convert the filters. Decisions are made on the host: p stays there, not to be waited for."""
+        p = self.p
+        super()._apply(*args, **kwargs)
+        self.p = p
+        return self
+
     def _augment(self, images: Tensor, draws: Draws, generator: torch.Generator | None) -> Tensor:
-        do = self.strengths
+        do, p = self.strengths, self.p.item()
         if do.uses_geometry:
-            images = resample(images, draw_source_map(do, draws, self.p, images), self.Hz_geom)
+            images = resample(images, draw_source_map(do, draws, p, images), self.Hz_geom)
         if do.uses_color:
-            images = recolor(images, draw_color_map(do, draws, self.p))
+            images = recolor(images, draw_color_map(do, draws, p))
         if do.uses_filter:
-            images = filter_bands(images, draw_band_gains(do, draws, self.p), self.Hz_fbank.to(images.dtype))
+            images = filter_bands(images, draw_band_gains(do, draws, p), self.Hz_fbank.to(images.dtype))
         if do.noise:
-            images = add_noise(images, draw_noise_level(do, draws, self.p), generator)
+            images = add_noise(images, draw_noise_level(do, draws, p), generator)
         if do.cutout:
-            images = cut_out(images, do, draws, self.p)
+            images = cut_out(images, do, draws, p)
         return images

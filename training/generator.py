@@ -92,7 +92,7 @@ class ToRGBLayer(nn.Module):
         self.style_gain = 1 / math.sqrt(in_channels * kernel_size**2)
 
     def forward(self, x: Tensor, w: Tensor, fused_modconv: bool = True) -> Tensor:
-        styles = self.affine(w) * self.style_gain
+        styles = self.affine(w, gain=self.style_gain)
         x = modulated_conv2d(x, self.weight, styles, padding=self.padding, demodulate=False,
                              fused_modconv=fused_modconv)
         return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)

@@ -40,9 +40,11 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     options = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight, impl=impl)
 
     if not fused_modconv or len(x) == 0:
-        out = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **options)
+        out = conv2d_resample(x * _per_channel(styles, x), weight.to(x.dtype), **options)
+        if scale is not None and noise is not None:
+            return torch.addcmul(noise.to(x.dtype), out, _per_channel(scale, x))  # one pass over memory
         if scale is not None:
-            out = out * scale.to(x.dtype)[:, :, None, None]
+            out = out * _per_channel(scale, x)
     else:
         num = x.shape[0]
         kernels = weight * styles[:, None, :, None, None]  # [N, O, I, kh, kw]
@@ -54,10 +56,31 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     return out if noise is None else out + noise.to(x.dtype)
 
 
+def _per_channel(factors: Tensor, x: Tensor) -> Tensor:
+    """Let factors [N, C] broadcast against activations like x. -> [N, C, 1, 1]"""
+    return factors.to(x.dtype).reshape(*factors.shape, 1, 1)
+
+
 def _demodulation(weight: Tensor, styles: Tensor) -> Tensor:
     """Return [N, O], the factors that bring each output of unit normal inputs to unit variance."""
-    energy = weight.square().sum(dim=[2, 3])  # [O, I]
-    return torch.rsqrt(styles.square() @ energy.T + 1e-8)
+    return torch.rsqrt(styles.square() @ _KernelEnergy.apply(weight).T + 1e-8)
+
+
+class _KernelEnergy(torch.autograd.Function):
+    """Sum the squares of each kernel: [O, I, kh, kw] -> [O, I]
+
+    PyTorch's own derivative of a square goes over all weights three times, this one once.
+    """
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight.square().sum(dim=(2, 3))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        return weight * _per_channel(2 * grad, weight)
 
 
 def _tamed(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,10 +108,15 @@ class FullyConnectedLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init))) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x @ (self.weight.to(x.dtype) * self.weight_gain).T
-        bias = None if self.bias is None else self.bias.to(x.dtype) * self.lr_multiplier
-        return bias_act(y, bias, act=self.activation)
+    def forward(self, x: Tensor, gain: float = 1) -> Tensor:
+        """gain: further factor of a layer without activation"""
+        weight, weight_gain = self.weight.to(x.dtype), self.weight_gain * gain
+        if self.bias is None:
+            y = x @ (weight * weight_gain).T
+        else:
+            bias_gain = self.lr_multiplier * gain
+            y = torch.addmm(self.bias.to(x.dtype), x, weight.T, beta=bias_gain, alpha=weight_gain)
+        return y if self.activation == "linear" else bias_act(y, act=self.activation)
 
 
 class Conv2dLayer(nn.Module):

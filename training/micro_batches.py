@@ -18,7 +18,8 @@ class MicroBatch:
     labels: Tensor  # [n, c_dim]
     inputs: PhaseInputs  # its tensors cut to this micro-batch
     cutoff: int  # ws from here on come from the second latents; L mixes nothing
-    rng: torch.Generator | None  # for layer noise and augmentation, on the training device
+    rng: torch.Generator | None  # for layer noise and whatever has many numbers, on the training device
+    host_rng: torch.Generator | None  # for what augmentation decides about each image: `rng` itself where that will do
 
 
 def cut(phase: str, batch: StepInputs, config: StepConfig, *, num_ws: int, augments: bool,
@@ -36,11 +37,18 @@ def cut(phase: str, batch: StepInputs, config: StepConfig, *, num_ws: int, augme
 
     columns = {name: [None] * num if getattr(inputs, name) is None else getattr(inputs, name).chunk(num)
                for name in rows}
+    generators = [_generators(seed, device) for seed in inputs.seeds] or [(None, None)] * num
     return [MicroBatch(
         reals=batch.reals[index * size:(index + 1) * size], labels=batch.labels[index * size:(index + 1) * size],
         inputs=PhaseInputs(**{name: values[index] for name, values in columns.items()}),
         cutoff=num_ws if inputs.mix_z is None else inputs.mix_cutoffs[index],
-        rng=generator_for(inputs.seeds[index], device) if inputs.seeds else None) for index in range(num)]
+        rng=rng, host_rng=host_rng) for index, (rng, host_rng) in enumerate(generators)]
+
+
+def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """Return a generator of the device and one of the host; they are one where the device is the host."""
+    rng = generator_for(seed, device)
+    return rng, rng if device.type == "cpu" else generator_for(seed)
 
 
 def _check_rows(phase: str, batch: StepInputs, rows: dict[str, int]) -> None:

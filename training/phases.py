@@ -48,14 +48,17 @@ class PhaseWork:
         """Return the sums that `commit` divides, to be replaced in place by those over all processes."""
         return [running.total for running in (self._w, self._lengths) if running.count]
 
-    def commit(self, num_processes: int = 1) -> None:
-        """Move the running means of w and of path lengths."""
-        mapping, pl_mean = self.state.G.mapping, self.state.pl_mean
+    def commit(self, finite: Tensor, num_processes: int = 1) -> None:
+        """Move the running means of w and of path lengths, unless the phase was not `finite`: a bool on the device."""
+        mapping = self.state.G.mapping
         if self._w.count and mapping.w_avg_beta is not None:
-            mapping.w_avg.copy_(torch.lerp(self._w.value(num_processes), mapping.w_avg, mapping.w_avg_beta))
+            self._move(mapping.w_avg, self._w.value(num_processes), 1 - mapping.w_avg_beta, finite)
         if self._lengths.count:
-            mean = self._lengths.value(num_processes).to(pl_mean)
-            pl_mean.copy_(torch.lerp(pl_mean, mean, self.loss.pl_decay))
+            self._move(self.state.pl_mean, self._lengths.value(num_processes), self.loss.pl_decay, finite)
+
+    @staticmethod
+    def _move(mean: Tensor, value: Tensor, rate: float, finite: Tensor) -> None:
+        mean.copy_(torch.where(finite, mean.lerp(value.to(mean), rate), mean))
 
     def Gmain(self, part: MicroBatch) -> Iterator[Tensor]:
         logits = self._judge(self._generate(part), part.inputs.c, part, "fake")
@@ -90,12 +93,14 @@ class PhaseWork:
         """Map the first `num` latents of a micro-batch (None: all), styles mixed. [num, L, K]"""
         z, c, mix_z = (value if value is None else value[:num] for value in
                        (part.inputs.z, part.inputs.c, part.inputs.mix_z))
-        ws = self.state.G.mapping(z, c, skip_w_avg_update=True)
+        if part.cutoff == self.state.G.num_ws:
+            ws = self.state.G.mapping(z, c, skip_w_avg_update=True)
+            self._w.add(ws[:, 0])
+            return ws
+        both = self.state.G.mapping(torch.cat([z, mix_z]), torch.cat([c, c]), skip_w_avg_update=True)
+        ws, second = both.chunk(2)
         self._w.add(ws[:, 0])
-        if part.cutoff < ws.shape[1]:
-            second = self.state.G.mapping(mix_z, c, skip_w_avg_update=True)
-            ws = torch.cat([ws[:, :part.cutoff], second[:, part.cutoff:]], dim=1)
-        return ws
+        return torch.cat([ws[:, :part.cutoff], second[:, part.cutoff:]], dim=1)
 
     def _generate(self, part: MicroBatch) -> Tensor:
         return self.state.G.synthesis(self._latents(part), noise_mode=self.loss.noise_mode, generator=part.rng)
@@ -103,7 +108,7 @@ class PhaseWork:
     def _judge(self, img: Tensor, c: Tensor, part: MicroBatch, kind: str) -> Tensor:
         """Return logits [n, 1] of augmented images, and report them."""
         if self.state.augment_pipe is not None:
-            img = self.state.augment_pipe(img, generator=part.rng)
+            img = self.state.augment_pipe(img, generator=part.rng, host_generator=part.host_rng)
         logits = self.state.D(img, c)
         self._report(f"Loss/scores/{kind}", logits)
         self._report(f"Loss/signs/{kind}", logits.sign())

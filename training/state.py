@@ -78,8 +78,8 @@ class TrainingState:
         parameter = next(G.parameters())
         return cls(
             G=G, D=D, G_ema=G_ema, augment_pipe=augment_pipe,
-            g_adam=torch.optim.Adam(G.parameters(), **lazy_adam(g_adam, loss.g_reg_interval)),
-            d_adam=torch.optim.Adam(D.parameters(), **lazy_adam(d_adam, loss.d_reg_interval)),
+            g_adam=torch.optim.Adam(G.parameters(), **lazy_adam(g_adam, loss.g_reg_interval), fused=True),
+            d_adam=torch.optim.Adam(D.parameters(), **lazy_adam(d_adam, loss.d_reg_interval), fused=True),
             pl_mean=torch.zeros([], dtype=parameter.dtype, device=parameter.device),
             ada_signs=torch.zeros(2, dtype=torch.float64, device=parameter.device))
 
@@ -133,8 +133,10 @@ def _set_moments(optimizer: torch.optim.Adam, network: nn.Module, saved: Mapping
     for name, parameter in network.named_parameters():
         if name in saved:
             step, *averages = (saved[name][key] for key in _MOMENTS)
-            averages = [average.to(parameter, copy=True) for average in averages]
-            optimizer.state[parameter] = dict(zip(_MOMENTS, [step.detach().clone().cpu(), *averages]))
+            # The fused step walks through memory: moments have to lie as their parameter does, and on its device.
+            averages = [torch.empty_like(parameter).copy_(average) for average in averages]
+            step = step.detach().to(parameter.device, copy=True)
+            optimizer.state[parameter] = dict(zip(_MOMENTS, [step, *averages]))
 
 
 def _check_moments(saved: Any, network: nn.Module, where: str) -> None:

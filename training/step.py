@@ -3,6 +3,7 @@
 All randomness is in the inputs, all that changes is in the state.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,28 +47,32 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
             raise ValueError(f"iteration {state.iteration} runs phase {phase}; expected inputs for it")
         plan[phase] = cut(phase, batch, config, num_ws=state.G.num_ws, augments=state.augment_pipe is not None,
                           device=state.device)
-    for phase, parts in plan.items():
-        _run_phase(phase, parts, state, config, processes, result)
+    norms = {phase: _run_phase(phase, parts, state, config, processes, result) for phase, parts in plan.items()}
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
     state.iteration += 1
     _adapt_augmentation(state, config)
+    result.skipped = _name_non_finite(norms, state)  # last, since it waits for the device
     return result
 
 
 def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
-               processes: Processes | None, result: StepResult) -> None:
-    """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite."""
+               processes: Processes | None, result: StepResult) -> Tensor:
+    """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite.
+
+    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the largest
+    magnitude of each gradient, and last the loss's.
+    """
     network, optimizer = (state.G, state.g_adam) if phase.startswith("G") else (state.D, state.d_adam)
     work = PhaseWork(state, config.loss)
-    total = torch.zeros([], device=state.device)
+    losses = []
     optimizer.zero_grad(set_to_none=True)
     network.requires_grad_(True)
     try:
         for part in parts:
             for loss in getattr(work, phase)(part):
                 loss.backward()
-                total = total + loss.detach()
+                losses.append(loss.detach())
     finally:
         network.requires_grad_(False)
     for parameter in network.parameters():
@@ -76,17 +81,18 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
 
     result.stats[phase] = {name: torch.cat(values) for name, values in work.stats.items()}
     signs = count_signs(result.stats[phase]["Loss/scores/real"]) if phase.startswith("D") else None
+    total = torch.stack(losses).sum()
     if processes is not None:
         _join_processes(processes, network, total, work, signs)
-    odd = _non_finite(total, network)
-    if odd:
-        result.skipped[phase] = odd
-    else:
-        optimizer.step()
-        work.commit(1 if processes is None else processes.count)
-        if signs is not None:
-            state.ada_signs += signs
+    norms = _largest_magnitudes([*(parameter.grad for parameter in network.parameters()), total])
+    finite = norms.amax() < math.inf  # not so for NaN
+    optimizer.found_inf = (~finite).float()  # Adam's own way to leave a step out without waiting for the device
+    optimizer.step()
+    work.commit(finite, 1 if processes is None else processes.count)
+    if signs is not None:
+        state.ada_signs += torch.where(finite, signs, 0)
     optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def _join_processes(processes: Processes, network: nn.Module, loss: Tensor, work: PhaseWork,
@@ -101,22 +107,34 @@ def _join_processes(processes: Processes, network: nn.Module, loss: Tensor, work
     processes.sum([*gradients, loss, *work.running_sums(), *([] if signs is None else [signs])])
 
 
-def _non_finite(loss: Tensor, network: nn.Module) -> list[str]:
-    """Return the names of gradients that are not finite; "loss" when only the loss is not."""
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    largest = torch.nn.utils.get_total_norm(gradients.values(), norm_type=float("inf"))
-    if (torch.isfinite(largest) & torch.isfinite(loss)).item():
-        return []
-    return [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()] or ["loss"]
+def _largest_magnitudes(tensors: list[Tensor]) -> Tensor:
+    """Return the largest magnitude of each tensor, NaN where one has a NaN. -> [len(tensors)]"""
+    return torch.stack(torch._foreach_norm(tensors, math.inf))
+
+
+def _name_non_finite(norms: dict[str, Tensor], state: TrainingState) -> dict[str, list[str]]:
+    """Return, by phase, the names of gradients that were not finite; "loss" when only the loss was not.
+
+    norms: what `_run_phase` returned, by phase. Reads one flag back to the host, and more only when it says so.
+    """
+    if torch.cat(list(norms.values())).amax().item() < math.inf:
+        return {}
+    odd = {}
+    for phase, values in norms.items():
+        network = state.G if phase.startswith("G") else state.D
+        *gradients, loss = values.isfinite().tolist()
+        if not all([*gradients, loss]):
+            names = [name for name, _ in network.named_parameters()]
+            odd[phase] = [name for name, finite in zip(names, gradients) if not finite] or ["loss"]
+    return odd
 
 
 @torch.no_grad()
 def _update_average(state: TrainingState, beta: float) -> None:
     """Move G_ema towards G; buffers are copied, so that its w_avg is the generator's."""
-    for averaged, current in zip(state.G_ema.parameters(), state.G.parameters(), strict=True):
-        averaged.copy_(torch.lerp(current, averaged, beta))
-    for averaged, current in zip(state.G_ema.buffers(), state.G.buffers(), strict=True):
-        averaged.copy_(current)
+    averaged, current = ([*network.parameters()] for network in (state.G_ema, state.G))
+    torch._foreach_lerp_(averaged, current, 1 - beta)
+    torch._foreach_copy_([*state.G_ema.buffers()], [*state.G.buffers()])
 
 
 def _adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
@@ -124,7 +142,7 @@ def _adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
     ada, pipe = config.ada, state.augment_pipe
     if ada is None or pipe is None or state.iteration % ada.interval:
         return
-    if state.ada_signs[1] > 0:  # none where every phase since was skipped
-        sign = mean_sign(state.ada_signs)
-        pipe.p.fill_(next_p(pipe.p.item(), sign, ada.target, config.batch, ada.interval, ada.kimg))
+    signs = state.ada_signs.cpu()
+    if signs[1] > 0:  # none where every phase since was skipped
+        pipe.p.fill_(next_p(pipe.p.item(), mean_sign(signs), ada.target, config.batch, ada.interval, ada.kimg))
     state.ada_signs.zero_()

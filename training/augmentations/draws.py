@@ -1,13 +1,15 @@
 """Draw the random numbers of one augmented batch.
 
 Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
-neither a strength nor p ever shifts the other draws.
+neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
+images costs less than a device takes to start, and where it can be looked at without waiting for the device.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from training.augmentations.strengths import BANDS
 
@@ -23,55 +25,55 @@ _HALF_NORMAL = {"noise": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The numbers of N images, each [N, k] under the name of its augmentation.
+    """The numbers of N images, each [N, k] float64 under the name of its augmentation.
 
     An augmentation takes place where its gate, in [0, 1), lies below its probability. Each method returns the drawn
-    amount there and 0 elsewhere; `probability` is a tensor that broadcasts against [N, k].
+    amount there and 0 elsewhere; `probability` is a number, or an array that broadcasts against [N, k].
     """
 
-    gates: dict[str, Tensor]
-    uniforms: dict[str, Tensor]  # in [0, 1)
-    normals: dict[str, Tensor]
-    half_normals: dict[str, Tensor]  # absolute values of normal ones
+    gates: dict[str, np.ndarray]
+    uniforms: dict[str, np.ndarray]  # in [0, 1)
+    normals: dict[str, np.ndarray]
+    half_normals: dict[str, np.ndarray]  # absolute values of normal ones
 
-    def fires(self, name: str, probability: Tensor) -> Tensor:
+    def fires(self, name: str, probability: float | np.ndarray) -> np.ndarray:
         return self.gates[name] < probability
 
-    def choice(self, name: str, probability: Tensor, count: int) -> Tensor:
+    def choice(self, name: str, probability: float, count: int) -> np.ndarray:
         """Draw one of 0, 1, ..., count - 1."""
-        return self._gated(name, probability, (self.uniforms[name] * count).floor())
+        return self._gated(name, probability, np.floor(self.uniforms[name] * count))
 
-    def symmetric(self, name: str, probability: Tensor) -> Tensor:
+    def symmetric(self, name: str, probability: float) -> np.ndarray:
         """Draw uniformly from [-1, 1)."""
         return self._gated(name, probability, self.uniforms[name] * 2 - 1)
 
-    def normal(self, name: str, probability: Tensor) -> Tensor:
+    def normal(self, name: str, probability: float | np.ndarray) -> np.ndarray:
         return self._gated(name, probability, self.normals[name])
 
-    def half_normal(self, name: str, probability: Tensor) -> Tensor:
+    def half_normal(self, name: str, probability: float) -> np.ndarray:
         return self._gated(name, probability, self.half_normals[name])
 
-    def _gated(self, name: str, probability: Tensor, amount: Tensor) -> Tensor:
-        return torch.where(self.fires(name, probability), amount, 0)
+    def _gated(self, name: str, probability: float | np.ndarray, amount: np.ndarray) -> np.ndarray:
+        return np.where(self.fires(name, probability), amount, 0)
 
 
-def draw_random(count: int, *, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Draws:
-    """Draw for `count` images, on the generator's device; the results are `dtype` on `device`.
+def draw_random(count: int, generator: torch.Generator | None) -> Draws:
+    """Draw for `count` images. generator: None takes PyTorch's own, of the host; one of another device is waited for
 
-    The draws themselves are float32 in every precision, so that a batch meets the same augmentations in each.
+    The draws themselves are float32, as those of an image are.
     """
-    source = device if generator is None else generator.device
+    source = "cpu" if generator is None else generator.device
 
     def table(sampler, widths):
         drawn = sampler(count, sum(widths.values()), dtype=torch.float32, device=source, generator=generator)
-        return _named_columns(drawn.to(device, dtype), widths)
+        return _named_columns(drawn.cpu().numpy().astype(np.float64), widths)
 
     return Draws(gates=table(torch.rand, _GATES), uniforms=table(torch.rand, _UNIFORM),
                  normals=table(torch.randn, _NORMAL),
-                 half_normals={name: value.abs() for name, value in table(torch.randn, _HALF_NORMAL).items()})
+                 half_normals={name: abs(value) for name, value in table(torch.randn, _HALF_NORMAL).items()})
 
 
-def draw_quantile(count: int, quantile: float, *, dtype: torch.dtype, device: torch.device) -> Draws:
+def draw_quantile(count: int, quantile: float) -> Draws:
     """Replace every draw of `count` images by one quantile of its distribution, and let every gate fire.
 
     As in the reference vectors, erfinv stands for the normal quantile without its factor sqrt(2), and the rotation
@@ -81,10 +83,10 @@ def draw_quantile(count: int, quantile: float, *, dtype: torch.dtype, device: to
         raise ValueError(f"debug_percentile is {quantile!r}; expected a number between 0 and 1, both excluded")
 
     def table(value, widths):
-        return _named_columns(torch.full([count, sum(widths.values())], value, dtype=dtype, device=device), widths)
+        return _named_columns(np.full([count, sum(widths.values())], value), widths)
 
     def erfinv(x):
-        return torch.erfinv(torch.tensor(x, dtype=dtype)).item()
+        return torch.erfinv(torch.tensor(x, dtype=torch.float64)).item()
 
     draws = Draws(gates=table(0.0, _GATES), uniforms=table(quantile, _UNIFORM),
                   normals=table(erfinv(2 * quantile - 1), _NORMAL), half_normals=table(erfinv(quantile), _HALF_NORMAL))
@@ -92,10 +94,11 @@ def draw_quantile(count: int, quantile: float, *, dtype: torch.dtype, device: to
     return draws
 
 
-def rotation_probability(strength: float, p: Tensor) -> Tensor:
+def rotation_probability(strength: float, p: float) -> float:
     """Return the probability of each of the two rotations for which either happens with strength * p."""
-    return 1 - (1 - strength * p).clamp(min=0).sqrt()
+    return 1 - math.sqrt(max(1 - strength * p, 0))
 
 
-def _named_columns(table: Tensor, widths: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(widths, table.split(list(widths.values()), dim=1)))
+def _named_columns(table: np.ndarray, widths: dict[str, int]) -> dict[str, np.ndarray]:
+    ends = np.cumsum(list(widths.values()))
+    return dict(zip(widths, np.split(table, ends[:-1], axis=1)))

@@ -6,11 +6,13 @@ Coordinates are (x, y) in pixels from the centre of the image, y downwards.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_utils.ops.grid_sample import sample_bilinear
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
+from training.augmentations.device import on_device_of
 from training.augmentations.draws import Draws, rotation_probability
 from training.augmentations.padding import reflect_pad
 from training.augmentations.strengths import AugmentStrengths
@@ -26,61 +28,56 @@ _READING_REACH = 4
 class SourceMap:
     """Where the pixels of the result come from: source = linear @ place + shift, one map an image.
 
-    linear: [N, 2, 2];  shift: [N, 2]
+    linear: [N, 2, 2] float64;  shift: [N, 2] float64
 
-    Transforming the image further composes the inverse of the new transform on the side of `place`. The products are
-    written out because matrix multiplication may round to TF32, which is a quarter of a pixel at 256.
+    Transforming the image further composes the inverse of the new transform on the side of `place`.
     """
 
-    linear: Tensor
-    shift: Tensor
+    linear: np.ndarray
+    shift: np.ndarray
 
     @classmethod
-    def identity(cls, count: int, *, dtype: torch.dtype, device: torch.device) -> "SourceMap":
-        linear = torch.eye(2, dtype=dtype, device=device).expand(count, 2, 2)
-        return cls(linear, torch.zeros(count, 2, dtype=dtype, device=device))
+    def identity(cls, count: int) -> "SourceMap":
+        return cls(np.tile(np.eye(2), (count, 1, 1)), np.zeros((count, 2)))
 
-    def apply_linear(self, vectors: Tensor) -> Tensor:
-        """[N, 2] -> [N, 2] without the shift"""
-        return (self.linear * vectors[:, None, :]).sum(2)
-
-    def scaled(self, x: Tensor, y: Tensor) -> "SourceMap":
+    def scaled(self, x: np.ndarray, y: np.ndarray) -> "SourceMap":
         """Enlarge the image by the factors x and y, each [N]."""
-        return SourceMap(self.linear / torch.stack([x, y], dim=1)[:, None, :], self.shift)
+        return SourceMap(self.linear / np.stack([x, y], axis=1)[:, None, :], self.shift)
 
-    def turned(self, angle: Tensor) -> "SourceMap":
+    def turned(self, angle: np.ndarray) -> "SourceMap":
         """Turn the image by `angle` [N] radians, from y to x."""
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        column_x, column_y = self.linear.unbind(2)
-        return SourceMap(torch.stack([column_x * cos + column_y * sin, column_y * cos - column_x * sin], dim=2),
-                         self.shift)
+        cos, sin = np.cos(angle), np.sin(angle)
+        return SourceMap(self.linear @ np.moveaxis(np.array([[cos, -sin], [sin, cos]]), 2, 0), self.shift)
 
-    def moved(self, x: Tensor, y: Tensor) -> "SourceMap":
+    def moved(self, x: np.ndarray, y: np.ndarray) -> "SourceMap":
         """Move the image by x and y pixels, each [N]."""
-        return SourceMap(self.linear, self.shift - self.apply_linear(torch.stack([x, y], dim=1)))
+        return SourceMap(self.linear, self.shift - (self.linear @ np.stack([x, y], axis=1)[:, :, None])[:, :, 0])
 
-    def differs(self) -> Tensor:
+    def differs(self) -> np.ndarray:
         """Tell which images are changed. -> [N] bool"""
-        turned = (self.linear != torch.eye(2, dtype=self.linear.dtype, device=self.linear.device)).flatten(1).any(1)
-        return turned | (self.shift != 0).any(1)
+        return (self.linear != np.eye(2)).any(axis=(1, 2)) | (self.shift != 0).any(axis=1)
+
+    def of(self, images: np.ndarray) -> "SourceMap":
+        """Return the maps of some of the images, given by their numbers [M]."""
+        return SourceMap(self.linear[images], self.shift[images])
 
 
-def draw_source_map(strengths: AugmentStrengths, draws: Draws, p: Tensor, images: Tensor) -> SourceMap:
-    """Turn the draws into one map for each of the images [N, C, H, W]. p: scalar"""
+def draw_source_map(strengths: AugmentStrengths, draws: Draws, p: float, images: Tensor) -> SourceMap:
+    """Turn the draws into one map for each of the images [N, C, H, W]."""
     count, _, height, width = images.shape
-    source = SourceMap.identity(count, dtype=images.dtype, device=images.device)
+    source = SourceMap.identity(count)
 
     sign = 1 - 2 * draws.choice("xflip", strengths.xflip * p, 2)[:, 0]
-    source = source.scaled(sign, torch.ones_like(sign))
+    source = source.scaled(sign, np.ones(count))
     source = source.turned(draws.choice("rotate90", strengths.rotate90 * p, 4)[:, 0] * (math.pi / 2))
     step = draws.symmetric("xint", strengths.xint * p) * strengths.xint_max
-    source = source.moved((step[:, 0] * width).round(), (step[:, 1] * height).round())
+    source = source.moved(np.round(step[:, 0] * width), np.round(step[:, 1] * height))
 
-    factor = (draws.normal("scale", strengths.scale * p)[:, 0] * strengths.scale_std).exp2()
+    factor = np.exp2(draws.normal("scale", strengths.scale * p)[:, 0] * strengths.scale_std)
     source = source.scaled(factor, factor)
     angles = draws.symmetric("rotate", rotation_probability(strengths.rotate, p)) * (math.pi * strengths.rotate_max)
     source = source.turned(angles[:, 0])
-    factor = (draws.normal("aniso", strengths.aniso * p)[:, 0] * strengths.aniso_std).exp2()
+    factor = np.exp2(draws.normal("aniso", strengths.aniso * p)[:, 0] * strengths.aniso_std)
     source = source.scaled(factor, 1 / factor)
     source = source.turned(angles[:, 1])
     step = draws.normal("xfrac", strengths.xfrac * p) * strengths.xfrac_std
@@ -93,44 +90,48 @@ def resample(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
     images: [N, C, H, W] float32 or float64, H and W at least 2
     taps:   [k] low-pass for the doubling and, mirrored, the halving
 
-    Images that the map leaves in place come back bit for bit. Reads the margins back to the host: one synchronisation.
+    Images that the map leaves in place come back bit for bit, and cost nothing.
     """
-    differs = source.differs()
-    edge = len(taps) // 4  # result pixels outside the image that the halving reads
-    *margins, any_differs = torch.cat([_margins(source, edge, images), differs.any()[None]]).int().tolist()
-    if not any_differs:
+    changed = np.flatnonzero(source.differs())
+    if len(changed) == 0:
         return images
-    left, right, top, bottom = margins
+    if len(changed) == len(images):
+        return _resample_all(images, source, taps)
+    rows = on_device_of(images, changed)
+    moved = _resample_all(images.index_select(0, rows), source.of(changed), taps)
+    return images.index_copy(0, rows, moved)
+
+
+def _resample_all(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
+    edge = len(taps) // 4  # result pixels outside the image that the halving reads
+    left, right, top, bottom = _margins(source, edge, images.shape)
     doubled = upsample2d(reflect_pad(images, left, right, top, bottom), taps, up=2)
     offset = (left - right) / 2, (top - bottom) / 2  # of the old centre in the padded image
-    grid = _sampling_grid(source, offset, images.shape, doubled.shape, edge)
-    moved = downsample2d(sample_bilinear(doubled, grid), taps, down=2, padding=-2 * edge, flip_filter=True)
-    return torch.where(differs[:, None, None, None], moved, images)
+    grid = _sampling_grid(source, offset, images, doubled.shape, edge)
+    return downsample2d(sample_bilinear(doubled, grid), taps, down=2, padding=-2 * edge, flip_filter=True)
 
 
-def _margins(source: SourceMap, edge: int, images: Tensor) -> Tensor:
-    """Return the padding that the batch needs, at most the image's size less one: left, right, top, bottom."""
-    most = torch.tensor([images.shape[3] - 1, images.shape[2] - 1], dtype=images.dtype, device=images.device)
-    corner = most / 2 + edge
-    reach = (source.linear.abs() * corner).sum(2)  # of any point of the result, along x and y: [N, 2]
-    beyond = torch.stack([reach - source.shift, reach + source.shift], dim=2) + _READING_REACH - most[:, None] / 2
-    return beyond.amax(0).ceil().clamp(min=0).minimum(most[:, None]).flatten()
+def _margins(source: SourceMap, edge: int, shape) -> list[int]:
+    """Return the padding that these maps need, at most the image's size less one: left, right, top, bottom."""
+    most = np.array([shape[3] - 1, shape[2] - 1])
+    reach = abs(source.linear) @ (most / 2 + edge)  # of any point of the result, along x and y: [N, 2]
+    beyond = np.stack([reach - source.shift, reach + source.shift], axis=2) + _READING_REACH - most[:, None] / 2
+    return np.clip(np.ceil(beyond.max(axis=0)), 0, most[:, None]).astype(int).flatten().tolist()
 
 
-def _sampling_grid(source: SourceMap, offset: tuple[float, float], shape, doubled_shape, edge: int) -> Tensor:
+def _sampling_grid(source: SourceMap, offset: tuple[float, float], images: Tensor, doubled_shape, edge: int) -> Tensor:
     """Return where to read in the doubled image: [N, 2 (H + 2 edge), 2 (W + 2 edge), 2], -1 to 1 from side to side.
 
     A sample of the result at `place` (half pixels from the centre) shows the content of place - delay, and the doubled
     image shows that of `source` at source + delay.
     """
-    like = {"dtype": source.shift.dtype, "device": source.shift.device}
-    height, width = 2 * (shape[2] + 2 * edge), 2 * (shape[3] + 2 * edge)
-    xs = torch.arange(width, **like) - (width - 1) / 2 - _FILTER_DELAY
-    ys = torch.arange(height, **like) - (height - 1) / 2 - _FILTER_DELAY
-    axes = []
-    for axis, size in ((0, doubled_shape[3]), (1, doubled_shape[2])):
-        along_x, along_y = (source.linear[:, axis] * (2 / size)).unbind(1)
-        start = (2 * (source.shift[:, axis] + offset[axis]) + _FILTER_DELAY) * (2 / size)
-        rows = ys * along_y[:, None] + start[:, None]
-        axes.append(xs * along_x[:, None, None] + rows[:, :, None])
-    return torch.stack(axes, dim=3)
+    like = {"dtype": images.dtype, "device": images.device}
+    columns, rows = 2 * (images.shape[3] + 2 * edge), 2 * (images.shape[2] + 2 * edge)
+    xs = torch.linspace(-(columns - 1) / 2, (columns - 1) / 2, columns, **like)
+    ys = torch.linspace(-(rows - 1) / 2, (rows - 1) / 2, rows, **like)
+    unit = 2 / np.array([doubled_shape[3], doubled_shape[2]])  # half a pixel, where the image is 2 wide
+    start = 2 * (source.shift + offset) + _FILTER_DELAY - source.linear.sum(axis=2) * _FILTER_DELAY
+    maps = np.concatenate([source.linear, start[:, :, None]], axis=2) * unit[:, None]  # [N, 2, 3]
+    per_x, per_y, start = on_device_of(images, maps).unsqueeze(3).unbind(2)  # [N, 2, 1] each
+    planes = (per_x * xs).unsqueeze(2) + torch.addcmul(start, per_y, ys).unsqueeze(3)  # [N, 2, rows, columns]
+    return planes.permute(0, 2, 3, 1)
