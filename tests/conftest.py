@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torch_utils.ops.build import builds_folder
+from torch_utils.ops.compiled import failure_of
 
 # A shell that starts tests in the background lets them ignore Ctrl-C, and programs that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -15,6 +16,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Compiled operators are built once, also for programs that tests start with a cache folder of their own.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(builds_folder()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators():
+    """Build the operators before any test looks at what a program prints."""
+    failure_of("cpu")
 
 
 def pytest_collection_modifyitems(items):

@@ -162,6 +162,8 @@ class BiasCall:
     def derivatives(self) -> list["BiasCall"]:
         """Return this call and those of its derivatives that kernels are asked for."""
         most = 1 if self.act in USES_OUT else 2
+        if self.act == "lrelu" and self.alpha < 0:  # other operators do, since the result would hide the slope
+            most = 0
         return [replace(self, name=f"{self.name}_{order}", order_of_derivative=order) for order in range(most + 1)]
 
     def _forward(self, x: Tensor) -> Tensor:

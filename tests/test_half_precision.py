@@ -41,8 +41,11 @@ def test_discriminator_logits_stay_near_float32(half_dtype, architecture):
 
 @pytest.mark.parametrize("half_dtype", BOUNDS)
 def test_gradients_through_half_blocks_stay_near_float32(half_dtype):
-    G = small_generator(32, num_fp16_res=3, conv_clamp=256, half_dtype=half_dtype)
-    D = small_discriminator(32, num_fp16_res=3, conv_clamp=256, half_dtype=half_dtype)
+    # A smooth activation: lrelu's slope jumps where rounding changes a sign, which is up to the numbers.
+    smooth = {"activation": "swish"}
+    G = small_generator(32, num_fp16_res=3, conv_clamp=256, half_dtype=half_dtype, **smooth)
+    D = small_discriminator(32, num_fp16_res=3, conv_clamp=256, half_dtype=half_dtype, block_kwargs=smooth,
+                            epilogue_kwargs=smooth)
     z, c = torch.randn(4, 8, generator=torch.Generator().manual_seed(2)), random_labels(4)
 
     def gradients(force_fp32):
@@ -50,8 +53,7 @@ def test_gradients_through_half_blocks_stay_near_float32(half_dtype):
         gradients = torch.autograd.grad(torch.nn.functional.softplus(-logits).mean(), list(G.parameters()))
         return torch.cat([gradient.flatten() for gradient in gradients])
 
-    # Twice the layers, forward and backward; lrelu's slope jumps where rounding changes a sign.
-    assert 0 < relative_error(gradients(False), gradients(True)) < 6 * BOUNDS[half_dtype]
+    assert 0 < relative_error(gradients(False), gradients(True)) < BOUNDS[half_dtype]
 
 
 def test_blocks_in_half_are_the_highest_resolutions():

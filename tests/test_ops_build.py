@@ -68,7 +68,7 @@ def log(tmp_path, monkeypatch):
     monkeypatch.setenv("LOG", str(tmp_path / "calls.txt"))
     monkeypatch.setenv("MAX_JOBS", "1")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "a cache"))
-    for name in ("TORCH_CUDA_ARCH_LIST", "WAIT_FOR", "FAULT"):
+    for name in ("TORCH_EXTENSIONS_DIR", "TORCH_CUDA_ARCH_LIST", "WAIT_FOR", "FAULT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(TorchBuild, "installed", lambda: TORCH)
     return tmp_path / "calls.txt"

@@ -113,7 +113,7 @@ def source(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "twice.h").write_text("#define FACTOR 2\n")
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "a cache"))
-    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"):
         monkeypatch.delenv(name, raising=False)
     return folder
 

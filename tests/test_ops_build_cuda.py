@@ -128,7 +128,8 @@ def test_wrapper_of_nvcc_is_asked_for_its_toolkit(tmp_path, monkeypatch):
 def test_no_toolkit_says_why_and_how_to_get_one(tmp_path, monkeypatch):
     with pytest.raises(BuildError) as error:
         find(tmp_path)
-    assert str(error.value) == 'no CUDA toolkit fits a PyTorch for CUDA 13.0: pip install "cuda-toolkit[nvcc,cccl]==13.0.*"'
+    assert str(error.value) == ('no CUDA toolkit fits a PyTorch for CUDA 13.0: pip install '
+                                '"cuda-toolkit[nvcc,cccl]==13.0.*"')
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "gone"))
     monkeypatch.setenv("CUDA_PATH", str(write_toolkit(tmp_path / "old", "11.8")))
     headless = tmp_path / "site-packages/nvidia/cu12"

@@ -18,7 +18,9 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     gain:   factor after the activation; None takes the activation's default
     clamp:  the result is limited to [-clamp, clamp]; None does not limit
 
-    Returns the shape and dtype of x. Differentiable to any order in x and b. Raises ValueError for an unknown
+    Returns the shape and dtype of x. Differentiable to any order in x and b. Implementations differ in whether a
+    gradient passes where a result is just at the limit, and in whether the gradient of linear, relu and lrelu, which x
+    does not change, asks for zeros as its own derivative or is a constant. Raises ValueError for an unknown
     activation, a bias that does not fit, or a negative clamp.
     """
     activation = activation_named(act)

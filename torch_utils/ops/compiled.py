@@ -32,8 +32,10 @@ def failure_of(kind: str) -> str | None:
 def fast_implementation(kind: str) -> str:
     """Return the implementation that "auto" takes on a type of device: "cpp", "cuda", else "composed".
 
-    Says once a process why it is "composed".
+    On "meta", where shapes are computed alone, it is the CPU's. Says once a process why it is "composed".
     """
+    if kind == "meta":
+        kind = "cpu"
     if kind not in IMPLEMENTATION_ON:
         return "composed"
     is_news = kind not in _failures
