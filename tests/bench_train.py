@@ -1,12 +1,14 @@
-"""Time training iterations, and compare their rate of arithmetic with that of plain convolutions in the same run.
+"""Time training iterations against the same with reference operators, and against plain convolutions, in one run.
 
     python -m tests.bench_train [--resolutions 32,64,256] [--cfg auto] [--device cpu] [--images N] [--seconds S]
+                                [--tune-malloc BOOL]
 
 Iterations are real ones, on random images. Regularisation is lazy, so that a cycle has iterations of several kinds,
 by the phases that run; each kind is timed, in turns with the convolutions, and counts as often as a cycle has it.
 Where a batch is too much for a CPU, an iteration gets one pass of a few images, and the time of a whole batch is as
 many passes as it takes. Records go one a line, and as JSON in the last line; times are medians.
 
+over_ref: time of a cycle by that of one with impl="ref" for filters and activations; all else is ours in both
 share: floating point operations of the convolutions and matrix products of an iteration, by its time, over the rate of
        the forward pass of a 3x3 convolution at each resolution of the networks. Filters, activations, augmentation,
        optimizers and whatever else an iteration does take time and count as nothing.
@@ -30,6 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from tests.bench_ops import commit
+from torch_utils.allocator import tune_malloc
+from torch_utils.ops.compiled import describe
+from torch_utils.ops.dispatch import auto_means
 from training.config import TrainConfig
 from training.options import DatasetFacts, TrainOptions
 from training.presets import resolve
@@ -54,19 +59,30 @@ FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: backward_flops
 
 
 class Work(TorchDispatchMode):
-    """A context that counts operators, and the floating point operations of convolutions and matrix products."""
+    """A context that counts operators, and the floating point operations of convolutions and matrix products.
+
+    Operators are all that PyTorch dispatches, and `launches` those that compute: they are none of the views, which only
+    look at the same memory in another way.
+    """
 
     def __init__(self):
         super().__init__()
-        self.flops = self.operators = 0
+        self.flops = self.operators = self.launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.operators += 1
+        self.launches += not is_view(func)
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def is_view(func: torch._ops.OpOverload) -> bool:
+    """Tell whether a result shares the memory of an argument that stays as it is."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def count(work: Callable[[], object]) -> Work:
@@ -97,13 +113,25 @@ def build_iterations(config: TrainConfig, images: int, device: str) -> dict[tupl
         train_step(state, StepInputs(reals=reals, labels=labels.to(device), phases=phases), step)
 
     kinds = {}
-    for iteration in range(cycle_length(config)):
+    for iteration in range(cycle(config).total()):
         kinds.setdefault(tuple(active_phases(iteration, step.loss)), lambda iteration=iteration: iterate(iteration))
     return kinds
 
 
-def cycle_length(config: TrainConfig) -> int:
-    return math.lcm(config.step.loss.g_reg_interval, config.step.loss.d_reg_interval)
+def cycle(config: TrainConfig) -> Counter:
+    """Return how many iterations of each kind, by its phases, there are until all comes again."""
+    loss = config.step.loss
+    return Counter(tuple(active_phases(iteration, loss)) for iteration in
+                   range(math.lcm(loss.g_reg_interval, loss.d_reg_interval)))
+
+
+def referring(work: Callable[[], object]) -> Callable[[], object]:
+    """Return the same work with the reference operators."""
+    def run() -> None:
+        with auto_means("ref"):
+            work()
+
+    return run
 
 
 def build_convolutions(config: TrainConfig, images: int, device: str) -> dict[tuple[int, ...], Callable[[], object]]:
@@ -157,14 +185,18 @@ def benchmark(options: argparse.Namespace, resolution: int) -> list[dict]:
     iterations, convolutions = (build(config, images, options.device) for build in
                                 (build_iterations, build_convolutions))
     counts = {name: count(work) for name, work in {**iterations, **convolutions}.items()}  # this warms up too
-    medians, turns = measure({**iterations, **convolutions}, options.seconds)
+    with_ref = {("ref", *kind): referring(iterate) for kind, iterate in iterations.items()}
+    for iterate in with_ref.values():
+        iterate()  # to warm up
+    medians, turns = measure({**iterations, **with_ref, **convolutions}, options.seconds)
     title = f"train/{options.cfg}{resolution}/float32"
     records = []
     for name, work in counts.items():
         kind = f"{title}/{images} images/{'+'.join(name)}" if name in iterations else \
             f"conv2d/3x3/float32/{'x'.join(map(str, name))}/fwd"
         records.append({"name": kind, "median_ms": round(medians[name], 3), "gflop": round(work.flops / 1e9, 3),
-                        "gflop_per_s": round(work.flops / medians[name] / 1e6, 2), "operators": work.operators})
+                        "gflop_per_s": round(work.flops / medians[name] / 1e6, 2), "operators": work.operators,
+                        "launches": work.launches})
     records.append({"name": title, "turns": turns, **summarize(config, images, medians, counts, convolutions)})
     for record in records:
         print("  ".join(f"{key} {value}" if key != "name" else f"{value:60}" for key, value in record.items()),
@@ -180,19 +212,22 @@ def default_images(config: TrainConfig, device: str) -> int:
 
 def summarize(config: TrainConfig, images: int, medians: dict, counts: dict, convolutions: dict) -> dict:
     """Put a cycle together from the kinds of iterations that it has."""
-    length = cycle_length(config)
-    cycle = Counter(tuple(active_phases(iteration, config.step.loss)) for iteration in range(length))
-    milliseconds = sum(medians[kind] * times for kind, times in cycle.items())
-    rate = sum(counts[kind].flops * times for kind, times in cycle.items()) / milliseconds / 1e6
+    kinds = cycle(config)
+    length = kinds.total()
+    milliseconds = sum(medians[kind] * times for kind, times in kinds.items())
+    with_ref = sum(medians["ref", *kind] * times for kind, times in kinds.items())
+    rate = sum(counts[kind].flops * times for kind, times in kinds.items()) / milliseconds / 1e6
     plain = sum(counts[shape].flops for shape in convolutions) / sum(medians[shape] for shape in convolutions) / 1e6
     passes = config.batch // images
     return {
         "sec_per_kimg": round(milliseconds / (length * images), 2), "images_measured": images, "batch": config.batch,
         # Optimizers and the moving average run once a batch, and are counted here in each of its passes.
         "extrapolated": f"at most that, from 1 of {passes} passes" if passes > 1 else "no",
+        "over_ref": round(milliseconds / with_ref, 3),
         "gflop_per_image": round(rate * milliseconds / 1e3 / (length * images), 2), "gflop_per_s": round(rate, 2),
         "conv2d_gflop_per_s": round(plain, 2), "share": round(rate / plain, 3),
-        "operators_per_iteration": round(sum(counts[kind].operators * times for kind, times in cycle.items()) / length),
+        **{f"{name}_per_iteration": round(sum(getattr(counts[kind], name) * times for kind, times in kinds.items())
+                                          / length) for name in ("operators", "launches")},
     }
 
 
@@ -208,18 +243,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30, help="for each resolution, beside warming up (default: "
                         "30)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch chooses)")
+    parser.add_argument("--tune-malloc", type=lambda text: text.lower() in ("1", "true", "yes"), default=True,
+                        help="as of the programs (default: true)")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    memory = tune_malloc(options.tune_malloc).note
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     records = [record for resolution in options.resolutions for record in benchmark(options, resolution)]
     name = torch.cuda.get_device_name(options.device) if options.device != "cpu" else \
         platform.processor() or platform.machine()
-    print(json.dumps({"records": records, "threads": torch.get_num_threads(), "device": name,
+    print(json.dumps({"records": records, "memory": memory, "operators": describe(torch.device(options.device).type),
+                      "threads": torch.get_num_threads(), "device": name,
                       "torch": torch.__version__, "commit": commit()}))
 
 

@@ -7,6 +7,7 @@ from tests.small_networks import small_discriminator
 from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.estimate import LiveBytes, augment_bytes, count_parameters, estimate_memory, meta_state, state_bytes
+from training.gradients import GradientSum
 from training.micro_batches import MicroBatch
 from training.options import DatasetFacts, TrainOptions
 from training.phases import PhaseWork
@@ -86,13 +87,14 @@ def test_activations_are_those_of_a_real_micro_batch(precision):
     assert estimate.phase == "Gmain"
     state = TrainingState.create(config, "cpu")
     state.G.requires_grad_(True)
-    for parameter in state.G.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    gradients = GradientSum([*state.G.parameters()])
+    gradients.sums = [torch.zeros_like(parameter) for parameter in gradients.parameters]
     inputs = PhaseInputs(z=torch.randn(4, 64), c=torch.eye(2).repeat(2, 1), mix_z=torch.randn(4, 64))
-    part = MicroBatch(reals=torch.zeros(4, 3, 16, 16), labels=inputs.c, inputs=inputs, cutoff=1, rng=None)
+    part = MicroBatch(reals=torch.zeros(4, 3, 16, 16), labels=inputs.c, inputs=inputs, cutoff=1, rng=None,
+                      host_rng=None)
     with LiveBytes() as tracker:
         for loss in PhaseWork(state, config.step.loss).Gmain(part):
-            loss.backward()
+            gradients.add(loss)
     # The CPU's own convolutions may keep a tensor more or less than those of the meta device.
     assert estimate.activations == pytest.approx(tracker.peak, rel=0.05)
 

@@ -17,6 +17,7 @@ from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.discriminator import Discriminator
 from training.generator import Generator
+from training.gradients import GradientSum
 from training.micro_batches import MicroBatch
 from training.phases import PhaseWork
 from training.state import TrainingState
@@ -122,17 +123,15 @@ def _parameter_bytes(network: nn.Module) -> int:
 def _phase_peak(phase: str, state: TrainingState, config: TrainConfig) -> int:
     """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
     network = state.G if phase.startswith("G") else state.D
+    gradients = GradientSum([*network.parameters()])
+    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
     network.requires_grad_(True)
-    for parameter in network.parameters():  # as in all micro-batches but the first
-        parameter.grad = torch.empty_like(parameter)
     try:
         with LiveBytes() as tracker:
             for loss in getattr(PhaseWork(state, config.step.loss), phase)(_meta_micro_batch(state, config)):
-                loss.backward()
+                gradients.add(loss)
     finally:
         network.requires_grad_(False)
-        for parameter in network.parameters():
-            parameter.grad = None
     return tracker.peak
 
 
@@ -145,7 +144,8 @@ def _meta_micro_batch(state: TrainingState, config: TrainConfig) -> MicroBatch:
 
     inputs = PhaseInputs(z=empty(size, G.z_dim), c=empty(size, G.c_dim), mix_z=empty(size, G.z_dim),
                          pl_noise=empty(path_length_images(size, config.step.loss), *image))
-    return MicroBatch(reals=empty(size, *image), labels=empty(size, G.c_dim), inputs=inputs, cutoff=1, rng=None)
+    return MicroBatch(reals=empty(size, *image), labels=empty(size, G.c_dim), inputs=inputs, cutoff=1, rng=None,
+                      host_rng=None)
 
 
 def augment_bytes(config: TrainConfig) -> int:

@@ -110,13 +110,39 @@ class FullyConnectedLayer(nn.Module):
 
     def forward(self, x: Tensor, gain: float = 1) -> Tensor:
         """gain: further factor of a layer without activation"""
-        weight, weight_gain = self.weight.to(x.dtype), self.weight_gain * gain
-        if self.bias is None:
-            y = x @ (weight * weight_gain).T
-        else:
-            bias_gain = self.lr_multiplier * gain
-            y = torch.addmm(self.bias.to(x.dtype), x, weight.T, beta=bias_gain, alpha=weight_gain)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = _Linear.apply(x, self.weight.to(x.dtype), bias, self.weight_gain * gain, self.lr_multiplier * gain)
         return y if self.activation == "linear" else bias_act(y, act=self.activation)
+
+
+class _Linear(torch.autograd.Function):
+    """Compute weight_gain * x @ weight.T + bias_gain * bias. [N, I], [O, I], [O] or None -> [N, O]
+
+    PyTorch's own derivative applies the gains to each gradient by itself, and takes three times as many operators.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_gain, bias_gain):
+        ctx.save_for_backward(x, weight)
+        ctx.gains = weight_gain, bias_gain
+        if bias is None:
+            return (x * weight_gain) @ weight.T
+        return torch.addmm(bias, x, weight.T, alpha=weight_gain, beta=bias_gain)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        weight_gain, bias_gain = ctx.gains
+        scaled = grad * weight_gain
+        return (scaled @ weight if ctx.needs_input_grad[0] else None,
+                scaled.T @ x if ctx.needs_input_grad[1] else None,
+                _sum_of_images(grad, bias_gain) if ctx.needs_input_grad[2] else None, None, None)
+
+
+def _sum_of_images(x: Tensor, gain: float) -> Tensor:
+    """Sum x [N, C] over N, times gain. -> [C]"""
+    total = x.sum(dim=0)
+    return total if gain == 1 else total * gain
 
 
 class Conv2dLayer(nn.Module):

@@ -13,6 +13,7 @@ from dnnlib.files import sha256_of
 from imagesets.member_pixels import describe_shape
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes
+from torch_utils.ops.compiled import describe as describe_operators
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
@@ -142,7 +143,8 @@ class RunOutput:
             f"data: {dataset.path}, {dataset.num_images} images{' and their mirror images' if dataset.xflip else ''}, "
             f"{describe_shape(dataset.image_shape)}, {classes}",
             f"networks: {sizes} parameters in generator and discriminator; batch {self.config.batch}, "
-            f"{self.config.step.micro_batch} a pass, {self.config.gpus} processes", *lines]))
+            f"{self.config.step.micro_batch} a pass, {self.config.gpus} processes",
+            f"operators: {describe_operators(self.state.device.type)}", *lines]))
 
     def _samples(self):
         if self._grid is None:

@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_utils.distributed import Processes
 from training.ada import count_signs, mean_sign, next_p
 from training.config import StepConfig
+from training.gradients import GradientSum
 from training.micro_batches import MicroBatch, cut
 from training.phases import PhaseWork
 from training.state import TrainingState, ema_beta
@@ -66,25 +67,24 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
     network, optimizer = (state.G, state.g_adam) if phase.startswith("G") else (state.D, state.d_adam)
     work = PhaseWork(state, config.loss)
     losses = []
-    optimizer.zero_grad(set_to_none=True)
+    parameters = [*network.parameters()]
+    gradients = GradientSum(parameters)
     network.requires_grad_(True)
     try:
         for part in parts:
             for loss in getattr(work, phase)(part):
-                loss.backward()
+                gradients.add(loss)
                 losses.append(loss.detach())
     finally:
         network.requires_grad_(False)
-    for parameter in network.parameters():
-        if parameter.grad is None:  # e.g. the last bias in a gradient penalty: its second moment decays all the same
-            parameter.grad = torch.zeros_like(parameter)
+    gradients.hand_over()
 
     result.stats[phase] = {name: torch.cat(values) for name, values in work.stats.items()}
     signs = count_signs(result.stats[phase]["Loss/scores/real"]) if phase.startswith("D") else None
     total = torch.stack(losses).sum()
     if processes is not None:
-        _join_processes(processes, network, total, work, signs)
-    norms = _largest_magnitudes([*(parameter.grad for parameter in network.parameters()), total])
+        _join_processes(processes, parameters, total, work, signs)
+    norms = _largest_magnitudes([*(parameter.grad for parameter in parameters), total])
     finite = norms.amax() < math.inf  # not so for NaN
     optimizer.found_inf = (~finite).float()  # Adam's own way to leave a step out without waiting for the device
     optimizer.step()
@@ -95,7 +95,7 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
     return norms
 
 
-def _join_processes(processes: Processes, network: nn.Module, loss: Tensor, work: PhaseWork,
+def _join_processes(processes: Processes, parameters: list[Tensor], loss: Tensor, work: PhaseWork,
                     signs: Tensor | None) -> None:
     """Replace what a phase has gathered by its sums over all processes, so that all of them then do the same.
 
@@ -103,7 +103,7 @@ def _join_processes(processes: Processes, network: nn.Module, loss: Tensor, work
     does, would be another run: Adam is blind to the scale of gradients except where they come near its eps. A value
     that is not finite in one process is not finite in the sum, and all leave the step out together.
     """
-    gradients = [parameter.grad for parameter in network.parameters()]
+    gradients = [parameter.grad for parameter in parameters]
     processes.sum([*gradients, loss, *work.running_sums(), *([] if signs is None else [signs])])
 
 
