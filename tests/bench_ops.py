@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small shapes alone, three turns")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch chooses)")
-    parser.add_argument("--seconds", type=float, default=2, help="for each record, once it has three turns (default: 2)")
+    parser.add_argument("--seconds", type=float, default=2, help="for each record, after three turns (default: 2)")
     parser.add_argument("--tune-malloc", type=lambda text: text.lower() in ("1", "true", "yes"), default=True,
                         help="as of the programs (default: true)")
     parser.add_argument("--device", default="cpu", help="default: cpu")

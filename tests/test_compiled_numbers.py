@@ -229,3 +229,23 @@ def test_upfirdn2d_every_number_of_channels_equals_the_reference(factors, taps):
         found = upfirdn2d(LAYOUTS["channels_last"](x), f, **factors)
         torch.testing.assert_close(found, upfirdn2d(x, f, **factors, impl="ref"), rtol=0, atol=1e-12,
                                    msg=lambda text, channels=channels: f"{channels} channels: {text}")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [256, 251])
+def test_large_result_is_that_of_its_parts(width, threads):
+    # Where results are stored past the caches, and where they are not
+    x, b, f = randn(5, 16, 256, width, dtype=torch.float32), randn(16, dtype=torch.float32), setup_filter([1, 3, 3, 1])
+    assert x[:1].nbytes < 1 << 24 < x.nbytes
+    works = {
+        "bias_act": lambda x: bias_act(x, b, act="lrelu", clamp=1),
+        "gradient": lambda x: torch.ops.lesion_ops.bias_act_grad(x, None, b, x, 1, 2, 0.2, 1.5, None, True)[0],
+        "gradient alone": lambda x: torch.ops.lesion_ops.bias_act_grad(x, None, b, x, 1, 2, 0.2, 1.5, None, False)[0],
+        "filter": lambda x: upfirdn2d(x, f, padding=(2, 1)),
+        "up": lambda x: upfirdn2d(x[:, :, :128], f, up=2, padding=(2, 1)),
+        "down": lambda x: upfirdn2d(x.repeat(1, 4, 1, 1), f, down=2, padding=1),
+    }
+    torch.set_num_threads(threads)
+    for name, work in works.items():
+        parts = torch.cat([work(part) for part in x.split(1)])
+        assert torch.equal(work(x), parts), name

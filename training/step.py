@@ -4,6 +4,7 @@ All randomness is in the inputs, all that changes is in the state.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,8 +62,8 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
                processes: Processes | None, result: StepResult) -> Tensor:
     """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite.
 
-    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the largest
-    magnitude of each gradient, and last the loss's.
+    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the norm of
+    each gradient, and last the magnitude of the loss.
     """
     network, optimizer = (state.G, state.g_adam) if phase.startswith("G") else (state.D, state.d_adam)
     work = PhaseWork(state, config.loss)
@@ -84,7 +85,7 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
     total = torch.stack(losses).sum()
     if processes is not None:
         _join_processes(processes, parameters, total, work, signs)
-    norms = _largest_magnitudes([*(parameter.grad for parameter in parameters), total])
+    norms = torch.stack([*_norms([parameter.grad for parameter in parameters]), total.abs()])
     finite = norms.amax() < math.inf  # not so for NaN
     optimizer.found_inf = (~finite).float()  # Adam's own way to leave a step out without waiting for the device
     optimizer.step()
@@ -107,9 +108,12 @@ def _join_processes(processes: Processes, parameters: list[Tensor], loss: Tensor
     processes.sum([*gradients, loss, *work.running_sums(), *([] if signs is None else [signs])])
 
 
-def _largest_magnitudes(tensors: list[Tensor]) -> Tensor:
-    """Return the largest magnitude of each tensor, NaN where one has a NaN. -> [len(tensors)]"""
-    return torch.stack(torch._foreach_norm(tensors, math.inf))
+def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
+    """Return numbers that are finite where gradients are, and so are the sums of their squares, which Adam averages.
+
+    The largest magnitude would tell as much, and takes CPUs 13 times as long.
+    """
+    return torch._foreach_norm(gradients)
 
 
 def _name_non_finite(norms: dict[str, Tensor], state: TrainingState) -> dict[str, list[str]]:

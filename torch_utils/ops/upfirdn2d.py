@@ -70,7 +70,7 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     padding = four_sides(padding)
     for name, size, taps, factor, pad in (("width", x.shape[3], f.shape[-1], up[0], padding[:2]),
                                           ("height", x.shape[2], f.shape[0], up[1], padding[2:])):
-        if size * factor + sum(min(side, 0) for side in pad) < 0:
+        if size * factor + min(pad[0], 0) + min(pad[1], 0) < 0:
             raise ValueError(f"upfirdn2d: padding {pad} crops more than the {name} of {size * factor} that is there")
         if size * factor + sum(pad) < taps:
             raise ValueError(f"upfirdn2d: padded {name} is {size * factor + sum(pad)}; expected at least the "
@@ -91,8 +91,10 @@ def _with_gain(f: Tensor, gain: float, *, keeps_exact: bool) -> tuple[Tensor, fl
 
     A separable filter is applied twice: each time with the root of the gain, and a sign has to stay outside.
     """
+    if gain == 1:
+        return f, gain
     root = abs(gain) ** 0.5
-    if gain == 1 or (keeps_exact and math.frexp(root)[0] == 0.5):
+    if keeps_exact and math.frexp(root)[0] == 0.5:
         return f, gain
     return (f * gain, 1) if f.ndim == 2 else (f * root, 1 if gain > 0 else -1)
 
@@ -153,6 +155,8 @@ def as_filter(f: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _pair(name: str, value) -> tuple[int, int]:
+    if type(value) is int and value >= 1:  # the usual case, since a call on a small image is as short as what follows
+        return value, value
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(isinstance(v, Integral) and v >= 1 for v in values):
         raise ValueError(f"upfirdn2d: {name} is {value!r}; expected a positive integer or a pair (x, y)")
@@ -161,6 +165,10 @@ def _pair(name: str, value) -> tuple[int, int]:
 
 def four_sides(value) -> tuple[int, int, int, int]:
     """Return a `padding` argument as (x0, x1, y0, y1)."""
+    if type(value) is int:
+        return value, value, value, value
+    if type(value) in (list, tuple) and len(value) == 4 and {*map(type, value)} == {int}:
+        return tuple(value)
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) == 2:
         values = (values[0], values[0], values[1], values[1])

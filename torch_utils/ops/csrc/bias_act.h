@@ -136,7 +136,7 @@ KERNEL_FN void bias_act_rows(Block b, const BiasActCall& c, int64_t row_length, 
     for (int32_t i = b.tx() * lanes; i < whole; i += b.nx * lanes) {
       if (varies) bias = load<lanes>(biases + first + i);
       const Pack<A, lanes> result = bias_act_at<ORDER, FORM, CLAMPS, lanes, T>(c, base + i, bias, ALIGNED);
-      store(static_cast<T*>(c.y) + base + i, result, ALIGNED);
+      store_result<Block::past_caches>(static_cast<T*>(c.y) + base + i, result, ALIGNED);
       if constexpr (SUMS) sum = plus(sum, result);
     }
     for (int32_t i = whole + b.tx(); i < cols; i += b.nx) {
@@ -157,17 +157,22 @@ KERNEL_FN void bias_act_rows(Block b, const BiasActCall& c, int64_t row_length, 
 template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, class T, class Block>
 KERNEL_FN void bias_act_tile(Block b, BiasActCall c, int64_t row_length, bool bias_per_row, int64_t first_row,
                              int32_t rows, int64_t first, int32_t cols, Sum<T>* sums) {
-#ifndef PACKS_ARE_VECTORS
+#ifdef PACKS_ARE_VECTORS
+  constexpr bool matters = Block::past_caches;
+#else
+  constexpr bool matters = true;
+#endif
   constexpr int lanes = Block::lanes;
   const bool aligned = row_length % lanes == 0 && first % lanes == 0 &&
                        (reinterpret_cast<uintptr_t>(c.x) | reinterpret_cast<uintptr_t>(c.y) |
                         reinterpret_cast<uintptr_t>(c.dy) | reinterpret_cast<uintptr_t>(c.ddx) |
                         reinterpret_cast<uintptr_t>(c.out)) % (lanes * sizeof(T)) == 0;
-  if (aligned) {
-    return bias_act_rows<ORDER, FORM, CLAMPS, SUMS, true, T>(b, c, row_length, bias_per_row, first_row, rows, first,
-                                                             cols, sums);
+  if constexpr (matters) {
+    if (aligned) {
+      return bias_act_rows<ORDER, FORM, CLAMPS, SUMS, true, T>(b, c, row_length, bias_per_row, first_row, rows, first,
+                                                               cols, sums);
+    }
   }
-#endif
   bias_act_rows<ORDER, FORM, CLAMPS, SUMS, false, T>(b, c, row_length, bias_per_row, first_row, rows, first, cols,
                                                      sums);
 }

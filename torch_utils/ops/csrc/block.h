@@ -1,16 +1,18 @@
 // Say which threads run a kernel body together: the block contexts that bodies are templated on.
 //
 // A context has nx * ny threads; this one is at (tx, ty). A thread computes `lanes` neighbours at a time. What threads
-// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs.
+// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs. Results go to memory
+// `past_caches` or not.
 #pragma once
 #include "portable.h"
 
 namespace ops {
 
 // One thread of a CPU, which is a whole block: loops over threads become loops over data, and sync nothing.
-template <int LANES, int ROWS = 1>
+template <int LANES, int ROWS = 1, bool PAST_CACHES = false>
 struct SerialBlock {
   static constexpr int nx = 1, ny = 1, lanes = LANES, rows = ROWS;
+  static constexpr bool past_caches = PAST_CACHES;
   KERNEL_FN int tx() const { return 0; }
   KERNEL_FN int ty() const { return 0; }
   KERNEL_FN void sync() const {}

@@ -9,6 +9,9 @@ namespace ops {
 // A tile of bias_act: its elements fit in the first cache several times over.
 constexpr int64_t kBiasActTile = 4096;
 
+// Bytes of a result from which on it is stored past the caches, where little of it would be when it is read.
+constexpr int64_t kPastCaches = int64_t{1} << 24;
+
 #define DECLARE_CPU_LEVEL(level)                                                                          \
   namespace level {                                                                                       \
   /* Make rows [begin, end) of the result, counted over all planes. */                                    \

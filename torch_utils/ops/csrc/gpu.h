@@ -22,6 +22,7 @@ namespace ops {
 template <int NX, int NY, int LANES, int ROWS = 1>
 struct GpuBlock {
   static constexpr int nx = NX, ny = NY, lanes = LANES, rows = ROWS;
+  static constexpr bool past_caches = false;
   __device__ int tx() const { return static_cast<int>(threadIdx.x); }
   __device__ int ty() const { return static_cast<int>(threadIdx.y); }
   __device__ void sync() const { __syncthreads(); }

@@ -23,7 +23,11 @@
 #define PACKS_ARE_VECTORS
 #endif
 
-#if defined(__F16C__) && defined(PACKS_ARE_VECTORS)
+#if defined(__AVX2__) && defined(PACKS_ARE_VECTORS)
+#define STORES_PASS_CACHES
+#endif
+
+#if (defined(__F16C__) && defined(PACKS_ARE_VECTORS)) || defined(STORES_PASS_CACHES)
 #include <immintrin.h>
 #endif
 
@@ -236,6 +240,29 @@ KERNEL_FN void store(T* to, Pack<A, N> p, [[maybe_unused]] bool aligned) {
   }
 #endif
   store(to, p);
+}
+
+// Store what nobody reads before much else has been written. PAST_CACHES: a CPU sends aligned packs straight to memory,
+// which it would otherwise read before it overwrites it; `stores_done` has to follow.
+template <bool PAST_CACHES, class A, int N, class T>
+KERNEL_FN void store_result(T* to, Pack<A, N> p, bool aligned) {
+#ifdef STORES_PASS_CACHES
+  if constexpr (PAST_CACHES && sizeof(T) == sizeof(float) && N * sizeof(T) == sizeof(__m256)) {
+    if (aligned) {
+      __m256 values;
+      memcpy(&values, &p, sizeof(values));
+      return _mm256_stream_ps(to, values);
+    }
+  }
+#endif
+  store(to, p, aligned);
+}
+
+// Let other threads see what `store_result` has stored past the caches.
+ALWAYS_INLINE void stores_done() {
+#ifdef STORES_PASS_CACHES
+  _mm_sfence();
+#endif
 }
 
 // Element by element: a + b, a * b, a * factor

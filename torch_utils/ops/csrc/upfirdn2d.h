@@ -181,7 +181,7 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
       for (int32_t q = 0; q < count; q++) {
         sum = filtered<K>(buffer + q * pitch + o, pitch, at0, taps + q * tap_step, axis.taps, sum);
       }
-      store(to + first + o, sum, aligned);
+      store_result<Block::past_caches>(to + first + o, sum, aligned);
     } else {
       static_assert(K::up == 2 && K::down == 1);
       // Outputs alternate between two phases; the second begins a sample later where the first one's tap is 0.
@@ -193,8 +193,8 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
         two = filtered_phase<K>(from + 1 - tap0, row_taps, axis.taps, 1 - tap0, two);
       }
       interleave(one, two, low, high);
-      store(to + first + o, low, aligned);
-      store(to + first + o + lanes, high, aligned);
+      store_result<Block::past_caches>(to + first + o, low, aligned);
+      store_result<Block::past_caches>(to + first + o + lanes, high, aligned);
     }
   }
   for (int32_t o = whole + b.tx(); o < cols; o += b.nx) {

@@ -11,14 +11,14 @@ constexpr int kPixels = 16;      // columns of a tile of so many channels
 
 constexpr int kRows = 8;         // gathered before they are filtered: what was just stored is slow to load
 
-template <class T>
-using Block = SerialBlock<32 / sizeof(Sum<T>), kRows>;
+template <class T, bool PAST_CACHES = false>
+using Block = SerialBlock<32 / sizeof(Sum<T>), kRows, PAST_CACHES>;
 
-template <class K, class T>
-void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+template <class K, bool PAST_CACHES, class T>
+void rows_into(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
   using A = Sum<T>;
   constexpr int pitch = K::buffer_columns(kColumns, Block<T>::lanes);
-  const Block<T> block;
+  const Block<T, PAST_CACHES> block;
   alignas(64) A taps[K::tap_count];
   alignas(64) A buffer[kRows * K::buffer_rows * pitch];
   load_taps<K>(block, call, taps);
@@ -26,6 +26,18 @@ void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
   for (int32_t first = 0; first < out; first += kColumns) {
     upfirdn2d_tile<K, T>(block, call, begin, rows, first, smaller(kColumns, out - first), taps, buffer, pitch);
   }
+  if constexpr (PAST_CACHES) stores_done();
+}
+
+template <class K, class T>
+void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == sizeof(float) && K::taps == 4 && !K::full) {
+    const int64_t pixels = static_cast<int64_t>(call.horizontal.out) * call.vertical.out;
+    if (call.planes * pixels * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
+      return rows_into<K, true, T>(call, begin, end);
+    }
+  }
+  rows_into<K, false, T>(call, begin, end);
 }
 
 template <class K, class T>
