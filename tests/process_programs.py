@@ -141,7 +141,9 @@ def act(iteration: int, processes: Processes) -> None:
 
 def wait_elsewhere(processes: Processes) -> None:
     """Wait for nothing that breaks when another process is killed, as with NCCL; with shorter delays than usual."""
+    distributed.barrier()
     if processes.rank == int(sys.argv[4]):
+        time.sleep(1)  # until the others know that all have come
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(100)
 

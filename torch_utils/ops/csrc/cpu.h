@@ -10,7 +10,7 @@ namespace ops {
 constexpr int64_t kBiasActTile = 4096;
 
 // Bytes of a result from which on it is stored past the caches, where little of it would be when it is read.
-constexpr int64_t kPastCaches = int64_t{1} << 24;
+constexpr int64_t kPastCaches = int64_t{1} << 25;
 
 #define DECLARE_CPU_LEVEL(level)                                                                          \
   namespace level {                                                                                       \

@@ -258,6 +258,29 @@ KERNEL_FN void store_result(T* to, Pack<A, N> p, bool aligned) {
   store(to, p, aligned);
 }
 
+// Store the first numbers of a pack.
+template <class A, int N, class T>
+KERNEL_FN void store_some(T* to, Pack<A, N> p, int32_t count) {
+  for (int32_t i = 0; i < count; i++) to[i] = narrow<T>(A(p.lane[i]));
+}
+
+// Store a row past the caches, but for what of it shares its cache lines with other rows.
+// pack_at(i): the pack that begins at column i
+template <class T, class PackAt>
+KERNEL_FN void store_row(T* to, int32_t columns, PackAt pack_at) {
+  constexpr int32_t line = 64 / sizeof(T), lanes = sizeof(pack_at(0).lane) / sizeof(pack_at(0).lane[0]);
+  const int32_t misplaced = static_cast<int32_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+  const int32_t before = (line - misplaced) % line, begin = before < columns ? before : columns;
+  const int32_t end = begin + (columns - begin) / line * line;
+  const auto store_part = [&](int32_t i, int32_t limit) {
+    for (; i + lanes <= limit; i += lanes) store(to + i, pack_at(i));
+    if (i < limit) store_some(to + i, pack_at(i), limit - i);
+  };
+  store_part(0, begin);
+  for (int32_t i = begin; i < end; i += lanes) store_result<true>(to + i, pack_at(i), true);
+  store_part(end, columns);
+}
+
 // Let other threads see what `store_result` has stored past the caches.
 ALWAYS_INLINE void stores_done() {
 #ifdef STORES_PASS_CACHES
@@ -331,10 +354,11 @@ KERNEL_FN Pack<A, N> clamped(Pack<A, N> p, A limit) {
   return p;
 }
 
-// Ask for memory some bytes after an address that will be read soon. Nothing is read, so it may lie outside an array.
+// Ask for memory some bytes after an address that will be read soon, to be in the second cache, which can wait for more
+// of it at a time than the first. Nothing is read, so it may lie outside an array.
 KERNEL_FN void fetch_ahead([[maybe_unused]] const void* address, [[maybe_unused]] uintptr_t bytes) {
 #ifdef PACKS_ARE_VECTORS
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + bytes));
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + bytes), 0, 2);
 #endif
 }
 

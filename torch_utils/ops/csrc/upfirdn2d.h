@@ -12,7 +12,7 @@ namespace ops {
 
 constexpr int kMostTaps = 32;  // of filters whose size is known at run time only; beyond, upfirdn2d_anything
 
-constexpr int kAhead = 2048;   // bytes, what a CPU is asked to fetch in time
+constexpr int kAhead = 4096;   // bytes, what a CPU is asked to fetch in time
 
 // What a fast body is made for: the same factors and number of taps along both axes.
 // TAPS: 0 is up to kMostTaps.  FULL: the filter is no outer product.
@@ -97,13 +97,13 @@ KERNEL_FN void gather(Block b, const T* rows, int64_t width, const A* taps, int3
     if constexpr (N == 0) return weighted<0, lanes, STEP>(rows + col, width, taps, count, aligned);
   };
   for (int32_t col = lo + b.tx() * block; col < whole; col += b.nx * block) {
+    // As many rows begin for a row of the result, and a CPU's own guesses do not go on from one row to the next.
+    for (int q = 1; q <= K::down; q++) fetch_ahead(rows + (count - q) * width + col, kAhead);
     if constexpr (K::down == 1) {
       store(buffer + (col - origin), sum_at(col));
     } else {
       static_assert(K::down == 2);
       Pack<A, lanes> even, odd;
-      // Two rows begin for each row of the result, which is more than a CPU's own guesses follow.
-      for (int q = 1; q <= K::down; q++) fetch_ahead(rows + (count - q) * width + col, kAhead);
       deinterleave(sum_at(col), sum_at(col + lanes), even, odd);
       store(buffer + (col - origin) / 2, even);  // lo - origin is a multiple of 2
       store(buffer + (col - origin) / 2 + pitch / 2, odd);
@@ -175,13 +175,19 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
   const int32_t whole = cols / block * block;
   const int32_t start = first * K::down - axis.pad;
   const int32_t at0 = ceil_div(start, K::up) - origin, tap0 = ceil_div(start, K::up) * K::up - start;
+  [[maybe_unused]] const auto sum_at = [&](int32_t o) {  // of LANES outputs; buffers are longer than a row by that
+    Pack<A, lanes> sum = filled<A, lanes>(0);
+    for (int32_t q = 0; q < count; q++) {
+      sum = filtered<K>(buffer + q * pitch + o, pitch, at0, taps + q * tap_step, axis.taps, sum);
+    }
+    return sum;
+  };
+  if constexpr (K::up == 1 && Block::past_caches) {
+    return store_row(to + first, cols, sum_at);
+  }
   for (int32_t o = b.tx() * block; o < whole; o += b.nx * block) {
     if constexpr (K::up == 1) {
-      Pack<A, lanes> sum = filled<A, lanes>(0);
-      for (int32_t q = 0; q < count; q++) {
-        sum = filtered<K>(buffer + q * pitch + o, pitch, at0, taps + q * tap_step, axis.taps, sum);
-      }
-      store_result<Block::past_caches>(to + first + o, sum, aligned);
+      store(to + first + o, sum_at(o), aligned);
     } else {
       static_assert(K::up == 2 && K::down == 1);
       // Outputs alternate between two phases; the second begins a sample later where the first one's tap is 0.
@@ -196,6 +202,10 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
       store_result<Block::past_caches>(to + first + o, low, aligned);
       store_result<Block::past_caches>(to + first + o + lanes, high, aligned);
     }
+  }
+  if constexpr (K::up == 1 && Block::nx == 1) {  // where a pack takes no longer than a number
+    if (whole < cols) store_some(to + first + whole, sum_at(whole), cols - whole);
+    return;
   }
   for (int32_t o = whole + b.tx(); o < cols; o += b.nx) {
     const int32_t begin = start + o * K::down, sample = ceil_div(begin, K::up);
