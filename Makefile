@@ -35,7 +35,7 @@ soak: $(READY)
 	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: $(READY)
-	for subject in ops dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench_$$subject || exit 1; done
+	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench_$$subject || exit 1; done
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

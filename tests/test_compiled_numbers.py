@@ -232,7 +232,7 @@ def test_upfirdn2d_every_number_of_channels_equals_the_reference(factors, taps):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("width", [256, 251])
+@pytest.mark.parametrize("width", [256, 300])
 def test_large_result_is_that_of_its_parts(width, threads):
     # Where results are stored past the caches, and where they are not
     x, b, f = randn(9, 16, 256, width, dtype=torch.float32), randn(16, dtype=torch.float32), setup_filter([1, 3, 3, 1])
@@ -243,7 +243,7 @@ def test_large_result_is_that_of_its_parts(width, threads):
         "gradient alone": lambda x: torch.ops.lesion_ops.bias_act_grad(x, None, b, x, 1, 2, 0.2, 1.5, None, False)[0],
         "filter": lambda x: upfirdn2d(x, f, padding=(2, 1)),
         "up": lambda x: upfirdn2d(x[:, :, :128], f, up=2, padding=(2, 1)),
-        "down": lambda x: upfirdn2d(x.repeat(1, 4, 1, 1), f, down=2, padding=1),
+        "down": lambda x: upfirdn2d(x.repeat(1, 2, 1, 2), f, down=2, padding=1),
     }
     torch.set_num_threads(threads)
     for name, work in works.items():

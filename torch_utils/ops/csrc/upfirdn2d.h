@@ -204,7 +204,11 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
     }
   }
   if constexpr (K::up == 1 && Block::nx == 1) {  // where a pack takes no longer than a number
-    if (whole < cols) store_some(to + first + whole, sum_at(whole), cols - whole);
+    if (cols < lanes) {
+      store_some(to + first, sum_at(0), cols);
+    } else if (whole < cols) {
+      store(to + first + cols - lanes, sum_at(cols - lanes));  // some of them once more
+    }
     return;
   }
   for (int32_t o = whole + b.tx(); o < cols; o += b.nx) {

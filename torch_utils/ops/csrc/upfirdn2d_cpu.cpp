@@ -9,6 +9,8 @@ constexpr int kColumns = 512;    // of a tile: its buffer and a few rows of the 
 constexpr int kChunk = 64;       // channels of a tile
 constexpr int kPixels = 16;      // columns of a tile of so many channels
 
+constexpr int kLongRow = 256;    // columns
+
 constexpr int kRows = 8;         // gathered before they are filtered: what was just stored is slow to load
 
 template <class T, bool PAST_CACHES = false>
@@ -32,8 +34,9 @@ void rows_into(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
 template <class K, class T>
 void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == sizeof(float) && K::taps == 4 && !K::full) {
-    const int64_t pixels = static_cast<int64_t>(call.horizontal.out) * call.vertical.out;
-    if (call.planes * pixels * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
+    const int64_t width = call.horizontal.out, pixels = width * call.vertical.out;
+    // Short rows are written too slowly for memory to be the limit, and odd ones share their cache lines.
+    if (width >= kLongRow && call.planes * pixels * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
       return rows_into<K, true, T>(call, begin, end);
     }
   }
