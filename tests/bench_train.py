@@ -206,7 +206,7 @@ def benchmark(options: argparse.Namespace, resolution: int) -> list[dict]:
 
 def default_images(config: TrainConfig, device: str) -> int:
     """Return how many images a measured iteration gets: on a CPU few enough for some turns in minutes."""
-    most = max(128 // config.dataset.resolution, 2) if device == "cpu" else config.step.micro_batch
+    most = min(max(512 // config.dataset.resolution, 4), 16) if device == "cpu" else config.step.micro_batch
     return min(config.step.micro_batch, most)
 
 
@@ -238,7 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cfg", default="auto", help="preset (default: auto)")
     parser.add_argument("--batch", type=int, help="images of an iteration (default: the preset's)")
     parser.add_argument("--images", type=int, help="images of a measured iteration, in one pass (default: on a CPU "
-                        "128 / resolution, at least 2, elsewhere the preset's pass)")
+                        "512 / resolution, 4 to 16, elsewhere the preset's pass)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--seconds", type=float, default=30, help="for each resolution, beside warming up (default: "
                         "30)")

@@ -115,5 +115,6 @@ class PhaseWork:
         return logits
 
     def _report(self, name: str, values: Tensor) -> Tensor:
-        self.stats[name].append(values.detach().flatten())
+        with torch.no_grad():
+            self.stats[name].append(values.flatten())
         return values

@@ -36,7 +36,8 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     for name, factor in (("up", up), ("down", down)):
         if not isinstance(factor, Integral) or factor < 1:
             raise ValueError(f"conv2d_resample: {name} is {factor!r}; expected an integer >= 1")
-    f = as_filter(f, x)
+    if f is not None or up > 1 or down > 1:
+        f = as_filter(f, x)
     border = four_sides(padding)
     if up > 1:
         border = [side + extra for side, extra in zip(border, up_margins(f, up))]
