@@ -90,7 +90,7 @@ fi
 NETWORK=$(ls "$DEST"/fp32/*/network-snapshot-*.safetensors 2>/dev/null | tail -n 1)
 step "generate" "$PYTHON" generate.py --network="$NETWORK" --seeds=0-7 --outdir="$DEST/images" --class=melanoma \
     --device="$DEVICE"
-step "metrics" "$PYTHON" calc_metrics.py --network="$NETWORK" --data="$DEST/phantom.zip" --metrics=kid1k_full,ppl_wend \
+step "metrics" "$PYTHON" calc_metrics.py --network="$NETWORK" --data="$DEST/phantom.zip" --metrics=kid1k_full,pr1k3_full \
     --detector=random-conv --device="$DEVICE"
 step "project" "$PYTHON" projector.py --network="$NETWORK" --target="$DEST/images/seed0000.png" --class=melanoma \
     --outdir="$DEST/projected" --num-steps=50 --detector=random-conv --save-video=0 --device="$DEVICE"
