@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from torch_utils.ops.activations import Activation, activation_named
-from torch_utils.ops.compiled_bias_act import along_dimension, bias_act_compiled
+from torch_utils.ops.compiled_bias_act import bias_act_compiled
 from torch_utils.ops.dispatch import resolve_impl
 
 
@@ -42,11 +42,18 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
 def _composed(x: Tensor, b: Tensor | None, dim: int, activation: Activation, alpha: float, gain: float,
               clamp: float | None) -> Tensor:
     if b is not None:
-        x = x + along_dimension(b, dim, x.shape)
+        x = x + _along_dimension(b, dim, x.shape)
     x = activation.apply(x, alpha)
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def _along_dimension(b: Tensor, dim: int, shape) -> Tensor:
+    """Spread a bias over a shape, along one of its dimensions."""
+    sizes = [1] * len(shape)
+    sizes[dim] = -1
+    return b.reshape(sizes).expand(shape)
 
 
 def _check_bias(b: Tensor, x: Tensor, dim: int) -> None:

@@ -42,10 +42,3 @@ def _fake_grad(dy, x, b, out, dim, act, alpha, gain, clamp, sum_bias):
 
 def _fake_grad2(ddx, dy, x, b, dim, act, alpha, gain, clamp):
     return empty_as(x, x.shape)
-
-
-def along_dimension(b: Tensor, dim: int, shape) -> Tensor:
-    """Spread a bias over a shape, along one of its dimensions."""
-    sizes = [1] * len(shape)
-    sizes[dim] = -1
-    return b.reshape(sizes).expand(shape)

@@ -1,8 +1,8 @@
 // Say which threads run a kernel body together: the block contexts that bodies are templated on.
 //
 // A context has nx * ny threads; this one is at (tx, ty). A thread computes `lanes` neighbours at a time. What threads
-// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs. Results go to memory
-// `past_caches` or not.
+// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs. `past_caches`:
+// whether results go to memory without staying in caches.
 #pragma once
 #include "portable.h"
 
