@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.tables import read_table
 from imagesets.pixels.decode import BadImage, PixelSpec, decode, decode_array
 from imagesets.sources.files import refuse_doubtful_folders
-from imagesets.sources.opening import open_source
+from imagesets.sources.opening import open_sources
 from imagesets.sources.source import Loader, Source
 from imagesets.workers import ordered_map, usable_cores
 from imagesets.writer import ImageSetWriter
@@ -56,10 +56,12 @@ class ConvertImage:
                          notes=tuple(result.notes))
 
 
-def convert(source: str | os.PathLike, dest: str | os.PathLike, *, report: str | os.PathLike | None = None,
-            workers: int | None = None, stream: IO[str] | None = None, **options) -> ConvertSummary:
+def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str | os.PathLike, *,
+            report: str | os.PathLike | None = None, workers: int | None = None, stream: IO[str] | None = None,
+            **options) -> ConvertSummary:
     """Write the images of `source`, in the order of their names, to the data set `dest`.
 
+    source:   a path, or several folders and zips of one set, which are read one after the other
     report:   JSON file that lists by name what became of the images, written also when the conversion is refused
               for unreadable or unlabelled ones
     workers:  processes, None for one a core; the result does not depend on them
@@ -73,9 +75,13 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, *, report: str |
     workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers={workers}; expected at least 1")
-    _check_paths(Path(source), Path(dest), report)
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not sources:
+        raise UserError("no source is given; expected a folder, a zip, or another archive of images")
+    for path in sources:
+        _check_paths(Path(path), Path(dest), report)
     writer = ImageSetWriter(dest)
-    opened = open_source(source, split=options.split)
+    opened = open_sources(sources, split=options.split)
     selection = _select(opened, _label(opened, options), options, report)
     num_wanted = int(selection.wanted.sum())
     tally = Tally(len(opened))
@@ -164,6 +170,8 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
               "converted": {note: entry["count"] for note, entry in details["converted"].items()},
               "decoder_downscaling": any(note == "decoder downscaling" for note, _ in tally.notes()),
               "images_sha256": tally.content_hash}
+    if "sources" in details:
+        origin["sources"] = details["sources"]
     if options.labels is not None:
         origin["labels_sha256"] = sha256_of(options.labels)
     if opened.origin:

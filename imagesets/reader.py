@@ -1,7 +1,8 @@
 """Open a data set, a zip or a folder of images with an optional dataset.json, and read its members.
 
 dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups" and "source" beside it. A
-label is an integer, a list of floats, or null for an image without one.
+label is an integer, a list of floats, or null for an image without one. A set may lie in a folder inside, as zipping a
+folder makes it: it is then read as if its dataset.json lay at the top.
 """
 
 import json
@@ -25,6 +26,10 @@ MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill th
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
+class MisplacedMetadata(UserError):
+    """dataset.json lies in a folder inside that does not hold all images, or in several."""
+
+
 def image_suffixes() -> set[str]:
     """Return the file name endings of images, as ".png"."""
     return set(PIL.Image.registered_extensions())
@@ -33,7 +38,7 @@ def image_suffixes() -> set[str]:
 class ImageSet:
     """The images of a data set in the order of their names, with labels and groups.
 
-    names:    paths inside the zip or folder, with "/"
+    names:    paths inside the zip or folder, with "/"; those beside dataset.json where that lies in a folder inside
     labels:   None, or int64 [N] with NO_LABEL where there is none, or float32 [N, D] with NaN there
     classes:  names of the integer labels, or None when the file names none
     groups:   one text an image: what must not be split; the image's own name where the file names none
@@ -41,20 +46,26 @@ class ImageSet:
 
     with_metadata=False leaves dataset.json unread, so that images beside an unfit one can be looked at. The zip is
     opened on first use in each process, so that an ImageSet may be handed to workers. Raises UserError when the path is
-    missing, is no readable zip, holds no images, or its dataset.json does not fit.
+    missing, is no readable zip, holds no images, or its dataset.json does not fit; MisplacedMetadata, one of these,
+    when dataset.json lies in a folder inside and images lie outside of that, or when there are several.
     """
 
     def __init__(self, path: str | os.PathLike, *, with_metadata: bool = True):
         self.path = Path(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._checksums: list[tuple[int, int]] | None = None
-        self._raw_names: dict[str, str] = {}  # of a zip's members that are listed under another name
+        self._raw_names: dict[str, str] = {}  # of members that are listed under another name
+        self._folder = ""  # inside, that holds dataset.json, with "/" at its end
         members = self._list_members()
         suffixes = image_suffixes()
         self.names = sorted(name for name in members if _is_image(name, suffixes))
         if not self.names:
             raise UserError(f"{self.path} holds no images; expected files such as .png or .jpg")
-        metadata = _parse_metadata(self.path, self.read(METADATA)) if with_metadata and METADATA in members else {}
+        found = _find_metadata(self.path, members, self.names) if with_metadata else None
+        if found not in (None, METADATA):
+            members = self._enter_folder_of(found, members)
+            self.names = [name.removeprefix(self._folder) for name in self.names]
+        metadata = {} if found is None else _parse_metadata(self.path, self.read(METADATA))
         self.labels = _labels_of(self.path, self.names, metadata.get("labels"))
         self.classes = _classes_of(self.path, self.labels, metadata.get("classes"))
         self.groups = _groups_of(self.path, self.names, metadata.get("groups"))
@@ -81,12 +92,16 @@ class ImageSet:
         missing = self.labels == NO_LABEL if self.labels.ndim == 1 else np.isnan(self.labels).any(axis=1)
         return int(missing.sum())
 
+    def locate(self, name: str) -> str:
+        """Return the path of a member inside the zip or folder, as it is stored there."""
+        return self._raw_names.get(name, self._folder + name)
+
     def read(self, name: str) -> bytes:
         """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged."""
         try:
             if not self.is_zip:
-                return _read_file(self.path / name)
-            return self._zip().read(self._raw_names.get(name, name))
+                return _read_file(self.path / self.locate(name))
+            return self._zip().read(self.locate(name))
         except (KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -108,8 +123,8 @@ class ImageSet:
 
     def _read_checksums(self) -> list[tuple[int, int]]:
         if self.is_zip:
-            entries = {member_path(info.filename): (info.file_size, info.CRC) for info in self._zip().infolist()}
-            return [entries[name] for name in self.names]
+            entries = {info.filename: (info.file_size, info.CRC) for info in self._zip().infolist()}
+            return [entries[self.locate(name)] for name in self.names]
         contents = (self.read(name) for name in self.names)
         return [(len(data), zlib.crc32(data)) for data in contents]
 
@@ -125,13 +140,30 @@ class ImageSet:
         if not self.path.exists():
             raise UserError(f"{self.path} does not exist; expected a data set: a zip or a folder of images")
         names = [info.filename for info in self._zip().infolist() if not info.filename.endswith("/")]
-        self._raw_names = {member_path(name): name for name in names if "\\" in name}
-        return [member_path(name) for name in names]
+        self._raw_names = {path: name for name in names if (path := _member_path(name)) != name}
+        return [_member_path(name) for name in names]
+
+    def _enter_folder_of(self, metadata: str, members: list[str]) -> list[str]:
+        """Return the members under the names that they have when `metadata`, one of them, is dataset.json at the top.
+
+        Those outside of its folder keep their paths.
+        """
+        folder = metadata[:-len(METADATA)]
+        inside = {METADATA if member == metadata else member.removeprefix(folder): member
+                  for member in members if member.startswith(folder)}
+        listed = {member: member for member in members if not member.startswith(folder)} | inside
+        stored = {name: self._raw_names.get(member, member) for name, member in listed.items()}
+        self._folder = folder
+        self._raw_names = {name: raw for name, raw in stored.items() if raw != folder + name}
+        return list(listed)
 
 
-def member_path(name: str) -> str:
-    """Return a zip member's name with "/" between folders: some programs of Windows write "\\"."""
-    return name.replace("\\", "/")
+def _member_path(name: str) -> str:
+    """Return a zip member's name with "/" between folders, where some programs of Windows write "\\"; without "./"."""
+    path = name.replace("\\", "/")
+    while path.startswith("./"):
+        path = path[2:]
+    return path
 
 
 def label_vectors(labels: np.ndarray, length: int) -> np.ndarray:
@@ -175,8 +207,29 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _is_image(name: str, suffixes: set[str]) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and os.path.splitext(name)[1].lower() in suffixes
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _find_metadata(path: Path, members: Iterable[str], images: Iterable[str]) -> str | None:
+    """Return which member is dataset.json, for all images; None where there is none."""
+    found = sorted({name for name in members if name.lower().rpartition("/")[2] == METADATA and not _is_hidden(name)})
+    if not found:
+        return None
+    if len(found) > 1:
+        examples = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({examples}); expected one, at the "
+                                "top: give one of these folders, or join them by dataset_tool.py with a --source for "
+                                "each")
+    outside = next((name for name in images if not name.startswith(found[0][:-len(METADATA)])), None)
+    if outside is not None:
+        raise MisplacedMetadata(f"{path}: {METADATA} lies in a folder inside ({found[0]}), and images lie outside of "
+                                f"that folder ({outside}); expected it at the top: give that folder, or zip its "
+                                "content without the folder")
+    return found[0]
 
 
 def _parse_metadata(path: Path, data: bytes) -> dict[str, Any]:

@@ -104,6 +104,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """Return the file names of the images, in order."""
         return [self._set.names[row] for row in self._chosen]
 
+    def locate(self, name: str) -> str:
+        """Return the path of an image inside the zip or folder, as it is stored there."""
+        return self._set.locate(name)
+
     def groups(self) -> list[str]:
         """Return what each image belongs to (patient, lesion, or the image itself) and must not be split from."""
         return [self._set.groups[row] for row in self._chosen]

@@ -89,7 +89,7 @@ def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
                 return open(dataset.path / name, "rb")
         for name in dataset.image_names():
             try:
-                with opened(name) as file, PIL.Image.open(file) as image:
+                with opened(dataset.locate(name)) as file, PIL.Image.open(file) as image:
                     yield *image.size, _CHANNELS.get(image.mode, 0)
             except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError,
                     PIL.Image.DecompressionBombError):

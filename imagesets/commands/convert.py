@@ -1,6 +1,6 @@
 """The options of a conversion on the command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -12,8 +12,8 @@ from imagesets.convert import convert
 from imagesets.sources.opening import SPLITS
 
 _OPTIONS = [
-    click.option("--source", metavar="PATH", help="Folder or zip of images, MedMNIST npz, CIFAR-10 python archive, or "
-                                                   "MNIST images (gz)."),
+    click.option("--source", metavar="PATH", multiple=True, help="Folder or zip of images, MedMNIST npz, CIFAR-10 "
+                 "python archive, or MNIST images (gz). Several folders or zips of one set: give it once for each."),
     click.option("--dest", metavar="PATH", help="The data set to write: a name ending in .zip, or a new folder."),
     click.option("--resolution", metavar="WxH", help="Size of the images, such as 256x256; without it they must fit."),
     click.option("--width", type=int, metavar="INT", help="As the first number of --resolution."),
@@ -47,11 +47,11 @@ def convert_options(command: Callable) -> Callable:
     return command
 
 
-def run_convert(*, source: str | None, dest: str | None, resolution: str | None, width: int | None, height: int | None,
-                max_bad: str, **options: Any) -> None:
+def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | None, width: int | None,
+                height: int | None, max_bad: str, **options: Any) -> None:
     """Convert and print the summary. Raises UserError as convert() does, and when --source or --dest is missing."""
-    for name, value in (("source", source), ("dest", dest)):
-        if not value:
+    for name, is_given in (("source", source and all(source)), ("dest", dest)):
+        if not is_given:
             raise UserError(f"--{name} is missing; give both, such as --source=images/ --dest=isic256.zip, or see "
                             "--help")
     if resolution is not None:

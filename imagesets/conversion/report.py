@@ -14,6 +14,7 @@ from dnnlib.files import atomic_write
 from imagesets.conversion.linking import Linked, contradictions
 from imagesets.conversion.selection import REASONS, Selection
 from imagesets.conversion.tally import TOO_SMALL, Tally
+from imagesets.sources.joining import repeated_names
 from imagesets.sources.source import Source
 
 _SHOWN = 3
@@ -61,6 +62,13 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                                  for indices in contradictions(selection, tally, linked)],
               "ignored_files": {"count": len(source.ignored), "names": list(source.ignored)},
               "left_out_splits": dict(source.left_out)}
+    if source.parts:
+        ends = np.cumsum([len(part) for part in source.parts])
+        kept = np.diff(np.searchsorted(tally.kept, ends), prepend=0)
+        report["sources"] = [{"name": part.name, "kind": part.kind, "found": len(part), "kept": int(count)}
+                             for part, count in zip(source.parts, kept)]
+        doubled = repeated_names(source)
+        report["names_in_several_sources"] = {"count": len(doubled), "names": doubled}
     if rows is not None:
         absent = selection.labelling.rows_without_image
         report["images_without_a_row"] = named(np.flatnonzero(rows < 0))
@@ -131,6 +139,8 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
     side, colour = report["resolution"], "grey" if report["channels"] == 1 else "RGB"
     yield f"{dest}: {kept} images, {side}x{side} {colour}, {report['num_groups']} groups"
     yield f"  found {found} in {source.name} ({source.kind}), kept {kept}, dropped {found - kept}"
+    for part in report.get("sources", []):
+        yield f"  from {part['name']} ({part['kind']}): found {part['found']}, kept {part['kept']}"
     for reason, entry in report["dropped"].items():
         yield f"  dropped: {reason}: {_count_and_names(entry)}"
     for note, entry in report["converted"].items():
@@ -163,6 +173,9 @@ def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
     if report.get("images_that_share_a_row", {}).get("count"):
         yield ("  images that share a row of the table, as their names are equal: "
                f"{_count_and_names(report['images_that_share_a_row'])}; are they alike?")
+    if report.get("names_in_several_sources", {}).get("count"):
+        yield (f"  names in several sources: {_count_and_names(report['names_in_several_sources'])}; all these images "
+               "are kept")
     if report["ignored_files"]["count"]:
         yield f"  other files, not images by name: {_count_and_names(report['ignored_files'])}"
     if report["left_out_splits"]:

@@ -50,7 +50,8 @@ class Labelling:
         """Look up each image of the source. Raises UserError when no image has a row, or the images are no files."""
         if not source.has_files:
             raise UserError(f"--labels: {source.name} ({source.kind}) brings its own labels; leave the option out")
-        rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in source.names], dtype=np.int64)
+        names = _names_for(table, source)
+        rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in names], dtype=np.int64)
         if (rows < 0).all():
             raise UserError(f"--labels: no image of {source.name} has a row; the images are named as "
                             f"{source.names[0]}, the rows as {table.ids[0]}: choose the column by --id-column, or "
@@ -59,9 +60,9 @@ class Labelling:
         labels = np.full(len(source), NO_LABEL, dtype=np.int64)
         groups: list[str | None] = [None] * len(source)
         for index in np.flatnonzero(rows >= 0):
-            name = table.class_of(source.names[index])
+            name = table.class_of(names[index])
             labels[index] = NO_LABEL if name is None else position[name]
-            groups[index] = table.group_of(source.names[index])
+            groups[index] = table.group_of(names[index])
         unused = np.ones(len(table), dtype=bool)
         unused[rows[rows >= 0]] = False
         return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows,
@@ -145,6 +146,14 @@ def _choose(source: Source, labelling: Labelling, classes: str | None, merge: st
     labels = np.where(missing, NO_LABEL, new_index[labelling.labels])
     reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
     return labels, list(choice.names)
+
+
+def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
+    """Return the names under which to look for the images: with that of their part where the table has that."""
+    if not source.parts:
+        return source.names
+    inside = [name for part in source.parts for name in part.names]
+    return [name if name in table else inner for name, inner in zip(source.names, inside)]
 
 
 def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> UnlabelledError:

@@ -3,13 +3,43 @@
 LIMIT: names that contain a comma, a semicolon or an equals sign cannot be written in --classes and --merge.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
 
 from dnnlib.cli import UserError
 from imagesets.naming import listed, suggestion
 
 _MERGE_FORM = 'expected "new=a,b;other=c"'
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Return different names of classes in the order that numbers them, wherever they come from.
+
+    By value when all are numbers (0, 1, 2, 10; -1, 9.5, 010, 10: equal values by text), else by text. A class's number
+    is its place: the classes 1 to 7 become 0 to 6.
+    """
+    names = sorted(names)
+    numeric = all(_NUMBER.fullmatch(name) for name in names)
+    return sorted(names, key=Decimal) if numeric else names
+
+
+def number_classes(labels: np.ndarray, known: Iterable[int] = ()) -> tuple[np.ndarray, list[str] | None]:
+    """Return int64 [N] and the names of the classes that bare numbers are: those that folders of these names would get.
+
+    labels: int64 [N], >= 0
+    known:  numbers of more classes, that other parts of the same file have
+
+    Numbers without a gap, from 0, stay as they are, without names: None.
+    """
+    found = sorted({*np.unique(labels).tolist(), *known})
+    if found == list(range(len(found))):
+        return labels, None
+    return np.searchsorted(found, labels), order_classes(map(str, found))
 
 
 @dataclass(frozen=True, kw_only=True)

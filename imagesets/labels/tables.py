@@ -1,16 +1,16 @@
 """Read a table that gives images their labels and groups."""
 
-import math
 import os
 import posixpath
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from dnnlib.cli import UserError
+from imagesets.labels.classes import order_classes
 from imagesets.labels.compact import CompactTexts
 from imagesets.labels.delimited import DelimitedFile
 from imagesets.labels.layouts import Layout, layout_of
@@ -107,7 +107,7 @@ def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_c
     order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
     kept = list(_without_duplicates(file.path, rows, groups, order))
     ids = CompactTexts(rows.ids[row] for row in kept)
-    names = _sorted_names(rows.labels) if layout.class_names is None else list(layout.class_names)
+    names = order_classes(rows.labels) if layout.class_names is None else list(layout.class_names)
     position = {name: index for index, name in enumerate(names)}
     code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
     return LabelTable(kind=layout.kind, class_names=names, ids=ids, num_rows=len(rows.ids),
@@ -199,16 +199,6 @@ def _common_folder(ids: CompactTexts) -> str:
     """Return the folders that all ids begin with, "" where there are none. ids: ascending"""
     # What the first and the last of a sorted list begin with, all begin with.
     return posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
-
-
-def _sorted_names(names: Iterable[str]) -> list[str]:
-    """Sort by number when all names are numbers, else by text."""
-    names = sorted(names)
-    try:
-        numbers = {name: float(name) for name in names}
-    except ValueError:
-        return names
-    return sorted(names, key=numbers.__getitem__) if all(map(math.isfinite, numbers.values())) else names
 
 
 @cache

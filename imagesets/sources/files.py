@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from imagesets.labels.classes import order_classes
 from imagesets.pixels.decode import BadImage
-from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, ImageSet, member_path
+from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, ImageSet, MisplacedMetadata
 from imagesets.sources.source import Source
 
 _TABLES = (".csv", ".tsv", ".xlsx")
@@ -26,21 +27,30 @@ _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 def open_folder(path: Path) -> Source:
     """Open a folder of images, with all its sub-folders. Raises UserError when there are none."""
-    images = ImageSet(path)
-    return _describe(images, "image folder", _NamedItems(images.names), FolderLoader(root=str(path)))
+    images, fault = _open(path)
+    places = [images.locate(name) for name in images.names]
+    return _describe(images, "image folder", _NamedItems(places), FolderLoader(root=str(path)), fault)
 
 
 def open_zip(path: Path) -> Source:
     """Open a zip of images. Raises UserError when it holds none, or is cut off."""
-    images = ImageSet(path)
+    images, fault = _open(path)
     members = _list_members(path)
     images.close()
     doubled = [name for name, count in Counter(images.names).items() if count > 1]
     if doubled:
         raise UserError(f"{path} holds {doubled[0]} more than once ({len(doubled)} such names); expected each name "
                         "once: unpack it and use the folder")
-    places = np.array([members[name] for name in images.names], dtype=np.int64)
-    return _describe(images, "zip of images", _PlacedItems(places), ZipLoader(path=str(path)))
+    places = np.array([members[images.locate(name)] for name in images.names], dtype=np.int64)
+    return _describe(images, "zip of images", _PlacedItems(places), ZipLoader(path=str(path)), fault)
+
+
+def _open(path: Path) -> tuple[ImageSet, str | None]:
+    """Return the images, and why a dataset.json inside was left aside: a table of labels may stand in for it."""
+    try:
+        return ImageSet(path), None
+    except MisplacedMetadata as error:
+        return ImageSet(path, with_metadata=False), str(error)
 
 
 @dataclass(frozen=True)
@@ -122,18 +132,18 @@ class ZipLoader:
 
 def _list_members(path: Path) -> dict[str, tuple[int, ...]]:
     with zipfile.ZipFile(path) as archive:
-        return {member_path(info.filename): (info.header_offset, info.compress_size, info.file_size, info.CRC,
+        return {info.filename: (info.header_offset, info.compress_size, info.file_size, info.CRC,
                                 info.compress_type | info.flag_bits << 16) for info in archive.infolist()}
 
 
-def _describe(images: ImageSet, kind: str, items: Any, load: Any) -> Source:
+def _describe(images: ImageSet, kind: str, items: Any, load: Any, fault: str | None) -> Source:
     fields = dict(name=images.path.resolve().name, names=images.names, items=items, load=load, has_files=True,
-                  ignored=[name for name in images.other_members if name != METADATA])
-    if METADATA in images.other_members:
+                  fault=fault, ignored=[name for name in images.other_members if name != METADATA])
+    if METADATA in images.other_members and fault is None:
         groups = None if images.groups == images.names else [
             None if group == name else group for group, name in zip(images.groups, images.names)]
         return Source(kind=f"{kind} with {METADATA}", labels=images.labels, classes=images.classes, groups=groups,
-                      origin=images.source, **fields)
+                      origin=images.source, is_ready=True, **fields)
     labels, classes = labels_of_folders(images.names)
     tables = [name for name in images.other_members if name.lower().endswith(_TABLES)]
     hints = [f"{name} lies among the images; --labels=FILE would take labels from a table" for name in tables[:1]]
@@ -147,14 +157,32 @@ def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str
     "benign" and "mel"; an image beside such folders has none. None, None when all images lie in one folder, or in
     numbered ones as a data set has.
     """
-    folders = [name.split("/")[:-1] for name in names]
-    depth = _num_common(min(folders), max(folders))  # what these two begin with, all between them do
-    found = [parts[depth] if len(parts) > depth else None for parts in folders]
-    classes = sorted({folder for folder in found if folder is not None})
-    if not classes or all(_NUMBERED.fullmatch("/".join(name.split("/")[-2:])) for name in names):
+    found = class_folders(names)
+    if found is None:
         return None, None
+    classes = order_classes({folder for folder in found if folder is not None})
     index = {name: number for number, name in enumerate(classes)}
     return np.array([NO_LABEL if folder is None else index[folder] for folder in found], dtype=np.int64), classes
+
+
+def class_folders(names: Sequence[str]) -> list[str | None] | None:
+    """Return the outermost folder that tells images apart, for each image; None where no folder does."""
+    depth = len(enclosing_folders(names))
+    folders = [name.split("/")[:-1] for name in names]
+    found = [parts[depth] if len(parts) > depth else None for parts in folders]
+    return None if not any(found) or is_numbered(names) else found
+
+
+def enclosing_folders(names: Sequence[str]) -> list[str]:
+    """Return the folders around all images, from the outermost to the innermost."""
+    folders = [name.split("/")[:-1] for name in names]
+    first, last = min(folders), max(folders)  # what these two begin with, all between them do
+    return first[:_num_common(first, last)]
+
+
+def is_numbered(names: Sequence[str]) -> bool:
+    """Return whether images are named as in a data set, whose folders are no classes."""
+    return all(_NUMBERED.fullmatch("/".join(name.split("/")[-2:])) for name in names)
 
 
 def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
@@ -164,10 +192,8 @@ def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
 
 def refuse_doubtful_folders(source: Source) -> None:
     """Raise UserError where sub-folders are parts of a data set rather than classes, or hold its dataset.json."""
-    nested = next((name for name in source.ignored if name.endswith(f"/{METADATA}")), None)
-    if nested is not None:
-        raise UserError(f"{source.name}: {METADATA} lies in a folder inside ({nested}); expected it at the top: give "
-                        "that folder as --source, or zip its content without the folder")
+    if source.fault is not None:
+        raise UserError(source.fault)
     if source.classes and {name.lower() for name in source.classes} <= _PARTS:
         raise UserError(f"{source.name}: the folders {', '.join(source.classes)} look like parts of a data set, not "
                         "like classes; give one of them as --source, or labels by --labels")

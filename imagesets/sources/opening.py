@@ -5,18 +5,55 @@ the other, so that an archive of any size passes through.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dnnlib.cli import UserError
 from imagesets.sources.arrays import open_mnist, open_npz
 from imagesets.sources.cifar import open_cifar
 from imagesets.sources.files import open_folder, open_zip
+from imagesets.sources.joining import join
 from imagesets.sources.source import Source
 
 SPLITS = ("train", "val", "test", "all")
 _GZIP, _ZIP = b"\x1f\x8b", b"PK"
 _EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "
              "images (-images-idx3-ubyte.gz)")
+
+
+def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None) -> Source:
+    """Open an archive of images, or several folders and zips of one set, one after the other, as one source.
+
+    Raises UserError as open_source() does, and when a folder or an archive would be read twice.
+    """
+    paths = [Path(path) for path in paths]
+    sources = [open_source(path, split=split) for path in paths]
+    if len(sources) == 1:
+        return sources[0]
+    for index, path in enumerate(paths):
+        for earlier in paths[:index]:
+            _refuse_repeated(path, earlier)
+    return join(sources, _short_names(paths))
+
+
+def _refuse_repeated(path: Path, earlier: Path) -> None:
+    if path.samefile(earlier):
+        raise UserError(f"--source={path} is given twice{'' if path == earlier else f', also as {earlier}'}; expected "
+                        "each folder or archive once")
+    for outer, inner in ((path, earlier), (earlier, path)):
+        if inner.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
+            raise UserError(f"--source={inner} lies in --source={outer}, which is read with all its folders; leave one "
+                            "of the two out")
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Return as much of the paths' ends as tells them apart: "part1" and "part2", or "a/images" and "b/images"."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    for length in range(1, max(map(len, parts))):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:

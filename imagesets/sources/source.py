@@ -43,6 +43,9 @@ class Source:
     left_out:  images of other splits, by split
     origin:    what a ready data set says of its own origin
     hints:     advice on what was found beside the images
+    is_ready:  a data set with a dataset.json, from which labels and groups come
+    fault:     why labels cannot be taken from it: where its dataset.json lies, or other classes in another part
+    parts:     of several folders and zips that were joined: they themselves, in order
     """
     kind: str
     name: str
@@ -58,6 +61,9 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     hints: Sequence[str] = ()
+    is_ready: bool = False
+    fault: str | None = None
+    parts: Sequence["Source"] = ()
 
     def __len__(self) -> int:
         return len(self.names)

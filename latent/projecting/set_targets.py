@@ -84,7 +84,7 @@ def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
     known = dict(zip(images.names, images.checksums(), strict=True)) if images.is_zip else {}
     digest = hashlib.sha256()
     for target in targets:
-        content = known[target.name] if known else _describe_file(images.path / target.name)
+        content = known[target.name] if known else _describe_file(images.path / images.locate(target.name))
         digest.update(f"{target.name}/{content}/{target.group}/{target.class_name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
