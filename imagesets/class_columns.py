@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from imagesets.labels.classes import names_of_numbers
 from imagesets.reader import NO_LABEL, ImageSet
 
 PRESENT = 0.5  # a list's number above this says that the image is of that class
@@ -13,8 +14,9 @@ def class_names(images: ImageSet) -> list[str]:
         return []
     if images.classes is not None:
         return list(images.classes)
-    count = int(images.labels.max()) + 1 if images.labels.ndim == 1 else images.labels.shape[1]
-    return [str(index) for index in range(count)]
+    if images.labels.ndim == 1:
+        return names_of_numbers(images.labels)
+    return [str(index) for index in range(images.labels.shape[1])]
 
 
 def class_columns(images: ImageSet) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Make small data sets in tests."""
 
 import io
+import zipfile
 
 import numpy as np
 import PIL.Image
 
+from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
+from tests.make_archives import make_folder, make_zip
 
 
 def png(pixels) -> bytes:
@@ -28,3 +31,10 @@ def make_set(path, count=6, *, size=8, channels=3, labels=None, classes=None, gr
             writer.add(png(pixels_of(index, size, channels)), None if labels is None else labels[index],
                        None if groups is None else groups[index])
     return path
+
+
+def enclose(path, dest, folder="set", more=None):
+    """Write what a data set holds to `dest`, a zip or a folder, in a folder inside; `more` members beside it."""
+    images = ImageSet(path)
+    files = {f"{folder}/{name}": images.read(name) for name in [*images.names, *images.other_members]} | (more or {})
+    return make_zip(dest, files, zipfile.ZIP_DEFLATED) if dest.suffix == ".zip" else make_folder(dest, files)

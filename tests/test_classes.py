@@ -3,7 +3,7 @@
 import pytest
 
 from dnnlib.cli import UserError
-from imagesets.labels.classes import ClassChoice
+from imagesets.labels.classes import ClassChoice, order_classes
 from imagesets.naming import listed, suggestion
 
 HAM = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
@@ -130,3 +130,18 @@ def test_listed_long_list_is_cut_and_counted():
 def test_suggestion_ignores_case_and_stays_silent_when_nothing_is_near():
     assert suggestion("image_nane", ["patient_id", "Image_Name"]) == " (did you mean Image_Name?)"
     assert suggestion("q", ["patient_id", "Image_Name"]) == ""
+
+
+@pytest.mark.parametrize(("names", "ordered"), [
+    ([], []),
+    (["10", "0", "2", "1", "11"], ["0", "1", "2", "10", "11"]),
+    (["7", "3", "10"], ["3", "7", "10"]),  # gaps
+    (["01", "1", "00", "0"], ["0", "00", "01", "1"]),
+    (["10", "9.5", "-1", "010", "1.0"], ["-1", "1.0", "9.5", "010", "10"]),
+    (["10", "9", "x"], ["10", "9", "x"]),
+    (["10", "9", "nan"], ["10", "9", "nan"]),
+    (["10", "9", "1_0"], ["10", "1_0", "9"]),
+    (["nv", "Mel", "bcc"], ["Mel", "bcc", "nv"])])
+def test_classes_are_ordered_by_value_when_all_are_numbers_else_by_text(names, ordered):
+    assert order_classes(names) == ordered
+    assert order_classes(set(names)) == ordered

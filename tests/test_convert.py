@@ -13,8 +13,10 @@ import PIL.Image
 import pytest
 
 from dnnlib.cli import UserError
+from imagesets.class_columns import class_names
 from imagesets.convert import convert
-from imagesets.reader import ImageSet
+from imagesets.reader import NO_LABEL, ImageSet
+from imagesets.writer import ImageSetWriter
 from tests.make_archives import encode, make_cifar, make_folder, make_idx, make_zip, noise
 
 
@@ -418,3 +420,220 @@ def test_memory_grows_by_less_than_the_limit_an_image(count, size, limit, tmp_pa
         done = subprocess.run(code, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
         peaks.append(int(done.stdout) * 1024)
     assert (peaks[1] - peaks[0]) / count < limit
+
+
+# ---- the same classes get the same numbers
+
+
+def test_classes_of_folders_a_table_and_arrays_get_the_same_numbers(tmp_path):
+    names, expected = [str(number) for number in range(12)], list(range(12))
+    make_folder(tmp_path / "folders", {f"{name}/{index:02d}.png": image(index) for index, name in enumerate(names)})
+    make_folder(tmp_path / "flat", {f"{index:02d}.png": image(index) for index in expected})
+    (tmp_path / "table.csv").write_text("image,grade\n" + "".join(
+        f"{index:02d},{name}\n" for index, name in reversed(list(enumerate(names)))))
+    numbers = np.arange(12, dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", train_images=noise(0, len(names), 8, 8, 3), train_labels=numbers[:, None])
+    make_idx(tmp_path / "train-images-idx3-ubyte.gz", noise(0, len(names), 8, 8))
+    make_idx(tmp_path / "train-labels-idx1-ubyte.gz", numbers)
+    table = {"labels": str(tmp_path / "table.csv"), "id_column": "image", "label_column": "grade"}
+    for source, options in (("folders", {}), ("flat", table), ("a.npz", {}), ("train-images-idx3-ubyte.gz", {})):
+        run(tmp_path / source, tmp_path / "set.zip", **options)
+        run(tmp_path / "set.zip", tmp_path / "again.zip")
+        for path in ("set.zip", "again.zip"):
+            found = ImageSet(tmp_path / path)
+            # Images of folders come by name: 0/, 1/, 10/.
+            assert found.labels.tolist() == ([int(name) for name in sorted(names)] if source == "folders" else expected)
+            assert class_names(found) == names
+
+
+def test_numeric_classes_with_gaps_of_folders_and_a_table_get_the_same_numbers(tmp_path):
+    names = ["2", "3", "10"]
+    make_folder(tmp_path / "folders", {f"{name}/{name}.png": image(index) for index, name in enumerate(names)})
+    (tmp_path / "table.csv").write_text("image,grade\n10,10\n3,3\n2,2\n")
+    for options in ({}, {"labels": str(tmp_path / "table.csv"), "id_column": "image", "label_column": "grade"}):
+        run(tmp_path / "folders", tmp_path / "set.zip", **options)
+        found = ImageSet(tmp_path / "set.zip")
+        assert (found.labels.tolist(), found.classes) == ([2, 0, 1], names)  # the images come by name: 10/, 2/, 3/
+
+
+def test_classes_given_override_the_order_of_numbers(tmp_path):
+    make_folder(tmp_path / "folders", {f"{name}/a{name}.png": image(name) for name in (1, 2, 10)})
+    run(tmp_path / "folders", tmp_path / "set.zip", classes="10,1,2")
+    found = ImageSet(tmp_path / "set.zip")
+    assert (found.classes, found.labels.tolist()) == (["10", "1", "2"], [1, 0, 2])
+
+
+# ---- several sources
+
+
+HAM = "lesion_id,image_id,dx,dx_type,age,sex,localization\n"
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """A set of five images in two folders, with one table; lesion L2 has an image in both."""
+    make_folder(tmp_path / "part_1", {f"ISIC_{number}.png": image(number) for number in (5, 6, 7)})
+    make_folder(tmp_path / "part_2", {f"ISIC_{number}.png": image(number) for number in (1, 2)})
+    (tmp_path / "table.csv").write_text(HAM + "".join(f"{row},,,,\n" for row in (
+        "L1,ISIC_1,nv", "L2,ISIC_2,mel", "L2,ISIC_5,mel", "L3,ISIC_6,nv", "L4,ISIC_7,bcc")))
+    return tmp_path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_two_sources_of_one_set_are_read_one_after_the_other_with_one_table(halves, zipped):
+    parts = [halves / "part_1", halves / "part_2"]
+    if zipped:  # with its enclosing folder
+        parts[1] = make_zip(halves / "part_2.zip", {f"part_2/{path.name}": path.read_bytes()
+                                                    for path in parts[1].iterdir()})
+    summary = run(parts, halves / "set.zip", labels=str(halves / "table.csv"), report=halves / "report.json", workers=2)
+    found = ImageSet(halves / "set.zip")
+    for name, seed in zip(found.names, (5, 6, 7, 1, 2), strict=True):
+        assert np.array_equal(pixels(found, name), noise(seed, 8, 8, 3))
+    assert (found.classes, found.labels.tolist()) == (["bcc", "mel", "nv"], [1, 2, 0, 2, 1])
+    assert found.groups == ["L2", "L3", "L4", "L1", "L2"]
+    kinds = ["image folder", "zip of images" if zipped else "image folder"]
+    counts = [{"name": path.name, "kind": kind, "found": count, "kept": count}
+              for path, kind, count in zip(parts, kinds, (3, 2))]
+    assert read_json(halves / "report.json")["sources"] == counts
+    assert found.source["sources"] == counts
+    assert summary.lines[1:4] == [
+        f"  found 5 in part_1 + {parts[1].name} ({' + '.join(dict.fromkeys(kinds))}), kept 5, dropped 0",
+        "  from part_1 (image folder): found 3, kept 3", f"  from {parts[1].name} ({kinds[1]}): found 2, kept 2"]
+    assert summary.rows_without_an_image == 0
+
+
+def test_kept_images_are_counted_by_source(halves):
+    (halves / "part_1/ISIC_6.png").write_bytes(b"")
+    run([halves / "part_1", halves / "part_2"], halves / "set.zip", labels=str(halves / "table.csv"), classes="nv,mel",
+        report=halves / "report.json", max_bad=0.5)
+    report = read_json(halves / "report.json")
+    assert [(part["found"], part["kept"]) for part in report["sources"]] == [(3, 1), (2, 2)]
+    assert report["dropped"]["unreadable: zero bytes"]["names"] == ["part_1/ISIC_6.png"]
+
+
+def test_a_name_in_two_sources_is_two_images_and_reported(halves):
+    make_folder(halves / "part_2", {"ISIC_5.png": image(50), "ISIC_6.png": image(6)})
+    summary = run([halves / "part_1", halves / "part_2"], halves / "set.zip", report=halves / "report.json")
+    found = ImageSet(halves / "set.zip")
+    assert summary.kept == 7
+    assert np.array_equal(pixels(found, found.names[5]), noise(50, 8, 8, 3))
+    report = read_json(halves / "report.json")
+    assert report["names_in_several_sources"] == {"count": 2, "names": ["ISIC_5.png", "ISIC_6.png"]}
+    assert report["duplicates"] == [["part_1/ISIC_6.png", "part_2/ISIC_6.png"]]
+    assert found.groups[1] == found.groups[6]
+    assert len(set(found.groups)) == 6
+    assert "  names in several sources: 2 (ISIC_5.png, ISIC_6.png); all these images are kept" in summary.lines
+
+
+def test_tables_tell_images_of_several_sources_apart_by_their_folders(halves):
+    make_folder(halves / "part_2", {"ISIC_5.png": image(50)})
+    (halves / "t.csv").write_text("image,dx\n" + "".join(f"{row}\n" for row in (
+        "part_1/ISIC_5.png,a", "part_2/ISIC_5.png,b", "part_1/ISIC_6.png,a", "part_1/ISIC_7.png,a",
+        "part_2/ISIC_1.png,b", "part_2/ISIC_2.png,b")))
+    run([halves / "part_1", halves / "part_2"], halves / "set.zip", labels=str(halves / "t.csv"), id_column="image",
+        label_column="dx")
+    assert ImageSet(halves / "set.zip").labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("first", "second", "classes", "labels"), [
+    (["mel/a", "nv/b"], ["bcc/c", "nv/d"], ["bcc", "mel", "nv"], [1, 2, 0, 2]),
+    (["mel/a", "nv/b"], ["nv/c", "nv/d"], ["mel", "nv"], [0, 1, 1, 1]),
+    (["mel/a", "nv/b"], ["bcc/c"], ["bcc", "mel", "nv"], [1, 2, 0]),
+    (["x/mel/a", "x/nv/b"], ["bcc/c", "mel/d"], ["bcc", "mel", "nv"], [1, 2, 0, 1]),
+    (["x/mel/a", "x/nv/b"], ["y/nv/c"], ["mel", "nv"], [0, 1, 1]),
+    (["2/a", "10/b"], ["1/c", "10/d"], ["1", "2", "10"], [2, 1, 0, 2]),
+    (["x/a"], ["y/b"], None, None)])
+def test_class_folders_of_several_sources_are_joined_by_name(tmp_path, first, second, classes, labels):
+    paths = [make_folder(tmp_path / name, {f"{file}.png": image(number * 10 + seed) for seed, file in enumerate(files)})
+             for number, (name, files) in enumerate((("one", first), ("two", second)))]
+    summary = run(paths, tmp_path / "set.zip")
+    found = ImageSet(tmp_path / "set.zip")
+    assert found.classes == classes
+    assert (None if found.labels is None else found.labels.tolist()) == labels
+    assert (classes is None) == any("x, y are not taken as classes" in line for line in summary.lines)
+
+
+def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabelled(tmp_path):
+    make_folder(tmp_path / "one", {"mel/a.png": image(1), "nv/b.png": image(2)})
+    make_folder(tmp_path / "two", {"c.png": image(3)})
+    with pytest.raises(UserError, match=r"^1 of 3 images have no label \(two/c\.png\); expected a label for each"):
+        run([tmp_path / "one", tmp_path / "two"], tmp_path / "set.zip")
+
+
+def make_labelled(path, labels, classes, groups=None, seed=0, source=None):
+    with ImageSetWriter(path, classes=classes, source=source) as writer:
+        for index, label in enumerate(labels):
+            writer.add(image(seed + index), label, None if groups is None else groups[index])
+    return path
+
+
+def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path):
+    one = make_labelled(tmp_path / "one.zip", [0, 1, 1], ["mel", "nv"], ["p", "00000/img00000001.png", None])
+    two = make_labelled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
+                        source={"phantom": True})
+    folders = make_folder(tmp_path / "folders", {"nv/x.png": image(20)})
+    run([one, two, folders], tmp_path / "set.zip", unlabelled="keep")
+    found = ImageSet(tmp_path / "set.zip")
+    assert (found.classes, found.labels.tolist()) == (["mel", "nv"], [0, 1, 1, 1, 0, NO_LABEL, 1])
+    assert found.groups[0] == found.groups[3] == "p"
+    assert len(set(found.groups)) == 6  # a group named after an image of one set is no group of the other
+    assert found.source["phantom"] is True
+
+
+@pytest.mark.parametrize(("one", "two", "message"), [
+    (([0, 1], ["mel", "nv"]), ([0, 1], ["bcc", "nv"]),
+     "the classes of one.zip are mel, nv, those of two.zip bcc, nv; expected the same in both: make both with the same "
+     "--classes, or give --labels"),
+    (([0, 1], ["mel", "nv"]), ([0, 1], None),
+     "the classes of one.zip are mel, nv, those of two.zip numbers without names; expected the same in both: make both "
+     "with the same --classes, or give --labels"),
+    (([0, 1], ["mel", "nv"]), ([[0.5, 0.5]], ["mel", "nv"]),
+     "the labels of one.zip are classes, those of two.zip lists of 2 numbers; expected one kind: convert each alone, "
+     "or give --labels"),
+    (([0, 1], ["mel", "nv"]), "folders",
+     "one.zip has the classes mel, nv as labels, and the folders of other sources are named bcc, nv; expected the same "
+     "classes in all: convert each alone, or give --labels"),
+    (([0, 1], None), "folders",
+     "one.zip has numbers of classes without names as labels, and the folders of other sources are named bcc, nv; "
+     "expected the same classes in all: convert each alone, or give --labels")])
+def test_sources_of_other_classes_are_refused_unless_a_table_labels_them(tmp_path, one, two, message):
+    one = make_labelled(tmp_path / "one.zip", *one)
+    if two == "folders":
+        two = make_folder(tmp_path / "folders", {"bcc/x.png": image(20), "nv/y.png": image(21)})
+    else:
+        two = make_labelled(tmp_path / "two.zip", *two, seed=5)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run([one, two], tmp_path / "set.zip")
+    assert not (tmp_path / "set.zip").exists()
+    (tmp_path / "t.csv").write_text("image,dx\n" + "".join(f"{name},a\n" for name in (
+        "img00000000", "img00000001", "x", "y")))
+    assert run([one, two], tmp_path / "set.zip", labels=str(tmp_path / "t.csv"), id_column="image",
+               label_column="dx").class_counts["a"] in (3, 4)
+
+
+def test_numbers_without_names_of_several_data_sets_stay(tmp_path):
+    one = make_labelled(tmp_path / "one.zip", [3, 1], None)
+    two = make_labelled(tmp_path / "two.zip", [2, 0], None, seed=5)
+    run([one, two], tmp_path / "set.zip")
+    assert ImageSet(tmp_path / "set.zip").labels.tolist() == [3, 1, 2, 0]
+
+
+def test_sources_of_one_folder_name_are_told_apart_by_more_of_their_paths(tmp_path):
+    paths = [make_folder(tmp_path / name / "images", {"a.png": image(seed)}) for seed, name in enumerate("xy")]
+    run(paths, tmp_path / "set.zip")
+    assert ImageSet(tmp_path / "set.zip").source["name"] == "x/images + y/images"
+
+
+def test_a_source_given_twice_or_inside_another_is_refused(halves):
+    (halves / "link").symlink_to("part_1")
+    for paths, message in [
+            (["part_1", "part_1"], "--source={0}/part_1 is given twice; expected each folder or archive once"),
+            (["part_1", "part_2", "link"],
+             "--source={0}/link is given twice, also as {0}/part_1; expected each folder or archive once"),
+            ([".", "part_1"], "--source={0}/part_1 lies in --source={0}, which is read with all its folders; leave one "
+                              "of the two out"),
+            (["part_1", "set.npz"], "--source: set.npz (MedMNIST npz) cannot be joined with others; expected folders "
+                                    "or zips of images: convert it alone")]:
+        np.savez(halves / "set.npz", train_images=noise(0, 2, 8, 8))
+        with pytest.raises(UserError, match=f"^{re.escape(message.format(halves))}$"):
+            run([halves / path for path in paths], halves / "set.zip")

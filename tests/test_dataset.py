@@ -19,8 +19,10 @@ import torch
 from dnnlib.cli import UserError
 from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from imagesets.writer import ImageSetWriter
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_archives import make_zip
+from tests.make_sets import enclose, make_set, pixels_of, png
 from training.dataset import ImageDataset, choose_subset
+from training.input_checks import check_images
 from training.loading import iterate_batches, to_unit_range
 from training.sampling import TrainingOrder
 
@@ -415,3 +417,57 @@ def test_writer_that_is_interrupted_within_a_member_leaves_nothing_and_says_noth
         write()
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- a set that lies in a folder inside
+
+
+LEFTOVERS = {"__MACOSX/set/._dataset.json": b"x", "__MACOSX/set/00000/._img00000000.png": b"x", ".hidden/a.png": b"x",
+             "readme.txt": b"hello"}
+
+
+@pytest.mark.parametrize("more", [{}, LEFTOVERS], ids=["alone", "leftovers"])
+@pytest.mark.parametrize("folder", ["set", "a/b", "a\\b", "./set"])
+@pytest.mark.parametrize("name", ["inside.zip", "inside"])
+def test_set_in_a_folder_inside_is_read_as_if_it_lay_at_the_top(tmp_path, name, folder, more):
+    if name == "inside" and "\\" in folder:
+        folder = "a/./b"
+    flat = ImageDataset(make_set(tmp_path / "flat.zip", 6, labels=[1, 0, 2, 0, 1, 1], classes=["x", "y", "z"],
+                                 groups=["p", "p", "q", None, "r", "r"]), use_labels=True)
+    inside = ImageDataset(enclose(flat.path, tmp_path / name, folder, more), use_labels=True)
+    assert inside.image_names() == flat.image_names()
+    assert inside.groups() == flat.groups()
+    assert inside.classes == flat.classes
+    assert torch.equal(inside.label_table(), flat.label_table())
+    assert all(np.array_equal(inside[row][0], flat[row][0]) for row in range(6))
+    assert inside.content_hash() == flat.content_hash()
+    check_images(inside)
+    images = ImageSet(tmp_path / name)
+    assert images.other_members == sorted(["dataset.json", *more])
+    assert [images.read(member) for member in more] == list(more.values())
+
+
+def test_set_in_a_folder_inside_that_does_not_hold_all_images_is_refused(tmp_path):
+    path = enclose(make_set(tmp_path / "flat.zip", labels=[0, 1] * 3), tmp_path / "a.zip",
+                   more={"b.png": png(pixels_of(9))})
+    assert refused(lambda: ImageSet(path)) == (
+        f"{path}: dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder "
+        "(b.png); expected it at the top: give that folder, or zip its content without the folder")
+
+
+@pytest.mark.parametrize(("folder", "found"), [("one", "one/dataset.json"), (".", "dataset.json")])
+def test_sets_in_several_folders_are_refused(tmp_path, folder, found):
+    flat = make_set(tmp_path / "flat", labels=[0, 1] * 3)
+    path = enclose(flat, tmp_path / "both", "two")
+    enclose(flat, path, folder)
+    assert refused(lambda: ImageSet(path)) == (
+        f"{path}: dataset.json lies in 2 places ({found}, two/dataset.json); expected one, at the top: give one of "
+        "these folders, or join them by dataset_tool.py with a --source for each")
+
+
+@pytest.mark.parametrize("folder", ["", "set/"])
+def test_dataset_json_in_other_case_is_read(tmp_path, folder):
+    path = make_zip(tmp_path / "a.zip", {f"{folder}0.png": png(pixels_of(0)),
+                                         f"{folder}Dataset.JSON": b'{"labels": [["0.png", 3]]}'})
+    images = ImageSet(path)
+    assert (images.names, images.labels.tolist(), images.other_members) == (["0.png"], [3], ["dataset.json"])

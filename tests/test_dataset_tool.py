@@ -55,6 +55,17 @@ set.zip: 4 images, 4x4 RGB, 4 groups
         "unreadable: zero bytes": {"count": 1, "names": ["nv/e.png"]}}
 
 
+def test_source_given_twice_means_two_parts_of_one_set(inside, capsys):
+    make_folder(inside / "more", {"nv/e.png": image(5), "bcc/f.png": image(6)})
+    assert call(capsys, "--source=lesions", "--source=more", "--dest=set.zip", "--workers=1") == (0, """\
+set.zip: 6 images, 8x8 RGB, 6 groups
+  found 6 in lesions + more (image folder), kept 6, dropped 0
+  from lesions (image folder): found 4, kept 4
+  from more (image folder): found 2, kept 2
+  classes: bcc 1, mel 2, nv 3
+""", "")
+
+
 def test_width_and_height_mean_resolution(inside, capsys):
     for number, size in enumerate((["--resolution=4x4"], ["--width=4", "--height=4"])):
         assert call(capsys, "--source=lesions", f"--dest={number}.zip", "--workers=1", *size)[0] == 0

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -14,7 +15,7 @@ from imagesets.duplicates import identical_sets, link_groups
 from imagesets.inspecting.measure import measure
 from imagesets.inspection import open_for_inspection, summarize
 from imagesets.writer import ImageSetWriter
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 
 
 def inspect(path, workers=1):
@@ -299,3 +300,21 @@ def test_inspect_command_zip_cut_in_the_middle_ends_with_2(tmp_path, capsys):
     assert run(inspect_command, [str(path), f"--sheet={tmp_path / 'sheets'}"]) == 2
     assert "cannot be read as a zip" in capsys.readouterr().err
     assert [item.name for item in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_inspect_of_a_set_in_a_folder_inside_is_that_of_the_set(tmp_path):
+    flat = make_set(tmp_path / "flat.zip", 6, size=16, labels=[0, 1, 1, 0, 1, 0], classes=["a", "b"],
+                    groups=list("ppqqrr"))
+    inside = enclose(flat, tmp_path / "inside.zip")
+    assert replace(inspect(inside), path=str(flat)) == inspect(flat)
+    assert inspect(inside).ready_with_labels
+
+
+def test_inspect_of_a_set_in_a_folder_inside_that_lacks_images_is_not_ready(tmp_path):
+    flat = make_set(tmp_path / "flat.zip", 6, size=16, labels=[0, 1, 1, 0, 1, 0])
+    found = inspect(enclose(flat, tmp_path / "inside.zip", more={"other/a.png": image()}))
+    assert not found.ready
+    assert found.problems[0].message == (
+        "dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder (other/a.png); "
+        "expected it at the top: give that folder, or zip its content without the folder; labels and groups were not "
+        "read: make the set again")

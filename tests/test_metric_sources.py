@@ -8,7 +8,7 @@ from dnnlib.cli import UserError
 from imagesets.reader import ImageSet
 from metrics.blocks import choose_batch
 from metrics.sources import FakeLabels, GeneratedImages, SetImages, draw_latents, to_rgb
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.small_networks import small_generator
 from torch_utils.images import to_pixels
 
@@ -206,3 +206,10 @@ def test_to_rgb_leaves_colour_alone():
 @pytest.mark.parametrize(("resolution", "expected"), [(8, 32), (128, 32), (256, 16), (512, 4), (1024, 4)])
 def test_choose_batch_shrinks_with_resolution(resolution, expected):
     assert choose_batch(resolution) == expected
+
+
+def test_set_images_of_a_set_in_a_folder_inside_have_its_labels_and_hash(labelled, tmp_path):
+    flat, inside = SetImages(labelled, "melanoma"), SetImages(enclose(labelled, tmp_path / "inside.zip"), "melanoma")
+    assert inside.rows.tolist() == [1, 4]
+    assert torch.equal(inside.label_table(2), flat.label_table(2))
+    assert inside.select().content_hash() == flat.select().content_hash()

@@ -14,7 +14,7 @@ from imagesets.reader import ImageSet
 from latent.classes import Classes
 from latent.projecting.set_targets import _equal_counts, choose_targets, count_left_out, fingerprint
 from latent.projecting.start_class import parse_start, starts_of_target
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 
 NETWORK = Classes(2, {"classes": ["nv", "mel"]})
 PLAIN = Classes(0, {})
@@ -295,3 +295,16 @@ def test_fingerprint_takes_names_that_are_no_text(tmp_path):
         pytest.skip("this file system takes no such name")
     some = ImageSet(tmp_path / "set")
     assert len(fingerprint(some, choose(some, chosen="nv"))) == 64
+
+
+@pytest.mark.parametrize("name", ["inside.zip", "inside"])
+def test_targets_of_a_set_in_a_folder_inside_have_its_classes_and_groups(images, tmp_path, name):
+    inside = ImageSet(enclose(images.path, tmp_path / name))
+    targets = choose(inside, group_by_class=True, count=4)
+    assert targets == choose(images, group_by_class=True, count=4)
+    first = fingerprint(inside, targets)
+    if inside.is_zip:
+        assert first == fingerprint(images, targets)
+    else:
+        os.utime(tmp_path / name / "set" / targets[0].name, (1, 1))
+        assert first != fingerprint(inside, targets)

@@ -52,7 +52,9 @@ def test_images_in_sub_folders_take_the_folders_as_classes(kind, tmp_path):
     (["nv/p1/a.png", "nv/p2/b.png"], [0, 1], ["p1", "p2"]),
     (["00000/img00000000.png", "00001/img00001000.png"], None, None),
     (["set/00000/img00000000.png", "set/00001/img00001000.png"], None, None),
-    (["10/a.png", "9/b.png"], [0, 1], ["10", "9"]),
+    (["10/a.png", "9/b.png"], [1, 0], ["9", "10"]),
+    (["0/a", "1/a", "10/a", "11/a", "2/a"], [0, 1, 3, 4, 2], ["0", "1", "2", "10", "11"]),
+    (["0/a", "10/a", "2/a", "x/a"], [0, 1, 2, 3], ["0", "10", "2", "x"]),
 ])
 def test_labels_of_folders_take_the_first_folder_that_differs(names, labels, classes):
     found, found_classes = labels_of_folders(names)
@@ -146,13 +148,23 @@ def test_a_zip_with_a_name_twice_raises(tmp_path):
     ({"train/a.png": b"1", "Test/b.png": b"2"},
      "set: the folders Test, train look like parts of a data set, not like classes; give one of them as --source, or "
      "labels by --labels"),
-    ({"set/x/a.png": b"1", "set/y/b.png": b"2", "set/dataset.json": b"{}"},
-     "set: dataset.json lies in a folder inside (set/dataset.json); expected it at the top: give that folder as "
-     "--source, or zip its content without the folder")])
+    ({"set/x/a.png": b"1", "b.png": b"2", "set/dataset.json": b"{}"},
+     "{path}: dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder (b.png); "
+     "expected it at the top: give that folder, or zip its content without the folder")])
 def test_doubtful_folders_raise(files, message, tmp_path):
     source = open_source(make_folder(tmp_path / "set", files))
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(path=tmp_path / 'set'))}$"):
         refuse_doubtful_folders(source)
+
+
+@pytest.mark.parametrize("kind", ["folder", "ZIP_STORED"])
+def test_a_ready_data_set_in_a_folder_inside_is_taken_as_it_is(kind, tmp_path):
+    metadata = {"labels": [["mel/b.png", 1], ["mel/deep/a.png", 1], ["nv/c.jpg.png", 0]], "groups": {"mel/b.png": "p1"}}
+    files = FILES | {"dataset.json": json.dumps(metadata).encode()}
+    source = open_as(kind, tmp_path, {f"set/{name}": data for name, data in files.items()})
+    assert source.names == sorted(FILES)
+    assert (source.labels.tolist(), source.groups) == ([1, 1, 0], ["p1", None, None])
+    assert load_all(source) == [FILES[name] for name in source.names]
 
 
 EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "

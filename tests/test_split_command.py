@@ -7,8 +7,9 @@ import pytest
 
 from dnnlib.cli import run
 from imagesets.commands.split import describe_split, split_command
+from imagesets.reader import ImageSet
 from imagesets.split import assign
-from tests.make_sets import make_set
+from tests.make_sets import enclose, make_set
 from tests.split_cases import THREE, Labels, make_request, unique_digests
 
 
@@ -172,3 +173,21 @@ def test_split_command_folder_as_source_names_parts_after_it(tmp_path):
     make_set(tmp_path / "set", 8)
     assert run(split_command, [str(tmp_path / "set"), "--parts=a:0.5,b:0.5", f"--dest={tmp_path / 'new'}"]) == 0
     assert sorted(item.name for item in (tmp_path / "new").iterdir()) == ["set-a.zip", "set-b.zip", "set-split.json"]
+
+
+@pytest.mark.parametrize("name", ["inside/lesions.zip", "inside/lesions"])
+def test_split_of_a_set_in_a_folder_inside_keeps_groups_together(tmp_path, name):
+    groups = [f"lesion{index % 15}" for index in range(60)]
+    flat = make_set(tmp_path / "lesions.zip", 60, labels=[index % 3 for index in range(60)], groups=groups)
+    (tmp_path / "inside").mkdir()
+    inside = enclose(flat, tmp_path / name)
+    found = {}
+    for path in (flat, inside):
+        assert run(split_command, [str(path), "--parts=train:0.5,test:0.5", f"--dest={tmp_path / 'out'}",
+                                   "--force"]) == 0
+        found[path] = [ImageSet(tmp_path / f"out/lesions-{part}.zip") for part in ("train", "test")]
+        found[path] = [(images.groups, images.labels.tolist(), images.checksums()) for images in found[path]]
+    (train, _, _), (test, _, _) = found[inside]
+    assert not set(train) & set(test)
+    assert len({*train, *test}) == 15
+    assert found[inside] == found[flat]

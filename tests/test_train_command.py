@@ -12,9 +12,10 @@ import torch
 
 import train
 from dnnlib.cli import run
+from imagesets.writer import ImageSetWriter
 from metrics.choice import choose_metrics
 from tests.make_archives import make_folder, make_zip
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 from torch_utils.allocator import Tuning
 from training import device
 from training.balance import image_weights
@@ -514,3 +515,16 @@ def test_subset_is_checked_alone(inside, capsys):
     trainer, _ = start(capsys, "--data=bad.zip", "--subset=1", "--seed=0")
     assert trainer.dataset.image_names() != ["9.png"]
     assert refuse(capsys, *BASE, "--data=bad.zip").startswith("bad.zip: 9.png is 32x32")
+
+
+def test_train_takes_sets_in_a_folder_inside_with_their_labels(inside, capsys):
+    with ImageSetWriter("valid.zip", classes=["nv", "mel", "bcc"]) as writer:
+        for index in range(6, 10):
+            writer.add(png(pixels_of(index, 16)), index % 3)
+    flags = ("--cfg=tiny", "--cond=1", "--valid=valid.zip", "--precision=fp32")
+    expected, _ = dry_run(capsys, *flags)
+    for name in ("set.zip", "valid.zip"):
+        enclose(name, inside / "inside.zip").replace(inside / name)
+    found, _ = dry_run(capsys, *flags)
+    assert found == expected
+    assert (found["data"]["label_length"], found["data"]["classes"]) == (3, ["nv", "mel", "bcc"])

@@ -14,6 +14,7 @@ from dnnlib.files import atomic_write
 from imagesets.conversion.linking import Linked, contradictions
 from imagesets.conversion.selection import REASONS, Selection
 from imagesets.conversion.tally import TOO_SMALL, Tally
+from imagesets.labels.classes import names_of_numbers
 from imagesets.sources.joining import repeated_names
 from imagesets.sources.source import Source
 
@@ -88,7 +89,7 @@ def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] 
     if labels is None or labels.ndim == 2:
         return None
     chosen = labels[np.asarray(kept, dtype=np.int64)]
-    names = selection.classes or [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
+    names = selection.classes or names_of_numbers(labels)
     counts = {name: int((chosen == number).sum()) for number, name in enumerate(names)}
     without = int((chosen < 0).sum())
     return counts | ({"(none)": without} if without else {})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dnnlib.cli import UserError
-from imagesets.labels.classes import ClassChoice
+from imagesets.labels.classes import ClassChoice, names_of_numbers
 from imagesets.labels.tables import LabelTable
 from imagesets.naming import listed
 from imagesets.reader import NO_LABEL
@@ -139,7 +139,7 @@ def _choose(source: Source, labelling: Labelling, classes: str | None, merge: st
     if labelling.labels.ndim == 2:
         raise UserError(f"{option}: the labels of {source.name} are lists of {labelling.labels.shape[1]} numbers, "
                         "from which no class can be chosen; leave the option out")
-    found = labelling.classes or [str(number) for number in range(int(labelling.labels.max()) + 1)]
+    found = labelling.classes or names_of_numbers(labelling.labels)
     choice = ClassChoice.create(found, classes, merge)
     indices = [choice.index_of(name) for name in found]
     new_index = np.array([NO_LABEL if index is None else index for index in indices], dtype=np.int64)

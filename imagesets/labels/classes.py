@@ -28,18 +28,14 @@ def order_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=Decimal) if numeric else names
 
 
-def number_classes(labels: np.ndarray, known: Iterable[int] = ()) -> tuple[np.ndarray, list[str] | None]:
-    """Return int64 [N] and the names of the classes that bare numbers are: those that folders of these names would get.
+def names_of_numbers(labels: np.ndarray) -> list[str]:
+    """Return the names of classes that are known by bare numbers only, as in arrays: these numbers, from 0.
 
-    labels: int64 [N], >= 0
-    known:  numbers of more classes, that other parts of the same file have
+    labels: int64 [N], negative for none
 
-    Numbers without a gap, from 0, stay as they are, without names: None.
+    Such numbers stay as they are, also with gaps; then there are classes without images.
     """
-    found = sorted({*np.unique(labels).tolist(), *known})
-    if found == list(range(len(found))):
-        return labels, None
-    return np.searchsorted(found, labels), order_classes(map(str, found))
+    return [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

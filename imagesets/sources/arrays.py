@@ -6,7 +6,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +13,6 @@ from typing import IO, Any
 import numpy as np
 
 from dnnlib.cli import UserError
-from imagesets.labels.classes import number_classes
 from imagesets.reader import MAX_CLASSES
 from imagesets.sources.source import Source
 
@@ -63,12 +61,11 @@ def open_npz(path: Path, split: str) -> Source:
     if len({(member.shape[1:], member.dtype) for member in images}) > 1:
         raise UserError(f"{path}: the images of {', '.join(chosen)} differ in shape or type; choose one by --split")
     left_out = {name: members[f"{name}_images"].shape[0] for name in present if name not in chosen}
-    labels, classes = _number_labels(path, members, chosen, present)
     height, width = images[0].shape[1:3]
     names = [name for part, member in zip(chosen, images) for name in numbered_names(part, member.shape[0])]
     return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
                   items=_NpzItems(path=path, members=images),
-                  labels=labels, classes=classes, shape=(width, height, _channels(images[0].shape[1:])),
+                  labels=_read_labels(path, members, chosen), shape=(width, height, _channels(images[0].shape[1:])),
                   left_out=left_out)
 
 
@@ -162,23 +159,6 @@ def _read_labels(path: Path, members: dict[str, _Member], chosen: Sequence[str])
     return _tidy_labels(path, np.concatenate(parts))
 
 
-def _number_labels(path: Path, members: dict[str, _Member], chosen: Sequence[str],
-                   present: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels of the parts chosen, and the classes' names where their numbers have gaps.
-
-    A class keeps its number in all parts of the file, also in one that has no image of it.
-    """
-    labels = _read_labels(path, members, chosen)
-    if labels is None or labels.ndim == 2:
-        return labels, None
-    known: set[int] = set()
-    for name in present:
-        with suppress(UserError):  # what is wrong with a part that is not asked for stops nothing
-            part = None if name in chosen else _read_labels(path, members, [name])
-            known.update([] if part is None or part.ndim == 2 else part.tolist())
-    return number_classes(labels, known)
-
-
 def _tidy_labels(path: Path, labels: np.ndarray) -> np.ndarray:
     """Return int64 [N] for [N, 1], float32 [N, D] otherwise."""
     if labels.shape[1] != 1:
@@ -210,10 +190,9 @@ def open_mnist(path: Path) -> Source:
     with gzip.open(label_path) as file:
         file.seek(8)
         labels = [int(row) for row in _rows(label_path, file, (count,), np.dtype(np.uint8), np.ones(count, dtype=bool))]
-    numbers, classes = number_classes(np.array(labels, dtype=np.int64))
     return Source(kind="MNIST", name=path.name, names=numbered_names(path.name.split("-")[0], count),
                   items=_IdxItems(path=path, shape=(count, height, width)), load=ArrayLoader(),
-                  labels=numbers, classes=classes, shape=(width, height, 1))
+                  labels=np.array(labels, dtype=np.int64), shape=(width, height, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
