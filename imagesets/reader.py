@@ -221,9 +221,9 @@ def _find_metadata(path: Path, members: Iterable[str], images: Iterable[str]) ->
         return None
     if len(found) > 1:
         examples = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({examples}); expected one, at the "
-                                "top: give one of these folders, or join them by dataset_tool.py with a --source for "
-                                "each")
+        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({examples}); expected one: give one "
+                                "of these folders, take the others out, or join them by dataset_tool.py with a "
+                                "--source for each")
     outside = next((name for name in images if not name.startswith(found[0][:-len(METADATA)])), None)
     if outside is not None:
         raise MisplacedMetadata(f"{path}: {METADATA} lies in a folder inside ({found[0]}), and images lie outside of "

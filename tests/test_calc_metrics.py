@@ -14,7 +14,7 @@ from dnnlib.files import sha256_of
 from latent.measure_command import make_command
 from metrics.names import DESCRIPTIONS, KNOWN_NAMES
 from metrics.sources import GeneratedImages
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.small_networks import small_generator
 from training.json_lines import read_lines
 from training.options import DatasetFacts, TrainOptions
@@ -270,3 +270,12 @@ def test_program_with_two_processes_says_once_which_image_is_damaged(data, tmp_p
                           text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     message = f"error: {folder}: {damaged}.png cannot be decoded (it is no image); make or copy it again\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_sets_in_a_folder_inside_are_measured_by_class_as_at_the_top(capsys, data, tmp_path):
+    inside = enclose(data, tmp_path / "a.zip")
+    arguments = ("--metrics=kid5_full", "--class=melanoma")
+    expected = measure(capsys, f"--generated={data}", f"--data={data}", *arguments)[1]
+    found = measure(capsys, f"--generated={inside}", f"--data={inside}", *arguments)[1]
+    assert [record["results"] for record in found] == [record["results"] for record in expected]
+    assert found[0]["generated_sha256"] == expected[0]["generated_sha256"]

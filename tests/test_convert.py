@@ -572,12 +572,13 @@ def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path
     two = make_labelled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
                         source={"phantom": True})
     folders = make_folder(tmp_path / "folders", {"nv/x.png": image(20)})
-    run([one, two, folders], tmp_path / "set.zip", unlabelled="keep")
+    run([one, two, folders], tmp_path / "set.zip", unlabelled="keep", report=tmp_path / "report.json")
     found = ImageSet(tmp_path / "set.zip")
     assert (found.classes, found.labels.tolist()) == (["mel", "nv"], [0, 1, 1, 1, 0, NO_LABEL, 1])
     assert found.groups[0] == found.groups[3] == "p"
     assert len(set(found.groups)) == 6  # a group named after an image of one set is no group of the other
     assert found.source["phantom"] is True
+    assert read_json(tmp_path / "report.json")["names_in_several_sources"]["count"] == 0  # numbers are no names
 
 
 @pytest.mark.parametrize(("one", "two", "message"), [

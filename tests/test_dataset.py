@@ -461,8 +461,8 @@ def test_sets_in_several_folders_are_refused(tmp_path, folder, found):
     path = enclose(flat, tmp_path / "both", "two")
     enclose(flat, path, folder)
     assert refused(lambda: ImageSet(path)) == (
-        f"{path}: dataset.json lies in 2 places ({found}, two/dataset.json); expected one, at the top: give one of "
-        "these folders, or join them by dataset_tool.py with a --source for each")
+        f"{path}: dataset.json lies in 2 places ({found}, two/dataset.json); expected one: give one of these "
+        "folders, take the others out, or join them by dataset_tool.py with a --source for each")
 
 
 @pytest.mark.parametrize("folder", ["", "set/"])

@@ -15,7 +15,7 @@ from latent.projecting.pair_sheet import Pair, Row, choose_examples, draw_pair_s
 from metrics.detectors.pixel_similarity import PixelDistance
 from tests.generator_files import pixels_in, save_generator
 from tests.image_files import read_png
-from tests.make_sets import make_set, pixels_of, png
+from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.projector_commands import (
     SET_FILES,
     STEPS,
@@ -66,6 +66,15 @@ def test_set_becomes_a_data_set_of_projections(inside, capsys):
         "left_out_by_class": 0, "class": None, "group_by_class": False}
     trained_on = ImageDataset("out/projections.zip", use_labels=True)
     assert (len(trained_on), trained_on.image_shape, trained_on[3][1].tolist()) == (6, (3, 8, 8), [0, 1])
+
+
+def test_set_in_a_folder_inside_gives_the_files_of_the_set(inside, capsys):
+    project(capsys, *SET)
+    expected = contents("out")
+    enclose("set.zip", Path("inside.zip")).replace("set.zip")
+    (Path("out")).rename("first")
+    project(capsys, *SET)
+    assert contents("out") == expected
 
 
 def test_styles_of_a_set_give_its_projections_again(inside, capsys):

@@ -21,7 +21,7 @@ _OPTIONS = [
     click.option("--transform", type=click.Choice(TRANSFORMS), help="Cut a square from the centre, or a wide rectangle "
                  "that is padded to a square; without it images are stretched."),
     click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
-    click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by name."),
+    click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by source and name."),
     click.option("--labels", metavar="FILE", help="Table of labels: ISIC 2017 to 2020, HAM10000, or any with the "
                  "columns named below. Without it labels come from dataset.json or sub-folders."),
     click.option("--id-column", metavar="NAME", help="Column with the names of the images."),

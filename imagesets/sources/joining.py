@@ -73,8 +73,8 @@ def join(sources: Sequence[Source], names: Sequence[str]) -> Source:
 
 
 def repeated_names(source: Source) -> list[str]:
-    """Return the names that images of several parts have."""
-    counts = Counter(name for part in source.parts for name in part.names)
+    """Return the names that images of several parts have, apart from those that a data set gives by number."""
+    counts = Counter(name for part in source.parts if not is_numbered(part.names) for name in part.names)
     return [name for name, count in counts.items() if count > 1]
 
 
@@ -161,7 +161,8 @@ def _labels_of(source: Source, folders: Sequence[str | None] | None, classes: Se
 
 
 def _hints_on_folders(sources: Sequence[Source], labels: np.ndarray | None) -> Iterator[str]:
-    around = [enclosing_folders(source.names) for source in sources]
+    around = [[] if source.is_ready or is_numbered(source.names) else enclosing_folders(source.names)
+              for source in sources]
     if labels is None and all(around) and len({tuple(folders) for folders in around}) > 1:
         yield (f"the folders {listed([folders[-1] for folders in around])} are not taken as classes, since each source "
                "has one only; if they are classes, put them into one folder, or give --labels=FILE")
