@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from imagesets.class_names import VECTOR
 from imagesets.labels.classes import names_of_numbers
 from imagesets.reader import NO_LABEL, ImageSet
 
@@ -20,14 +21,26 @@ def class_names(images: ImageSet) -> list[str]:
 
 
 def class_columns(images: ImageSet) -> np.ndarray:
-    """Return whether an image is of a class: bool [N, C], C = len(class_names(images))."""
+    """Return whether an image is of a class: bool [N, C], C = len(class_names(images)); False for measures."""
     if images.labels is None:
         return np.zeros((len(images), 0), dtype=bool)
     if images.labels.ndim == 2:
         columns = np.zeros((len(images), len(class_names(images))), dtype=bool)
         columns[:, :images.labels.shape[1]] = images.labels > PRESENT
-        return columns
+        return columns & are_findings(images)
     return images.labels[:, None] == np.arange(len(class_names(images)))
+
+
+def are_findings(images: ImageSet) -> np.ndarray:
+    """Return which columns tell whether something is there: bool [C]; of lists those with numbers from 0 to 1 alone.
+
+    Others are measures, such as an age, of which no number means that an image is of a class.
+    """
+    found = np.ones(len(class_names(images)), dtype=bool)
+    if images.label_kind == VECTOR:
+        values = np.nan_to_num(images.labels)
+        found[:values.shape[1]] = ((values >= 0) & (values <= 1)).all(axis=0)
+    return found
 
 
 def is_unlabelled(images: ImageSet) -> np.ndarray:

@@ -1,10 +1,15 @@
-"""Find a class by its name or number."""
+"""Find a class by its name or number, and tell labels that are classes from labels that are vectors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dnnlib.cli import UserError
 from imagesets.naming import listed, suggestion
+
+# Kinds of labels. In dataset.json an integer is a class, and a list of numbers a vector: several findings, or values.
+CLASS, VECTOR = "class", "vector"
+LABELS = {CLASS: "numbers of classes as labels", VECTOR: "lists of numbers as labels", None: "no labels"}  # in messages
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -24,6 +29,23 @@ def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str 
         return int(text)
     meant = "" if names is None else suggestion(text, names)
     raise UserError(f"{flag} names the class {text!r}{meant}; expected {known_classes(names, count)}")
+
+
+def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:
+    """Return the kind of label that a network learned: CLASS, VECTOR, or None where its file does not tell.
+
+    info:   what the file says: "label_kind"; files that are older than it still say class_counts, null for vectors
+    c_dim:  of the network
+
+    LIMIT: NVIDIA's files tell nothing; their labels are taken for classes.
+    """
+    if c_dim == 0:
+        return None
+    if info.get("label_kind") in (CLASS, VECTOR):
+        return info["label_kind"]
+    if "class_counts" not in info:
+        return None
+    return VECTOR if info["class_counts"] is None else CLASS
 
 
 def known_classes(names: Sequence[str] | None, count: int) -> str:

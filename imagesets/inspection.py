@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
-from imagesets.class_columns import class_columns, class_names
+from imagesets.class_columns import are_findings, class_columns, class_names
 from imagesets.duplicates import identical_sets
 from imagesets.inspecting.measure import Measures
 from imagesets.inspecting.problems import LABELS, MAX_LISTED, TRAINING, Problem, find_problems
@@ -117,10 +117,10 @@ def number(texts: Sequence[str]) -> np.ndarray:
 
 
 def _count_classes(images: ImageSet, group_of: np.ndarray) -> list[ClassCount]:
-    columns = class_columns(images)
+    columns, findings = class_columns(images), are_findings(images)
     return [ClassCount(index=index, name=name, num_images=int(columns[:, index].sum()),
                        share=float(columns[:, index].mean()), num_groups=len(np.unique(group_of[columns[:, index]])))
-            for index, name in enumerate(class_names(images))]
+            for index, name in enumerate(class_names(images)) if findings[index]]
 
 
 def _count_folders(names: Sequence[str]) -> dict[str, int]:

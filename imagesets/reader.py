@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.cli import UserError
+from imagesets.class_names import CLASS, VECTOR
 
 METADATA = "dataset.json"
 NO_LABEL = -1
@@ -83,6 +84,13 @@ class ImageSet:
     @property
     def is_zip(self) -> bool:
         return self.path.is_file()
+
+    @property
+    def label_kind(self) -> str | None:
+        """CLASS for integers, VECTOR for lists, None where there are no labels."""
+        if self.labels is None:
+            return None
+        return CLASS if self.labels.ndim == 1 else VECTOR
 
     @property
     def num_unlabelled(self) -> int:

@@ -1,5 +1,6 @@
-"""Find the classes of a network by name or number, and the images that each is to have."""
+"""Find the classes of a network by name or number, and the images that each is to have; read vectors as labels."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,39 +9,70 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from imagesets.class_names import find_class, known_classes
+from imagesets.class_names import VECTOR, find_class, known_classes, label_kind_of
 from imagesets.class_shares import class_counts
+from imagesets.naming import listed
 
+# What a network is told of an image: the number of its class, a vector of c_dim numbers, or nothing.
+Label = int | tuple[float, ...] | None
+
+_LARGEST_NUMBER = float(torch.finfo(torch.float32).max)
 _COUNTS_SYNTAX = "expected NAME:COUNT,NAME:COUNT,..., such as benign:5000,melanoma:5000"
 
 
 class Classes:
-    """The classes that a network makes images of; none where it is unconditional.
+    """The classes that a network makes images of, or its labels where these are vectors; none of an unconditional one.
 
-    count:            number of classes, c_dim
-    names:            of the classes, or None when they have numbers alone
+    count:            number of classes, or of the numbers of a vector: c_dim
+    kind:             of the labels that it learned, CLASS or VECTOR; None where the file does not say
+    names:            of the classes, or of the numbers; None when they have none
     training_counts:  images of each class that the network learned from, or None when the file does not say
     """
 
     def __init__(self, c_dim: int, info: Mapping[str, Any]):
         """Take what a network file says of its classes; what does not fit its number of classes counts as not said."""
         self.count = c_dim
+        self.kind = label_kind_of(info, c_dim)
         names, counts = info.get("classes"), info.get("class_counts")
         self.names = list(names) if _is_list_of(names, str, c_dim) and len(set(names)) == c_dim else None
         self.training_counts = list(counts) if _is_list_of(counts, int, c_dim) and sum(counts) > 0 else None
 
-    def name(self, index: int) -> str:
-        return str(index) if self.names is None else self.names[index]
+    def name(self, label: int | tuple[float, ...]) -> str:
+        """Return the name of a class, or its number; of a vector its numbers, as --label takes them."""
+        if isinstance(label, tuple):
+            return ",".join(f"{number:.9g}" for number in label)
+        return str(label) if self.names is None else self.names[label]
 
     def find(self, flag: str, text: str) -> int:
         """Return the number of a class. A name wins over a number. Raises UserError."""
         return find_class(text.strip(), self.names, self.count, flag=flag)
 
-    def choose(self, text: str | None) -> list[int | None]:
-        """Return the classes of --class: one, several with commas between them, or all; [None] when there are none.
+    def match(self, label: int, names: Sequence[str] | None) -> int | None:
+        """Return the network's class for one of a data set: of the same name where both have names, else number.
 
-        Raises UserError, also when a class is missing or not to be given.
+        names:  of the data set's classes
+
+        None where the network has no such class.
         """
+        if self.names is None or names is None:
+            return label if label < self.count else None
+        return self.names.index(names[label]) if names[label] in self.names else None
+
+    def choose(self, text: str | None, label: str | None = None) -> list[Label]:
+        """Return what images are made of, [None] of an unconditional network.
+
+        text:   --class: one class, several with commas between them, or all
+        label:  --label: the numbers of one vector. A network that learned classes takes one, too: a mix of them
+
+        Raises UserError, also when something is missing or not to be given.
+        """
+        if label is not None:
+            if text is not None:
+                raise UserError(f"--class={text} and --label={label} are both given; expected one of them")
+            return [self._parse_label(label)]
+        if self.kind == VECTOR:
+            raise UserError(f"{'--label is missing' if text is None else f'--class is {text}'}, and this network's "
+                            f"labels are not classes but vectors; expected {self.known_labels()}")
         if self.count == 0:
             if text is not None:
                 raise UserError(f"--class is {text}, but this network was trained without classes; leave --class out")
@@ -57,13 +89,21 @@ class Classes:
             raise UserError(f"--class={text} names a class twice; expected each once")
         return chosen
 
-    def labels(self, classes: Sequence[int | None]) -> Tensor:
-        """Return one-hot labels: float32 [N, c_dim]; [N, 0] of an unconditional network."""
-        labels = torch.zeros(len(classes), self.count)
-        for row, index in enumerate(classes):
-            if index is not None:
-                labels[row, index] = 1
-        return labels
+    def known_labels(self) -> str:
+        """Return "--label with 3 numbers (age, size, hair), such as --label=0,1,0.5", for messages."""
+        names = "" if self.names is None else f" ({listed(self.names)})"
+        example = ",".join(["0", "1", "0.5"][:self.count]) + (",..." if self.count > 3 else "")
+        return f"--label with {self.count} numbers{names}, such as --label={example}"
+
+    def labels(self, labels: Sequence[Label]) -> Tensor:
+        """Return labels as the network takes them, classes as one-hot vectors: float32 [N, c_dim]."""
+        rows = torch.zeros(len(labels), self.count)
+        for row, label in zip(rows, labels, strict=True):
+            if isinstance(label, tuple):
+                row.copy_(torch.tensor(label))
+            elif label is not None:
+                row[label] = 1
+        return rows
 
     def divide(self, count: int | None, text: str | None) -> list[int] | None:
         """Return the images of each class in a set, [c_dim]; None of an unconditional network.
@@ -71,8 +111,12 @@ class Classes:
         count:  --count, images in all; None for the sum of --classes
         text:   --classes; None for the shares of training, by largest remainder
 
-        Raises UserError where the two do not tell how many, or contradict each other.
+        Raises UserError where the two do not tell how many, or contradict each other, and for labels that are vectors.
         """
+        if self.kind == VECTOR:
+            raise UserError(f"{'--labels-from is missing' if text is None else f'--classes is {text}'}, and this "
+                            "network's labels are not classes but vectors; expected a data set to draw labels of "
+                            f"{self.count} numbers from, such as --labels-from=set.zip")
         if count is not None and count < 1:
             raise UserError(f"--count is {count}; expected at least 1")
         if self.count == 0:
@@ -90,6 +134,23 @@ class Classes:
             raise UserError("--classes is missing, and the network file does not say how many images of each class it "
                             f"learned from; {_COUNTS_SYNTAX}")
         return class_counts(self.training_counts, count)
+
+    def _parse_label(self, text: str) -> tuple[float, ...]:
+        if self.count == 0:
+            raise UserError(f"--label is {text}, but this network was trained without labels; leave --label out")
+        numbers = []
+        for part in text.split(","):
+            try:
+                number = float(part)
+            except ValueError:
+                number = math.nan
+            if not abs(number) <= _LARGEST_NUMBER:  # so that nan is none
+                raise UserError(f"--label has {part.strip()!r}, which is not a finite number; expected "
+                                f"{self.known_labels()}")
+            numbers.append(number)
+        if len(numbers) != self.count:
+            raise UserError(f"--label is {text}, {len(numbers)} numbers; expected {self.known_labels()}")
+        return tuple(numbers)
 
     def _given_counts(self, count: int | None, text: str) -> list[int]:
         counts = [0] * self.count

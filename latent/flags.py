@@ -2,6 +2,7 @@
 
 import click
 
+from latent.sampling import MEAN_LATENTS, TRUNC_CENTERS
 from training.config import NOISE_MODES
 from training.flags import TUNE_MALLOC_HELP, Flag
 
@@ -16,8 +17,15 @@ FLAGS = [
          "the first one [default: 0]."),
     Flag(["--class", "class_"], group=IMAGES, metavar="NAME", help="Class of the images, by name or number, where the "
          "network knows classes. For --grid several, such as melanoma,nevus, or all."),
+    Flag(["--label"], group=IMAGES, metavar="LIST", help="Label of the images as the numbers that the network is told, "
+         "such as 0,1,0.5: where it learned labels that are no classes. Of classes it is a mix, such as 0.5,0.5 of "
+         "two, which the network never learned from."),
     Flag(["--trunc"], group=IMAGES, type=float, metavar="PSI", help="Truncation: smaller values give more usual and "
          "less varied images; 0 gives the mean image. [default: 1]"),
+    Flag(["--trunc-center"], group=IMAGES, type=click.Choice(TRUNC_CENTERS), metavar="NAME", help="What --trunc pulls "
+         "towards: global, the mean style of all images, in which frequent classes weigh most; class, that of the "
+         f"image's own class, or of its label, over {MEAN_LATENTS} latents: right for a class that is rare in the "
+         "training set. [default: global]"),
     Flag(["--noise-mode"], group=IMAGES, type=click.Choice(NOISE_MODES), metavar="NAME", help="Noise that fine detail "
          "follows from: const, the network's own; random, drawn by the seed of each image; none. [default: const]"),
     Flag(["--projected-w"], group=IMAGES, metavar="FILE", help="Make images of the styles in an .npz file, instead of "
@@ -34,6 +42,9 @@ FLAGS = [
          "network was trained with, or those of --classes."),
     Flag(["--classes"], group=SET, metavar="LIST", help="Number of images of each class, such as "
          "benign:5000,melanoma:5000, in the order of the network's classes."),
+    Flag(["--labels-from"], group=SET, metavar="PATH", help="Data set to draw labels from, in place of numbers of each "
+         "class: in random order, by the first seed, each once before one comes again. Classes are matched by name. "
+         "[default of --count: the number of its images]"),
 
     Flag(["--style-mix"], group=MIX, is_flag=True, default=None, help="Write ROW-COLUMN.png for all pairs of seeds: "
          "the row's image with layers of the column's style; and grid.png."),

@@ -1,5 +1,6 @@
 """Do what generate.py is asked for: images of seeds or of saved styles, a labelled set, mixed styles."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ from latent.network import OpenNetwork, check_look, open_network
 from latent.pictures import Sheet, check_file, make_outdir, save_picture
 from latent.projected import read_projected_w
 from latent.request import Job, Request
-from latent.sampling import Painter, choose_batch
+from latent.sampling import CLASS_CENTER, GLOBAL_CENTER, MEAN_LATENTS, Look, Painter, choose_batch
 from latent.seeds import parse_first_seed, parse_seeds
-from latent.set_plan import SetPlan, piece_size
+from latent.set_plan import SetPlan, check_centers, draw_labels, piece_size
 from latent.sharing import memory_advice, settle_device
 from latent.style_mixing import check_mix_size, choose_layers, write_style_mix
 from torch_utils.distributed import Place, join
@@ -34,7 +35,7 @@ def make_images(request: Request) -> int:
     """Write an image a seed, and a sheet of them."""
     seeds = parse_seeds("--seeds", request.seeds)
     with _painting(request) as (network, painter):
-        classes = network.classes.choose(request.class_)
+        classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1 and request.outdir and request.grid != BESIDE_FILES:
             raise UserError(f"--class names {len(classes)} classes, and files in --outdir are of one; expected one "
                             "class, or --grid=FILE without --outdir for a sheet of several")
@@ -63,7 +64,7 @@ def make_style_mix(request: Request) -> int:
     """Write the images of pairs of seeds, and a sheet of them."""
     rows, columns = parse_seeds("--rows", request.rows), parse_seeds("--cols", request.cols)
     with _painting(request) as (network, painter):
-        classes = network.classes.choose(request.class_)
+        classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1:
             raise UserError(f"--class names {len(classes)} classes; with --style-mix expected one")
         check_mix_size(len(rows), len(columns), painter.G.img_resolution)
@@ -88,6 +89,8 @@ def make_set(request: Request) -> int:
         del network  # each of the processes has one
         return launch(processes)
     with join(device) as joined, memory_advice(batch):
+        if joined.rank == 0:
+            _say_center(request.look)
         painter = Painter(network.G.to(joined.device), request.look, batch=batch)
         write_labelled_set(request.zip, network, painter, plan, joined)
         if joined.rank == 0:
@@ -111,22 +114,36 @@ def _painting(request: Request) -> Iterator[tuple[OpenNetwork, Painter]]:
     network = open_network(request.network, device)
     check_look(request.look, network.G)
     painter = Painter(network.G, request.look, batch=request.batch or choose_batch(network.G.img_resolution, device))
+    _say_center(request.look)
     with memory_advice(painter.batch):
         yield network, painter
 
 
+def _say_center(look: Look) -> None:
+    if look.center != GLOBAL_CENTER and look.truncation != 1:
+        print(f"--trunc={look.truncation:g} towards the mean style of each image's own class or label, over "
+              f"{MEAN_LATENTS} latents (--trunc-center={look.center})", file=sys.stderr)
+
+
 def _plan_set(request: Request, network: OpenNetwork, batch: int) -> SetPlan:
-    G = network.G
-    counts = network.classes.divide(request.count, request.classes)
-    return SetPlan(first_seed=0 if request.seeds is None else parse_first_seed("--seeds", request.seeds),
-                   count=request.count if counts is None else sum(counts),
-                   counts=None if counts is None else tuple(counts),
-                   piece=piece_size((G.img_channels, G.img_resolution, G.img_resolution), batch))
+    G, classes = network.G, network.classes
+    first_seed = 0 if request.seeds is None else parse_first_seed("--seeds", request.seeds)
+    piece = piece_size((G.img_channels, G.img_resolution, G.img_resolution), batch)
+    if request.labels_from is not None:
+        drawn = draw_labels(request.labels_from, classes, request.count, first_seed)
+        if request.look.center == CLASS_CENTER:
+            check_centers(drawn, request.labels_from)
+        counts = None if isinstance(drawn[0], tuple) else [drawn.count(index) for index in range(classes.count)]
+        return SetPlan(first_seed=first_seed, count=len(drawn), counts=None if counts is None else tuple(counts),
+                       piece=piece, drawn=drawn, labels_from=Path(request.labels_from).name)
+    counts = classes.divide(request.count, request.classes)
+    return SetPlan(first_seed=first_seed, count=request.count if counts is None else sum(counts),
+                   counts=None if counts is None else tuple(counts), piece=piece)
 
 
 def _describe_set(path: str, network: OpenNetwork, plan: SetPlan) -> str:
     """Return "synthetic.zip: 10000 images of 64x64 (benign: 8700, melanoma: 1300), seeds 0-9999"."""
-    counts = ""
+    counts = "" if plan.labels_from is None else f" (labels of {plan.labels_from})"
     if plan.counts is not None:
         counts = f" ({', '.join(f'{network.classes.name(i)}: {count}' for i, count in enumerate(plan.counts))})"
     side = network.G.img_resolution

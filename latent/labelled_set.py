@@ -44,7 +44,7 @@ def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: P
 
 def _paint_piece(network: OpenNetwork, painter: Painter, plan: SetPlan, number: int) -> np.ndarray:
     images = plan.images(number)
-    labels = network.classes.labels(plan.classes(images))
+    labels = network.classes.labels(plan.labels(images))
     return torch.cat(list(painter.paint(plan.seeds(images), labels))).numpy()
 
 
@@ -65,6 +65,6 @@ def _assemble(dest: str | os.PathLike, network: OpenNetwork, plan: SetPlan, piec
           ImageSetWriter(dest, classes=network.classes.names, source=origin, option="--zip") as writer):
         for number in range(plan.num_pieces):
             pixels = torch.from_numpy(pieces.load(number)["pixels"])
-            for image, label in zip(pixels, plan.classes(plan.images(number)), strict=True):
+            for image, label in zip(pixels, plan.labels(plan.images(number)), strict=True):
                 writer.add(as_png(image), label)
             progress.advance(len(pixels))

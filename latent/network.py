@@ -11,7 +11,7 @@ from torch import nn
 from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from latent.classes import Classes
-from latent.sampling import Look
+from latent.sampling import CLASS_CENTER, Look
 from training.snapshot import load_network
 
 
@@ -46,6 +46,11 @@ def open_network(path: str | os.PathLike, device: torch.device | str) -> OpenNet
 
 def check_look(look: Look, G: nn.Module) -> None:
     """Raise UserError where a network cannot make images of this look."""
+    if look.center == CLASS_CENTER:
+        if G.c_dim == 0:
+            raise UserError("--trunc-center is class, but this network was trained without classes; expected global: "
+                            "leave --trunc-center out")
+        return
     if look.truncation != 1 and G.mapping.w_avg_beta is None:
         raise UserError(f"--trunc is {look.truncation:g}, but this network keeps no mean style to truncate towards; "
                         "leave --trunc out")

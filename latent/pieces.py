@@ -153,7 +153,7 @@ class Pieces:
         return found
 
     def _differences(self, found: Mapping[str, Any]) -> str:
-        names = [name for name in self._settings if found.get(name) != self._settings[name]]
-        texts = [f"{name} is {json.dumps(found.get(name))} there and {json.dumps(self._settings[name])} here"
+        names = [name for name in {**self._settings, **found} if found.get(name) != self._settings.get(name)]
+        texts = [f"{name} is {json.dumps(found.get(name))} there and {json.dumps(self._settings.get(name))} here"
                  for name in names]
         return "; ".join(texts[:2]) or "it was begun by another version of this program"

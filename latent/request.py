@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 
 from dnnlib.cli import UserError
-from latent.sampling import Look
+from latent.sampling import CLASS_CENTER, GLOBAL_CENTER, Look
 from latent.sharing import check_counts, count_processes
 from torch_utils.distributed import Place
 
@@ -20,13 +20,16 @@ class Job(Enum):
 
 _EVERYWHERE = {"network", "noise_mode", "device", "batch", "fp32", "tune_malloc"}
 _FLAGS = {
-    Job.IMAGES: {"seeds", "class_", "trunc", "outdir", "grid"},
+    Job.IMAGES: {"seeds", "class_", "label", "trunc", "trunc_center", "outdir", "grid"},
     Job.PROJECTED: {"projected_w", "outdir", "grid"},
-    Job.SET: {"zip", "count", "classes", "seeds", "trunc", "gpus"},
-    Job.MIX: {"style_mix", "rows", "cols", "styles", "class_", "trunc", "outdir"},
+    Job.SET: {"zip", "count", "classes", "labels_from", "seeds", "trunc", "trunc_center", "gpus"},
+    Job.MIX: {"style_mix", "rows", "cols", "styles", "class_", "label", "trunc", "trunc_center", "outdir"},
 }
 # Options that one job alone has.
-_OWNERS = {"count": Job.SET, "classes": Job.SET, "gpus": Job.SET, "rows": Job.MIX, "cols": Job.MIX, "styles": Job.MIX}
+_OWNERS = {"count": Job.SET, "classes": Job.SET, "labels_from": Job.SET, "gpus": Job.SET, "rows": Job.MIX,
+           "cols": Job.MIX, "styles": Job.MIX}
+_HINTS = {"class_": " (--classes says how many images each class has)",
+          "label": " (--labels-from draws labels from a data set)"}  # with --zip
 
 _LARGEST_TRUNC = 1000  # far beyond where images are any; much larger ones pass what float32 holds
 
@@ -41,7 +44,9 @@ class Request:
     network: str | None
     seeds: str | None
     class_: str | None
+    label: str | None
     trunc: float | None
+    trunc_center: str | None
     noise_mode: str | None
     projected_w: str | None
     outdir: str | None
@@ -49,6 +54,7 @@ class Request:
     zip: str | None
     count: int | None
     classes: str | None
+    labels_from: str | None
     style_mix: bool | None
     rows: str | None
     cols: str | None
@@ -68,6 +74,11 @@ class Request:
         if self.trunc is not None and not abs(self.trunc) <= _LARGEST_TRUNC:  # so that nan is none
             raise UserError(f"--trunc is {self.trunc:g}; expected a number, usually from 0 to 1, at most "
                             f"{_LARGEST_TRUNC}")
+        if self.trunc_center == CLASS_CENTER and self.trunc is None:
+            raise UserError("--trunc-center is class, but without --trunc nothing is truncated; add one, such as "
+                            "--trunc=0.7, or leave --trunc-center out")
+        if None not in (self.classes, self.labels_from):
+            raise UserError("--classes and --labels-from are both given; expected one of them")
         check_counts(batch=self.batch, gpus=self.gpus)
 
     @property
@@ -80,8 +91,8 @@ class Request:
 
     @property
     def look(self) -> Look:
-        return Look(truncation=1.0 if self.trunc is None else self.trunc, noise_mode=self.noise_mode or "const",
-                    fp32=bool(self.fp32))
+        return Look(truncation=1.0 if self.trunc is None else self.trunc, center=self.trunc_center or GLOBAL_CENTER,
+                    noise_mode=self.noise_mode or "const", fp32=bool(self.fp32))
 
     def processes(self, place: Place) -> int:
         """Return how many processes do the work. place: this process's. Raises UserError."""
@@ -97,7 +108,7 @@ class Request:
             if name in _OWNERS:
                 raise UserError(f"{flag} is given, which belongs to {_OWNERS[name].value}; add that, or leave {flag} "
                                 "out")
-            hint = " (--classes says how many images each class has)" if (name, job) == ("class_", Job.SET) else ""
+            hint = _HINTS.get(name, "") if job is Job.SET else ""
             raise UserError(f"{flag} is given with {job.value}; expected one of them{hint}")
 
     def _check_complete(self) -> None:

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
+from training.mapping import truncate
+
+GLOBAL_CENTER, CLASS_CENTER = "global", "class"
+TRUNC_CENTERS = (GLOBAL_CENTER, CLASS_CENTER)
+MEAN_LATENTS = 10_000  # of the mean style of a class, as in the original's projector
 
 LARGEST_SEED = 2**32 - 1  # numpy's RandomState takes no larger one
 
+_MEAN_SEED, _MEAN_BATCH = 123, 1000
 _GPU_PIXELS, _GPU_BATCH = 1 << 21, 64  # of a batch: 32 images of 256x256, and 64 of the smallest
 
 
@@ -24,6 +30,19 @@ def z_of_seed(seed: int, z_dim: int) -> np.ndarray:
 def latents_of(seeds: Sequence[int], z_dim: int) -> Tensor:
     """Return the latents of several seeds: float64 [N, Z]."""
     return torch.from_numpy(np.concatenate([z_of_seed(seed, z_dim) for seed in seeds]))
+
+
+@torch.no_grad()
+def styles_of_label(G: nn.Module, label: Tensor) -> Tensor:
+    """Return the untruncated styles of 10,000 latents, the same for each label: float64 [10000, K] on the CPU.
+
+    label:  [c_dim]; c_dim may be 0
+    """
+    z = torch.from_numpy(np.random.RandomState(_MEAN_SEED).randn(MEAN_LATENTS, G.z_dim))
+    device = next(G.parameters()).device
+    labels = label.to(device).expand(_MEAN_BATCH, -1)
+    return torch.cat([G.mapping(some.to(device), labels, skip_w_avg_update=True)[:, 0].double().cpu()
+                      for some in z.split(_MEAN_BATCH)])
 
 
 def choose_batch(resolution: int, device: torch.device | str) -> int:
@@ -40,6 +59,7 @@ class Look:
     """How images are made, beside latent and class."""
 
     truncation: float = 1.0  # psi: 1 keeps the variety, 0 gives the mean image
+    center: str = GLOBAL_CENTER  # of truncation: the network's mean style of all classes, or that of each image's own
     noise_mode: str = "const"
     fp32: bool = False  # compute half precision blocks in float32
 
@@ -59,12 +79,16 @@ class Painter:
         self.device = next(G.parameters()).device
         # Half precision is what makes a GPU fast; most CPUs are slower with it.
         self.fp32 = look.fp32 or self.device.type == "cpu"
+        self._centers: dict[tuple[float, ...], Tensor] = {}  # label -> mean style, [K]
 
     @torch.no_grad()
     def styles(self, seeds: Sequence[int], labels: Tensor) -> Tensor:
         """Return truncated styles: float32 [N, L, W] on the device. labels: float32 [N, c_dim]"""
-        z = latents_of(seeds, self.G.z_dim)
-        return self.G.mapping(z.to(self.device), labels.to(self.device), truncation_psi=self.look.truncation)
+        z, psi = latents_of(seeds, self.G.z_dim).to(self.device), self.look.truncation
+        if self.look.center == GLOBAL_CENTER or psi == 1:
+            return self.G.mapping(z, labels.to(self.device), truncation_psi=psi)
+        centers = torch.stack([self._center(label) for label in labels])
+        return truncate(self.G.mapping(z, labels.to(self.device)), centers[:, None], psi)
 
     @torch.no_grad()
     def pixels(self, ws: Tensor, noise_seeds: Sequence[int]) -> Tensor:
@@ -101,6 +125,13 @@ class Painter:
             some = ws[start:start + self.batch]
             yield self.pixels(some, range(start, start + len(some)))
             on_images(len(some))
+
+    def _center(self, label: Tensor) -> Tensor:
+        """Return the mean style of a label, [K] float32 on the device; each is computed once."""
+        key = tuple(label.tolist())
+        if key not in self._centers:
+            self._centers[key] = styles_of_label(self.G, label).mean(dim=0).float().to(self.device)
+        return self._centers[key]
 
     def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
         images = self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,

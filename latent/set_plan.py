@@ -1,15 +1,28 @@
-"""Plan a labelled set of images: which seed, which class and which piece of the work each image belongs to."""
+"""Plan a labelled set of images: which seed, which label and which piece of the work each image belongs to."""
 
+import hashlib
+import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dnnlib.cli import UserError
+from imagesets.class_columns import class_names, label_of
+from imagesets.class_names import CLASS, LABELS, VECTOR, known_classes
+from imagesets.naming import listed
+from imagesets.reader import ImageSet
+from latent.classes import Classes, Label
 from latent.network import OpenNetwork
-from latent.sampling import LARGEST_SEED, Painter
+from latent.sampling import GLOBAL_CENTER, LARGEST_SEED, Painter
+from training.sampling import TrainingOrder
 
 # Of a piece: what a sudden end costs at most. Larger pieces would be lost more often, smaller ones are many files.
 _PIECE_IMAGES, _PIECE_BYTES = 256, 16 << 20
+_MOST_CENTERS = 1000  # a second each for large networks on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +31,18 @@ class SetPlan:
 
     first_seed:  of image 0
     count:       images in all
-    counts:      images of each class, [c_dim], one class after the other; None of an unconditional network
+    counts:      images of each class, [c_dim], one class after the other; None without classes
     piece:       images that are computed and kept together
+    drawn:       the label of each image, where they do not come class by class; None where they do
+    labels_from: name of the data set that they were drawn from
     """
 
     first_seed: int
     count: int
     counts: tuple[int, ...] | None
     piece: int
+    drawn: Sequence[Label] | None = None
+    labels_from: str | None = None
 
     def __post_init__(self):
         if self.first_seed + self.count - 1 > LARGEST_SEED:
@@ -44,8 +61,10 @@ class SetPlan:
     def seeds(self, images: range) -> list[int]:
         return [self.first_seed + image for image in images]
 
-    def classes(self, images: range) -> list[int | None]:
-        """Return the class of each of some images."""
+    def labels(self, images: range) -> list[Label]:
+        """Return the label of each of some images."""
+        if self.drawn is not None:
+            return list(self.drawn[images.start:images.stop])
         if self.counts is None:
             return [None] * len(images)
         found, end = [], 0
@@ -53,6 +72,59 @@ class SetPlan:
             start, end = end, end + count
             found += [label] * max(min(end, images.stop) - max(start, images.start), 0)
         return found
+
+
+def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None, seed: int) -> list[Label]:
+    """Return labels for `count` images, drawn from those of a data set as a training run sees them.
+
+    path:     --labels-from
+    classes:  of the network; those of the set are matched by name, or by number where one of them has no names
+    count:    None for as many as the set has images
+
+    They come in rounds, each a random permutation of the set's labels, so that what belongs together stays together,
+    and shares are exact in whole rounds. Raises UserError where a label is missing, or is none of the network's.
+    """
+    images = ImageSet(path)
+    flag = f"--labels-from={path}"
+    if classes.count == 0:
+        raise UserError(f"{flag} is given, but this network was trained without labels; leave it out")
+    if count is not None and count < 1:
+        raise UserError(f"--count is {count}; expected at least 1")
+    is_vector = images.label_kind == VECTOR and images.labels.shape[1] == classes.count and classes.kind != CLASS
+    is_class = images.label_kind == CLASS and classes.kind != VECTOR
+    if not (is_vector or is_class):
+        found = LABELS[images.label_kind] + (f" ({images.labels.shape[1]} each)" if images.label_kind == VECTOR else "")
+        wanted = f"lists of {classes.count} numbers" if classes.kind == VECTOR else "numbers of classes"
+        raise UserError(f"{flag} has {found}; expected {wanted}, as the network learned from")
+    if images.num_unlabelled:
+        raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
+                        "convert it with --unlabelled=drop")
+    if is_vector:
+        own = [tuple(label_of(images, row)) for row in range(len(images))]
+    else:
+        own = _match_classes(images, classes, flag)
+    order = TrainingOrder(len(own), seed=seed).items(0, len(own) if count is None else count)
+    return [own[row] for row in order]
+
+
+def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
+    """Return the network's class of each image. Raises UserError where it has no such one."""
+    if classes.names is None or images.classes is None:
+        nameless = "the network" if classes.names is None else "the data set"
+        print(f"{flag}: {nameless} does not name its classes; they are matched by number", file=sys.stderr)
+    found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
+    missing = [class_names(images)[label] for label, own in found.items() if own is None]
+    if missing:
+        raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
+                        f"{known_classes(classes.names, classes.count)}: convert it with --classes")
+    return [found[label] for label in images.labels.tolist()]
+
+
+def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:
+    """Raise UserError where --trunc-center=class would take means of too many different labels."""
+    if (different := len(set(labels))) > _MOST_CENTERS:
+        raise UserError(f"--trunc-center is class, which takes a mean style for each different label, and the images "
+                        f"take {different} of {path}; expected at most {_MOST_CENTERS}: leave --trunc-center out")
 
 
 def piece_size(shape: Sequence[int], batch: int) -> int:
@@ -78,6 +150,11 @@ def describe_origin(network: OpenNetwork, plan: SetPlan, painter: Painter) -> di
         "batch": painter.batch,
         "classes": None if plan.counts is None else {classes.name(i): n for i, n in enumerate(plan.counts)},
     }
+    if look.center != GLOBAL_CENTER:  # not written otherwise, so that work that was begun before it is gone on with
+        origin["truncation_center"] = look.center
+    if plan.drawn is not None:
+        labels = json.dumps(list(plan.drawn)).encode()
+        origin["labels_from"] = {"data": plan.labels_from, "labels_sha256": hashlib.sha256(labels).hexdigest()}
     if network.info.get("phantom") is True:
         origin["phantom"] = True
     return origin

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.class_names import find_class
+from imagesets.class_names import LABELS, VECTOR, find_class, label_kind_of
 from imagesets.member_pixels import Shape, describe_shape
 from metrics.names import MetricRequest
 from metrics.sources import FakeLabels, Selection, SetImages
@@ -72,17 +72,30 @@ class Reference:
                                 "out, or take a network that was trained with --cond=1")
             return FakeLabels(torch.zeros(1, 0))
         names, counts = (info.get(field) for field in ("classes", "class_counts"))
-        table = None
+        table, kind = None, label_kind_of(info, c_dim)
+        if self.chosen is not None and kind == VECTOR:
+            raise UserError(f"--class is {self.chosen}, but the network's labels are not classes but vectors; leave "
+                            "--class out")
         if self.images is not None:
+            self._check_kind(kind)
             table, names = self.images.label_table(c_dim), self._names(names)
         if self.chosen is not None:
             return FakeLabels.of_class(find_class(self.chosen, names, c_dim), c_dim)
         if table is not None:
             return FakeLabels(table)
         if not counts or len(counts) != c_dim or sum(counts) == 0:
-            raise UserError("--data is missing, and the network file does not say how many images of each class it "
-                            "learned from; expected the data set, or --class")
+            what = ("the network's labels are vectors; expected the data set to draw them from" if kind == VECTOR else
+                    "the network file does not say how many images of each class it learned from; expected the data "
+                    "set, or --class")
+            raise UserError(f"--data is missing, and {what}")
         return FakeLabels.of_counts(counts)
+
+    def _check_kind(self, of_network: str | None) -> None:
+        """Raise UserError where one has classes and the other vectors, which may be equally long."""
+        found = self.images.label_kind
+        if None not in (found, of_network) and found != of_network:
+            raise UserError(f"{self.images.path} has {LABELS[found]}, and the network learned from "
+                            f"{LABELS[of_network]}; expected the data set that it was trained on, or a part of it")
 
     def _names(self, of_network: Sequence[str] | None) -> Sequence[str] | None:
         """Return the names of the classes, which network and data set must agree on."""

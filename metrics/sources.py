@@ -39,7 +39,7 @@ class SetImages:
 
     def __init__(self, path: str | os.PathLike, chosen: str | None = None):
         self._set = ImageSet(path)
-        self.path, self.classes = self._set.path, self._set.classes
+        self.path, self.classes, self.label_kind = self._set.path, self._set.classes, self._set.label_kind
         self.rows = np.arange(len(self._set))
         self.class_name: str | None = None  # of `chosen`, where it has a name
         if chosen is not None:

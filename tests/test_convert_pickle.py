@@ -31,9 +31,9 @@ def test_convert_as_a_command_writes_the_same_networks(tmp_path):
                          capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
-        "G      Generator, 32 x 32, 3 channels, 2 classes, 268,275 parameters",
-        "D      Discriminator, 32 x 32, 3 channels, 2 classes, 326,560 parameters",
-        "G_ema  Generator, 32 x 32, 3 channels, 2 classes, 268,275 parameters",
+        "G      Generator, 32 x 32, 3 channels, labels of length 2, 268,275 parameters",
+        "D      Discriminator, 32 x 32, 3 channels, labels of length 2, 326,560 parameters",
+        "G_ema  Generator, 32 x 32, 3 channels, labels of length 2, 268,275 parameters",
         f"wrote {target} ({target.stat().st_size:,} bytes)",
     ]
     assert run.stderr == ""

@@ -15,6 +15,7 @@ from latent.pictures import MOST_PIXELS, Sheet
 from latent.sampling import Look, Painter
 from latent.style_mixing import choose_layers, mix
 from tests.generator_files import is_alike, pixels_in, save_generator
+from tests.make_sets import make_set
 from tests.tiny_networks import generator
 from training.snapshot import Networks, load_network, save_network
 
@@ -173,6 +174,61 @@ def test_style_mix_writes_pairs_and_sheet(inside, capsys):
     assert (grid[0, 0] == 255).all()
     for place, pixels in {(0, 1): alone[55], (1, 0): alone[85], (2, 0): alone[100], (1, 1): mixed}.items():
         assert np.array_equal(grid[place], pixels)
+
+
+CENTER = ("--trunc=0.4", "--trunc-center=class")
+SAID = ("--trunc=0.4 towards the mean style of each image's own class or label, over 10000 latents "
+        "(--trunc-center=class)\n")
+
+
+def make_centered(capsys, *arguments):
+    """Run generate.py with the center of the class, which is said on standard error."""
+    assert run(generate.main, ["--network=net.safetensors", *CENTER, *arguments]) == 0
+    assert capsys.readouterr().err == SAID
+
+
+def test_truncation_center_of_the_class_gives_images_sheets_and_mixed_styles(inside, capsys):
+    look = {"truncation": 0.4, "center": "class"}
+    expected = painted([5, 6], 1, **look)
+    make_centered(capsys, "--seeds=5,6", "--class=mel", "--outdir=out")
+    assert np.array_equal(pixels_in("out/seed0006.png"), expected[1])
+    assert not is_alike(expected, painted([5, 6], 1, truncation=0.4))
+    make_centered(capsys, "--seeds=5,6", "--class=mel,nv", "--grid=sheet.png")
+    rows = [np.concatenate(list(painted([5, 6], label, **look)), axis=1) for label in (1, 0)]
+    assert np.array_equal(pixels_in("sheet.png")[:, -16:], np.concatenate(rows))
+    make_centered(capsys, "--style-mix", "--rows=5", "--cols=6", "--class=mel", "--outdir=mixed")
+    assert np.array_equal(pixels_in("mixed/6-6.png"), expected[1])
+
+
+def test_truncation_center_stands_in_the_set_that_it_made(inside, capsys):
+    make_centered(capsys, "--zip=set.zip", "--classes=nv:1,mel:2")
+    found = ImageSet("set.zip")
+    assert (found.source["truncation"], found.source["truncation_center"]) == (0.4, "class")
+    make_centered(capsys, "--seeds=2", "--class=mel", "--outdir=out")
+    assert Path("out/seed0002.png").read_bytes() == found.read(found.names[2])
+    make(capsys, "--zip=same.zip", "--count=3", "--trunc=0.4", "--trunc-center=global")
+    assert "truncation_center" not in ImageSet("same.zip").source  # as in sets from before the option
+    make(capsys, "--zip=usual.zip", "--count=3", "--trunc=0.4")
+    assert Path("usual.zip").read_bytes() == Path("same.zip").read_bytes()
+
+
+@pytest.mark.parametrize(("network", "flags", "message"), [
+    ("plain.safetensors", ["--trunc=0.4", "--trunc-center=class"], "--trunc-center is class, but this network was "
+     "trained without classes; expected global: leave --trunc-center out"),
+    ("net.safetensors", ["--class=nv", "--trunc-center=class"], "--trunc-center is class, but without --trunc nothing "
+     "is truncated; add one, such as --trunc=0.7, or leave --trunc-center out"),
+    ("net.safetensors", ["--class=nv", "--trunc=0.4", "--trunc-center=mel"], "Invalid value for '--trunc-center': "
+     "'mel' is not one of 'global', 'class'.")])
+def test_truncation_center_that_does_not_fit_gives_one_line(inside, capsys, network, flags, message):
+    assert refuse(capsys, "--seeds=0", "--outdir=o", *flags, network=network) == message
+
+
+def test_truncation_center_of_too_many_labels_is_refused(inside, capsys, monkeypatch):
+    monkeypatch.setattr("latent.set_plan._MOST_CENTERS", 1)
+    make_set("labels.zip", 4, labels=[0, 1, 1, 1], classes=["nv", "mel"])
+    assert refuse(capsys, "--zip=set.zip", "--labels-from=labels.zip", *CENTER) == (
+        "--trunc-center is class, which takes a mean style for each different label, and the images take 2 of "
+        "labels.zip; expected at most 1: leave --trunc-center out")
 
 
 @pytest.mark.parametrize(("text", "num_ws", "expected"), [

@@ -78,6 +78,50 @@ def test_paint_truncation_zero_gives_one_image():
     assert not np.array_equal(*paint(G, SEEDS[:2]))
 
 
+def mean_of(G, label, seed=123):
+    """Return the mean style of a label over the 10,000 latents of the original's projector, in one pass: [K]."""
+    z = torch.from_numpy(np.random.RandomState(seed).randn(10_000, G.z_dim))
+    with torch.no_grad():
+        return G.mapping(z, label.expand(10_000, -1))[:, 0].double().mean(dim=0).float()
+
+
+@pytest.mark.parametrize("label", [[1.0, 0.0], [0.0, 1.0], [0.5, 0.25]])
+def test_class_center_is_the_mean_style_of_the_label_whatever_the_batch(label):
+    G, label = lively_generator(), torch.tensor(label)
+    painter = Painter(G, Look(truncation=0.3, center="class"), batch=2)
+    found = painter.styles(SEEDS, label.expand(3, -1))
+    ws, mean = Painter(G, Look(), batch=1).styles(SEEDS, label.expand(3, -1)), mean_of(G, label)
+    assert torch.allclose(found, mean + 0.3 * (ws - mean), atol=1e-6)
+    alone = torch.cat([painter.styles([seed], label[None]) for seed in SEEDS])
+    assert torch.allclose(found, alone, atol=1e-6)
+    again = Painter(G, Look(truncation=0.3, center="class"), batch=1).styles(SEEDS, label.expand(3, -1))
+    assert torch.equal(found, again)
+
+
+def test_class_center_keeps_each_label_of_a_batch_at_its_own_mean():
+    G, labels = lively_generator(), torch.eye(2)[[0, 1, 0]]
+    found = Painter(G, Look(truncation=0.0, center="class"), batch=3).styles(SEEDS, labels)
+    for w, label in zip(found, labels, strict=True):
+        assert torch.allclose(w, mean_of(G, label).expand_as(w), atol=1e-6)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    everywhere = Painter(G, Look(truncation=0.0), batch=3).styles(SEEDS, labels)
+    assert torch.equal(everywhere[0], everywhere[1])  # the network's mean is that of all classes
+
+
+def test_class_center_is_computed_once_for_each_label():
+    G, passes = lively_generator(), []
+    G.mapping.register_forward_pre_hook(lambda _, arguments: passes.append(len(arguments[0])))
+    painter = Painter(G, Look(truncation=0.5, center="class"), batch=1)
+    for _ in range(3):
+        painter.styles(SEEDS, torch.eye(2)[[0, 1, 0]])
+    assert sum(passes) == 2 * 10_000 + 3 * len(SEEDS)
+
+
+def test_paint_without_truncation_is_the_same_whatever_the_center():
+    G = lively_generator()
+    assert np.array_equal(paint(G, center="class"), paint(G))
+
+
 def test_paint_reports_each_batch():
     G = lively_generator(c_dim=0, img_channels=1)
     told = []

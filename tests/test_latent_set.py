@@ -54,9 +54,9 @@ def stop_after(monkeypatch, number, error):
 
 def test_plan_gives_classes_in_order_whatever_the_pieces():
     chosen = plan(counts=(3, 0, 4))
-    found = [(chosen.seeds(images), chosen.classes(images)) for images in map(chosen.images, range(chosen.num_pieces))]
+    found = [(chosen.seeds(images), chosen.labels(images)) for images in map(chosen.images, range(chosen.num_pieces))]
     assert found == [([7, 8], [0, 0]), ([9, 10], [0, 2]), ([11, 12], [2, 2]), ([13], [2])]
-    assert plan(counts=(3, 0, 4), piece=7).classes(range(7)) == [0, 0, 0, 2, 2, 2, 2]
+    assert plan(counts=(3, 0, 4), piece=7).labels(range(7)) == [0, 0, 0, 2, 2, 2, 2]
 
 
 def test_plan_refuses_seeds_that_do_not_exist():
@@ -131,13 +131,13 @@ def test_set_whose_assembly_was_interrupted_is_assembled_again(network, tmp_path
     assert saved == []
 
 
-def begun(tmp_path, network, monkeypatch):
+def begun(tmp_path, network, monkeypatch, **look):
     """Leave a set of which one piece is there; return its name."""
     dest = tmp_path / "set.zip"
     with monkeypatch.context() as patch:
         stop_after(patch, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            write(dest, network)
+            write(dest, network, **look)
     return dest
 
 
@@ -150,6 +150,19 @@ def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path,
         f"{dest}.parts holds the beginning of another set (seeds is [7, 13] there and [7, 14] here; truncation is 1.0 "
         "there and 0.5 here); repeat its command to complete that one, or remove the folder")
     assert sorted(os.listdir(f"{dest}.parts")) == before == ["piece-000000.npz", "settings.json"]
+
+
+@pytest.mark.parametrize(("first", "then", "difference"), [
+    ({}, {"center": "class"}, 'truncation_center is null there and "class" here'),
+    ({"center": "class"}, {}, 'truncation_center is "class" there and null here')])
+def test_set_of_another_truncation_center_is_refused(network, tmp_path, monkeypatch, first, then, difference):
+    dest = begun(tmp_path, network, monkeypatch, truncation=0.5, **first)
+    with pytest.raises(UserError) as caught:
+        write(dest, network, truncation=0.5, **then)
+    assert str(caught.value) == (f"{dest}.parts holds the beginning of another set ({difference}); repeat its command "
+                                 "to complete that one, or remove the folder")
+    write(dest, network, truncation=0.5, **first)
+    assert not (tmp_path / "set.zip.parts").exists()
 
 
 @pytest.mark.parametrize("error", [UserError("no"), Terminated("no")])
@@ -280,6 +293,6 @@ def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank
     assert saved == expected
     assert os.listdir(tmp_path) == ["set.zip.parts"]
     images = chosen.images(expected[0])
-    alone = painter.paint(chosen.seeds(images), network.classes.labels(chosen.classes(images)))
+    alone = painter.paint(chosen.seeds(images), network.classes.labels(chosen.labels(images)))
     found = np.load(tmp_path / "set.zip.parts" / f"piece-{expected[0]:06d}.npz")["pixels"]
     assert np.array_equal(found, torch.cat(list(alone)).numpy())

@@ -301,7 +301,7 @@ def test_class_auto_keeps_the_labels_of_the_set_where_the_network_knows_them(ins
 def test_images_of_classes_that_the_network_does_not_know_are_left_out(inside, capsys):
     make_set("set.zip", 5, labels=[0, 1, 2, 1, None], classes=["nv", "bcc", "mel"])
     assert project_with_failures(capsys, *SET, "--count=3").err == (
-        "3 images of set.zip are left out, which have no class that the network knows\n"
+        "3 images of set.zip are left out, which have no label that the network knows\n"
         "set.zip has 2 such images, fewer than --count=3\n")
     assert [row["class"] for row in rows_in("out/distances.csv")] == ["nv", "mel"]
     assert record_in("out", "projections.json")["left_out_by_class"] == 3

@@ -303,7 +303,8 @@ def test_dry_run_prints_the_settings_and_writes_nothing(inside, capsys):
     described = json.loads(json.dumps(describe(config)))
     assert {name: found[name] for name in described} == described
     assert found["data"] == {"path": "set.zip", "images": 6, "items": 12, "channels": 3, "resolution": 16,
-                             "label_length": 3, "classes": ["nv", "mel", "bcc"], "balance": "classes", "valid": None}
+                             "label_kind": "class", "label_length": 3, "classes": ["nv", "mel", "bcc"],
+                             "balance": "classes", "valid": None}
     assert found["device"] == {"name": "cpu", "reason": "no CUDA device is available"}
     assert found["precision"]["name"] == "fp32"
     assert err == ""

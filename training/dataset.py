@@ -48,7 +48,8 @@ class ImageDataset(torch.utils.data.Dataset):
         pixels = load_pixels(self._set, self._set.names[self._chosen[row]], self._shape)
         if mirrored:
             pixels = pixels[:, :, ::-1]
-        return np.ascontiguousarray(pixels), self.get_label(index)
+        # A copy of what is read-only, as grey images are: PyTorch warns where it makes tensors of such arrays.
+        return np.require(pixels, requirements=("C", "W")), self.get_label(index)
 
     @property
     def num_images(self) -> int:
@@ -81,6 +82,11 @@ class ImageDataset(torch.utils.data.Dataset):
         if labels.ndim == 2:
             return labels.shape[1]
         return len(self.classes) if self.classes is not None else int(labels.max()) + 1
+
+    @property
+    def label_kind(self) -> str | None:
+        """What the labels in use are, "class" or "vector" (see imagesets.class_names); None where none are used."""
+        return self._set.label_kind if self.use_labels else None
 
     def get_label(self, index: int) -> np.ndarray:
         """Return the label of an item: float32 [c_dim]."""

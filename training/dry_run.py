@@ -52,6 +52,7 @@ def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, An
         "items": len(dataset),  # mirrored ones included
         "channels": dataset.num_channels,
         "resolution": dataset.resolution,
+        "label_kind": dataset.label_kind,
         "label_length": dataset.label_dim if dataset.use_labels else 0,
         "classes": dataset.classes if dataset.use_labels else None,
         "balance": settings.balance,

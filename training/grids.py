@@ -97,7 +97,7 @@ def save_reals(path: str | os.PathLike, grid: SampleGrid, dataset: ImageDataset)
     pixels = torch.full((grid.num_cells, *dataset.image_shape), _WHITE, dtype=torch.uint8)
     for cell, item in enumerate(grid.items):
         if item != _EMPTY:
-            pixels[cell] = torch.tensor(dataset[item][0])  # a copy: arrays of images may be read-only
+            pixels[cell] = torch.from_numpy(dataset[item][0])
     save_grid(path, pixels, columns=grid.columns, rows=grid.rows, labels=grid.row_names)
 
 

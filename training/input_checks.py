@@ -9,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 
 from dnnlib.cli import UserError
+from imagesets.class_names import LABELS
 from imagesets.member_pixels import describe_shape
 from training.config import TrainConfig
 from training.dataset import ImageDataset
@@ -50,6 +51,8 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
     if dataset.use_labels and valid.label_dim != dataset.label_dim:
         raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as --data: "
                         "convert both with the same --classes")
+    if dataset.use_labels and valid.label_kind != dataset.label_kind:
+        raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as --data")
     check_images(valid)
 
 

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from training.layers import FullyConnectedLayer, normalize_second_moment
 
 
+def truncate(ws: Tensor, center: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
+    """Return center + psi * (ws - center) in the first `cutoff` layers (Karras et al. 2019, StyleGAN, appendix B).
+
+    ws:      [N, L, K];  center: [K], the mean style, or [N, 1, K], one for each
+    psi:     1 keeps ws, 0 gives the center
+    cutoff:  None for all layers
+    """
+    cutoff = ws.shape[1] if cutoff is None else cutoff
+    return torch.cat([torch.lerp(center, ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
+
+
 class MappingNetwork(nn.Module):
     """Map z [N, Z] and label c [N, c_dim] to ws [N, L, K]; without num_ws to [N, K], as the discriminator uses it.
 
@@ -54,8 +65,7 @@ class MappingNetwork(nn.Module):
             return ws
         if self.w_avg_beta is None:
             raise ValueError(f"truncation_psi is {truncation_psi}; expected 1: this network keeps no average of w")
-        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-        return torch.cat([torch.lerp(self.w_avg, ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
+        return truncate(ws, self.w_avg, truncation_psi, truncation_cutoff)
 
     def _input(self, z: Tensor | None, c: Tensor | None) -> Tensor:
         dtype = self.fc0.weight.dtype

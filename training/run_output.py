@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dnnlib.files import sha256_of
+from imagesets.class_names import CLASS, VECTOR
 from imagesets.member_pixels import describe_shape
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes
@@ -92,7 +93,7 @@ class RunOutput:
         if not self.is_main:
             return
         info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
-                "class_counts": _class_counts(self.dataset),
+                "class_counts": _class_counts(self.dataset), "label_kind": self.dataset.label_kind,
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
         path, self._network_sha256 = self.run.snapshot(self.state.nimg), None
         with self.reporter.surviving("a network file"):
@@ -137,11 +138,12 @@ class RunOutput:
         """Say what is trained, and on what."""
         dataset, networks = self.dataset, (self.state.G, self.state.D)
         sizes = " and ".join(f"{sum(value.numel() for value in network.parameters()):,}" for network in networks)
-        classes = f"{dataset.label_dim} classes" if dataset.use_labels else "labels not used"
+        labels = {CLASS: f"{dataset.label_dim} classes", VECTOR: f"labels of {dataset.label_dim} numbers"}.get(
+            dataset.label_kind, "labels not used")
         self.say("\n".join([
             f"run: {self.run.path}", *self.run.notes, *self.settings.notes,
             f"data: {dataset.path}, {dataset.num_images} images{' and their mirror images' if dataset.xflip else ''}, "
-            f"{describe_shape(dataset.image_shape)}, {classes}",
+            f"{describe_shape(dataset.image_shape)}, {labels}",
             f"networks: {sizes} parameters in generator and discriminator; batch {self.config.batch}, "
             f"{self.config.step.micro_batch} a pass, {self.config.gpus} processes",
             f"operators: {describe_operators(self.state.device.type)}", *lines]))

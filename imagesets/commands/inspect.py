@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from dnnlib.progress import Progress
+from imagesets.class_columns import PRESENT
 from imagesets.inspecting.measure import measure
 from imagesets.inspecting.problems import TRAINING
 from imagesets.inspecting.sheet import write_sheets
@@ -56,6 +57,8 @@ def describe(found: Inspection) -> Iterator[str]:
     yield from format_table(list(_facts(found)), left=(0, 1))
     if found.classes:
         yield ""
+        if found.label_kind == "lists":
+            yield f"labels are lists of numbers; an image counts where its number is above {PRESENT}:"
         yield from format_table(list(_class_rows(found)), left=(1,))
     yield ""
     for problem in found.problems:

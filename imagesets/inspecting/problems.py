@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagesets.class_columns import class_columns, class_names, label_of, label_text
+from imagesets.class_columns import are_findings, class_columns, class_names, label_of, label_text
 from imagesets.inspecting.measure import Measures
 from imagesets.reader import METADATA, ImageSet
 from imagesets.text_table import plural
@@ -122,8 +122,8 @@ def _label_problems(images: ImageSet) -> Iterator[Problem]:
         num_absent = sum(name not in listed for name in missing)
         yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({num_absent} not named "
                        f"in {METADATA}): convert with --unlabelled=drop, or train without --cond", missing)
-    columns = class_columns(images)
-    empty = [name for name, column in zip(class_names(images), columns.T, strict=True) if not column.any()]
+    is_empty = are_findings(images) & ~class_columns(images).any(axis=0)
+    empty = [name for name, empty in zip(class_names(images), is_empty, strict=True) if empty]
     if empty:
         # A class without images still takes a place in the label, and nothing trains it.
         yield _problem("empty class", None, f"{plural(len(empty), 'class', 'classes')} without an image: "

@@ -20,6 +20,9 @@ FLAGS = [
     Flag(["--class", "class_"], group=WHAT, metavar="NAME", help="Class whose mean style is the start, by name or "
          "number, where the network knows classes; auto tries each and keeps the nearest. With --data also the class "
          "of the images to take, where the set has classes. [default with --data: the class of each image]"),
+    Flag(["--label"], group=WHAT, metavar="LIST", help="Label whose mean style is the start, as the numbers that the "
+         "network is told, such as 0,1,0.5: where it learned labels that are no classes. [default with --data: the "
+         "label of each image]"),
     Flag(["--count"], group=WHAT, type=int, metavar="INT", help="So many images of --data, drawn by --seed. "
          "[default: all]"),
     Flag(["--group-by-class"], group=WHAT, is_flag=True, default=None, help="Take equally many images of each class of "

@@ -51,7 +51,7 @@ def project_target(request: ProjectRequest) -> int:
     network = open_network(request.network, device)
     target = read_target(request.target, network.G, transform=request.transform, resize_filter=request.resize_filter,
                          exact=request.exact)
-    candidates = starts_of_target(network.classes, request.class_)
+    candidates = starts_of_target(network.classes, request.class_, request.label)
     size = request.batch or min(len(candidates), choose_pass(network.G.img_resolution, device))
     similarity = choose_similarity(request.detector, request.detector_weights,
                                    Processes(rank=0, count=1, device=torch.device(device)))
@@ -75,7 +75,7 @@ def project_set(request: ProjectRequest) -> int:
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)
     spec = spec_for(network.G, request.transform, request.resize_filter, request.exact)
-    start = parse_start(network.classes, request.class_)
+    start = parse_start(network.classes, request.class_, request.label)
     targets = choose_targets(images, network.classes, start=start, count=request.count,
                              group_by_class=bool(request.group_by_class), seed=request.seed)
     plan = ProjectionPlan(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
@@ -91,6 +91,7 @@ def project_set(request: ProjectRequest) -> int:
         settings = {**_describe(request, network, similarity, plan.size, device), "data": images.path.name,
                     "data_sha256": fingerprint(images, targets), "count": len(targets),
                     "left_out_by_class": left_out, "class": request.class_,
+                    **({} if request.label is None else {"label": request.label}),
                     "group_by_class": bool(request.group_by_class)}
         _project_set(request, settings, images, network, joined, plan,
                      SetWorker(images, spec, network, Projector(network.G, similarity, request.settings), plan))
@@ -154,7 +155,7 @@ def _made(outdir: str) -> Iterator[Path]:
 
 def _say_what_is_missing(request: ProjectRequest, found: int, left_out: int) -> None:
     if left_out:
-        print(f"{left_out} images of {request.data} are left out, which have no class that the network knows",
+        print(f"{left_out} images of {request.data} are left out, which have no label that the network knows",
               file=sys.stderr)
     if request.count is not None and found < request.count:
         print(f"{request.data} has {found} such images, fewer than --count={request.count}", file=sys.stderr)
@@ -193,6 +194,8 @@ def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
 def _describe_target(request: ProjectRequest, record: dict[str, Any]) -> str:
     """Return "out/proj.png: class melanoma, lpips-vgg16 distance 0.21 (0.5 at the start), ..."."""
     name = "" if record["class"] is None else f"class {record['class']}, "
+    if "label" in record:
+        name = f"label {','.join(f'{number:.9g}' for number in record['label'])}, "
     distances, start = record["distances"], record["distances_of_start"]
     text = (f"{Path(request.outdir) / PROJECTION}: {name}{record['detector']} distance {distances['perceptual']:.4g} "
             f"({start['perceptual']:.4g} at the start), {_describe_rest(distances)}")

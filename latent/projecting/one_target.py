@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
+from latent.classes import Label
 from latent.network import OpenNetwork
 from latent.pictures import save_picture
 from latent.projecting.distances import COLUMNS, PERCEPTUAL, measure_pairs
@@ -34,12 +35,12 @@ class Nearest:
     """The projection with the smallest distance."""
 
     start: Start
-    index: int | None  # class that it started from
+    label: Label  # that it started from
     ws: Tensor  # [1, L, K] float32 on the CPU
     pixels: Tensor  # uint8 [C, R, R], of the network's own noise maps
     distances: dict[str, float]  # by COLUMNS
     path: list[Tensor] | None  # of its styles, [S, K] each
-    tried: dict[int | None, float]  # perceptual distance by class
+    tried: dict[Label, float]  # perceptual distance by class
 
 
 class TargetProjection:
@@ -57,33 +58,33 @@ class TargetProjection:
         self._painter = Painter(network.G, Look(), batch=painter_batch)
         self._identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
-    def find(self, candidates: Sequence[int | None], *, keep_path: bool) -> Nearest:
-        """Project from the mean style of each class; return the nearest. Raises UserError, OSError."""
+    def find(self, candidates: Sequence[Label], *, keep_path: bool) -> Nearest:
+        """Project from the mean style of each class, or of a label; return the nearest. Raises UserError, OSError."""
         passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
         steps = len(passes) * self._projector.settings.num_steps
         best, tried = None, {}
         with Progress(steps, "steps") as progress:
-            for number, classes in enumerate(passes):
-                found = self._find_among(number, classes, progress, keep_path=keep_path)
-                tried |= {one.index: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
+            for number, labels in enumerate(passes):
+                found = self._find_among(number, labels, progress, keep_path=keep_path)
+                tried |= {one.label: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
                 best = min([*([best] if best else []), *found], key=lambda one: one.distances[COLUMNS[PERCEPTUAL]])
         return replace(best, tried=tried)
 
-    def _find_among(self, number: int, classes: Sequence[int | None], progress: Progress, *,
+    def _find_among(self, number: int, labels: Sequence[Label], progress: Progress, *,
                     keep_path: bool) -> list[Nearest]:
-        starts = [find_start(self._network.G, self._network.classes.labels([index])[0]) for index in classes]
+        starts = [find_start(self._network.G, self._network.classes.labels([label])[0]) for label in labels]
         filled = starts + starts[:1] * (self._size - len(starts))
         targets = self._target.expand(len(filled), -1, -1, -1)
         projection = self._projector.begin(targets, filled, keep_path=keep_path)
-        identity = f"{self._identity} {classes} {keep_path}"
+        identity = f"{self._identity} {labels} {keep_path}"
         finish(projection, self._state_path(number), identity, progress.advance)
         ws = projection.styles()
         pixels = torch.cat(list(self._painter.show(ws)))
         distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
-        return [Nearest(start=starts[slot], index=index, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
+        return [Nearest(start=starts[slot], label=label, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
                         distances=dict(zip(COLUMNS, distances[slot], strict=True)),
                         path=None if projection.path is None else [w[slot] for w in projection.path])
-                for slot, index in enumerate(classes)]
+                for slot, label in enumerate(labels)]
 
     def write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
         """Write all files, tuning the network first where that is wanted; return the record. Raises UserError, OSError.
@@ -118,7 +119,8 @@ class TargetProjection:
                                   locality_distance=nearest.start.deviation)
         with Progress(steps, "tuning steps") as progress:
             tuned = tune(self._network.G, nearest.ws, self._target[None].float() / 127.5 - 1,
-                         self._projector.similarity, settings, lambda step, distance: progress.advance())
+                         self._projector.similarity, settings, lambda step, distance: progress.advance(),
+                         label=nearest.label if isinstance(nearest.label, tuple) else None)
         save_tuned(self._outdir / TUNED_NETWORK, tuned, self._network, settings)
         pixels = Painter(tuned.G, Look(), batch=1).pixels(nearest.ws, [0])
         save_picture(self._outdir / TUNED_PROJECTION, pixels[0])
@@ -129,8 +131,10 @@ class TargetProjection:
         classes = self._network.classes
         mean = nearest.start.mean.expand(1, self._network.G.num_ws, -1)
         start = measure_pairs(self._target[None], self._painter.pixels(mean, [0]), self._projector.similarity)[0]
-        record = {**self._settings, "class": None if nearest.index is None else classes.name(nearest.index),
-                  "distances": _finite(nearest.distances),
+        is_vector = isinstance(nearest.label, tuple)
+        record = {**self._settings,
+                  "class": None if is_vector or nearest.label is None else classes.name(nearest.label),
+                  **({"label": list(nearest.label)} if is_vector else {}), "distances": _finite(nearest.distances),
                   "distances_of_start": _finite(dict(zip(COLUMNS, start.tolist(), strict=True)))}
         if len(nearest.tried) > 1:
             record["perceptual_by_class"] = _finite({classes.name(i): value for i, value in nearest.tried.items()})

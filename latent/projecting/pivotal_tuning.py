@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,12 +78,14 @@ class Tuned:
 
 
 def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settings: TuningSettings,
-         on_step: Callable[[int, float], None] = lambda step, distance: None) -> Tuned:
+         on_step: Callable[[int, float], None] = lambda step, distance: None, *,
+         label: Sequence[float] | None = None) -> Tuned:
     """Return a copy of a generator, tuned to show `target` at the pivot `w`.
 
     G:        stays as it is; its device computes, in float32, with its own noise maps ("const")
     w:        [1, L, K];  target: [1, C, R, R] in [-1, 1]
     on_step:  is told the number of each step and the perceptual distance before it
+    label:    [c_dim], of the images that are held in place; None for those of all classes
 
     Equal arguments give equal weights, bit for bit on a CPU. Raises UserError when the loss becomes no finite number,
     ValueError for tensors of other shapes.
@@ -96,7 +98,7 @@ def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settin
     with exact_float32(), torch.enable_grad():
         wanted = _Wanted(target.to(device), similarity)
         before = wanted.measure(tuned.synthesis, w)
-        locality = _Locality(tuned, w, similarity, settings) if settings.locality_weight > 0 else None
+        locality = _Locality(tuned, w, similarity, settings, label) if settings.locality_weight > 0 else None
         # Train mode shares one kernel between the images of a batch, which is what gradients are cheaper with.
         synthesis = tuned.synthesis.train().requires_grad_(True)
         adam = torch.optim.Adam(synthesis.parameters(), lr=settings.learning_rate, betas=_BETAS)
@@ -138,14 +140,18 @@ def save_tuned(path: str | os.PathLike, tuned: Tuned, network: OpenNetwork, sett
     save_network(path, Networks(G=None, D=None, G_ema=tuned.G, config={"info": info}))
 
 
-def draw_locality(G: nn.Module, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return the latent and the label of a step's locality term: float32 [1, Z] and one-hot [1, c_dim], on the CPU.
+def draw_locality(G: nn.Module, seed: int, step: int,
+                  label: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the latent and the label of a step's locality term: float32 [1, Z] and [1, c_dim], on the CPU.
 
-    Every class is as likely, since images of the others are to stay in place as well.
+    label:  None draws a class, one-hot; every class is as likely, since images of the others are to stay in place as
+            well. Of labels that are vectors nothing tells which occur: it is the one of the projection
     """
     stream = generator_for(seed_for(seed, step, 0, "projector/pti"))
     z, c = torch.randn(1, G.z_dim, generator=stream), torch.zeros(1, G.c_dim)
-    if G.c_dim > 0:
+    if label is not None:
+        c = torch.tensor([list(label)])
+    elif G.c_dim > 0:
         c[0, torch.randint(G.c_dim, (), generator=stream)] = 1
     return z, c
 
@@ -180,15 +186,16 @@ class _Wanted:
 class _Locality:
     """Holds the images around the pivot where they were (Roich et al. 2021, section 3.3)."""
 
-    def __init__(self, G: nn.Module, w: Tensor, similarity: Similarity, settings: TuningSettings):
-        self.G, self.w, self.similarity, self.settings = G, w, similarity, settings
+    def __init__(self, G: nn.Module, w: Tensor, similarity: Similarity, settings: TuningSettings,
+                 label: Sequence[float] | None):
+        self.G, self.w, self.similarity, self.settings, self.label = G, w, similarity, settings, label
         # In the mode in which the other one is trained, so that equal weights give equal images to the last bit.
         self.original = copy.deepcopy(G.synthesis).train()
 
     def loss(self, synthesis: nn.Module, step: int) -> Tensor:
         """Return the term of a step, a scalar."""
         with torch.no_grad():
-            z, c = draw_locality(self.G, self.settings.seed, step)
+            z, c = draw_locality(self.G, self.settings.seed, step, self.label)
             near = step_towards(self.w, self.G.mapping(z.to(self.w.device), c.to(self.w.device)),
                                 self.settings.locality_distance)
             wanted = _Wanted(_show(self.original, near), self.similarity)

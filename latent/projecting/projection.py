@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,13 +16,13 @@ from torch.nn.functional import avg_pool2d
 
 from dnnlib.cli import UserError
 from latent.projecting.similarity_input import to_similarity_input
+from latent.sampling import styles_of_label
 from metrics.detectors.precision import exact_float32
 from metrics.detectors.similarity import Similarity
 from torch_utils.seeding import generator_for, seed_for
 
 SPACES = ("w", "w+")
 
-_MEAN_SAMPLES, _MEAN_SEED, _MEAN_BATCH = 10_000, 123, 1000
 _LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # the ramps as shares of all steps
 _STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
 _MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
@@ -86,14 +85,9 @@ class Start:
     deviation: float  # sigma_w
 
 
-@torch.no_grad()
 def find_start(G: nn.Module, label: Tensor) -> Start:
     """Return mean and deviation of the styles of 10,000 latents. label: [c_dim], of the class; c_dim may be 0"""
-    z = torch.from_numpy(np.random.RandomState(_MEAN_SEED).randn(_MEAN_SAMPLES, G.z_dim))
-    device = next(G.parameters()).device
-    labels = label.to(device).expand(_MEAN_BATCH, -1)
-    w = torch.cat([G.mapping(some.to(device), labels, skip_w_avg_update=True)[:, 0].double().cpu()
-                   for some in z.split(_MEAN_BATCH)])
+    w = styles_of_label(G, label)
     mean = w.mean(dim=0)
     return Start(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
 

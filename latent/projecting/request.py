@@ -22,6 +22,7 @@ class ProjectRequest:
     target: str | None
     data: str | None
     class_: str | None
+    label: str | None
     outdir: str | None
     count: int | None
     group_by_class: bool | None

@@ -13,8 +13,10 @@ import torch
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
+from imagesets.class_names import VECTOR
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
+from latent.classes import Classes, Label
 from latent.network import OpenNetwork
 from latent.pictures import as_png
 from latent.pieces import Pieces
@@ -36,7 +38,7 @@ class Found:
     """The nearest projection of an image, and where it lies among the pieces."""
 
     target: TargetImage
-    start: int | None  # class that it started from
+    start: Label  # that it started from
     piece: int
     slot: int
     distances: tuple[float, ...]  # as COLUMNS
@@ -102,7 +104,7 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
             if arrays["reasons"][slot]:
                 failed.append((target.name, str(arrays["reasons"][slot])))
                 continue
-            label = target.label if not conditional else start if target.own is None else target.own
+            label = _kept_label(network.classes, target, start)
             file = writer.add(as_png(torch.from_numpy(arrays["projections"][slot])), label, target.group)
             styles.append(arrays["w"][slot].copy())  # a view would keep those of all classes
             found.append(Found(target=target, start=start, piece=piece, slot=slot, file=file,
@@ -114,7 +116,17 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
     return found, failed
 
 
-def _nearest(plan: ProjectionPlan, pieces: Pieces) -> Iterator[tuple[TargetImage, tuple[int, int, int | None, dict]]]:
+def _kept_label(classes: Classes, target: TargetImage, start: Label) -> Label:
+    """Return the label of a projection: its target's, or else the one that it started from."""
+    if classes.count == 0:
+        return target.label
+    if target.own is not None:
+        return target.own
+    # A mix of classes, which --label gives, would be a vector among the classes of others.
+    return None if isinstance(start, tuple) and classes.kind != VECTOR else start
+
+
+def _nearest(plan: ProjectionPlan, pieces: Pieces) -> Iterator[tuple[TargetImage, tuple[int, int, Label, dict]]]:
     """Yield for each image the projection with the smallest distance, among the classes that it started from."""
     lanes = ((lane.target, (number, slot, lane.start, arrays)) for number in range(plan.num_passes)
              for arrays in [pieces.load(number)] for slot, lane in enumerate(plan.lanes_of(number)))
@@ -130,7 +142,7 @@ def _nearest(plan: ProjectionPlan, pieces: Pieces) -> Iterator[tuple[TargetImage
         yield plan.targets[current], best
 
 
-def _distance(place: tuple[int, int, int | None, dict]) -> float:
+def _distance(place: tuple[int, int, Label, dict]) -> float:
     _, slot, _, arrays = place
     return arrays["distances"][slot, PERCEPTUAL]
 
@@ -156,7 +168,7 @@ def _row(item: Found, network: OpenNetwork, detector: str) -> list[Any]:
             _class_name(network, item.start), detector, *(f"{value:.7g}" for value in item.distances)]
 
 
-def _class_name(network: OpenNetwork, start: int | None) -> str:
+def _class_name(network: OpenNetwork, start: Label) -> str:
     return "" if start is None else network.classes.name(start)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.cli import UserError
-from imagesets.class_names import known_classes
+from imagesets.class_columns import label_of
+from imagesets.class_names import VECTOR, known_classes
 from imagesets.reader import NO_LABEL, ImageSet
-from latent.classes import Classes
+from latent.classes import Classes, Label
 from latent.projecting.start_class import AUTO, StartClass
 
 
@@ -20,10 +21,10 @@ class TargetImage:
 
     name: str  # of the member
     group: str  # what must not be split: patient, lesion, or the image itself
-    label: int | None  # the set's own, None where it has none
-    class_name: str | None  # its name, or its number where it has none
-    own: int | None  # the network's class of that name, where there is one
-    starts: tuple[int | None, ...]  # classes of the network to begin with; (None,) of an unconditional one
+    label: Label  # the set's own, None where it has none
+    class_name: str | None  # name of the class that it says, or number where it has none
+    own: Label  # the network's class of that name, where there is one; the label itself where both have vectors
+    starts: tuple[Label, ...]  # labels of the network to begin with; (None,) of an unconditional one
 
 
 def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, count: int | None, group_by_class: bool,
@@ -31,7 +32,7 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
     """Return images in the order of the set; class by class with group_by_class.
 
     classes:         of the network
-    start:           what the images start from, None for their own class: images of other classes, or without one, are
+    start:           what the images start from, None for their own label: images of other classes, or without one, are
                      left out. Of a set whose classes the network knows, a class takes the images of that class alone
     count:           of images, drawn by `seed`; None for all
     group_by_class:  take equally many of each class of the set, as far as there are
@@ -40,8 +41,8 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
     """
     if count is not None and count < 1:
         raise UserError(f"--count is {count}; expected at least 1")
-    labels = _labels_of(images)
-    own = _own_classes(images, labels, classes)
+    labels = _classes_of(images, classes)
+    own = _own_labels(images, labels, classes)
     rows = _wanted_rows(images, labels, own, classes, start)
     if group_by_class and not (labels[rows] >= 0).all():
         raise UserError(f"{images.path} has {int((labels[rows] < 0).sum())} images without a class; expected one each "
@@ -53,21 +54,19 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
         rows = np.concatenate([_draw(kind, number, random) for kind, number in zip(kinds, counts, strict=True)])
     else:
         rows = _draw(rows, count, random)
-    return [TargetImage(name=images.names[row], group=images.groups[row], label=_none_or(labels[row]),
-                        class_name=_name_of(images, labels[row]), own=own[int(labels[row])],
-                        starts=_starts(start, own[int(labels[row])], classes)) for row in rows]
+    return [TargetImage(name=images.names[row], group=images.groups[row], label=_label_of(images, row),
+                        class_name=_name_of(images, labels[row]), own=own[row],
+                        starts=_starts(start, own[row], classes)) for row in rows]
 
 
 def count_left_out(images: ImageSet, classes: Classes, start: StartClass) -> int:
-    """Return how many images of a set have no class that the network knows, where each starts from its own."""
+    """Return how many images of a set have no label that the network knows, where each starts from its own."""
     if start is not None or classes.count == 0:
         return 0
-    labels = _labels_of(images)
-    own = _own_classes(images, labels, classes)
-    return sum(own[label] is None for label in labels.tolist())
+    return _own_labels(images, _classes_of(images, classes), classes).count(None)
 
 
-def _starts(start: StartClass, own: int | None, classes: Classes) -> tuple[int | None, ...]:
+def _starts(start: StartClass, own: Label, classes: Classes) -> tuple[Label, ...]:
     if classes.count == 0:
         return (None,)
     if start == AUTO:
@@ -75,8 +74,9 @@ def _starts(start: StartClass, own: int | None, classes: Classes) -> tuple[int |
     return (own if start is None else start,)
 
 
-def _none_or(label: int) -> int | None:
-    return None if label == NO_LABEL else int(label)
+def _label_of(images: ImageSet, row: int) -> Label:
+    label = label_of(images, row)
+    return tuple(label) if isinstance(label, list) else label
 
 
 def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
@@ -85,7 +85,8 @@ def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
     digest = hashlib.sha256()
     for target in targets:
         content = known[target.name] if known else _describe_file(images.path / images.locate(target.name))
-        digest.update(f"{target.name}/{content}/{target.group}/{target.class_name}\n".encode(errors="surrogateescape"))
+        label = target.own if isinstance(target.own, tuple) else target.class_name
+        digest.update(f"{target.name}/{content}/{target.group}/{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -97,26 +98,33 @@ def _describe_file(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _own_classes(images: ImageSet, labels: np.ndarray, classes: Classes) -> dict[int, int | None]:
-    """Return the network's class for each label of the set: that of the same name, where both have names."""
-    def own(label: int) -> int | None:
-        if classes.names is None or images.classes is None:
-            return label if label < classes.count else None
-        name = images.classes[label]
-        return classes.names.index(name) if name in classes.names else None
+def _own_labels(images: ImageSet, labels: np.ndarray, classes: Classes) -> list[Label]:
+    """Return the network's label for each image: the class of the same name, or the image's own vector.
 
-    return {NO_LABEL: None} | {label: own(label) for label in np.unique(labels).tolist() if label != NO_LABEL}
+    labels:  the class of each image in the set, int64 [N]
+
+    None for images without such a label.
+    """
+    if classes.kind == VECTOR:
+        fits = images.label_kind == VECTOR and images.labels.shape[1] == classes.count
+        return [_label_of(images, row) if fits else None for row in range(len(images))]
+    own = {label: None if label == NO_LABEL else classes.match(label, images.classes)
+           for label in np.unique(labels).tolist()}
+    return [own[label] for label in labels.tolist()]
 
 
-def _wanted_rows(images: ImageSet, labels: np.ndarray, own: dict[int, int | None], classes: Classes,
+def _wanted_rows(images: ImageSet, labels: np.ndarray, own: Sequence[Label], classes: Classes,
                  start: StartClass) -> np.ndarray:
     """Return the rows that can be projected as `start` says. Raises UserError where there are none."""
     rows = np.arange(len(images))
     if classes.count == 0 or start == AUTO:
         return rows
-    of_network = np.array([-1 if own[label] is None else own[label] for label in labels.tolist()])
+    is_known = np.array([label is not None for label in own])
     if start is None:
-        rows = np.flatnonzero(of_network >= 0)
+        rows = np.flatnonzero(is_known)
+        if not len(rows) and classes.kind == VECTOR:
+            raise UserError(f"{images.path} has no labels of {classes.count} numbers, which the network learned from; "
+                            f"expected such ones, or {classes.known_labels()} to start all images from")
         if not len(rows):
             known = known_classes(classes.names, classes.count)
             found = _names_of(images, labels)
@@ -125,9 +133,9 @@ def _wanted_rows(images: ImageSet, labels: np.ndarray, own: dict[int, int | None
             raise UserError(f"{images.path} {what}; expected {known}: give --class=NAME to start from, or "
                             f"--class={AUTO} to try each")
         return rows
-    if not (of_network >= 0).any():  # other classes, or none
+    if isinstance(start, tuple) or not is_known.any():  # all images, whatever they are; other classes, or none
         return rows
-    rows = np.flatnonzero(of_network == start)
+    rows = np.flatnonzero([label == start for label in own])
     if not len(rows):
         raise UserError(f"{images.path} holds no images of class {classes.name(start)}; expected one of "
                         f"{_names_of(images, labels)}, or leave --class out")
@@ -138,10 +146,13 @@ def _names_of(images: ImageSet, labels: np.ndarray) -> str:
     return ", ".join(_name_of(images, label) for label in np.unique(labels).tolist() if label != NO_LABEL)
 
 
-def _labels_of(images: ImageSet) -> np.ndarray:
-    """Return the class of each image, int64 [N], NO_LABEL for none; lists count where they are one-hot."""
+def _classes_of(images: ImageSet, classes: Classes) -> np.ndarray:
+    """Return the class of each image, int64 [N], NO_LABEL for none; lists count where they are one-hot.
+
+    For a network that learned vectors no list is a class.
+    """
     labels = images.labels
-    if labels is None:
+    if labels is None or (labels.ndim == 2 and classes.kind == VECTOR):
         return np.full(len(images), NO_LABEL)
     if labels.ndim == 1:
         return labels

@@ -17,6 +17,7 @@ from dnnlib.progress import Progress
 from imagesets.pixels.decode import BadImage
 from imagesets.pixels.resize import PixelSpec
 from imagesets.reader import ImageSet
+from latent.classes import Label
 from latent.network import OpenNetwork
 from latent.pieces import Pieces
 from latent.projecting.distances import COLUMNS, measure_pairs
@@ -28,10 +29,10 @@ from latent.sampling import Look, Painter, choose_batch
 
 
 class Lane(NamedTuple):
-    """A projection among those of a pass: an image, and the class that it starts from."""
+    """A projection among those of a pass: an image, and the label that it starts from."""
 
     target: int  # index among the targets
-    start: int | None
+    start: Label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class SetWorker:
         G = network.G
         # As generate.py --projected-w does it, so that its images are the same.
         self._painter = Painter(G, Look(), batch=choose_batch(G.img_resolution, projector.device))
-        self._starts: dict[int | None, Start] = {}
+        self._starts: dict[Label, Start] = {}
 
     def make(self, pieces: Pieces, numbers: Sequence[int], *, shown: bool) -> None:
         """Compute passes and keep them. shown: whether to show progress"""
@@ -129,7 +130,7 @@ class SetWorker:
         except UserError as error:  # a damaged member of a zip, a file without permission
             return str(error)
 
-    def _start(self, label: int | None) -> Start:
+    def _start(self, label: Label) -> Start:
         if label not in self._starts:
             self._starts[label] = find_start(self._network.G, self._network.classes.labels([label])[0])
         return self._starts[label]

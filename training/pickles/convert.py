@@ -63,7 +63,7 @@ def _describe(networks: Networks) -> list[str]:
             lines.append(f"{role:5}  none")
             continue
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
-        classes = f"{network.c_dim} classes" if network.c_dim else "unconditional"
+        classes = f"labels of length {network.c_dim}" if network.c_dim else "unconditional"
         lines.append(f"{role:5}  {type(network).__name__}, {network.img_resolution} x {network.img_resolution}, "
                      f"{network.img_channels} channels, {classes}, {num_parameters:,} parameters")
     return lines
