@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from imagesets.class_names import VECTOR
 from imagesets.labels.classes import names_of_numbers
 from imagesets.reader import NO_LABEL, ImageSet
 
@@ -37,7 +36,7 @@ def are_findings(images: ImageSet) -> np.ndarray:
     Others are measures, such as an age, of which no number means that an image is of a class.
     """
     found = np.ones(len(class_names(images)), dtype=bool)
-    if images.label_kind == VECTOR:
+    if images.labels is not None and images.labels.ndim == 2:
         values = np.nan_to_num(images.labels)
         found[:values.shape[1]] = ((values >= 0) & (values <= 1)).all(axis=0)
     return found

@@ -90,6 +90,8 @@ def make_set(request: Request) -> int:
         return launch(processes)
     with join(device) as joined, memory_advice(batch):
         if joined.rank == 0:
+            if plan.note is not None:
+                print(plan.note, file=sys.stderr)
             _say_center(request.look)
         painter = Painter(network.G.to(joined.device), request.look, batch=batch)
         write_labelled_set(request.zip, network, painter, plan, joined)
@@ -130,12 +132,12 @@ def _plan_set(request: Request, network: OpenNetwork, batch: int) -> SetPlan:
     first_seed = 0 if request.seeds is None else parse_first_seed("--seeds", request.seeds)
     piece = piece_size((G.img_channels, G.img_resolution, G.img_resolution), batch)
     if request.labels_from is not None:
-        drawn = draw_labels(request.labels_from, classes, request.count, first_seed)
+        drawn, note = draw_labels(request.labels_from, classes, request.count, first_seed)
         if request.look.center == CLASS_CENTER:
             check_centers(drawn, request.labels_from)
         counts = None if isinstance(drawn[0], tuple) else [drawn.count(index) for index in range(classes.count)]
         return SetPlan(first_seed=first_seed, count=len(drawn), counts=None if counts is None else tuple(counts),
-                       piece=piece, drawn=drawn, labels_from=Path(request.labels_from).name)
+                       piece=piece, drawn=drawn, labels_from=Path(request.labels_from).name, note=note)
     counts = classes.divide(request.count, request.classes)
     return SetPlan(first_seed=first_seed, count=request.count if counts is None else sum(counts),
                    counts=None if counts is None else tuple(counts), piece=piece)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ class SetPlan:
     piece:       images that are computed and kept together
     drawn:       the label of each image, where they do not come class by class; None where they do
     labels_from: name of the data set that they were drawn from
+    note:        a line for the user on how they were matched
     """
 
     first_seed: int
@@ -43,6 +43,7 @@ class SetPlan:
     piece: int
     drawn: Sequence[Label] | None = None
     labels_from: str | None = None
+    note: str | None = None
 
     def __post_init__(self):
         if self.first_seed + self.count - 1 > LARGEST_SEED:
@@ -74,8 +75,9 @@ class SetPlan:
         return found
 
 
-def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None, seed: int) -> list[Label]:
-    """Return labels for `count` images, drawn from those of a data set as a training run sees them.
+def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
+                seed: int) -> tuple[list[Label], str | None]:
+    """Return labels for `count` images, drawn from those of a data set as a training run sees them, and a line to say.
 
     path:     --labels-from
     classes:  of the network; those of the set are matched by name, or by number where one of them has no names
@@ -100,24 +102,25 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None, se
         raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
                         "convert it with --unlabelled=drop")
     if is_vector:
-        own = [tuple(label_of(images, row)) for row in range(len(images))]
+        own, note = [tuple(label_of(images, row)) for row in range(len(images))], None
     else:
-        own = _match_classes(images, classes, flag)
+        own, note = _match_classes(images, classes, flag)
     order = TrainingOrder(len(own), seed=seed).items(0, len(own) if count is None else count)
-    return [own[row] for row in order]
+    return [own[row] for row in order], note
 
 
-def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
-    """Return the network's class of each image. Raises UserError where it has no such one."""
+def _match_classes(images: ImageSet, classes: Classes, flag: str) -> tuple[list[int], str | None]:
+    """Return the network's class of each image, and a line to say. Raises UserError where it has no such one."""
+    note = None
     if classes.names is None or images.classes is None:
         nameless = "the network" if classes.names is None else "the data set"
-        print(f"{flag}: {nameless} does not name its classes; they are matched by number", file=sys.stderr)
+        note = f"{flag}: {nameless} does not name its classes; they are matched by number"
     found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
     missing = [class_names(images)[label] for label, own in found.items() if own is None]
     if missing:
         raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
                         f"{known_classes(classes.names, classes.count)}: convert it with --classes")
-    return [found[label] for label in images.labels.tolist()]
+    return [found[label] for label in images.labels.tolist()], note
 
 
 def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from dnnlib.cli import run
-from imagesets.commands.inspect import inspect_command
+from imagesets.commands.inspect import describe, inspect_command
 from imagesets.duplicates import identical_sets, link_groups
 from imagesets.inspecting.measure import measure
 from imagesets.inspection import open_for_inspection, summarize
@@ -74,6 +74,14 @@ def test_summarize_lists_count_numbers_above_a_half(tmp_path):
     assert [(one.name, one.num_images, one.num_groups) for one in found.classes] == [("0", 3, 2), ("1", 1, 1),
                                                                                     ("2", 0, 0)]
     assert (found.label_kind, found.mixed_groups) == ("lists", ["p", "q"])
+
+
+def test_summarize_lists_does_not_count_measures(tmp_path):
+    # Whether a lesion is there, and the age of the patient.
+    found = inspect(make_set(tmp_path / "set.zip", 3, labels=[[1, 45], [0, 62], [1, 80]], classes=["lesion", "age"]))
+    assert [(one.index, one.name, one.num_images) for one in found.classes] == [(0, "lesion", 2)]
+    assert found.problems == []
+    assert "labels are lists of numbers; an image counts where its number is above 0.5:" in list(describe(found))
 
 
 def test_summarize_unlabelled_set_is_ready_without_labels(tmp_path):

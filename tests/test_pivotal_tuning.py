@@ -260,6 +260,13 @@ def test_draws_are_normal_latents_of_every_class():
     assert draw_locality(lively_generator(c_dim=0), 0, 0)[1].shape == (1, 0)
 
 
+def test_locality_of_a_label_that_is_no_class_stays_with_it():
+    G = lively_generator()
+    z, c = draw_locality(G, 0, 3, label=(0.5, 0.25))
+    assert torch.equal(c, torch.tensor([[0.5, 0.25]]))
+    assert torch.equal(z, draw_locality(G, 0, 3)[0])
+
+
 def test_step_towards_goes_the_distance_in_each_layer():
     pivot = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
     w = torch.tensor([[[4.0, 5.0], [0.0, -7.0]]])

@@ -121,7 +121,8 @@ def test_labels_that_are_one_hot_lists_are_classes(tmp_path):
     rows = [[0, 1], [1.0, 0.0], [0.5, 0.5], None]
     some = with_metadata(tmp_path / "set", {"labels": [[f"{i:08d}.png", row] for i, row in enumerate(rows)]})
     found = choose(some, chosen="auto")
-    assert [target.label for target in found] == [1, 0, None, None]
+    assert [target.class_name for target in found] == ["1", "0", None, None]
+    assert [target.label for target in found] == [(0, 1), (1, 0), (0.5, 0.5), None]  # as in dataset.json
     assert indices(choose(some, chosen="nv")) == [1]
     assert indices(choose(some)) == [0, 1]
     assert count_left_out(some, NETWORK, None) == 2

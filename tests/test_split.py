@@ -129,6 +129,16 @@ def test_assign_lists_stratifies_each_number():
     assert np.abs(result.reached[1] - 0.25 * result.reached.sum(axis=0)).max() <= 1
 
 
+def test_assign_lists_does_not_take_a_measure_for_a_class():
+    random = np.random.RandomState(0)
+    ages = random.randint(20, 90, 100)
+    ages[:99] = 0  # one group alone has an age above 0.5: no class that each part must hold
+    labels = np.column_stack([random.rand(100) < 0.5, ages]).astype(np.float32)
+    result = assign(Labels(labels), unique_digests(100), make_request("train:0.75,test:0.25"))
+    assert list(result.classes) == ["0"]
+    assert result.reached[:, 0].tolist() == [75, 25, 0]
+
+
 def test_assign_without_labels_splits_by_size():
     images = Labels(None, [f"g{index // 2}" for index in range(100)])
     result = assign(images, unique_digests(100), make_request(THREE))

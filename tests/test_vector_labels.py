@@ -275,6 +275,22 @@ def test_projector_starts_images_of_a_set_from_their_own_labels(inside, capsys):
                                "projections.zip"]
 
 
+def test_projections_of_a_network_without_labels_keep_the_vectors_of_their_targets(inside, capsys):
+    project(capsys, "--data=vectors.zip", "--outdir=out", "--batch=6", "--num-steps=1", network="plain.safetensors")
+    assert np.array_equal(ImageSet("out/projections.zip").labels, np.float32(VECTORS))
+
+
+def test_projector_starts_a_set_of_classes_from_a_mix_and_keeps_their_classes(inside, capsys):
+    project(capsys, "--data=classes.zip", "--outdir=out", "--batch=6", "--num-steps=1", "--label=0.5,0.5,0",
+            network="three.safetensors")
+    found = ImageSet("out/projections.zip")
+    assert [found.classes[label] for label in found.labels] == ["bcc", "mel", "nv", "bcc", "bcc", "bcc"]
+    mean = find_start(load_network("three.safetensors").G_ema, torch.tensor([0.5, 0.5, 0])).mean.numpy()
+    with np.load("out/latents.npz") as arrays:
+        assert np.allclose(arrays["w"][:, 0], mean, atol=1e-6)
+    assert record_in("out", "projections.json")["label"] == "0.5,0.5,0"
+
+
 def test_projector_of_a_set_of_classes_asks_for_a_label(inside, capsys):
     assert attempt("--data=classes.zip", "--outdir=out", network="vectors.safetensors") == 2
     assert capsys.readouterr().err == (

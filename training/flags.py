@@ -63,7 +63,8 @@ FLAGS = [
 
     _flag("--data", str, DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
           metavar="PATH"),
-    _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image.", "false", "BOOL"),
+    _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image, a class or a list of "
+          "numbers.", "false", "BOOL"),
     _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "all", "INT"),
     _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "false", "BOOL"),
     _flag("--balance", str, DATA, "How often images are seen: none (each equally often), classes (each class equally "
