@@ -78,8 +78,10 @@ class Classes:
                 raise UserError(f"--class is {text}, but this network was trained without classes; leave --class out")
             return [None]
         if text is None:
+            unknown = self.kind is None and self.names is None  # as of all files of the original
             raise UserError("--class is missing, and this network makes images of a class; expected "
-                            f"{known_classes(self.names, self.count)}")
+                            f"{known_classes(self.names, self.count)}"
+                            + (f", or {self.known_labels()} where its labels are no classes" if unknown else ""))
         if self.names is not None and text.strip() in self.names:
             return [self.names.index(text.strip())]
         if text.strip() == "all":

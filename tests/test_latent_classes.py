@@ -39,7 +39,8 @@ def test_choose_finds_classes(classes, text, expected):
     (NAMED, "bcc,2", "--class=bcc,2 names a class twice; expected each once"),
     (NUMBERED, "3", "--class names the class '3'; expected a number from 0 to 2"),
     (NUMBERED, "melanoma", "--class names the class 'melanoma'; expected a number from 0 to 2"),
-    (NUMBERED, None, "--class is missing, and this network makes images of a class; expected a number from 0 to 2"),
+    (NUMBERED, None, "--class is missing, and this network makes images of a class; expected a number from 0 to 2, or "
+                     "--label with 3 numbers, such as --label=0,1,0.5 where its labels are no classes"),
     (NONE, "0", "--class is 0, but this network was trained without classes; leave --class out"),
 ])
 def test_choose_says_what_is_wrong(classes, text, expected):
