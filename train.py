@@ -10,7 +10,7 @@ from torch_utils.distributed import Place
 from training.command import make_command
 from training.config import TrainConfig
 from training.dataset import ImageDataset
-from training.launch import is_part_of_run, launch
+from training.launch import launch
 from training.run_output import Evaluate
 from training.run_settings import RunSettings
 
@@ -18,7 +18,7 @@ from training.run_settings import RunSettings
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
     """Run the training, in as many processes as it takes, and return the exit code."""
     evaluate = make_evaluate(config, settings, dataset.resolution) if config.metrics else None
-    if config.gpus > 1 and not is_part_of_run():
+    if config.gpus > 1 and not Place.from_environment().is_started:
         return launch(config.gpus)
     from training.loop import train as train_here
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dnnlib.cli import UserError
+from dnnlib.cli import UserError, expand_user
 from dnnlib.files import atomic_write, sha256_of
 from dnnlib.process_lock import LockHeld, ProcessLock
 from dnnlib.progress import Progress
@@ -32,8 +32,8 @@ def cache_folder() -> Path:
     """
     own, common = os.environ.get("DNNLIB_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     if own:
-        return Path(own).expanduser()
-    return (Path(common) if common else Path.home() / ".cache") / FOLDER_NAME
+        return Path(expand_user(own, "DNNLIB_CACHE_DIR"))
+    return Path(expand_user(common or "~/.cache", "XDG_CACHE_HOME" if common else "the cache")) / FOLDER_NAME
 
 
 def downloaded(name: str) -> Path:

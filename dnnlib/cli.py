@@ -1,8 +1,13 @@
-"""What every command line program does alike: one line for a user's mistake, clean ends when it is stopped."""
+"""What every command line program does alike: how it reads its options and paths, and how it ends.
 
+One line for a user's mistake, a refusal of options given twice, ~ in paths, clean ends when it is stopped.
+"""
+
+import copy
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -24,18 +29,67 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: unwinds like Ctrl-C, so that temporary files are removed on the way."""
 
 
+class UserPath(click.Path):
+    """The type of every option and argument that is a path: expands ~, as no shell does behind `--option=`.
+
+    named:  NAME=PATH is understood too; ~ is expanded in PATH
+    The other arguments are click.Path's.
+    """
+
+    def __init__(self, *, named: bool = False, **attributes):
+        super().__init__(readable=False, **attributes)  # whoever opens it says what is wrong with it
+        self._named = named
+
+    def convert(self, value: str | os.PathLike, param: click.Parameter | None,
+                ctx: click.Context | None) -> str | os.PathLike:
+        text, before = os.fspath(value), ""
+        if self._named and not text.startswith("~"):
+            name, separator, path = text.partition("=")
+            if separator:
+                before, text = f"{name}=", path
+        option = "the path" if param is None else _shown_name(param)
+        return super().convert(before + expand_user(text, option), param, ctx)
+
+
+def expand_user(path: str, name: str) -> str:
+    """Return a path with ~ and ~user at its start replaced by the home folder, as a shell does.
+
+    name:  of the option or variable that holds the path, for the message
+
+    Raises UserError where there is no such user, unless there is a file or folder of the name itself.
+    """
+    if not path.startswith("~"):
+        return path
+    expanded, first = os.path.expanduser(path), path.split("/")[0]
+    if expanded == path and not os.path.lexists(first):
+        raise UserError(f"{name} is {path}, and the home folder {first} is not known; expected ~ or ~user, or "
+                        f"./{first} for a file or folder of that name")
+    return expanded
+
+
+def join_values(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str | None:
+    """Return an option that may be given several times as one list with commas; None where it is not given.
+
+    The callback of options with multiple=True that also take such a list.
+    """
+    return ",".join(values) if values else None
+
+
 def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
-    A wrong option, a UserError, a missing permission or a full disk gives one line on standard error and 2; Ctrl-C and
-    SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and keeps its traceback.
+    A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard
+    error and 2; Ctrl-C and SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and
+    keeps its traceback.
     """
     program = os.path.basename(sys.argv[0])
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     previous = {number: signal.signal(number, _raise_terminated) for number in _ENDING
                 if signal.getsignal(number) is not signal.SIG_IGN}  # nohup lets SIGHUP be ignored
     try:
+        _refuse_repeated(command, arguments)
         # Not command.main: it prints an empty line of its own when it is interrupted.
-        with command.make_context(program, sys.argv[1:] if arguments is None else list(arguments)) as context:
+        with command.make_context(program, list(arguments)) as context:
             result = command.invoke(context)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
@@ -58,6 +112,54 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _refuse_repeated(command: click.Command, arguments: Sequence[str],
+                     parent: click.Context | None = None) -> None:
+    """Raise UserError where an option of a command, or of those behind it, is given more often than it takes values.
+
+    click keeps the last value without a word. All forms of an option count as one, a flag given twice as well;
+    options declared with multiple=True or count=True may be repeated.
+    """
+    # Resilient: what else is wrong is left to the parser that follows, which says it better.
+    context = command.context_class(command, parent=parent, resilient_parsing=True, **command.context_settings)
+    parameters = command.get_params(context)
+    reader = copy.copy(command)
+    reader.params, reader.add_help_option = [_gathering(parameter) for parameter in parameters], False
+    given, rest, _ = reader.make_parser(context).parse_args(list(arguments))
+    for parameter in parameters:
+        if isinstance(parameter, click.Option) and not parameter.multiple and not parameter.count:
+            values = given.get(parameter.name) or ()
+            if len(values) > 1:
+                raise UserError(_describe_repeated(parameter, values))
+    if isinstance(command, click.Group) and rest:
+        _, behind, more = command.resolve_command(context, rest)
+        if behind is not None:
+            _refuse_repeated(behind, more, context)
+
+
+def _gathering(parameter: click.Parameter) -> click.Parameter:
+    """Return an option that takes all its values; others as they are."""
+    if not isinstance(parameter, click.Option) or parameter.count:
+        return parameter
+    gathering = copy.copy(parameter)
+    gathering.multiple = True
+    return gathering
+
+
+def _describe_repeated(option: click.Option, values: Sequence[object]) -> str:
+    times = "twice" if len(values) == 2 else f"{len(values)} times"
+    shown = "" if option.is_flag else " ({})".format(", ".join(
+        " ".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else "without a value"
+        for value in values))
+    return f"{_shown_name(option)} is given {times}{shown}; expected once: leave all but one out"
+
+
+def _shown_name(parameter: click.Parameter) -> str:
+    """Return an option's long form, an argument's name as the help shows it."""
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return parameter.human_readable_name
 
 
 def _raise_terminated(signum, frame) -> None:

@@ -2,8 +2,10 @@
 
 import click
 
+from dnnlib.cli import UserPath
 from latent.sampling import MEAN_LATENTS, TRUNC_CENTERS
 from training.config import NOISE_MODES
+from training.file_kind import OTHER_NAMES
 from training.flags import TUNE_MALLOC_HELP, Flag
 
 IMAGES, FILES, SET, MIX, SPEED = ("Which images", "Where they go", "A labelled data set", "Mixed styles",
@@ -11,8 +13,8 @@ IMAGES, FILES, SET, MIX, SPEED = ("Which images", "Where they go", "A labelled d
 BESIDE_FILES = ""  # the value of --grid without a name
 
 FLAGS = [
-    Flag(["--network"], group=IMAGES, metavar="FILE", help="Network file: a .safetensors of a run, or a .pkl of the "
-         "original. Must be given."),
+    Flag(["--network"], group=IMAGES, type=UserPath(), metavar="FILE", help="Network file: a .safetensors of a run, or "
+         f"a .pkl of the original; also {OTHER_NAMES}. Must be given."),
     Flag(["--seeds"], group=IMAGES, metavar="LIST", help="Numbers that images follow from, such as 0,1,5-9. With --zip "
          "the first one [default: 0]."),
     Flag(["--class", "class_"], group=IMAGES, metavar="NAME", help="Class of the images, by name or number, where the "
@@ -28,21 +30,26 @@ FLAGS = [
          "training set. [default: global]"),
     Flag(["--noise-mode"], group=IMAGES, type=click.Choice(NOISE_MODES), metavar="NAME", help="Noise that fine detail "
          "follows from: const, the network's own; random, drawn by the seed of each image; none. [default: const]"),
-    Flag(["--projected-w"], group=IMAGES, metavar="FILE", help="Make images of the styles in an .npz file, instead of "
+    Flag(["--projected-w"], group=IMAGES, type=UserPath(), metavar="FILE",
+         help="Make images of the styles in an .npz file, instead of "
          "seeds."),
 
-    Flag(["--outdir"], group=FILES, metavar="DIR", help="Folder for seedNNNN.png (or projNN.png). Files of these names "
+    Flag(["--outdir"], group=FILES, type=UserPath(), metavar="DIR",
+         help="Folder for seedNNNN.png (or projNN.png). Files of these names "
          "are replaced."),
-    Flag(["--grid"], group=FILES, is_flag=False, flag_value=BESIDE_FILES, metavar="[FILE]", help="Show all images on "
+    Flag(["--grid"], group=FILES, is_flag=False, flag_value=BESIDE_FILES, type=UserPath(), metavar="[FILE]",
+         help="Show all images on "
          "one sheet, a row for each of several classes; without a name it is grid.png in --outdir."),
 
-    Flag(["--zip"], group=SET, metavar="FILE", help="Write a data set with labels, as dataset_tool.py does. Image i is "
+    Flag(["--zip"], group=SET, type=UserPath(), metavar="FILE",
+         help="Write a data set with labels, as dataset_tool.py does. Image i is "
          "that of seed FIRST + i. The same command continues where it was stopped."),
     Flag(["--count"], group=SET, type=int, metavar="INT", help="Number of images; of classes in the shares that the "
          "network was trained with, or those of --classes."),
     Flag(["--classes"], group=SET, metavar="LIST", help="Number of images of each class, such as "
          "benign:5000,melanoma:5000, in the order of the network's classes."),
-    Flag(["--labels-from"], group=SET, metavar="PATH", help="Data set to draw labels from, in place of numbers of each "
+    Flag(["--labels-from"], group=SET, type=UserPath(), metavar="PATH",
+         help="Data set to draw labels from, in place of numbers of each "
          "class: in random order, by the first seed, each once before one comes again. Classes are matched by name. "
          "[default of --count: the number of its images]"),
 

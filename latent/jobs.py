@@ -12,7 +12,7 @@ from dnnlib.cli import UserError
 from dnnlib.progress import Progress
 from latent.flags import BESIDE_FILES
 from latent.labelled_set import write_labelled_set
-from latent.network import OpenNetwork, check_look, open_network
+from latent.network import OpenNetwork, check_look, open_network, require_same
 from latent.pictures import Sheet, check_file, make_outdir, save_picture
 from latent.projected import read_projected_w
 from latent.request import Job, Request
@@ -23,7 +23,7 @@ from latent.sharing import memory_advice, settle_device
 from latent.style_mixing import check_mix_size, choose_layers, write_style_mix
 from torch_utils.distributed import Place, join
 from training.input_checks import check_outdir
-from training.launch import is_part_of_run, launch
+from training.launch import launch
 
 
 def do_job(request: Request) -> int:
@@ -85,10 +85,11 @@ def make_set(request: Request) -> int:
     check_look(request.look, network.G)
     batch = request.batch or choose_batch(network.G.img_resolution, device)
     plan = _plan_set(request, network, batch)
-    if processes > 1 and not is_part_of_run():
+    if processes > 1 and not place.is_started:
         del network  # each of the processes has one
         return launch(processes)
     with join(device) as joined, memory_advice(batch):
+        require_same(network, joined)
         if joined.rank == 0:
             if plan.note is not None:
                 print(plan.note, file=sys.stderr)

@@ -5,15 +5,16 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import UserError
+from dnnlib.cli import UserPath, join_values
 from latent.measuring import MeasureSettings, measure
-from latent.sharing import settle_device
+from latent.sharing import check_counts, settle_device
 from metrics.blocks import OtherProcessFailed
 from metrics.detectors.opening import DETECTOR_NAMES
 from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES
 from torch_utils.distributed import Place, ProcessLost, join
+from training.file_kind import OTHER_NAMES
 from training.flags import TUNE_MALLOC_HELP
-from training.launch import is_part_of_run, launch
+from training.launch import launch
 
 _HELP = """Measure how good generated images are; print one JSON line for each metric.
 
@@ -45,14 +46,12 @@ def make_command() -> click.Command:
 
 
 def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
-    settings = MeasureSettings(**flags)
+    settings = MeasureSettings(**flags).found()
     place = Place.from_environment()
-    if gpus is not None and (gpus < 1 or (place.count > 1 and gpus != place.count)):
-        raise UserError(f"--gpus is {gpus}; expected "
-                        + (f"{place.count}, the processes that were started" if place.count > 1 else "at least 1"))
-    count = gpus or 1
+    check_counts(gpus=gpus)
+    count = place.processes(gpus)
     device = settle_device(device, place, count, tunes_malloc=tune_malloc)
-    if count > 1 and not is_part_of_run():
+    if count > 1 and not place.is_started:
         return launch(count)
     with join(device) as processes:
         try:
@@ -65,21 +64,24 @@ def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
 def _options() -> list[click.Option]:
     detectors = ", ".join(DETECTOR_NAMES)
     return [
-        _option("--network", str, "Network file to measure: a .safetensors of a run, or a .pkl of the original. In a "
-                "run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
-        _option("--generated", str, "Folder or zip of generated images to measure.", "PATH"),
-        _option("--run", str, "Folder of a run: measure all its network files, add the results to its "
+        _option("--network", UserPath(), "Network file to measure: a .safetensors of a run, or a .pkl of the original; "
+                f"also {OTHER_NAMES}. In a run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
+        _option("--generated", UserPath(), "Folder or zip of generated images to measure.", "PATH"),
+        _option("--run", UserPath(),
+                "Folder of a run, or a pattern that matches one: measure all its network files, add the results to its "
                 "metric-NAME.jsonl, and draw measured-NAME.png.", "DIR"),
-        _option("--metrics", str, f"Metrics, separated by commas; see below. [default: {DEFAULT_METRIC}]", "LIST",
-                default=DEFAULT_METRIC),
-        _option("--data", str, "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
+        _option("--metrics", str, "Metrics, separated by commas; see below. May be given several times. [default: "
+                f"{DEFAULT_METRIC}]", "LIST", default=(DEFAULT_METRIC,), multiple=True, callback=join_values),
+        _option("--data", UserPath(),
+                "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
         _option("--mirror", bool, "Metrics without _full take mirrored real images too. [default: as in the training]",
                 "BOOL"),
         _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
         _option("--detector", str, f"Network that images are looked at with, in place of the usual one: {detectors}. "
                 "Its numbers compare with none of another one. [default: inception-v3; vgg16 for pr, lpips-vgg16 for "
                 "ppl]", "NAME"),
-        _option("--detector-weights", str, "File of weights in place of a downloaded one; NAME=FILE where several "
+        _option("--detector-weights", UserPath(named=True),
+                "File of weights in place of a downloaded one; NAME=FILE where several "
                 "networks are needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several "
                 "times.", "FILE", multiple=True),
         _option("--seed", int, "Number that latents and all random choices follow from. [default: 0]", "INT",
@@ -96,5 +98,6 @@ def _options() -> list[click.Option]:
     ]
 
 
-def _option(flag: str, kind: type, text: str, metavar: str, name: str | None = None, **attributes: Any) -> click.Option:
+def _option(flag: str, kind: object, text: str, metavar: str, name: str | None = None,
+            **attributes: Any) -> click.Option:
     return click.Option([flag, *([name] if name else [])], type=kind, help=text, metavar=metavar, **attributes)

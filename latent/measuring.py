@@ -2,27 +2,26 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 
 from dnnlib.appending import AppendFile
 from dnnlib.cli import UserError
-from latent.network import OpenNetwork, open_network
+from latent.network import OpenNetwork, choose_network, open_network
 from metrics.detector_choice import choose_detector, parse_weights
 from metrics.evaluation import Evaluator, Results
 from metrics.names import parse_metrics
 from metrics.record import result_record, to_json
 from metrics.sources import SetImages
-from torch_utils.distributed import Processes, is_main
+from torch_utils.distributed import Processes, broadcast_object, is_main
 from torch_utils.plots import save_curves
+from training.file_kind import find_path, run_snapshots
 from training.json_lines import to_line
 from training.run_folder import RunFolder
 from training.run_record import read_record
-
-_SNAPSHOTS = "network-snapshot-*.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,11 @@ class MeasureSettings:
         needed = [choose_detector(request, self.detector) for request in parse_metrics(self.metrics)]
         parse_weights(self.detector_weights, needed)
 
+    def found(self) -> Self:
+        """Return the same with the paths that --network and --run stand for. Raises UserError."""
+        return replace(self, network=None if self.network is None else choose_network(self.network),
+                       run=None if self.run is None else find_path(self.run, "--run", "the folder of a run"))
+
     @property
     def run_folder(self) -> Path | None:
         """The folder of the run that is measured, or that the network lies in; None where there is none."""
@@ -70,7 +74,8 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
     if settings.generated is not None:
         _measure_images(settings, processes)
         return
-    snapshots = [Path(settings.network)] if settings.run is None else _snapshots(settings.run)
+    # A run may write another one meanwhile: all processes measure those that the main process found.
+    snapshots = broadcast_object([Path(settings.network)] if settings.run is None else _snapshots(settings.run))
     network = open_network(snapshots[0], processes.device)
     evaluator = _evaluator(settings, processes, mirror=_mirror(settings, network.info))
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
@@ -107,7 +112,7 @@ def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool)
 
 
 def _snapshots(run: str) -> list[Path]:
-    found = sorted(Path(run).glob(_SNAPSHOTS))
+    found = [Path(path) for path in run_snapshots(run)] if os.path.isdir(run) else []
     if not found:
         what = "holds no network files" if os.path.isdir(run) else "is no folder"
         raise UserError(f"--run is {run}, which {what}; expected the folder of a run, such as "

@@ -1,6 +1,7 @@
 """Open the network file that images are made with."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from latent.classes import Classes
 from latent.sampling import CLASS_CENTER, Look
+from torch_utils.distributed import Place, Processes, broadcast_object
+from training.file_kind import find_network
 from training.snapshot import load_network
 
 
@@ -26,8 +29,25 @@ class OpenNetwork:
     classes: Classes
 
 
-def open_network(path: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
+def choose_network(text: str) -> str:
+    """Return the path of the file that --network stands for, see `find_network`; say it where it is another text."""
+    path = find_network(text, "--network")
+    place = Place.from_environment()
+    if path != text and place.rank == 0 and place.launcher is None:  # training.launch's own process has said it
+        print(f"--network: {path}", file=sys.stderr)
+    return path
+
+
+def require_same(network: OpenNetwork, processes: Processes) -> None:
+    """Raise UserError unless all processes opened the same file: a newer one may have appeared in a run's folder."""
+    if broadcast_object(network.sha256) != network.sha256:
+        raise UserError(f"--network is another file in process {processes.rank} ({network.name}) than in the first; "
+                        "expected one for all: repeat the command, or name the file itself")
+
+
+def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
     """Read the network of --network. Raises UserError when it is missing, damaged or another kind of file."""
+    path = choose_network(os.fspath(text))
     try:
         networks = load_network(path, device)
         sha256 = sha256_of(path)

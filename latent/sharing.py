@@ -10,7 +10,6 @@ from dnnlib.cli import UserError
 from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
 from training.device import choose_device
-from training.launch import is_part_of_run
 
 
 def check_counts(**counts: int | None) -> None:
@@ -29,13 +28,9 @@ def count_processes(place: Place, gpus: int | None, *, shared: str | None) -> in
 
     Raises UserError where other processes were started than are wanted.
     """
-    if place.count == 1:
-        return gpus or 1
-    if shared is not None:
+    if place.count > 1 and shared is not None:
         raise UserError(f"{place.count} processes were started; expected one: several share the work of {shared} alone")
-    if gpus not in (None, place.count):
-        raise UserError(f"--gpus is {gpus}; expected {place.count}, the processes that were started: leave --gpus out")
-    return place.count
+    return place.processes(gpus)
 
 
 def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool) -> str:
@@ -47,8 +42,8 @@ def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool
 
     Raises UserError where the machine has no such device, or too few.
     """
-    device = choose_device(name, processes if place.count == 1 else place.local_count).name
-    if device == "cpu" and (processes == 1 or is_part_of_run()):
+    device = choose_device(name, place.local_count if place.is_started else processes).name
+    if device == "cpu" and (processes == 1 or place.is_started):
         tuning = tune_malloc(tunes_malloc)
         if tuning.is_foreign and place.rank == 0:
             print(tuning.note, file=sys.stderr)

@@ -76,9 +76,11 @@ def parse_metric(name: str) -> MetricRequest:
 
 
 def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
-    """Return the requests of names, or of one text with commas between them; each once. Raises UserError."""
-    names = text.split(",") if isinstance(text, str) else list(text)
-    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    """Return the requests of names, or of one text with commas between them. Raises UserError, also for one twice."""
+    names = [name.strip() for name in (text.split(",") if isinstance(text, str) else text) if name.strip()]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--metrics names {name} {names.count(name)} times; expected each metric once")
     if not names:
         raise UserError(f"no metric is named; expected names such as {FORMS}")
     return tuple(parse_metric(name) for name in names)

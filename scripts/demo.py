@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import UserError, run
+from dnnlib.cli import UserError, UserPath, run
 from dnnlib.files import atomic_write
 from scripts.demo_pictures import save_page, save_reals_and_fakes, save_samples, save_training_curves
 from training.json_lines import read_lines
@@ -59,7 +59,7 @@ class Demo:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--dest", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True,
+@click.option("--dest", type=UserPath(path_type=Path, file_okay=False), default=Path("demo"), show_default=True,
               help="Folder to write to.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of data and training.")
 @click.option("--kimg", type=click.IntRange(min=1), default=20, show_default=True, help="Length of the training.")

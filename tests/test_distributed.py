@@ -201,7 +201,7 @@ def test_place_comes_from_the_environment(monkeypatch):
                         "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "5"}.items():
         monkeypatch.setenv(name, value)
     assert Place.from_environment() == Place(rank=3, count=4, local_rank=1, local_count=2, address="host", port=1,
-                                             attempt=5)
+                                             attempt=5, is_started=True)
 
 
 def check_end(end, message):

@@ -43,8 +43,7 @@ def test_allocator_as_it_was_asked_for_is_not_spoken_of(found, tuning, monkeypat
 def test_process_that_starts_others_leaves_its_allocator_alone(tuning, monkeypatch, capsys):
     assert settle_device("cpu", Place(), 2, tunes_malloc=True) == "cpu"
     assert tuning == []
-    monkeypatch.setenv("RANK", "1")
-    assert settle_device("cpu", Place(rank=1, count=2), 2, tunes_malloc=True) == "cpu"
+    assert settle_device("cpu", Place(rank=1, count=2, is_started=True), 2, tunes_malloc=True) == "cpu"
     assert tuning == [True]
     assert capsys.readouterr() == ("", "")  # the first process speaks
 
@@ -55,7 +54,7 @@ def test_allocator_matters_on_a_cpu_alone(tuning, monkeypatch):
     assert settle_device("auto", Place(), 2, tunes_malloc=True) == "cuda"
     assert tuning == []
     # Started processes look at the GPUs of their own machine.
-    assert settle_device("cuda", Place(count=4, local_count=2), 4, tunes_malloc=True) == "cuda"
+    assert settle_device("cuda", Place(count=4, local_count=2, is_started=True), 4, tunes_malloc=True) == "cuda"
     with pytest.raises(ConfigError, match="--gpus is 4; expected at most 2, the GPUs of this machine"):
         settle_device("cuda", Place(), 4, tunes_malloc=True)
 

@@ -16,6 +16,7 @@ from imagesets.writer import ImageSetWriter
 from metrics.choice import choose_metrics
 from tests.make_archives import make_folder, make_zip
 from tests.make_sets import enclose, make_set, pixels_of, png
+from tests.training_runs import replaced
 from torch_utils.allocator import Tuning
 from training import device
 from training.balance import image_weights
@@ -61,7 +62,7 @@ class Trainer:
 def start(capsys, *arguments):
     """Return what the training gets, and standard error."""
     trainer = Trainer()
-    code = run(make_command(trainer, choose_metrics), [*BASE, *arguments])
+    code = run(make_command(trainer, choose_metrics), replaced(BASE, arguments))
     captured = capsys.readouterr()
     assert (code, captured.out) == (7, ""), captured.err
     return trainer, captured.err
@@ -69,7 +70,7 @@ def start(capsys, *arguments):
 
 def dry_run(capsys, *arguments):
     """Return the JSON that is printed, and standard error."""
-    code = run(make_command(None, choose_metrics), [*BASE, *arguments, "--dry-run"])
+    code = run(make_command(None, choose_metrics), [*replaced(BASE, arguments), "--dry-run"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out), captured.err
@@ -216,6 +217,7 @@ def test_script_launches_several_processes_or_trains(inside, monkeypatch):
     monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(train=lambda *_: 1))
     assert train.train(config, None, None) == 12
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert train.train(config, None, None) == 1
 
 
@@ -238,7 +240,8 @@ def test_number_of_processes_is_that_of_torchrun(inside, capsys, monkeypatch):
     assert start(capsys)[0].config.gpus == 4
     assert start(capsys, "--gpus=4")[0].config.gpus == 4
     assert refuse(capsys, *BASE, "--gpus=2") == (
-        "--gpus is 2; expected 4, the processes that were started: leave --gpus out")
+        "--gpus is 2, but WORLD_SIZE is 4, as torchrun sets it for the processes that it started; expected the same "
+        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=2 starts 2")
 
 
 def test_only_the_first_process_speaks(inside, capsys, monkeypatch):
@@ -343,7 +346,7 @@ def test_dry_run_tells_which_run_would_be_continued(inside, capsys):
     same, another = ("runs/00000-set-tiny", True), ("runs/00001-set-tiny", False)
     for flags, expected in (([], same), (["--kimg=3", "--workers=0"], same), (["--new"], another),
                             (["--balance=none"], another), (["--seed=1"], another)):
-        found, _ = dry_run(capsys, "--cfg=tiny", "--balance=classes", *flags)
+        found, _ = dry_run(capsys, *replaced(["--cfg=tiny", "--balance=classes"], flags))
         assert (found["run_folder"], found["continues"]) == expected
     assert os.listdir("runs") == ["00000-set-tiny"]
 
@@ -457,7 +460,8 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
     ("--resume=https://host/net.pkl", "--resume is https://host/net.pkl; expected a file: download it first, and give "
                                       "its path"),
     ("--resume=gone.pkl", f"--resume is gone.pkl, which does not exist; expected {NETWORK}"),
-    ("--resume=mixed", f"--resume is mixed, a folder; expected {NETWORK}"),
+    ("--resume=mixed", "--resume is mixed, a folder without network-snapshot-*.safetensors; expected a network file (a "
+                       ".safetensors of a run, or a .pkl of the original), or the folder of a run"),
     ("set.zip", "Got unexpected extra argument (set.zip)")])
 def test_mistake_gives_one_line_and_leaves_nothing(arguments, message, inside, capsys):
     make_set("plain.zip", size=16)
@@ -515,7 +519,7 @@ def test_subset_is_checked_alone(inside, capsys):
     make_zip(Path("bad.zip"), {**pixels, "9.png": png(pixels_of(9, 32))})
     trainer, _ = start(capsys, "--data=bad.zip", "--subset=1", "--seed=0")
     assert trainer.dataset.image_names() != ["9.png"]
-    assert refuse(capsys, *BASE, "--data=bad.zip").startswith("bad.zip: 9.png is 32x32")
+    assert refuse(capsys, *replaced(BASE, ["--data=bad.zip"])).startswith("bad.zip: 9.png is 32x32")
 
 
 def test_train_takes_sets_in_a_folder_inside_with_their_labels(inside, capsys):

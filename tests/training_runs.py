@@ -28,10 +28,16 @@ def make_phantoms(path, count=24, resolution=32):
 
 
 def command(folder, *flags, data="phantom.zip"):
-    """Return the command of a short run: batch 8, ticks of 200 images, 1000 images in all."""
-    return [sys.executable, str(ROOT / "train.py"), "--outdir=runs", f"--data={folder / data}", "--cond=1",
-            "--cfg=tiny", "--batch=8", "--kimg=1", "--tick=0.2", "--snap=1", *METRIC_FLAGS, "--workers=1",
-            "--precision=fp32", "--device=cpu", *flags]
+    """Return the command of a short run: batch 8, ticks of 200 images, 1000 images in all; flags replace its own."""
+    usual = ["--outdir=runs", f"--data={folder / data}", "--cond=1", "--cfg=tiny", "--batch=8", "--kimg=1",
+             "--tick=0.2", "--snap=1", *METRIC_FLAGS, "--workers=1", "--precision=fp32", "--device=cpu"]
+    return [sys.executable, str(ROOT / "train.py"), *replaced(usual, flags)]
+
+
+def replaced(usual, flags):
+    """Return usual flags without those that `flags` give too, and these: a program refuses one that is given twice."""
+    given = {flag.partition("=")[0] for flag in flags}
+    return [*(flag for flag in usual if flag.partition("=")[0] not in given), *flags]
 
 
 def environment():

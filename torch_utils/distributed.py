@@ -1,7 +1,8 @@
 """Join the processes of a run: the one module that knows ranks.
 
-A process learns its place from the environment that torchrun, or training.launch, gives it; without one it is alone,
-and everything here does nothing. NCCL carries what lies on GPUs, gloo what lies on the CPU.
+A process learns its place from the environment that torchrun, or training.launch, gives it: every program asks
+`Place.from_environment` who started it. Without one it is alone, and everything here does nothing. NCCL carries what
+lies on GPUs, gloo what lies on the CPU.
 """
 
 import os
@@ -57,24 +58,49 @@ class Place:
     address: str = ""
     port: int = 0
     attempt: int = 0  # torchrun --max-restarts starts the processes anew, with the same store
+    is_started: bool = False  # as a part of a group, be it of one: this process does not start others
+    launcher: int | None = None  # process id of training.launch, where that started it
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """Read what torchrun sets. Raises UserError when a part is missing or no number."""
+        """Read who started this process, and how many there are, from what torchrun and training.launch set.
+
+        RANK and WORLD_SIZE alone make a process part of a group. A batch system's own variables (SLURM_*), or
+        LOCAL_RANK by itself, do not: a process that was started with these is alone, and --gpus starts the others.
+        Raises UserError when a part is missing or no number.
+        """
         names = {"rank": "RANK", "count": "WORLD_SIZE", "port": "MASTER_PORT"}
         if not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
             return cls()
-        missing = [name for name in (*names.values(), "MASTER_ADDR") if name not in os.environ]
+        is_one = os.environ.get("WORLD_SIZE") == "1"  # which meets nobody
+        needed = ("RANK", "WORLD_SIZE") if is_one else (*names.values(), "MASTER_ADDR")
+        missing = [name for name in needed if name not in os.environ]
         if missing:
             raise UserError(f"{missing[0]} is not set, but others of torchrun's variables are; expected RANK, "
                             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use torchrun, or unset RANK and WORLD_SIZE")
-        found = {field: _number(name) for field, name in names.items()}
+        found = {field: _number(name) for field, name in names.items() if name in needed}
         local_rank = _number("LOCAL_RANK", found["rank"])
         place = cls(**found, local_rank=local_rank, local_count=_number("LOCAL_WORLD_SIZE", found["count"]),
-                    address=os.environ["MASTER_ADDR"], attempt=_number("TORCHELASTIC_RESTART_COUNT", 0))
+                    address=os.environ.get("MASTER_ADDR", ""), attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+                    is_started=True, launcher=parent_death.launcher())
         if place.rank >= place.count:
             raise UserError(f"RANK is {place.rank}; expected less than WORLD_SIZE, {place.count}")
         return place
+
+    def processes(self, gpus: int | None) -> int:
+        """Return how many processes do the work: those that were started, else those that --gpus asks to start.
+
+        gpus:  --gpus, None where not given
+
+        Raises UserError where both are known and differ.
+        """
+        if not self.is_started:
+            return gpus or 1
+        if gpus not in (None, self.count):
+            raise UserError(f"--gpus is {gpus}, but WORLD_SIZE is {self.count}, as torchrun sets it for the processes "
+                            f"that it started; expected the same number: leave --gpus out, or unset RANK and "
+                            f"WORLD_SIZE, and --gpus={gpus} starts {gpus}")
+        return self.count
 
     @property
     def holds_store(self) -> bool:

@@ -11,7 +11,7 @@ from dnnlib.cli import UserError
 from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
 from training.balance import image_weights
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.device import Choice, choose_device, choose_precision
 from training.dry_run import describe_run
@@ -19,9 +19,10 @@ from training.flags import FLAGS, GroupedCommand
 from training.input_checks import (
     check_images,
     check_outdir,
-    check_resume_name,
     check_resume_weights,
     check_valid,
+    choose_resume,
+    resume_files,
 )
 from training.options import TrainOptions
 from training.presets import resolve
@@ -85,9 +86,10 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
     place = Place.from_environment()
     options, settings, metrics_note = _parse(flags, choose_metrics, place)
     check_outdir(settings.outdir)
-    check_resume_name(options.resume)
-    processes, is_main = options.gpus or 1, place.rank == 0
-    device = choose_device(settings.device, processes if place.count == 1 else place.local_count)
+    files = resume_files(options.resume)
+    resume, options = options.resume, replace(options, resume=files[-1] if files else options.resume)
+    processes, is_main = place.processes(options.gpus), place.rank == 0
+    device = choose_device(settings.device, place.local_count if place.is_started else processes)
 
     memory = (tune_malloc(settings.tune_malloc).note,) if device.name == "cpu" else ()
 
@@ -98,11 +100,15 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
     config = resolve(replace(options, precision=precision.name), facts)
     if settings.name is not None:
         config = replace(config, run_name=settings.name)
+    resume_note = None
+    if files:
+        path, resume_note = choose_resume(resume, files, config, settings)
+        config = replace(config, resume=path)
     dataset = _open_data(config, settings, thorough=is_main)
     if is_main:
         check_resume_weights(config)
 
-    warnings = tuple(line for line in (metrics_note, precision.warning) if line is not None)
+    warnings = tuple(line for line in (metrics_note, precision.warning, resume_note) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory,
              f"precision: {precision.name} ({precision.reason})", *warnings)
     settings = replace(settings, device=device.name, notes=notes)
@@ -117,7 +123,8 @@ def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
         if not flags.get(name):
             raise UserError(f"--{name} is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help")
     metrics, note = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"])
-    changed = {"metrics": metrics, "gpus": _number_of_processes(flags["gpus"], place),
+    started = place.processes(flags["gpus"]) if place.is_started else flags["gpus"]
+    changed = {"metrics": metrics, "gpus": started,
                "precision": None if flags["precision"] == "auto" else flags["precision"]}
     options = TrainOptions(**{name: changed.get(name, flags[name]) for name in _names(TrainOptions)})
     settings = RunSettings(**{name: flags[name] for name in _names(RunSettings) if name in flags})
@@ -126,16 +133,6 @@ def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
 
 def _names(config: type) -> list[str]:
     return [field.name for field in fields(config)]
-
-
-def _number_of_processes(gpus: int | None, place: Place) -> int | None:
-    """Return --gpus, or the number of processes that torchrun started."""
-    if place.count == 1:
-        return gpus
-    if gpus not in (None, place.count):
-        raise ConfigError(f"--gpus is {gpus}; expected {place.count}, the processes that were started: leave "
-                          "--gpus out")
-    return place.count
 
 
 def _asked_precision(options: TrainOptions) -> str:

@@ -1,7 +1,14 @@
-"""Recognise by its first bytes what kind of network file a file is."""
+"""Find the network file that a user means, and recognise by its first bytes what kind it is."""
+import glob
 import os
+import re
 from enum import Enum
 from pathlib import Path
+
+from dnnlib.cli import UserError
+
+# What an option that names a network file takes besides its path; for help texts.
+OTHER_NAMES = "a pattern that matches one file, or the folder of a run, which stands for its newest network"
 
 
 class FileKind(Enum):
@@ -19,6 +26,67 @@ _FOREIGN = {
     b"\x89PNG": "a PNG image",
 }
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # of a run; .pkl: of one of the original
+_SHOWN = 5  # of the files that a pattern matches
+
+
+def find_network(text: str, option: str) -> str:
+    """Return the path of the network file that an option stands for.
+
+    text:    a path, whether it exists or not; a pattern such as runs/00000-*/network-snapshot-025000.safetensors that
+             matches one file; or a run's folder, or a pattern that matches one: its newest network file
+    option:  for messages, such as "--network"
+
+    Raises UserError, naming what is there, where a pattern matches none or several, or a folder holds none.
+    """
+    path = find_path(text, option, "a network file or the folder of a run")
+    if not os.path.isdir(path):
+        return path
+    found = run_snapshots(path)
+    if not found:
+        what = f"{path}, a folder" if path == text else f"{text}, which matches the folder {path}"
+        raise UserError(f"{option} is {what} without network-snapshot-*.safetensors; expected a network file (a "
+                        ".safetensors of a run, or a .pkl of the original), or the folder of a run")
+    return found[-1]
+
+
+def network_files(text: str) -> list[str]:
+    """Return all files that the text of `find_network` can stand for, by path and number of images."""
+    if os.path.isdir(text):
+        return run_snapshots(text)
+    if os.path.lexists(text) or not glob.has_magic(text):
+        return [text]
+    found = sorted(glob.glob(text, recursive=True))
+    return [file for path in found for file in (run_snapshots(path) if os.path.isdir(path) else [path])]
+
+
+def find_path(text: str, option: str, expected: str) -> str:
+    """Return the one path that a pattern matches; what exists, and what is no pattern, as it is.
+
+    expected:  what the pattern should match, for the message
+
+    Raises UserError where it matches none or several.
+    """
+    if os.path.lexists(text) or not glob.has_magic(text):
+        return text
+    found = sorted(glob.glob(text, recursive=True))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"{option} is {text}, which matches nothing; expected a pattern that matches {expected}")
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    raise UserError(f"{option} is {text}, which matches {len(found)}: {', '.join(found[:_SHOWN])}{more}; expected a "
+                    f"pattern that matches one, {expected}")
+
+
+def run_snapshots(folder: str | os.PathLike) -> list[str]:
+    """Return the paths of the network files that a run wrote into its folder, by their number of images."""
+    found = []
+    for name in os.listdir(folder):
+        match = _SNAPSHOT.fullmatch(name)
+        if match:
+            found.append((int(match[1]), match[2] == "safetensors", os.path.join(folder, name)))
+    return [path for *_, path in sorted(found)]
 
 
 def recognise(path: str | os.PathLike) -> FileKind:

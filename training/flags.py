@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 import click
 
+from dnnlib.cli import UserPath, join_values
 from training.device import PRECISION_NAMES
+from training.file_kind import OTHER_NAMES
 from training.options import AUGMENT_MODES
 from training.presets import AUGPIPES, CFG_NAMES
 
@@ -37,7 +39,8 @@ def _flag(names: str, kind: object, group: str, text: str, standard: str | None 
 
 
 FLAGS = [
-    _flag("--outdir", str, RUN, "Folder for the folders of runs; each run gets a numbered one. The same command again "
+    _flag("--outdir", UserPath(), RUN,
+          "Folder for the folders of runs; each run gets a numbered one. The same command again "
           "continues its newest unfinished run. Must be given.", metavar="DIR"),
     _flag("--new", bool, RUN, "Start a new run, even where an unfinished one could be continued.",
           is_flag=True, default=False),
@@ -50,27 +53,31 @@ FLAGS = [
           "MINUTES"),
     _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later.",
           "no limit", "HOURS"),
-    _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none.",
-          "fid50k_full where its detector is at hand, else none", "LIST"),
+    _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none. May "
+          "be given several times.", "fid50k_full where its detector is at hand, else none", "LIST", multiple=True,
+          callback=join_values),
     _flag("--detector", str, RUN, "Network that metrics look through, in place of the usual ones; see calc_metrics.py "
           "--help.", "inception-v3; vgg16 for pr", "NAME"),
-    _flag("--detector-weights", str, RUN, "File of its weights; NAME=FILE where several networks are needed, and "
+    _flag("--detector-weights", UserPath(named=True), RUN,
+          "File of its weights; NAME=FILE where several networks are needed, and "
           "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "downloaded ones",
           "FILE", multiple=True),
     _flag("--seed", int, RUN, "Number that all random choices follow from.", "0", "INT"),
     _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
           is_flag=True, default=False),
 
-    _flag("--data", str, DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
+    _flag("--data", UserPath(), DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
           metavar="PATH"),
     _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image, a class or a list of "
           "numbers.", "false", "BOOL"),
     _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "all", "INT"),
     _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "false", "BOOL"),
-    _flag("--balance", str, DATA, "How often images are seen: none (each equally often), classes (each class equally "
+    _flag("--balance", UserPath(), DATA,
+          "How often images are seen: none (each equally often), classes (each class equally "
           "often), or a CSV file with the columns class,weight or file,weight.", "none", "none|classes|FILE",
           default="none"),
-    _flag("--valid", str, DATA, "Data set that is never learned from: the discriminator's scores on it are reported "
+    _flag("--valid", UserPath(), DATA,
+          "Data set that is never learned from: the discriminator's scores on it are reported "
           "beside those on --data, which shows overfitting.", "none", "PATH"),
 
     _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset that sizes and settings come from: auto fits resolution and "
@@ -90,9 +97,9 @@ FLAGS = [
     _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: b(lit), g(eom), c(olor), f(ilter), "
           "n(oise), c(utout).", "bgc"),
 
-    _flag("--resume", str, START, "Network file whose weights training starts from: a .safetensors of a run, or a .pkl "
-          "of the original. To continue a stopped run, repeat its command instead.", "noresume: random weights",
-          "FILE|noresume"),
+    _flag("--resume", UserPath(), START, "Network file whose weights training starts from: a .safetensors of a run, or "
+          f"a .pkl of the original; also {OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
+          "noresume: random weights", "FILE|noresume"),
     _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn.",
           "0", "INT"),
 

@@ -14,7 +14,10 @@ from imagesets.member_pixels import describe_shape
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.estimate import meta_state
+from training.file_kind import find_network, network_files
 from training.preset_table import TRANSFER_NAMES
+from training.run_folder import began_from
+from training.run_settings import RunSettings
 from training.transfer import transfer_weights
 
 _CHANNELS = {"L": 1, "RGB": 3}
@@ -56,10 +59,13 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
     check_images(valid)
 
 
-def check_resume_name(resume: str | None) -> None:
-    """Raise UserError where --resume cannot be a readable file, saying what a published network's name stands for."""
+def resume_files(resume: str | None) -> list[str]:
+    """Return the files that --resume can stand for, a run's newest last; none where it is not given.
+
+    Raises UserError where there are none, saying what a published network's name stands for.
+    """
     if resume in (None, "noresume"):
-        return
+        return []
     if resume in TRANSFER_NAMES:
         kind = resume.rstrip("0123456789")
         size = resume.removeprefix(kind)
@@ -69,11 +75,28 @@ def check_resume_name(resume: str | None) -> None:
             f"that licence, and give its path, such as --resume={resume}.pkl")
     if "://" in resume:
         raise UserError(f"--resume is {resume}; expected a file: download it first, and give its path")
-    what = "a network file: a .safetensors of a run, or a .pkl of the original"
-    if os.path.isdir(resume):
-        raise UserError(f"--resume is {resume}, a folder; expected {what}")
-    if not os.path.exists(resume):
-        raise UserError(f"--resume is {resume}, which does not exist; expected {what}")
+    files = network_files(resume)
+    if not files:
+        find_network(resume, "--resume")  # says what is there
+    if not os.path.exists(files[-1]):
+        raise UserError(f"--resume is {resume}, which does not exist; expected a network file: a .safetensors of a "
+                        "run, or a .pkl of the original")
+    return files
+
+
+def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: RunSettings) -> tuple[str, str | None]:
+    """Return the one of `resume_files` that training starts from, and a line for the user where that is no plain path.
+
+    A run's folder has a newer network a day later, and a pattern can match what this very run wrote: a run that could
+    be continued, of these settings, keeps the file that it began from. Raises UserError where several files match.
+    """
+    if files == [resume]:
+        return resume, None
+    begun = None if settings.new else began_from(settings.outdir, config, files)
+    if begun is None:
+        path = find_network(resume, "--resume")
+        return path, f"--resume: {path}"
+    return begun.network, f"--resume: {begun.network}, which {begun.run} began from"
 
 
 def check_resume_weights(config: TrainConfig) -> None:

@@ -22,11 +22,6 @@ POLL_SECONDS = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def is_part_of_run() -> bool:
-    """Tell whether torchrun or `launch` started this process; it then trains instead of starting others."""
-    return "RANK" in os.environ
-
-
 def launch(count: int, command: Sequence[str] | None = None) -> int:
     """Run `count` processes of a command, by default the present one, and return an exit code once all have ended.
 

@@ -1,5 +1,6 @@
 """The training loop: data, steps, ticks, files; from wherever the run was left."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,16 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, eva
 
     evaluate:  computes metrics of the averaged generator at snapshots; a failure of it is reported, and no more
 
-    Raises UserError when the run cannot be chosen, continued, or held in memory.
+    Raises UserError when the processes that joined are not as many as config.gpus, or the run cannot be chosen,
+    continued, or held in memory.
     """
     weights = image_weights(settings.balance, dataset)
     with join(settings.device) as processes, StopRequest(settings.max_hours) as stop:
+        if processes.count != config.gpus:
+            raise UserError(f"{processes.count} processes are in the run, and gpus is {config.gpus}; expected the same "
+                            "number: start it with train.py --gpus or torchrun")
+        # A newer network may have appeared where --resume names a folder: all take what the main process found.
+        config = replace(config, resume=broadcast_object(config.resume))
         _set_backends(config)
         run = _open_run(config, settings, dataset, weights, processes)
         try:

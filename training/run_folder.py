@@ -9,7 +9,7 @@ lock of a process that is gone is taken over.
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from training.config import ConfigError, TrainConfig
 from training.run_record import (
     RECORD_NAME,
     RunRecord,
+    comparable_options,
     describe_difference,
     identity,
     read_record,
@@ -28,7 +29,7 @@ from training.run_record import (
     write_record,
 )
 
-__all__ = ["RunFolder", "RunPlan", "choose_run", "identity", "plan_run"]
+__all__ = ["RunFolder", "RunPlan", "began_from", "choose_run", "identity", "plan_run"]
 
 LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
@@ -148,6 +149,32 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
             if not plan.continues:
                 _make(plan.path, record)
             return _take(plan, record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """A run in the output folder, and the network of --resume that it started from."""
+
+    run: Path
+    network: str
+
+
+def began_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequence[str]) -> Beginning | None:
+    """Return the newest run of these settings that began from one of some network files; None where there is none.
+
+    What config.resume names does not matter.
+    """
+    paths = {os.path.abspath(network): network for network in networks}
+    wanted = comparable_options(config)
+    with _outdir_errors(Path(outdir)):
+        for _, path in sorted(_numbered(Path(outdir)), reverse=True):
+            record = _read_noting(path, [])
+            if record is None or record.config.resume is None or record.config.dataset.name != config.dataset.name:
+                continue
+            network = paths.get(os.path.abspath(record.config.resume))
+            if network is not None and record.identity["options"] == wanted:
+                return Beginning(run=path, network=network)
+    return None
 
 
 def _plan(outdir: Path, config: TrainConfig, wanted: dict[str, Any], new: bool) -> RunPlan:

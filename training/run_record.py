@@ -55,9 +55,13 @@ def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
 
     Reads the file that config.resume names. Raises UserError when it cannot.
     """
-    options = {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
     resume = None if config.resume is None else _network_hash(config.resume)
-    return {"version": IDENTITY_VERSION, "data": content_hash, "resume": resume, "options": options}
+    return {"version": IDENTITY_VERSION, "data": content_hash, "resume": resume, "options": comparable_options(config)}
+
+
+def comparable_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of a run's identity, by their dotted names."""
+    return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,16 +5,18 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import UserError
+from dnnlib.cli import UserError, UserPath
 from imagesets.conversion.options import FILTERS, TRANSFORMS, parse_resolution, parse_share
 from imagesets.conversion.selection import UNLABELLED
 from imagesets.convert import convert
 from imagesets.sources.opening import SPLITS
 
 _OPTIONS = [
-    click.option("--source", metavar="PATH", multiple=True, help="Folder or zip of images, MedMNIST npz, CIFAR-10 "
-                 "python archive, or MNIST images (gz). Several folders or zips of one set: give it once for each."),
-    click.option("--dest", metavar="PATH", help="The data set to write: a name ending in .zip, or a new folder."),
+    click.option("--source", type=UserPath(), metavar="PATH", multiple=True,
+                 help="Folder or zip of images, MedMNIST npz, CIFAR-10 python archive, or MNIST images (gz). Several "
+                 "folders or zips of one set: give it once for each."),
+    click.option("--dest", type=UserPath(), metavar="PATH",
+                 help="The data set to write: a name ending in .zip, or a new folder."),
     click.option("--resolution", metavar="WxH", help="Size of the images, such as 256x256; without it they must fit."),
     click.option("--width", type=int, metavar="INT", help="As the first number of --resolution."),
     click.option("--height", type=int, metavar="INT", help="As the second number of --resolution."),
@@ -22,7 +24,8 @@ _OPTIONS = [
                  "that is padded to a square; without it images are stretched."),
     click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
     click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by source and name."),
-    click.option("--labels", metavar="FILE", help="Table of labels: ISIC 2017 to 2020, HAM10000, or any with the "
+    click.option("--labels", type=UserPath(), metavar="FILE",
+                 help="Table of labels: ISIC 2017 to 2020, HAM10000, or any with the "
                  "columns named below. Without it labels come from dataset.json or sub-folders."),
     click.option("--id-column", metavar="NAME", help="Column with the names of the images."),
     click.option("--label-column", metavar="NAME", help="Column with their classes."),
@@ -34,7 +37,8 @@ _OPTIONS = [
     click.option("--split", type=click.Choice(SPLITS), help="Part of a MedMNIST or CIFAR-10 file; train if not given."),
     click.option("--max-bad", default="1%", show_default=True, metavar="SHARE",
                  help="Share of unreadable images above which nothing is written."),
-    click.option("--report", metavar="FILE", help="JSON file that names the images dropped, changed, or doubtful."),
+    click.option("--report", type=UserPath(), metavar="FILE",
+                 help="JSON file that names the images dropped, changed, or doubtful."),
     click.option("--exact", is_flag=True, help="Decode JPEG files at full size: slower, slightly different pixels."),
     click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given."),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from dnnlib.cli import UserPath
 from dnnlib.progress import Progress
 from imagesets.class_columns import PRESENT
 from imagesets.inspecting.measure import measure
@@ -18,8 +19,8 @@ from imagesets.workers import usable_cores
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--sheet", metavar="FOLDER", type=click.Path(path_type=Path),
+@click.argument("path", type=UserPath(path_type=Path))
+@click.option("--sheet", metavar="FOLDER", type=UserPath(path_type=Path),
               help="Write a contact sheet for each class there: up to 100 images, of as many groups as possible.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="COUNT",

@@ -2,6 +2,7 @@
 
 import click
 
+from dnnlib.cli import UserPath
 from imagesets.conversion.options import parse_resolution
 from imagesets.phantom import TABLE, write_phantoms
 from imagesets.phantoms.options import check_square, parse_bias, parse_classes
@@ -9,8 +10,8 @@ from imagesets.phantoms.scene import ARTEFACT_RATES
 
 
 @click.command()
-@click.option("--dest", required=True, metavar="PATH", help="The data set to write: a name ending in .zip, or a new "
-                                                             "folder.")
+@click.option("--dest", required=True, type=UserPath(), metavar="PATH",
+              help="The data set to write: a name ending in .zip, or a new folder.")
 @click.option("--count", type=int, default=2000, show_default=True, metavar="INT", help="Number of images.")
 @click.option("--resolution", default="64x64", show_default=True, metavar="WxH",
               help="Square, a power of two from 8 to 1024.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from dnnlib.cli import UserPath
 from dnnlib.progress import Progress
 from imagesets.reader import ImageSet
 from imagesets.split import Assignment, assign, read_digests
@@ -30,13 +31,13 @@ _HELP = {
 
 
 @click.command("split")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=UserPath(path_type=Path))
 @click.option("--parts", metavar="NAME:SHARE,...", help=_HELP["parts"])
 @click.option("--institutions", type=click.IntRange(min=1), metavar="COUNT", help=_HELP["institutions"])
 @click.option("--sizes", metavar="SHARE,...", help=_HELP["sizes"])
-@click.option("--skew", metavar="CLASS=SHARE,...|FILE", help=_HELP["skew"])
+@click.option("--skew", type=UserPath(), metavar="CLASS=SHARE,...|FILE", help=_HELP["skew"])
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=_HELP["seed"])
-@click.option("--dest", metavar="FOLDER", type=click.Path(path_type=Path), help=_HELP["dest"])
+@click.option("--dest", metavar="FOLDER", type=UserPath(path_type=Path), help=_HELP["dest"])
 @click.option("--allow-missing", is_flag=True, help=_HELP["allow_missing"])
 @click.option("--leave-out", is_flag=True, help=_HELP["leave_out"])
 @click.option("--force", is_flag=True, help=_HELP["force"])

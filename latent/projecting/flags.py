@@ -2,21 +2,24 @@
 
 import click
 
+from dnnlib.cli import UserPath
 from imagesets.conversion.options import FILTERS
 from latent.projecting.projection import SPACES
 from latent.projecting.target_image import DEFAULT_TRANSFORM, TARGET_TRANSFORMS
 from metrics.detectors.opening import SIMILARITY_NAMES
+from training.file_kind import OTHER_NAMES
 from training.flags import TUNE_MALLOC_HELP, Flag
 
 WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")
 
 FLAGS = [
-    Flag(["--network"], group=WHAT, metavar="FILE", help="Network file: a .safetensors of a run, or a .pkl of the "
-         "original. Must be given."),
-    Flag(["--target"], group=WHAT, metavar="FILE", help="Image to find in the latent space, of any size and kind."),
-    Flag(["--data"], group=WHAT, metavar="PATH", help="Set of images in place of one: a data set, or any zip or folder "
-         "of images. The same command continues where it was stopped."),
-    Flag(["--outdir"], group=WHAT, metavar="DIR", help="Folder for the results. Must be given."),
+    Flag(["--network"], group=WHAT, type=UserPath(), metavar="FILE", help="Network file: a .safetensors of a run, or a "
+         f".pkl of the original; also {OTHER_NAMES}. Must be given."),
+    Flag(["--target"], group=WHAT, type=UserPath(), metavar="FILE",
+         help="Image to find in the latent space, of any size and kind."),
+    Flag(["--data"], group=WHAT, type=UserPath(), metavar="PATH", help="Set of images in place of one: a data set, or "
+         "any zip or folder of images. The same command continues where it was stopped."),
+    Flag(["--outdir"], group=WHAT, type=UserPath(), metavar="DIR", help="Folder for the results. Must be given."),
     Flag(["--class", "class_"], group=WHAT, metavar="NAME", help="Class whose mean style is the start, by name or "
          "number, where the network knows classes; auto tries each and keeps the nearest. With --data also the class "
          "of the images to take, where the set has classes. [default with --data: the class of each image]"),
@@ -42,8 +45,8 @@ FLAGS = [
     Flag(["--detector"], group=NEAR, metavar="NAME", help="What images are compared by: "
          f"{', '.join(SIMILARITY_NAMES)}. Distances of different ones do not compare. [default: lpips-vgg16; where "
          "its weights cannot be had, what needs no download]"),
-    Flag(["--detector-weights"], group=NEAR, metavar="PATH", help="Its weights in place of downloaded ones; for "
-         "lpips-vgg16 a folder with its two files."),
+    Flag(["--detector-weights"], group=NEAR, type=UserPath(), metavar="PATH", help="Its weights in place of downloaded "
+         "ones; for lpips-vgg16 a folder with its two files."),
 
     Flag(["--transform"], group=IMAGES, type=click.Choice(TARGET_TRANSFORMS), default=DEFAULT_TRANSFORM, metavar="NAME",
          help="What makes images square, as in dataset_tool.py: center-crop, center-crop-wide, or none, which "

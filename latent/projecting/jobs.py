@@ -15,7 +15,7 @@ import torch
 from dnnlib.cli import UserError
 from dnnlib.process_lock import LockHeld, ProcessLock
 from imagesets.reader import ImageSet
-from latent.network import OpenNetwork, open_network
+from latent.network import OpenNetwork, open_network, require_same
 from latent.pictures import make_outdir
 from latent.pieces import Pieces
 from latent.piecework import complete
@@ -34,7 +34,7 @@ from latent.sharing import memory_advice, settle_device
 from metrics.detectors.similarity import Similarity
 from torch_utils.distributed import Place, Processes, join
 from training.input_checks import check_outdir
-from training.launch import is_part_of_run, launch
+from training.launch import launch
 
 
 def do_job(request: ProjectRequest) -> int:
@@ -79,13 +79,14 @@ def project_set(request: ProjectRequest) -> int:
     targets = choose_targets(images, network.classes, start=start, count=request.count,
                              group_by_class=bool(request.group_by_class), seed=request.seed)
     plan = ProjectionPlan(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
-    if processes > 1 and not is_part_of_run():
+    if processes > 1 and not place.is_started:
         del network  # each of the processes has one
         return launch(processes)
     left_out = count_left_out(images, network.classes, start)
     if place.rank == 0:
         _say_what_is_missing(request, len(targets), left_out)
     with join(device) as joined, memory_advice(plan.size):
+        require_same(network, joined)
         similarity = choose_similarity(request.detector, request.detector_weights, joined)
         network.G.to(joined.device)
         settings = {**_describe(request, network, similarity, plan.size, device), "data": images.path.name,

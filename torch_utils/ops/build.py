@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 from dnnlib.cache import cache_folder
-from dnnlib.cli import run
+from dnnlib.cli import expand_user, run
 from dnnlib.files import atomic_write
 from dnnlib.process_lock import LockHeld, ProcessLock
 from dnnlib.progress import Progress
@@ -64,7 +64,7 @@ def library(kind: str, *, source: Path = SOURCE, archs: str | None = None, force
 def builds_folder() -> Path:
     """Return where builds are kept: $TORCH_EXTENSIONS_DIR, as for PyTorch's own, else ops/ in the cache folder."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(chosen).expanduser() if chosen else cache_folder() / "ops"
+    return Path(expand_user(chosen, "TORCH_EXTENSIONS_DIR")) if chosen else cache_folder() / "ops"
 
 
 def obtain(kind: str, *, source: Path = SOURCE, archs: str | None = None, force: bool = False) -> Built:

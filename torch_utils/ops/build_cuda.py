@@ -90,8 +90,8 @@ def gencode(arch: str) -> list[str]:
 def _places(major: str, packages: Path, system: Path) -> Iterator[Path]:
     """Yield where nvcc may be, best first."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            yield Path(os.environ[name]) / "bin" / "nvcc"  # named by the user: refused aloud when it is not there
+        if os.environ.get(name):  # named by the user: refused aloud when it is not there
+            yield Path(os.path.expanduser(os.environ[name])) / "bin" / "nvcc"
     others = [packages / "nvidia" / f"cu{major}" / "bin" / "nvcc", packages / "nvidia" / "cuda_nvcc" / "bin" / "nvcc"]
     on_path = find_program("nvcc")
     if on_path is not None:

@@ -52,7 +52,7 @@ def find_compiler(cache: Path) -> Compiler:
 
     cache: folder where answers of programs are kept
     """
-    words = shlex.split(os.environ.get("CXX", ""))
+    words = [os.path.expanduser(word) for word in shlex.split(os.environ.get("CXX", ""))]
     if words and find_program(words[0]) is None:
         raise BuildError(f"CXX is {os.environ['CXX']!r}; expected a C++ compiler: set it to one, or unset it")
     if not words:

@@ -1,13 +1,14 @@
 """Convert an NVIDIA network pickle to a safetensors snapshot from the command line."""
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 from torch import nn
 
-from training.file_kind import FileKind, recognise
+from dnnlib.cli import UserError, UserPath, run
+from training.file_kind import OTHER_NAMES, FileKind, find_network, recognise
 from training.nvidia_pickle import UnknownSourceWarning
 from training.rebuild import NETWORK_CLASSES
 from training.snapshot import Networks, load_network, save_network
@@ -15,30 +16,30 @@ from training.snapshot import Networks, load_network, save_network
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m training.nvidia_pickle IN OUT`; return the exit code, 2 for errors of the user."""
-    options = _parse_arguments(argv)
+    return run(command, argv)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]},
+               help="Read IN, an NVIDIA StyleGAN2-ADA pickle, running nothing in it; write its networks to OUT as "
+                    f"safetensors. IN may also be {OTHER_NAMES}.")
+@click.argument("source", type=UserPath(), metavar="IN.pkl")
+@click.argument("target", type=UserPath(path_type=Path), metavar="OUT.safetensors")
+@click.option("--force", is_flag=True, help="Overwrite OUT when it exists.")
+def command(source: str, target: Path, force: bool) -> None:
+    path = find_network(source, "IN")
+    if path != source:
+        print(f"IN: {path}", file=sys.stderr)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UnknownSourceWarning)
-            networks = _convert(Path(options.source), Path(options.target), force=options.force)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            networks = _convert(Path(path), target, force=force)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     for line in _describe(networks):
         print(line)
-    print(f"wrote {options.target} ({Path(options.target).stat().st_size:,} bytes)")
-    return 0
-
-
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.nvidia_pickle",
-        description="Read an NVIDIA StyleGAN2-ADA pickle, running nothing in it; write its networks as safetensors.")
-    parser.add_argument("source", metavar="IN.pkl", help="file to read")
-    parser.add_argument("target", metavar="OUT.safetensors", help="file to write")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT when it exists")
-    return parser.parse_args(argv)
+    print(f"wrote {target} ({target.stat().st_size:,} bytes)")
 
 
 def _convert(source: Path, target: Path, *, force: bool) -> Networks:
