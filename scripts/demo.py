@@ -59,8 +59,8 @@ class Demo:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--dest", type=UserPath(path_type=Path, file_okay=False), default=Path("demo"), show_default=True,
-              help="Folder to write to.")
+@click.option("--dest", type=UserPath(path_type=Path, file_okay=False), metavar="FOLDER", default=Path("demo"),
+              show_default=True, help="Folder to write to.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of data and training.")
 @click.option("--kimg", type=click.IntRange(min=1), default=20, show_default=True, help="Length of the training.")
 @click.option("--synthetic", type=click.IntRange(min=2), default=1000, show_default=True,

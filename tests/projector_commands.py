@@ -20,6 +20,7 @@ from metrics.detectors.opening import open_similarity
 from tests.generator_files import pixels_in, save_generator
 from tests.image_files import read_png
 from tests.make_sets import pixels_of, png
+from tests.training_runs import replaced
 
 INFO = {"classes": ["nv", "mel"], "kimg": 4.5}
 STEPS = 4
@@ -44,7 +45,7 @@ def working_in(folder, monkeypatch):
 
 def attempt(*arguments, network="net.safetensors"):
     """Run projector.py; return the exit code. Later arguments win over the usual ones."""
-    return run(projector.main, [*([f"--network={network}"] if network else []), *USUAL, *arguments])
+    return run(projector.main, replaced([*([f"--network={network}"] if network else []), *USUAL], arguments))
 
 
 def project(capsys, *arguments, network="net.safetensors"):

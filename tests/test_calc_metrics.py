@@ -16,6 +16,7 @@ from metrics.names import DESCRIPTIONS, KNOWN_NAMES
 from metrics.sources import GeneratedImages
 from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.small_networks import small_generator
+from tests.training_runs import replaced
 from training.json_lines import read_lines
 from training.options import DatasetFacts, TrainOptions
 from training.presets import resolve
@@ -58,7 +59,7 @@ def save_run(folder, *, xflip=False):
 
 def measure(capsys, *arguments):
     """Run the program here; return the exit code, the records that it printed, and what it said."""
-    code = run(make_command(), [*QUICK, *map(str, arguments)])
+    code = run(make_command(), replaced(QUICK, [str(argument) for argument in arguments]))
     out, err = capsys.readouterr()
     return code, [json.loads(line) for line in out.splitlines()], err
 
@@ -96,6 +97,27 @@ def test_network_in_a_run_folder_adds_to_the_files_of_its_metrics(capsys, data, 
     assert lines == [{"results": {"kid20": 1.0}, "tick": 0}, *records]
     assert lines[1]["snapshot_pkl"] == "network-snapshot-000200.safetensors"
     assert "tick" not in lines[1]  # the run does not take it for its own
+
+
+def test_network_that_is_a_runs_folder_is_its_newest_and_belongs_to_the_run(capsys, data, tmp_path):
+    folder = save_run(tmp_path / "00000-run")
+    code, records, err = measure(capsys, f"--network={tmp_path}/00000-*", f"--data={data}", "--metrics=kid20",
+                                 "--metrics=fid20_full")
+    assert (code, err) == (0, f"--network: {folder}/network-snapshot-000200.safetensors\n")
+    assert [(record["metric"], record["snapshot_pkl"]) for record in records] == [
+        (name, "network-snapshot-000200.safetensors") for name in ("kid20", "fid20_full")]
+    assert read_lines(folder / "metric-kid20.jsonl") == records[:1]
+    code, records, _ = measure(capsys, f"--run={tmp_path}/0000?-*", f"--data={data}", "--metrics=kid20")
+    assert (code, [record["kimg"] for record in records]) == (0, [0, 200])
+
+
+def test_group_of_one_with_another_gpus_is_refused(capsys, data, tmp_path, monkeypatch):
+    network = save(tmp_path / "net.safetensors")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert refused(capsys, f"--network={network}", f"--data={data}", "--metrics=kid20", "--gpus=4") == (
+        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
+        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
 
 
 def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):

@@ -1,4 +1,5 @@
 """python -m training.nvidia_pickle: converts, says what it did, never leaves half a file."""
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_convert_unknown_source_is_a_warning_on_stderr(tmp_path, capsys):
     assert "unconditional" in out
     assert err.startswith(f"warning: {tmp_path / 'in.pkl'}: names match, behaviour may not")
     assert err.count("\n") == 1
+
+
+def test_convert_takes_a_pattern_or_a_folder_of_the_original_and_says_the_file(tmp_path, capsys):
+    folder = tmp_path / "00000-theirs"
+    folder.mkdir()
+    for number in (8, 12):
+        shutil.copy(SAMPLE, folder / f"network-snapshot-{number:06d}.pkl")
+    for text, number in ((folder, 12), (tmp_path / "00000-*", 12), (tmp_path / "0*/network-snapshot-000008.pkl", 8)):
+        assert main([str(text), str(tmp_path / "out.safetensors"), "--force"]) == 0
+        assert capsys.readouterr().err == f"IN: {folder}/network-snapshot-{number:06d}.pkl\n"
 
 
 def test_convert_existing_output_needs_force(tmp_path, capsys):

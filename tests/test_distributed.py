@@ -204,6 +204,42 @@ def test_place_comes_from_the_environment(monkeypatch):
                                              attempt=5, is_started=True)
 
 
+@pytest.mark.parametrize(("variables", "is_started", "count"), [
+    ({}, False, 1),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, False, 1),
+    ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, False, 1),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, True, 1),  # a group of one meets nobody: it needs no address
+    ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "1", "SLURM_NTASKS": "2"}, True, 4),
+])
+def test_place_is_part_of_a_group_by_rank_and_world_size_alone(variables, is_started, count, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place = Place.from_environment()
+    assert (place.is_started, place.count) == (is_started, count)
+    assert place.processes(None) == count
+    assert place.processes(count) == count
+    if not is_started:
+        assert place.processes(3) == 3
+        return
+    message = (f"--gpus is 3, but WORLD_SIZE is {count}, as torchrun sets it for the processes that it started; "
+               "expected the same number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=3 starts 3")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        place.processes(3)
+
+
+@pytest.mark.parametrize(("variables", "missing"), [
+    ({"RANK": "0"}, "WORLD_SIZE"), ({"WORLD_SIZE": "1"}, "RANK"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT")])
+def test_place_of_a_part_of_the_variables_is_refused(variables, missing, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{missing} is not set, but others of torchrun's variables are"):
+        Place.from_environment()
+
+
 def check_end(end, message):
     code, out, err = end
     assert (code, out) == (1, "")

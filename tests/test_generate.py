@@ -10,6 +10,7 @@ import torch
 
 import generate
 from dnnlib.cli import run
+from dnnlib.files import sha256_of
 from imagesets.reader import ImageSet
 from latent.pictures import MOST_PIXELS, Sheet
 from latent.sampling import Look, Painter
@@ -351,7 +352,8 @@ def test_mistake_gives_one_line(inside, capsys, flags, message):
     (None, None, "--network is missing; expected a network file, such as "
                  "--network=run/network-snapshot-001000.safetensors, or see --help"),
     ("gone.pkl", None, f"--network is gone.pkl, which does not exist; expected a network file: {NETWORK}"),
-    (".", None, "--network: . is a folder; expected a network file (.safetensors or NVIDIA .pkl)"),
+    (".", None, "--network is ., a folder without network-snapshot-*.safetensors; expected a network file (a "
+                ".safetensors of a run, or a .pkl of the original), or the folder of a run"),
     ("text.pkl", b"hello, network", "--network: text.pkl is of an unknown kind (it starts with 68 65 6c 6c 6f 2c 20 "
      "6e); expected a network file (.safetensors or NVIDIA .pkl)"),
     ("set.zip", b"PK\x03\x04", "--network: set.zip is a zip archive (a data set, or a checkpoint of torch.save); "
@@ -433,7 +435,37 @@ def test_several_processes_without_a_set_give_one_line(inside, capsys, monkeypat
     assert refuse(capsys, "--seeds=0", "--outdir=o", "--class=0") == (
         "2 processes were started; expected one: several share the work of --zip alone")
     assert refuse(capsys, "--zip=set.zip", "--count=3", "--gpus=3") == (
-        "--gpus is 3; expected 2, the processes that were started: leave --gpus out")
+        "--gpus is 3, but WORLD_SIZE is 2, as torchrun sets it for the processes that it started; expected the same "
+        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=3 starts 3")
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("runs/00000-*/network-snapshot-000008.safetensors", 8), ("runs/00000-*", 12), ("runs/00000-a", 12)])
+def test_network_takes_a_pattern_or_a_run_and_says_the_file(text, number, inside, capsys):
+    os.makedirs("runs/00000-a")
+    for each in (8, 12):
+        save_generator(f"runs/00000-a/network-snapshot-{each:06d}.safetensors", {**INFO, "kimg": each})
+    path = f"runs/00000-a/network-snapshot-{number:06d}.safetensors"
+    for flags in (["--zip=set.zip", "--count=2"], ["--seeds=0", "--class=0", "--outdir=out"],
+                  ["--style-mix", "--rows=0", "--cols=1", "--class=0", "--outdir=mix"]):
+        assert run(generate.main, [f"--network={text}", *flags]) == 0
+        assert capsys.readouterr().err == f"--network: {path}\n"
+    source = ImageSet("set.zip").source
+    assert (source["network"], source["network_sha256"]) == (os.path.basename(path), sha256_of(path))
+
+
+def test_network_that_matches_several_files_lists_them(inside, capsys):
+    assert refuse(capsys, "--seeds=0", "--outdir=o", network="*.safetensors") == (
+        "--network is *.safetensors, which matches 3: grey.safetensors, net.safetensors, plain.safetensors; expected a "
+        "pattern that matches one, a network file or the folder of a run")
+
+
+def test_group_of_one_with_another_gpus_gives_one_line(inside, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert refuse(capsys, "--zip=set.zip", "--count=3", "--gpus=4") == (
+        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
+        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
 
 
 @pytest.mark.parametrize(("batch", "advice"), [

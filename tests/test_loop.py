@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dnnlib.cli import UserError
 from tests.make_sets import make_set
 from tests.parity_checks import compare_state, golden_inputs, golden_start
 from training import loop
@@ -109,3 +111,14 @@ def test_loop_tells_the_others_what_it_wishes(tmp_path, monkeypatch):
     asked = stop_after(monkeypatch, iterations=1)
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
     assert asked == [[True, True]]
+
+
+def test_loop_refuses_to_start_with_another_number_of_processes_than_configured(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config, settings, dataset = prepared(tmp_path, gpus=2)
+    message = ("1 processes are in the run, and gpus is 2; expected the same number: start it with train.py --gpus or "
+               "torchrun")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        loop.train(config, settings, dataset)
+    assert not Path(settings.outdir).exists()

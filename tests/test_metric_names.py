@@ -56,7 +56,9 @@ def test_parse_metric_too_few_images_raises(name, fewest):
 
 
 def test_parse_metrics_takes_each_once_and_in_order():
-    assert [found.name for found in parse_metrics(" kid5k,fid2k_full , kid5k,")] == ["kid5k", "fid2k_full"]
+    assert [found.name for found in parse_metrics(" kid5k,fid2k_full , is10k,")] == ["kid5k", "fid2k_full", "is10k"]
+    with pytest.raises(UserError, match=r"^--metrics names kid5k 2 times; expected each metric once$"):
+        parse_metrics("kid5k,fid2k_full,kid5k")
     assert parse_metrics(["is10k"]) == (parse_metric("is10k"),)
     with pytest.raises(UserError, match=r"^no metric is named; expected names such as"):
         parse_metrics(" ,")

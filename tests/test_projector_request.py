@@ -1,5 +1,6 @@
 """projector.py: one line for each mistake, before anything is written; results that are there already."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 
 from tests.generator_files import lively_generator, save_generator
 from tests.make_sets import make_set, pixels_of, png
-from tests.projector_commands import contents, project, refuse, working_in
+from tests.projector_commands import attempt, contents, project, refuse, working_in
 from training.snapshot import Networks, save_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
 
 CLASSES, LABELS, GROUPS = ["mel", "nv"], [1, 0, 1, 0, 0, 1], ["a", "a", "b", "c", "d", "e"]
 SET = ("--data=set.zip", "--outdir=out", "--batch=4")
+STARTED = ("as torchrun sets it for the processes that it started; expected the same number: leave --gpus out, or "
+           "unset RANK and WORLD_SIZE, and")
 
 
 @pytest.fixture
@@ -112,7 +115,8 @@ def test_mistake_gives_one_line_and_no_file(inside, capsys, flags, message):
 @pytest.mark.parametrize(("network", "message"), [
     (None, "--network is missing; expected one, such as --network=network-snapshot-001000.safetensors, or see --help"),
     ("no.safetensors", f"--network is no.safetensors, which does not exist; expected a network file: {NETWORK}"),
-    (".", "--network: . is a folder; expected a network file (.safetensors or NVIDIA .pkl)")])
+    (".", "--network is ., a folder without network-snapshot-*.safetensors; expected a network file (a .safetensors of "
+          "a run, or a .pkl of the original), or the folder of a run")])
 @pytest.mark.parametrize("what", [["--target=target.png"], ["--data=set.zip"]])
 def test_mistake_of_network_gives_one_line_and_no_file(inside, capsys, network, message, what):
     assert refuse(capsys, *what, "--class=nv", "--outdir=o", network=network) == message
@@ -147,11 +151,22 @@ def test_folder_that_cannot_be_written_to_is_refused(inside, capsys, monkeypatch
             f"--outdir is o, but {inside} cannot be written to; expected a folder that can")
 
 
+def test_network_that_is_a_runs_folder_is_recorded_by_its_file(inside, capsys):
+    os.makedirs("runs/00000-a")
+    for number in (8, 12):
+        os.link("net.safetensors", f"runs/00000-a/network-snapshot-{number:06d}.safetensors")
+    assert attempt("--target=target.png", "--class=nv", "--outdir=out", "--save-video=0", network="runs/*-a") == 0
+    assert capsys.readouterr().err == "--network: runs/00000-a/network-snapshot-000012.safetensors\n"
+    assert json.loads(Path("out/projection.json").read_text())["network"] == "network-snapshot-000012.safetensors"
+
+
 @pytest.mark.parametrize(("flags", "environment", "message"), [
     (["--target=target.png"], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were started; expected one: several share "
                                                                 "the work of --data alone"),
     (["--data=set.zip", "--gpus=3"], {"RANK": "1", "WORLD_SIZE": "2"},
-     "--gpus is 3; expected 2, the processes that were started: leave --gpus out")])
+     f"--gpus is 3, but WORLD_SIZE is 2, {STARTED} --gpus=3 starts 3"),
+    (["--data=set.zip", "--gpus=4"], {"RANK": "0", "WORLD_SIZE": "1"},
+     f"--gpus is 4, but WORLD_SIZE is 1, {STARTED} --gpus=4 starts 4")])
 def test_processes_that_do_not_fit_are_refused(inside, capsys, monkeypatch, flags, environment, message):
     for name, value in {"LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": "1", **environment}.items():

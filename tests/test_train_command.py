@@ -206,6 +206,56 @@ def test_resume_takes_a_file(inside, capsys):
     assert (config.resume, config.step.ema.rampup, config.augment.ada.kimg) == ("network.safetensors", None, 100)
 
 
+def save_snapshots(folder, *numbers):
+    """Make what a run of this number of network files leaves behind; the newest is another network."""
+    Path(folder).mkdir(parents=True)
+    for number in numbers:
+        save_tiny_network(f"{folder}/network-snapshot-{number:06d}.safetensors", seed=number)
+
+
+@pytest.mark.parametrize(("resume", "path"), [
+    ("bases/00000-*", "bases/00000-a/network-snapshot-000012.safetensors"),
+    ("bases/00000-a", "bases/00000-a/network-snapshot-000012.safetensors"),
+    ("bases/0000?-*/network-snapshot-000008.safetensors", "bases/00000-a/network-snapshot-000008.safetensors")])
+def test_resume_takes_a_pattern_or_a_run_and_says_the_file(resume, path, inside, capsys):
+    save_snapshots("bases/00000-a", 8, 12)
+    trainer, _ = start(capsys, "--cfg=tiny", "--precision=fp32", f"--resume={resume}")
+    assert trainer.config.resume == path  # what the run records
+    assert trainer.settings.notes[-1] == f"--resume: {path}"
+    found, err = dry_run(capsys, "--cfg=tiny", "--precision=fp32", f"--resume={resume}")
+    assert (found["resume"], err) == (path, f"--resume: {path}\n")
+
+
+def test_resume_that_matches_several_files_lists_them(inside, capsys):
+    save_snapshots("bases/00000-a", 8, 12)
+    assert refuse(capsys, *BASE, "--cfg=tiny", "--resume=bases/*/network-snapshot-*") == (
+        "--resume is bases/*/network-snapshot-*, which matches 2: bases/00000-a/network-snapshot-000008.safetensors, "
+        "bases/00000-a/network-snapshot-000012.safetensors; expected a pattern that matches one, a network file or the "
+        "folder of a run")
+
+
+@pytest.mark.parametrize("resume", ["bases/00000-a", "*/0000?-*/network-snapshot-000008.safetensors"])
+def test_same_command_continues_its_run_when_resume_could_mean_a_newer_file(resume, inside, capsys):
+    save_snapshots("bases/00000-a", 8)
+    flags = ["--cfg=tiny", "--precision=fp32", f"--resume={resume}"]
+    path = "bases/00000-a/network-snapshot-000008.safetensors"
+    begun, _ = start(capsys, *flags)
+    with choose_run("runs", begun.config, content_of(begun.dataset, None)) as run_folder:
+        pass
+    # The base trains on, and the run itself writes a file that the pattern matches, too.
+    save_tiny_network("bases/00000-a/network-snapshot-000020.safetensors", seed=20)
+    save_tiny_network(run_folder.path / "network-snapshot-000008.safetensors", seed=21)
+    again, _ = start(capsys, *flags)
+    assert again.config.resume == path
+    assert again.settings.notes[-1] == f"--resume: {path}, which {run_folder.path} began from"
+    found, _ = dry_run(capsys, *flags)
+    assert (found["run_folder"], found["continues"]) == (str(run_folder.path), True)
+    if resume == "bases/00000-a":  # a run of other settings, or a new one, begins from the newest
+        newest = "bases/00000-a/network-snapshot-000020.safetensors"
+        assert start(capsys, *flags, "--seed=1")[0].config.resume == newest
+        assert start(capsys, *flags, "--new")[0].config.resume == newest
+
+
 def test_exit_code_is_that_of_the_training(inside):
     assert run(make_command(lambda *_: 3, choose_metrics), list(BASE)) == 3
 
@@ -242,6 +292,24 @@ def test_number_of_processes_is_that_of_torchrun(inside, capsys, monkeypatch):
     assert refuse(capsys, *BASE, "--gpus=2") == (
         "--gpus is 2, but WORLD_SIZE is 4, as torchrun sets it for the processes that it started; expected the same "
         "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=2 starts 2")
+
+
+def test_group_of_one_with_another_gpus_is_refused(inside, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert refuse(capsys, *BASE, "--gpus=4") == (
+        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
+        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
+    assert start(capsys)[0].config.gpus == 1
+    assert start(capsys, "--gpus=1")[0].config.gpus == 1
+
+
+def test_variables_of_a_batch_system_leave_gpus_to_start_the_processes(inside, capsys, monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    trainer, _ = start(capsys, "--gpus=2", "--cfg=tiny")
+    monkeypatch.setattr(train, "launch", lambda count: 10 + count)
+    assert train.train(trainer.config, trainer.settings, trainer.dataset) == 12
 
 
 def test_only_the_first_process_speaks(inside, capsys, monkeypatch):

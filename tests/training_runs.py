@@ -14,6 +14,7 @@ from imagesets.phantom import write_phantoms
 
 ROOT = Path(__file__).parent.parent
 RUN_NAME = "00000-phantom-cond-tiny-kimg1-batch8"  # what the command makes
+SEVERAL = ("--detector-weights", "--metrics")  # options that may be given several times
 OFTEN = "--state-minutes=0.005"  # a state every third of a second: a good part of the time goes into writing them
 METRIC, METRIC_FLAGS = "kid80_full", ("--metrics=kid80_full", "--detector=random-conv")  # three blocks of fakes
 # Fields that may differ between two equal runs.
@@ -35,9 +36,10 @@ def command(folder, *flags, data="phantom.zip"):
 
 
 def replaced(usual, flags):
-    """Return usual flags without those that `flags` give too, and these: a program refuses one that is given twice."""
-    given = {flag.partition("=")[0] for flag in flags}
-    return [*(flag for flag in usual if flag.partition("=")[0] not in given), *flags]
+    """Return usual flags and others, the last of each name: programs refuse those that are given twice."""
+    last = {flag.partition("=")[0]: flag for flag in flags}
+    return [flag for flag in usual if flag.partition("=")[0] not in last] + [
+        flag for flag in flags if flag.startswith(SEVERAL) or flag is last[flag.partition("=")[0]]]
 
 
 def environment():

@@ -1,0 +1,59 @@
+"""training.file_kind: which network file a path, a pattern or a run's folder stands for."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dnnlib.cli import UserError
+from training.file_kind import find_network
+
+RUN = "runs/00000-lesions-cond-tiny"
+NONE = ("without network-snapshot-*.safetensors; expected a network file (a .safetensors of a run, or a .pkl of the "
+        "original), or the folder of a run")
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    """Two runs, the first with three network files and what else a run writes."""
+    monkeypatch.chdir(tmp_path)
+    for name in (f"{RUN}/network-snapshot-000200.safetensors", f"{RUN}/network-snapshot-001000.safetensors",
+                 f"{RUN}/network-snapshot-1200000.safetensors", f"{RUN}/network-snapshot-9000000.safetensors.part",
+                 f"{RUN}/training-state.pt", "runs/00001-b/network-snapshot-000200.safetensors", "runs/00002-c/log.txt",
+                 "theirs/network-snapshot-000400.pkl", "odd[1].pkl", "odd1.pkl"):
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize(("text", "path"), [
+    ("runs/00000-*/network-snapshot-000200.safetensors", f"{RUN}/network-snapshot-000200.safetensors"),
+    (RUN, f"{RUN}/network-snapshot-1200000.safetensors"),  # by number, not by name
+    ("runs/00000-*", f"{RUN}/network-snapshot-1200000.safetensors"),
+    ("runs/00000-*/", f"{RUN}/network-snapshot-1200000.safetensors"),
+    ("theirs", "theirs/network-snapshot-000400.pkl"),
+    (f"{RUN}/network-snapshot-001000.safetensors", f"{RUN}/network-snapshot-001000.safetensors"),
+    ("odd[1].pkl", "odd[1].pkl"),  # a file of that name comes first
+    ("gone.pkl", "gone.pkl"),  # whoever opens it says so
+])
+def test_text_stands_for_a_network_file(text, path):
+    assert find_network(text, "--network") == path
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("runs/00009-*", "--network is runs/00009-*, which matches nothing; expected a pattern that matches a network file "
+                     "or the folder of a run"),
+    ("runs/*/network-snapshot-000200.safetensors",
+     f"--network is runs/*/network-snapshot-000200.safetensors, which matches 2: {RUN}/network-snapshot-000200."
+     "safetensors, runs/00001-b/network-snapshot-000200.safetensors; expected a pattern that matches one, a network "
+     "file or the folder of a run"),
+    (f"{RUN}/*", f"--network is {RUN}/*, which matches 5: {RUN}/network-snapshot-000200.safetensors, "
+                 f"{RUN}/network-snapshot-001000.safetensors, {RUN}/network-snapshot-1200000.safetensors, "
+                 f"{RUN}/network-snapshot-9000000.safetensors.part, {RUN}/training-state.pt; expected a pattern that "
+                 "matches one, a network file or the folder of a run"),
+    ("runs/00002-c", f"--network is runs/00002-c, a folder {NONE}"),
+    ("runs/00002*", f"--network is runs/00002*, which matches the folder runs/00002-c {NONE}"),
+])
+def test_text_that_stands_for_none_or_several_is_refused_with_what_is_there(text, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        find_network(text, "--network")
