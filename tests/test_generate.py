@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import generate
-from dnnlib.cli import run
+from dnnlib.cli import UserError, run
 from dnnlib.files import sha256_of
 from imagesets.reader import ImageSet
+from latent.network import open_network, require_same
 from latent.pictures import MOST_PIXELS, Sheet
 from latent.sampling import Look, Painter
 from latent.style_mixing import choose_layers, mix
 from tests.generator_files import is_alike, pixels_in, save_generator
 from tests.make_sets import make_set
 from tests.tiny_networks import generator
+from torch_utils.distributed import Processes
 from training.snapshot import Networks, load_network, save_network
 
 DATA = Path(__file__).parent / "data"
@@ -458,6 +460,17 @@ def test_network_that_matches_several_files_lists_them(inside, capsys):
     assert refuse(capsys, "--seeds=0", "--outdir=o", network="*.safetensors") == (
         "--network is *.safetensors, which matches 3: grey.safetensors, net.safetensors, plain.safetensors; expected a "
         "pattern that matches one, a network file or the folder of a run")
+
+
+def test_processes_that_opened_different_networks_are_refused(inside, monkeypatch):
+    """A run's folder may get a newer network between the start of one process and the next."""
+    network = open_network("net.safetensors", "cpu")
+    processes = Processes(rank=1, count=2, device=torch.device("cpu"))
+    require_same(network, processes)
+    monkeypatch.setattr("latent.network.broadcast_object", lambda _: sha256_of("plain.safetensors"))  # of the first
+    with pytest.raises(UserError, match=r"^--network is another file in process 1 \(net.safetensors\) than in the "
+                                        r"first; expected one for all: repeat the command, or name the file itself$"):
+        require_same(network, processes)
 
 
 def test_group_of_one_with_another_gpus_gives_one_line(inside, capsys, monkeypatch):
