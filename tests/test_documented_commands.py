@@ -34,12 +34,11 @@ SMALLER = [
     (r"--resolution=\d+x\d+", "--resolution=16x16"),
     (r"--seeds=0-63", "--seeds=0-3"),
     (r"--count=\d+", "--count=24"),
-    (r"([a-z]+):5000\b", r"\1:6"),
+    (r"([a-z]+):5000\b", r"\1:12"),
     (r"--gpus=\d+", "--gpus=2"),
     (r"--nproc-per-node=\d+", "--nproc-per-node=2"),
     (r"\b(fid|kid)\d+k", r"\g<1>20"),
     (r"\bpr\d+k\d", "pr20"),
-    (r"network-snapshot-025000", "network-snapshot-000001"),
 ]
 # What a command gets in addition, where it does not say it itself.
 ADDED = {
@@ -173,9 +172,9 @@ def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
                               capture_output=True, text=True)
         assert done.returncode == 0, f"{document}: {shortened(command)}\n{done.stderr}"
     if document == "README.md":  # from the archive to the end, with its labels
-        synthetic = ImageSet(tmp_path / "synthetic.zip")
+        synthetic = ImageSet(tmp_path / "isic-synthetic.zip")
         assert synthetic.classes == ["benign", "malignant"]
-        assert np.bincount(synthetic.labels).tolist() == [6, 6]
+        assert np.bincount(synthetic.labels).tolist() == [12, 12]
         check_python_blocks(tmp_path, variables)
 
 
