@@ -1,5 +1,7 @@
 """Make small network files in tests, and look at what was made with them."""
 
+import math
+
 import numpy as np
 import PIL.Image
 import torch
@@ -31,7 +33,20 @@ def pixels_in(path):
         return np.asarray(image)
 
 
+def rounded_share(found, expected):
+    """Return the share of uint8 values that differ by one level; infinity where one differs by more, or shapes do.
+
+    Pixels are equal bit by bit only where the same machine computes them with the same settings. CPUs with other
+    instructions, other numbers of threads and other batches add up in another order, which moves float32 images by
+    1e-5 at most, a thousandth of a level: about one value in a thousand lies so near to the border of its level that
+    it falls on the other side.
+    """
+    found, expected = np.asarray(found).astype(int), np.asarray(expected).astype(int)
+    if found.shape != expected.shape or np.abs(found - expected).max() > 1:
+        return math.inf
+    return (found != expected).mean()
+
+
 def is_alike(found, expected):
-    """Tell whether pixels are equal but for rounding: a level in a few of them."""
-    difference = np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int))
-    return found.shape == expected.shape and difference.max() <= 1 and (difference > 0).mean() < 0.01
+    """Tell whether pixels are equal but for rounding: one level in less than 1 % of the values, one of 192 at 8x8."""
+    return rounded_share(found, expected) < 0.01

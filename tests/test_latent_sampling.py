@@ -41,8 +41,9 @@ def test_paint_equals_the_pixels_of_the_original(psi):
     G = load_network(DATA / "sample_32_c2.stripped.pkl").G_ema
     reference = np.load(DATA / "net_sample_32_c2.npz")
     expected = np.stack([reference[f"generate_uint8_seed{seed}_class1_psi{psi}"] for seed in range(4)])
-    assert np.array_equal(paint(G, range(4), label=1, truncation=psi).transpose(0, 2, 3, 1), expected)
-    assert is_alike(paint(G, range(4), label=1, truncation=psi, batch=3).transpose(0, 2, 3, 1), expected)
+    for batch in (1, 3):
+        found = paint(G, range(4), label=1, truncation=psi, batch=batch).transpose(0, 2, 3, 1)
+        assert is_alike(found, expected)  # stored, of another machine
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
