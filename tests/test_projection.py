@@ -178,8 +178,11 @@ def test_result_of_an_image_does_not_depend_on_its_pass(G, pixels, space):
     filled = found([0, 0, 0, 0])
     assert torch.equal(filled[0], together[0])
     assert torch.equal(filled[0], filled[3])
-    # Passes of other sizes round in another order: seen 2e-6 after 40 steps.
-    assert torch.allclose(found([0])[0], together[0], atol=1e-3)
+    # Passes of other sizes round in another order, and Adam moves a style by its learning rate of up to 0.1 a step even
+    # where rounding decides about the sign of its gradient. A start that is one rounding off comes out up to 3e-3 off
+    # after 40 steps, on one CPU or another; a pass of one image up to 9e-4. Another image is 0.1 and more away.
+    assert torch.allclose(found([0])[0], together[0], atol=1e-2)
+    assert not torch.allclose(found([2])[0], together[0], atol=0.1)
 
 
 def test_result_depends_on_the_seed_alone(G, pixels):
