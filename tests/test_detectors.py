@@ -173,7 +173,8 @@ def test_efficientnet_features_are_those_of_the_unfolded_network(detectors):
     with torch.no_grad():
         expected = network.extract_features((pixels.float() - 127) / 128).mean(dim=(2, 3))
     features = detectors["efficientnet-lite0"](pixels)
-    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # Folded weights are rounded anew, in 50 layers: 2e-6 to 3.2e-6 seen with four instruction sets.
+    assert (features - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert detectors["efficientnet-lite0"].weights_sha256 == (
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
 
