@@ -46,6 +46,15 @@ def test_paint_equals_the_pixels_of_the_original(psi):
         assert is_alike(found, expected)  # stored, of another machine
 
 
+def test_alike_images_are_one_level_apart_in_few_pixels_alone():
+    expected = np.full((16, 16, 3), 100, np.uint8)
+    few, many, far = expected.copy(), expected + np.uint8(1), expected.copy()
+    few[:2, 0, :] -= 1
+    far[0, 0, 0] += 2
+    assert [is_alike(found, expected) for found in (expected, few, many, far, expected[:8])] == [
+        True, True, False, False, False]
+
+
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
 def test_paint_image_does_not_depend_on_its_neighbours(noise_mode):
     G = lively_generator()
