@@ -3,15 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-# The lowest instruction set that PyTorch, oneDNN, MKL and NumPy's OpenBLAS have, by which any machine stands for other
-# CPUs: float32 results differ between them. MKL_CBWR is for AMD's CPUs, where MKL takes no notice of the other. The
-# project's own operators choose for themselves, and compute here as on any other day.
+# The lowest instruction sets of PyTorch, oneDNN, MKL and NumPy's OpenBLAS, with which float32 results differ as they do
+# between CPUs. MKL_CBWR is for AMD's CPUs, where MKL ignores MKL_ENABLE_INSTRUCTIONS.
+# LIMIT: the project's own compiled operators choose by the CPU alone, and cannot be told to do without AVX2.
 LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE \
 	OPENBLAS_CORETYPE=Nehalem
 # The tests that compute with networks, operators, augmentations, metrics and projections, and compare the results with
-# stored ones or with those of another implementation. Left out for their time: programs run as a whole (test_loop,
-# test_training_runs, test_projector_*, test_generate_runs, test_calc_metrics), several processes (test_distributed), and
-# what float64 and integers make up (test_compiled, test_kernels, data sets).
+# stored ones or with those of another implementation: two minutes of one core. Left out for their time: whole programs
+# (test_loop, test_training_runs, test_projector*, test_generate_runs, test_calc_metrics), several processes
+# (test_distributed), and what is computed in float64 and integers (test_compiled, test_kernels, data sets).
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers gradients grid_sample \
 	half_precision ops_training loss step state transfer snapshot augment augment_color augment_filters \
 	augment_geometry latent_sampling generate grids video projection pivotal_tuning distances similarity \
