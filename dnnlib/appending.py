@@ -1,17 +1,47 @@
-"""Append to a file piece by piece, so that a full disk leaves no half piece and loses none."""
+"""Append to a file piece by piece, so that a full disk leaves no half piece and loses none.
 
+Several processes may add lines to one file, and one of them may cut it (training.json_lines): each does so while it
+holds the file's lock. Appending alone would not do: what is appended while another process reads the file and puts a
+shorter one in its place goes with the old one, and network file systems do not append at once.
+"""
+
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from dnnlib.process_lock import SILENT_SECONDS, LockHeld, ProcessLock
+
+# Longer than it takes until the lock of a process that was killed on another host counts as left.
+_PATIENCE_SECONDS = SILENT_SECONDS + 60
+
+
+@contextmanager
+def only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from writing to a file of lines meanwhile; wait for one that does. Raises OSError."""
+    path = Path(path)
+    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(patience=_PATIENCE_SECONDS)
+    except LockHeld as holder:
+        raise OSError(errno.EBUSY, f"it is being written by {holder}", str(path)) from holder
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class AppendFile:
     """A file that grows at its end. It is opened for each piece, and made by the first.
 
     durable: wait until a piece is on the disk, so that it outlives a power cut
+    shared:  other processes write lines to it, too; each piece is one or more lines
     """
 
-    def __init__(self, path: str | os.PathLike, *, durable: bool):
+    def __init__(self, path: str | os.PathLike, *, durable: bool, shared: bool = False):
         self.path = path
-        self._durable = durable
+        self._durable, self._shared = durable, shared
         self._waiting = b""
 
     def retry(self) -> None:
@@ -26,11 +56,19 @@ class AppendFile:
         LIMIT: pieces that wait are lost when the process ends.
         """
         self._waiting += piece
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        with only_writer(self.path) if self._shared else nullcontext():
+            self._write()
+        self._waiting = b""
+
+    def _write(self) -> None:
+        # Opened once the lock is held: another process may have put another file in its place.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(descriptor).st_size
+            # A process that was killed may have left half a line; ours must not become the rest of it.
+            is_cut = self._shared and size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
             try:
-                _write_all(descriptor, self._waiting)
+                _write_all(descriptor, b"\n" * is_cut + self._waiting)
                 if self._durable:
                     os.fsync(descriptor)
             except OSError:
@@ -38,7 +76,6 @@ class AppendFile:
                 raise
         finally:
             os.close(descriptor)
-        self._waiting = b""
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -102,15 +102,16 @@ def _chunks(url: str, path: Path) -> Iterator[bytes]:
                     progress.advance()
                     yield chunk
     except urllib.error.HTTPError as error:
-        raise _failure(url, path, f"the server answered {error.code} {error.reason}") from error
+        raise _failure(url, path, f"the server answered {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
-        raise _failure(url, path, f"{error.reason}") from error
+        raise _failure(url, path, f"{error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _failure(url, path, f"{error}" or type(error).__name__) from error
+        raise _failure(url, path, f"{error}" or type(error).__name__) from None
     if received < length:
         raise _failure(url, path, f"the connection ended after {received} of {length} bytes")
 
 
 def _failure(url: str, path: Path, reason: str) -> FetchError:
+    # Raised without the system's error: a machine without a network is nothing that trying again later would help.
     return FetchError(f"{path.name} is not at hand, and fetching {url} failed ({reason}): "
                       f"fetch it where there is a network, and put it at {path}")

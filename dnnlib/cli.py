@@ -4,12 +4,15 @@ One line for a user's mistake, a refusal of options given twice, ~ in paths, cle
 """
 
 import copy
+import errno
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import click
+
+from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure, describe_failure, find_failure
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 1
@@ -19,6 +22,16 @@ EXIT_TERMINATED = 143  # ... and by SIGTERM
 
 # What asks a program to end: a batch system, and a terminal that is closed.
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+# What the system says when the user, or who keeps the machine, has to put something right.
+_USERS_ERRORS = frozenset(getattr(errno, name) for name in (
+    "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP",  # another path
+    "EACCES", "EPERM", "EROFS", "EBUSY", "ETXTBSY",  # permissions, and files that others use
+    "ENOSPC", "EDQUOT", "EFBIG",  # room
+    "EMFILE", "ENFILE",  # limits of open files
+) if hasattr(errno, name))  # fmt: skip
+_USERS_KINDS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)  # our own
 
 
 class UserError(ValueError):
@@ -78,9 +91,10 @@ def join_values(context: click.Context, parameter: click.Parameter, values: Sequ
 def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
-    A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard
-    error and 2; Ctrl-C and SIGTERM give one line and 130 or 143. Any other exception is a fault of the program and
-    keeps its traceback.
+    A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard error and 2; a failing
+    disk or network file system one line and 75, also where it hides behind a UserError; Ctrl-C and SIGTERM one line and
+    130 or 143. Any other exception, with an error of the system that nobody foresaw among them, is a fault of the
+    program and keeps its traceback.
     """
     program = os.path.basename(sys.argv[0])
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -96,13 +110,19 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except click.ClickException as error:
         return _fail(_one_line(error.format_message()), EXIT_USAGE)
-    except UserError as error:
-        return _fail(_one_line(str(error)), EXIT_USAGE)
+    except (UserError, DiskFailure) as error:
+        failure = find_failure(error)
+        if failure is None:
+            return _fail(_one_line(str(error)), EXIT_USAGE)
+        return _fail_temporarily(error, failure)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        failure = find_failure(error)
+        if failure is not None:
+            return _fail_temporarily(error, failure)
+        if error.errno not in _USERS_ERRORS and not isinstance(error, _USERS_KINDS):
             raise
         return _fail(_describe_os_error(error), EXIT_USAGE)
     except Terminated:
@@ -169,6 +189,13 @@ def _raise_terminated(signum, frame) -> None:
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _fail_temporarily(error: Exception, failure: OSError | DiskFailure) -> int:
+    # The system does not always name the file; then the message that was made of its error does.
+    named = isinstance(failure, DiskFailure) or failure.filename is not None
+    text = describe_failure(failure) if named else _one_line(str(error))
+    return _fail(f"{text}; once the disk or network works again, give the same command again", EXIT_TEMPORARY)
 
 
 def _one_line(message: str) -> str:

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from dnnlib.disk_failures import retrying
+from dnnlib.temporary_files import temporary_beside
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file name to write to")
     # Not tempfile: its files are private to the user (0600), and others in a group read what a run writes.
-    temporary = target.with_name(f".tmp-{secrets.token_hex(8)}")
+    temporary = temporary_beside(target)
     try:
         with _create(temporary, text) as file:
             yield file
@@ -38,9 +40,12 @@ def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """Return the sha256 of a file's content. Raises OSError."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the sha256 of a file's content. Raises OSError, and DiskFailure."""
+    def read() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retrying(read, path)
 
 
 def _create(path: Path, text: bool) -> IO:

@@ -11,7 +11,6 @@ file systems. It says who holds it. A process that ended without releasing it is
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +18,9 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Self
+
+from dnnlib.disk_failures import DiskFailure, find_failure, retrying
+from dnnlib.temporary_files import place_of_process, start_of_process, temporary_beside
 
 HEARTBEAT_SECONDS = 20
 SILENT_SECONDS = 180  # network file systems may show a file's time up to a minute late
@@ -40,9 +42,10 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Self:
-        boot, namespace = _place()
-        return cls(host=socket.gethostname(), boot=boot, namespace=namespace, pid=os.getpid(),
-                   started=_start_of(os.getpid()) or "", since=datetime.now().astimezone().isoformat(" ", "seconds"),
+        host, boot, namespace = place_of_process()
+        return cls(host=host, boot=boot, namespace=namespace, pid=os.getpid(),
+                   started=start_of_process(os.getpid()) or "",
+                   since=datetime.now().astimezone().isoformat(" ", "seconds"),
                    token=secrets.token_hex(8))
 
     @classmethod
@@ -124,8 +127,13 @@ class ProcessLock:
             return
         self._stop.set()
         self._heart.join()
-        if self._read() == _encode(self._owner):
-            self.path.unlink(missing_ok=True)
+        try:
+            if self._read() == _encode(self._owner):
+                self.path.unlink(missing_ok=True)
+        except (OSError, DiskFailure) as error:
+            if find_failure(error) is None:
+                raise
+            # The file stays, and its owner counts as gone: what ends here had better not fail for it.
         self._owner = None
 
     def _create(self, owner: Owner) -> bool:
@@ -151,7 +159,7 @@ class ProcessLock:
         if owner is not None:
             self._refuse_living(owner, me)
         # Several processes may be here at once: one rename succeeds for each file, and shows what was renamed.
-        aside = self.path.with_name(f".tmp-{secrets.token_hex(8)}")
+        aside = temporary_beside(self.path)
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -165,7 +173,7 @@ class ProcessLock:
 
     def _refuse_living(self, owner: Owner, me: Owner) -> None:
         if owner.is_visible_from(me):
-            started = _start_of(owner.pid)
+            started = start_of_process(owner.pid)
             # LIMIT: where start times are unknown, a later process of the same number is taken for the holder.
             if started is not None and started == owner.started:
                 raise LockHeld(f"{owner}")
@@ -177,7 +185,7 @@ class ProcessLock:
 
     def _read(self) -> bytes | None:
         try:
-            return self.path.read_bytes()
+            return retrying(self.path.read_bytes, self.path)
         except FileNotFoundError:
             return None
 
@@ -192,7 +200,7 @@ class ProcessLock:
 
     def _age(self) -> float | None:
         """Return the seconds since the last heartbeat, by the clock of the file system; None when the file is gone."""
-        probe = self.path.with_name(f".tmp-{secrets.token_hex(8)}")
+        probe = temporary_beside(self.path)
         with suppress(FileNotFoundError):
             beat = self.path.stat().st_mtime
             try:
@@ -210,33 +218,3 @@ class ProcessLock:
 
 def _encode(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).encode()
-
-
-def _place() -> tuple[str, str]:
-    """Return what tells this boot and process name space from others, as far as the system says."""
-    boot = namespace = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    return boot, namespace
-
-
-def _start_of(pid: int) -> str | None:
-    """Return the start time of a living process, "" where the system does not tell; None when there is none."""
-    if os.path.exists("/proc/self/stat"):
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # proc(5): the name in parentheses may hold anything; after it come the state (3rd field) and more
-        values = stat.rpartition(b")")[2].split()
-        return None if values[0] in (b"Z", b"X") else values[22 - 3].decode()
-    if os.name != "posix":  # There the call below would end the process.
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""

@@ -11,6 +11,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.class_names import CLASS, VECTOR
 
 METADATA = "dataset.json"
@@ -57,7 +59,7 @@ class ImageSet:
         self._checksums: list[tuple[int, int]] | None = None
         self._raw_names: dict[str, str] = {}  # of members that are listed under another name
         self._folder = ""  # inside, that holds dataset.json, with "/" at its end
-        members = self._list_members()
+        members = retrying(self._list_members, self.path, reset=self.close)
         suffixes = image_suffixes()
         self.names = sorted(name for name in members if _is_image(name, suffixes))
         if not self.names:
@@ -105,7 +107,10 @@ class ImageSet:
         return self._raw_names.get(name, self._folder + name)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged."""
+        """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged, and DiskFailure."""
+        return retrying(lambda: self._read(name), f"{self.path}: {name}", reset=self.close)
+
+    def _read(self, name: str) -> bytes:
         try:
             if not self.is_zip:
                 return _read_file(self.path / self.locate(name))
@@ -114,19 +119,20 @@ class ImageSet:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.path}: {name} is damaged ({error}); make or copy the data set again") from error
-        except OSError as error:  # no permission, a failing disk, or a place outside of a damaged zip
+        except OSError as error:  # no permission, or a place outside of a damaged zip; a failing disk was told apart
             raise UserError(f"{self.path}: {name} cannot be read ({error.strerror}); make or copy the data set "
                             "again") from error
 
     def checksums(self) -> list[tuple[int, int]]:
         """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read for it, once."""
         if self._checksums is None:
-            self._checksums = self._read_checksums()
+            self._checksums = retrying(self._read_checksums, self.path, reset=self.close)
         return self._checksums
 
     def close(self) -> None:
         if self._archive is not None:
-            self._archive[1].close()
+            with suppress(OSError):  # of a handle that went stale
+                self._archive[1].close()
             self._archive = None
 
     def _read_checksums(self) -> list[tuple[int, int]]:

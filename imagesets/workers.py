@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import DiskFailure, describe_failure, find_failure
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -221,6 +222,9 @@ def _apply(function: Callable, batch: list) -> tuple[list, Exception | None]:
 def _portable(error: Exception) -> Exception:
     """Return the exception with the worker's traceback as a note, or a RuntimeError where it cannot be pickled."""
     text = "".join(traceback.format_exception(error)).rstrip()
+    failure = find_failure(error)
+    if failure is not None:  # pickling would lose what the error was raised from
+        error = DiskFailure(describe_failure(failure))
     try:
         error = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a foreign exception's own pickling raises

@@ -7,7 +7,6 @@ Images pass through; what stays in memory is a label and a group an image.
 import errno
 import json
 import os
-import secrets
 import shutil
 import zipfile
 from array import array
@@ -18,6 +17,7 @@ from typing import Any
 
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
+from dnnlib.temporary_files import temporary_beside
 from imagesets.reader import METADATA, NO_LABEL
 
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -183,7 +183,7 @@ class _TemporaryFolder:
 
     def __init__(self, dest: Path):
         self.dest = dest.absolute()
-        self.path = self.dest.with_name(f".tmp-{secrets.token_hex(8)}")
+        self.path = temporary_beside(self.dest)
 
     def __enter__(self) -> Path:
         self.path.mkdir()

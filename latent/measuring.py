@@ -145,7 +145,8 @@ def _write(folder: Path | None, record: dict[str, Any]) -> None:
     """Print a result, and append it to the file of its metric in a run's folder."""
     click.echo(to_json(record))
     if folder is not None:
-        AppendFile(RunFolder(folder).metric(record["metric"]), durable=True).append(to_line(record))
+        # Shared with a training that may go on there.
+        AppendFile(RunFolder(folder).metric(record["metric"]), durable=True, shared=True).append(to_line(record))
 
 
 def _say(settings: MeasureSettings, line: str) -> None:

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from dnnlib.files import atomic_write
 from dnnlib.process_lock import LockHeld, ProcessLock
+from dnnlib.temporary_files import TEMPORARY
 
 SETTINGS, LOCK = "settings.json", "lock"
 
-_OURS = re.compile(r"piece-(\d{6,})\.np[yz]|state-\d{6,}\.pt|\.tmp-[0-9a-f]{16}")  # npy: of version 1
+_OURS = re.compile(r"piece-(\d{6,})\.np[yz]|state-\d{6,}\.pt|" + TEMPORARY.pattern)  # npy: of version 1
 _FORMAT = "stylegan2-ada-pieces"
 
 
@@ -84,9 +86,13 @@ class Pieces:
     def load(self, number: int) -> dict[str, np.ndarray]:
         """Return the arrays of a piece. Raises UserError when the file was damaged since."""
         path = self._path(number)
-        try:
+
+        def read() -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
+
+        try:
+            return retrying(read, path)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} cannot be read ({error}); remove it, and give the same command again") from error
 
@@ -143,7 +149,8 @@ class Pieces:
 
     def _read_settings(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            found = json.loads(retrying(lambda: (self.folder / SETTINGS).read_text(encoding="utf-8"),
+                                        self.folder / SETTINGS))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import DiskFailure
 from latent.pieces import Pieces
 from torch_utils.distributed import Processes, broadcast_object
 
@@ -26,7 +27,7 @@ def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make
     """
     is_main = processes.rank == 0
     with pieces.held() if is_main else nullcontext():
-        with _hint(pieces, sizes, unit, KeyboardInterrupt) if is_main else nullcontext():
+        with _hint(pieces, sizes, unit, KeyboardInterrupt, DiskFailure) if is_main else nullcontext():
             missing = broadcast_object(_find_missing(pieces, sizes, unit) if is_main else None)
             make(missing[processes.rank::processes.count])
             # Not by a barrier, which would give up while one process is still busy for long.

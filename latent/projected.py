@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 
 
 def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
@@ -19,7 +20,7 @@ def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
     flag = f"--projected-w={path}"
     expected = f"expected an .npz file with an array w of shape [M, {G.num_ws}, {G.w_dim}], as a projector writes it"
     try:
-        w = _read_array(path, flag, expected)
+        w = retrying(lambda: _read_array(path, flag, expected), path)
     except FileNotFoundError as error:
         raise UserError(f"{flag} does not exist; {expected}") from error
     except UserError:

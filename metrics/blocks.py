@@ -11,6 +11,7 @@ from torch_utils.distributed import (
     any_process,
     broadcast_object,
     describe_error,
+    first_text,
     gather_rows,
     is_main,
     rank,
@@ -72,7 +73,7 @@ def together(work: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     if any_process(failure is not None):
-        reason = _first_reason(failure)
+        reason = first_text("" if failure is None else describe_error(failure))
         raise failure or OtherProcessFailed(reason)
     return result
 
@@ -114,10 +115,3 @@ def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
 def from_main(work: Callable[[], T]) -> T:
     """Run `work` on the main process alone; all get its result."""
     return broadcast_object(on_main(work))
-
-
-def _first_reason(failure: Exception | None) -> str:
-    """Return on all processes what went wrong on the first of those where something did."""
-    text = "" if failure is None else f"{describe_error(failure)}\n"
-    lines = gather_rows(torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8))
-    return broadcast_object(None if lines is None else bytes(lines.tolist()).decode().split("\n", 1)[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.files import atomic_write
 from metrics.features import Features
 
@@ -38,11 +39,18 @@ class FeatureCache:
         path = self.path(key)
         if path is None:
             return None
-        try:
+        names = ("key", "values", "probabilities") if classes else ("key", "values")
+
+        def load() -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as file:  # reading a member to its end checks its CRC
-                names = ("key", "values", "probabilities") if classes else ("key", "values")
-                arrays = {name: file[name] for name in names}
+                return {name: file[name] for name in names}
+
+        try:
+            arrays = retrying(load, path)
         except FileNotFoundError:
+            return None
+        except DiskFailure as error:  # slow, but no reason to end what may have taken hours
+            self._say(f"{error}; its features are computed again")
             return None
         except _TROUBLE as error:
             self._say(f"{path} is damaged ({error}); its features are computed again")

@@ -8,7 +8,6 @@ comment, which readers of archives skip, is a sha256 of everything before it:
 The digest is that of the archive without a comment: the two bytes of the length count as zeros.
 """
 
-import errno
 import hashlib
 import os
 import pickle
@@ -20,6 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.files import atomic_write
 
 _NO_COMMENT = b"\0\0"
@@ -56,15 +56,15 @@ def write_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Return the state that `write_checkpoint` wrote, its tensors on the CPU; nothing in the file is run.
 
-    Raises FileNotFoundError, or DamagedCheckpoint when a byte differs from what was written, is missing or too many.
+    Raises FileNotFoundError, DamagedCheckpoint when a byte differs from what was written, is missing or too many, and
+    DiskFailure: a state that the disk cannot give back now is not damaged.
     """
+    return retrying(lambda: _read(path), path)
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
     with open(path, "rb") as file:
-        try:
-            _check_digest(path, file)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            raise DamagedCheckpoint(f"{path} is damaged: the disk cannot read it") from error
+        _check_digest(path, file)
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -102,7 +102,8 @@ class CheckpointPair:
     def load(self) -> tuple[dict[str, Any], str | None] | None:
         """Return the newest undamaged state and a line about what was passed over, or None; None where no state is.
 
-        Raises DamagedCheckpoint when there are states, and all are damaged.
+        Raises DamagedCheckpoint when there are states, and all are damaged, and DiskFailure when a newer one than those
+        that can be read is there and cannot: to go on with an older one would lose what was trained since.
         """
         troubles: list[str] = []
         for path in (self._incoming, self.newest, self.previous):
@@ -110,6 +111,11 @@ class CheckpointPair:
                 state = read_checkpoint(path)
             except FileNotFoundError:
                 continue
+            except DiskFailure as error:
+                if path == self.previous or not self.previous.exists():
+                    raise
+                raise DiskFailure(f"{error}; if it never can again, move that file away, and the run continues from "
+                                  f"{self.previous.name}") from error
             except DamagedCheckpoint as error:
                 troubles.append(str(error))
                 self._damaged.add(path)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import DiskFailure
 from torch_utils import parent_death, process_watch
 from torch_utils.process_watch import ProcessWatch
 
@@ -215,6 +216,13 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def first_text(text: str) -> str:
+    """Return on all processes the text of the first of them that passes one, "" where none does. Raises ProcessLost."""
+    line = f"{' '.join(text.split())}\n" if text else ""
+    lines = gather_rows(torch.tensor(list(line.encode(errors="backslashreplace")), dtype=torch.uint8))
+    return broadcast_object(None if lines is None else bytes(lines.tolist()).decode().split("\n", 1)[0])
+
+
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor | None:
     """Return the rows of all processes, those of rank 0 first, on the main process's CPU; None on the others.
@@ -258,9 +266,9 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error as the last line of a traceback would; a user's mistake without its type."""
+    """Return an error as the last line of a traceback would; a user's mistake or a failing disk without its type."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, DiskFailure)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.reader import NO_LABEL
 from training.dataset import ImageDataset
 
@@ -65,9 +66,12 @@ def _from_file(path: Path, dataset: ImageDataset) -> np.ndarray:
 
 def _read_rows(path: Path, flag: str) -> dict[str, dict[str, float]]:
     """Return {"class" or "file": {name: weight}}."""
-    try:
+    def read() -> list[list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            table = list(csv.reader(file))
+            return list(csv.reader(file))
+
+    try:
+        table = retrying(read, path)
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag} cannot be read ({error}); expected none, classes, or a CSV file") from error
     header = [name.strip() for name in table[0]] if table else []

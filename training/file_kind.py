@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 
 # What an option that names a network file takes besides its path; for help texts.
 OTHER_NAMES = "a pattern that matches one file, or the folder of a run, which stands for its newest network"
@@ -96,14 +97,18 @@ def recognise(path: str | os.PathLike) -> FileKind:
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; expected a network file (.safetensors or NVIDIA .pkl)")
-    with open(path, "rb") as file:
-        start = file.read(256)
+    start = retrying(lambda: _read_start(path), path)
     # safetensors: header size (8 bytes, little-endian), then JSON. Before pickles: a size may begin with 80.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
         return FileKind.SAFETENSORS
     if start[:1] == b"\x80":
         return FileKind.PICKLE
     raise ValueError(f"{path} is {_describe(start)}; expected a network file (.safetensors or NVIDIA .pkl)")
+
+
+def _read_start(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(256)
 
 
 def _describe(start: bytes) -> str:

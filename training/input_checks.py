@@ -9,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.class_names import LABELS
 from imagesets.member_pixels import describe_shape
 from training.config import TrainConfig
@@ -109,7 +110,7 @@ def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
     """Yield width, height and channels of each image, None where they cannot be told; pixels are not decoded."""
     with ExitStack() as stack:
         if dataset.path.is_file():
-            opened = stack.enter_context(zipfile.ZipFile(dataset.path)).open
+            opened = stack.enter_context(retrying(lambda: zipfile.ZipFile(dataset.path), dataset.path)).open
         else:
             def opened(name: str):
                 return open(dataset.path / name, "rb")

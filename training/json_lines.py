@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dnnlib.appending import only_writer
+from dnnlib.disk_failures import retrying
 from dnnlib.files import atomic_write
 
 
@@ -18,7 +20,7 @@ def to_line(record: Mapping[str, Any]) -> bytes:
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the records of a file, without lines that are none, as a killed process may leave; [] for no file."""
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = retrying(Path(path).read_bytes, path).splitlines()
     except FileNotFoundError:
         return []
     records = (_parse(line) for line in lines)
@@ -28,10 +30,16 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Leave only whole records that `keep` accepts, each as it was; return how many lines went.
 
-    A file that loses nothing is not touched. Raises OSError when it cannot be read or replaced.
+    A file that loses nothing is not touched. A line that another process adds meanwhile, by a shared AppendFile, is
+    kept. Raises OSError when it cannot be read or replaced, and DiskFailure.
     """
+    with only_writer(path):
+        return _cut(path, keep)
+
+
+def _cut(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
     try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
+        lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
     except FileNotFoundError:
         return 0
     kept = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import DiskFailure
 from training.dataset import ImageDataset
 from training.sampling import TrainingOrder
 
@@ -35,16 +36,18 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
     rows:   which of them this process computes
 
     Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, when an
-    image cannot be read.
+    image cannot be read, and DiskFailure.
     """
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=_Share(order, nimg, batch, rows),
                                          num_workers=num_workers, pin_memory=pin_memory,
                                          worker_init_fn=_leave_stopping_to_the_parent)
     try:
         yield from map(tuple, loader)
-    except UserError as error:
+    except (UserError, DiskFailure) as error:
         # A worker's exception arrives with its traceback in the message; the last line is what was raised.
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("dnnlib.cli.UserError: ")) from None
+        kind = type(error)
+        text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        raise kind(text) from None
 
 
 def _leave_stopping_to_the_parent(_: int) -> None:

@@ -1,5 +1,6 @@
 """The training loop: data, steps, ticks, files; from wherever the run was left."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -7,14 +8,16 @@ import numpy as np
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
 from imagesets.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair
-from torch_utils.distributed import Processes, any_process_each, broadcast_object, join
+from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
 from torch_utils.stats import Collector
 from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.loading import iterate_batches, to_unit_range
+from training.reporting import describe
 from training.run_content import content_of
 from training.run_folder import RunFolder, choose_run
 from training.run_output import Evaluate, RunOutput
@@ -31,7 +34,7 @@ from training.validation import Validation
 
 EXIT_DONE = 0
 EXIT_DIVERGED = 3  # steps kept failing; the last state is that of before
-EXIT_STOPPED = 75  # stopped before its end, with a state: the same command continues
+EXIT_STOPPED = EXIT_TEMPORARY  # stopped before its end, with a state: the same command continues
 
 LOOP_VERSION = 1
 
@@ -105,10 +108,14 @@ class _Loop:
         if self._is_done():
             return self._finish()
         rows = self.processes.share(self.config.batch)
-        for pixels, labels in iterate_batches(self.dataset, self.order, nimg=self.state.nimg, batch=self.config.batch,
-                                              rows=rows, num_workers=self._num_workers(),
-                                              pin_memory=self.processes.device.type == "cuda"):
-            trouble = self._step(pixels, labels)
+        batches = iterate_batches(self.dataset, self.order, nimg=self.state.nimg, batch=self.config.batch,
+                                  rows=rows, num_workers=self._num_workers(),
+                                  pin_memory=self.processes.device.type == "cuda")
+        batch, failure = self._read_batch(batches)
+        if any_process(failure is not None):
+            return self._stop_for_failure(failure)
+        while True:
+            trouble = self._step(*batch)
             if trouble is not None:
                 self.output.say(f"stopped: {trouble}; the last state is that of before")
                 return EXIT_DIVERGED
@@ -116,14 +123,33 @@ class _Loop:
                 self._end_tick()
             if self._is_done():
                 return self._finish()
-            stops, saves = any_process_each([self.stop.wanted(), self.output.state_is_due()])
-            if stops or saves:
+            # Read before the processes exchange what they wish, so that all know whether each has its next images.
+            batch, failure = self._read_batch(batches)
+            stops, saves, fails = any_process_each([self.stop.wanted(), self.output.state_is_due(),
+                                                    failure is not None])
+            if stops or saves or fails:
                 self._save_state()
+            if fails:
+                return self._stop_for_failure(failure)
             if stops:
                 reason = self.stop.reason or "another process was asked to"
-                self.output.say(f"stopped after {self.state.nimg} images ({reason}); the same command continues")
+                self.output.say(f"stopped after {self.state.nimg} images ({reason}); {self.output.continuation()}")
                 return EXIT_STOPPED
-        raise AssertionError("the order of images has no end")
+
+    @staticmethod
+    def _read_batch(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) \
+            -> tuple[tuple[torch.Tensor, torch.Tensor] | None, DiskFailure | None]:
+        """Return the next images and labels, or why they cannot be read."""
+        try:
+            return next(batches), None
+        except DiskFailure as error:
+            return None, error
+
+    def _stop_for_failure(self, failure: DiskFailure | None) -> int:
+        """Say what failed, in this process or another one, once the state is saved."""
+        reason = first_text("" if failure is None else str(failure))
+        self.output.say(f"stopped after {self.state.nimg} images: {reason}; {self.output.continuation()}")
+        return EXIT_STOPPED
 
     def _num_workers(self) -> int:
         """Return how many processes read images: what was asked for, as far as there are cores besides this one's."""
@@ -212,7 +238,10 @@ class _Loop:
             return
         scores = torch.zeros(0)
         if self.processes.rank == 0:
-            scores = self.valid.score(self.state.D, self.processes.device)
+            try:
+                scores = self.valid.score(self.state.D, self.processes.device)
+            except DiskFailure as error:  # training does not need them
+                self.output.say(f"warning: --valid is not scored: {error}; training goes on")
         self.collector.add("Loss/scores/valid", scores)
         self.collector.add("Loss/signs/valid", scores.sign())
 
@@ -225,10 +254,27 @@ class _Loop:
         self.output.save_state(self.checkpoints, state)
 
     def _finish(self) -> int:
+        """Mark the run as finished, once its last files are on the disk: what is not there has to be made again."""
+        self.output.complete_networks()
+        missing = self._mark_finished() if self.processes.rank == 0 else None
+        if any_process(missing is not None):
+            self.output.say(f"not finished after {self.state.nimg} images: {missing}; make room: the same command "
+                            f"continues at image {self.output.saved_nimg or 0}")
+            return EXIT_STOPPED
         self.output.say(f"finished after {self.state.nimg} images")
-        if self.processes.rank == 0:
-            self.run.mark_finished()
         return EXIT_DONE
+
+    def _mark_finished(self) -> str | None:
+        """Return what could not be written; the run is marked as finished where that is nothing."""
+        output = self.output
+        for what, reason in (("network file", output.network_failure), ("state", output.state_failure)):
+            if reason is not None:
+                return f"its last {what} could not be written ({reason})"
+        try:
+            self.run.mark_finished()
+        except OSError as error:
+            return f"its options could not be written ({describe(error)})"
+        return None
 
     def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
         self.processes.sum([tensor])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dnnlib.disk_failures import retrying
 from training.pickles.arrays import (
     NumpyType,
     PickledParameter,
@@ -70,7 +71,7 @@ def read_nvidia_pickle(path: str | os.PathLike) -> NvidiaNetworks:
     Warns (UnknownSourceWarning, once a call) when embedded source texts are not in KNOWN_SOURCES.
     Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable network file.
     """
-    data = Path(path).read_bytes()
+    data = retrying(Path(path).read_bytes, path)
     try:
         networks = _parse(data)
     except ValueError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.appending import AppendFile
+from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.files import atomic_write
 from dnnlib.progress import format_seconds
 from torch_utils.plots import save_curves
@@ -101,7 +102,8 @@ class Reporter:
                  + f"  at kimg {nimg / 1000:.1f}, in {format_seconds(seconds)}")
         path = self.folder / f"metric-{name}.jsonl"
         with self._surviving_lines(path.name):
-            self._metrics.setdefault(name, AppendFile(path, durable=True)).append(to_line(record))
+            file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
+            file.append(to_line(record))
             save_curves(path.with_suffix(".png"), _curves(read_lines(path)))
         self._show({f"Metrics/{key}": value for key, value in results.items()}, nimg, now)
 
@@ -126,11 +128,11 @@ class Reporter:
     def _warning_of(self, key: str, trouble: str, consequence: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, DiskFailure) as error:
             self._failures += 1
             if self._is_main and key not in self._warned:
                 self._warned.add(key)
-                self._warn(f"warning: {trouble} ({error.strerror or error}); {consequence}")
+                self._warn(f"warning: {trouble} ({describe(error)}); {consequence}")
 
     def _warn(self, text: str) -> None:
         _print(text)
@@ -142,6 +144,11 @@ class Reporter:
         if self._events is not None:
             with self._surviving_lines(self._events.path.name):
                 self._events.add_scalars(scalars, step=nimg, time=now)
+
+
+def describe(error: OSError | DiskFailure) -> str:
+    """Return the system's words for what went wrong with a file."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _print(text: str) -> None:
@@ -163,7 +170,7 @@ def _dated(text: str) -> bytes:
 def _cut_log(path: Path, ticks: int) -> None:
     """Leave out the progress lines of ticks from `ticks` on, and end a line that was cut short."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = retrying(path.read_bytes, path).splitlines()
     except FileNotFoundError:
         return
     kept = []

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from dnnlib.cli import UserError
 from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
+from dnnlib.temporary_files import remove_abandoned
 from training.config import ConfigError, TrainConfig
 from training.run_record import (
     RECORD_NAME,
@@ -35,7 +36,6 @@ LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
 _CHOOSING_SECONDS = 30  # to wait for other programs that choose at the same time, each of which takes milliseconds
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}")  # what dnnlib.files and dnnlib.process_lock call theirs
 _NUMBERED = re.compile(r"(\d+)(?:-|$)")
 
 
@@ -256,7 +256,7 @@ def _take(plan: RunPlan, record: RunRecord) -> RunFolder:
             notes.append(f"{plan.path}: {taken_over}")
         if plan.continues:
             notes.extend(_version_notes(plan.path, plan.record))
-            _remove_leftovers(plan.path)
+            remove_abandoned(plan.path)  # not those of a calc_metrics.py that is at work there
             write_record(plan.path, record)  # what may differ, for example kimg, is now as the user says
     except BaseException:
         lock.release()
@@ -270,13 +270,6 @@ def _version_notes(path: Path, record: RunRecord) -> list[str]:
     changed = [f"{name} {record.versions.get(name, 'unknown')} then and {version} now"
                for name, version in now.items() if record.versions.get(name) != version]
     return [f"{path}: {', '.join(changed)}; the end may differ from that of an unbroken run"] if changed else []
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a killed process; this one holds the lock, so no living process has any here."""
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dnnlib.disk_failures import DiskFailure
 from dnnlib.files import sha256_of
 from imagesets.class_names import CLASS, VECTOR
 from imagesets.member_pixels import describe_shape
@@ -18,7 +19,7 @@ from torch_utils.ops.compiled import describe as describe_operators
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
-from training.reporting import METRIC_FIELDS, Reporter
+from training.reporting import METRIC_FIELDS, Reporter, describe
 from training.run_folder import RunFolder
 from training.run_settings import RunSettings
 from training.snapshot import Networks, save_network
@@ -40,6 +41,10 @@ class RunOutput:
         self.clock = TickClock(total_nimg=config.kimg * 1000)
         self._grid = None
         self._saved_at = time.monotonic()
+        self.saved_nimg: int | None = None  # images seen at the newest state; None where there is none
+        # Why the newest network file, or the newest state, could not be written; None where it was.
+        self.network_failure: str | None = None
+        self.state_failure: str | None = None
         self._network_sha256: str | None = None  # of the newest network file; None where it could not be written
 
     def start(self, lines: list[str]) -> None:
@@ -59,6 +64,7 @@ class RunOutput:
         message:  on damaged states that were passed over
         """
         self.clock.resume(seconds)
+        self.saved_nimg = self.state.nimg
         self.reporter.start(ticks=ticks, nimg=self.state.nimg)
         self._introduce([*([] if message is None else [message]), f"continues at image {self.state.nimg}"])
         self.clock.begin(self.state.nimg)
@@ -95,10 +101,20 @@ class RunOutput:
         info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
                 "class_counts": _class_counts(self.dataset), "label_kind": self.dataset.label_kind,
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
-        path, self._network_sha256 = self.run.snapshot(self.state.nimg), None
+        path, self._network_sha256, self.network_failure = self.run.snapshot(self.state.nimg), None, None
         with self.reporter.surviving("a network file"):
-            save_network(path, Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema, config={"info": info}))
+            try:
+                save_network(path, Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema,
+                                            config={"info": info}))
+            except OSError as error:
+                self.network_failure = describe(error)
+                raise
             self._network_sha256 = sha256_of(path)
+
+    def complete_networks(self) -> None:
+        """Write the last network file once more where it could not be written, or the run was ended before."""
+        if self.is_main and (self.network_failure is not None or not self.run.snapshot(self.state.nimg).exists()):
+            self.save_networks()
 
     def evaluate(self, tick: int) -> None:
         """Compute metrics. Whatever goes wrong there is said, and training goes on."""
@@ -113,26 +129,43 @@ class RunOutput:
             return
         if not self.is_main:
             return
+        snapshot, note = self.run.snapshot(self.state.nimg).name, {}
+        if self.network_failure is not None:
+            snapshot, note = None, {"snapshot_note": f"{snapshot} could not be written ({self.network_failure})"}
         for name, record in found.items():
             seconds = record.get("total_time", time.monotonic() - started)
             more = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
             self.reporter.metric(name, record["results"], tick=tick, nimg=self.state.nimg, seconds=seconds,
-                                 num_gpus=self._processes.count, snapshot=self.run.snapshot(self.state.nimg).name,
-                                 **{**more, "network_sha256": self._network_sha256})
+                                 num_gpus=self._processes.count, snapshot=snapshot,
+                                 **{**more, "network_sha256": self._network_sha256, **note})
 
     def state_is_due(self) -> bool:
         """Tell the main process whether states were not saved for too long."""
         return self.is_main and time.monotonic() - self._saved_at >= self.config.state_minutes * 60
 
     def save_state(self, checkpoints: CheckpointPair, state: dict[str, Any]) -> None:
-        """Save a state; when the disk is full, that is said, and the one before stays."""
+        """Save a state; when the disk is full or fails, that is said, and the one before stays."""
         if not self.is_main:
             return
-        self._saved_at = time.monotonic()
-        self.run.require_held()
+        self._saved_at, self.state_failure = time.monotonic(), None
         self.reporter.write_waiting()
         with self.reporter.surviving("a state"):
-            checkpoints.save(state)
+            try:
+                self.run.require_held()
+                checkpoints.save(state)
+            except (OSError, DiskFailure) as error:
+                self.state_failure = describe(error)
+                raise
+            self.saved_nimg = self.state.nimg
+
+    def continuation(self) -> str:
+        """Say from where the same command goes on."""
+        if self.saved_nimg == self.state.nimg:
+            return "the same command continues"
+        failure = "" if self.state_failure is None else f"the state could not be saved ({self.state_failure}): "
+        if self.saved_nimg is None:
+            return f"{failure}the same command starts again at image 0"
+        return f"{failure}the same command continues at image {self.saved_nimg}"
 
     def _introduce(self, lines: list[str]) -> None:
         """Say what is trained, and on what."""

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any, Self
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from dnnlib.files import atomic_write, sha256_of
 from training.config import ConfigError, TrainConfig
 
@@ -110,12 +111,17 @@ def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
 def read_record(folder: str | os.PathLike) -> RunRecord | None:
     """Read training_options.json of a run's folder; None when there is none, or it is another program's.
 
-    Raises ConfigError, one line that names the file, on anything that `write_record` does not write.
+    Raises ConfigError, one line that names the file, on anything that `write_record` does not write, and DiskFailure:
+    a record that cannot be read for a moment must not make its run one that is not there.
     """
     path = os.path.join(folder, RECORD_NAME)
-    try:
+
+    def read() -> str:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            return file.read()
+
+    try:
+        content = json.loads(retrying(read, path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, sha256_of
 from training.file_kind import FileKind, recognise
 from training.nvidia_pickle import NvidiaNetworks, PickledModule, read_nvidia_pickle
 from training.rebuild import NETWORK_CLASSES, build_network
@@ -44,7 +44,8 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     """Read a snapshot, safetensors or NVIDIA pickle by content; nothing in the file is run.
 
     The networks are in eval mode and need no gradients; dtypes are those in the file; the random state is untouched.
-    Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable snapshot.
+    Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable snapshot, and
+    DiskFailure.
     """
     kind = recognise(path)
     if kind is FileKind.PICKLE:
@@ -114,6 +115,9 @@ def _has_text_keys(value: object) -> bool:
 
 
 def _read_safetensors(path: str | os.PathLike) -> Networks:
+    # Read through by ordinary means first, which tell a failing disk: safetensors maps the file into memory, where a
+    # page that cannot be read ends the process (SIGBUS).
+    sha256_of(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _parse_header((file.metadata() or {}).get(_HEADER_KEY))

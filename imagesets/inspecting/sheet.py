@@ -4,7 +4,6 @@ import io
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import PIL.ImageFont
 
 from dnnlib.cli import UserError
 from dnnlib.plain_text import to_ascii
+from dnnlib.temporary_files import temporary_beside
 from imagesets.class_columns import class_columns, class_names, is_unlabelled
 from imagesets.reader import ImageSet
 from imagesets.text_table import plural
@@ -130,7 +130,7 @@ def _fill_folder(folder: Path) -> Iterator[Path]:
     if not folder.absolute().parent.is_dir():
         raise UserError(f"--sheet={folder}: there is no folder {folder.parent}; make it first")
     is_new = not folder.exists()
-    temporary = folder / f".tmp-{secrets.token_hex(8)}"
+    temporary = temporary_beside(folder / "sheet")
     try:
         temporary.mkdir(parents=is_new)
         yield temporary

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import iterate_retrying, retrying
 
 _DELIMITERS = ",;\t"
 _CHUNK = 1 << 20
@@ -27,8 +28,8 @@ class DelimitedFile:
             raise UserError(f"{self.path} does not exist; expected a table, a CSV file")
         if self.path.is_dir():
             raise UserError(f"{self.path} is a folder; expected a table, a CSV file")
-        self._encoding = _encoding_of(self.path)
-        self._delimiter, self.header = self._read_header()
+        self._encoding = retrying(lambda: _encoding_of(self.path), self.path)
+        self._delimiter, self.header = retrying(self._read_header, self.path)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield (line number, cells) of every row below the header; cells are without spaces around them.
@@ -36,7 +37,7 @@ class DelimitedFile:
         Rows without any text are passed over: spreadsheets leave them at the end. Raises UserError, with the line, for
         a row that has more or fewer cells than the header, and for quotes that do not fit.
         """
-        rows = self._all_rows(self._delimiter)
+        rows = iterate_retrying(lambda: self._all_rows(self._delimiter), self.path)
         next(rows)
         for line, cells in rows:
             if len(cells) != len(self.header):

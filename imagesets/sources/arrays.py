@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import iterate_retrying, retrying
 from imagesets.reader import MAX_CLASSES
 from imagesets.sources.source import Source
 
@@ -47,7 +48,7 @@ def open_npz(path: Path, split: str) -> Source:
 
     Raises UserError when arrays are missing, of unexpected shape or type, or damaged.
     """
-    members = _list_arrays(path)
+    members = retrying(lambda: _list_arrays(path), path)
     present = [name for name in _SPLITS if f"{name}_images" in members]
     if not present:
         raise UserError(f"{path} holds the arrays {', '.join(sorted(members)) or '(none)'}; expected train_images and "
@@ -65,7 +66,8 @@ def open_npz(path: Path, split: str) -> Source:
     names = [name for part, member in zip(chosen, images) for name in numbered_names(part, member.shape[0])]
     return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
                   items=_NpzItems(path=path, members=images),
-                  labels=_read_labels(path, members, chosen), shape=(width, height, _channels(images[0].shape[1:])),
+                  labels=retrying(lambda: _read_labels(path, members, chosen), path),
+                  shape=(width, height, _channels(images[0].shape[1:])),
                   left_out=left_out)
 
 
@@ -75,6 +77,9 @@ class _NpzItems:
     members: Sequence[_Member]
 
     def __call__(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        return iterate_retrying(lambda: self._read(wanted), self.path)
+
+    def _read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         start = 0
         with zipfile.ZipFile(self.path) as archive:
             for member in self.members:
@@ -180,16 +185,14 @@ def open_mnist(path: Path) -> Source:
     """
     if "images-idx3" not in path.name:
         raise UserError(f"--source={path} is no file of images; expected ...-images-idx3-ubyte.gz")
-    count, height, width = _idx_shape(path, _IDX_IMAGES, 3)
+    count, height, width = retrying(lambda: _idx_shape(path, _IDX_IMAGES, 3), path)
     label_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
     if not label_path.is_file():
         raise UserError(f"{label_path} does not exist; expected the labels beside the images")
-    (num_labels,) = _idx_shape(label_path, _IDX_LABELS, 1)
+    (num_labels,) = retrying(lambda: _idx_shape(label_path, _IDX_LABELS, 1), label_path)
     if num_labels != count:
         raise UserError(f"{label_path} holds {num_labels} labels; expected {count}, one for each image in {path.name}")
-    with gzip.open(label_path) as file:
-        file.seek(8)
-        labels = [int(row) for row in _rows(label_path, file, (count,), np.dtype(np.uint8), np.ones(count, dtype=bool))]
+    labels = retrying(lambda: _idx_labels(label_path, count), label_path)
     return Source(kind="MNIST", name=path.name, names=numbered_names(path.name.split("-")[0], count),
                   items=_IdxItems(path=path, shape=(count, height, width)), load=ArrayLoader(),
                   labels=np.array(labels, dtype=np.int64), shape=(width, height, 1))
@@ -201,9 +204,18 @@ class _IdxItems:
     shape: tuple[int, int, int]
 
     def __call__(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        return iterate_retrying(lambda: self._read(wanted), self.path)
+
+    def _read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         with gzip.open(self.path) as file:
             file.seek(16)
             yield from _rows(self.path, file, self.shape, np.dtype(np.uint8), wanted)
+
+
+def _idx_labels(path: Path, count: int) -> list[int]:
+    with gzip.open(path) as file:
+        file.seek(8)
+        return [int(row) for row in _rows(path, file, (count,), np.dtype(np.uint8), np.ones(count, dtype=bool))]
 
 
 def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.sources.arrays import ArrayLoader, numbered_names
 from imagesets.sources.source import Source
 
@@ -30,7 +31,7 @@ def open_cifar(path: Path, split: str) -> Source:
         raise UserError(f"{path.name} (CIFAR-10) has no part val; --split can be train, test or all")
     chosen = tuple(_MEMBERS) if split == "all" else (split,)
     members = [member for part in chosen for member in _MEMBERS[part]]
-    classes, labels, counts = _read_labels(path, members)
+    classes, labels, counts = retrying(lambda: _read_labels(path, members), path)
     names = [name for part in chosen for name in numbered_names(part, sum(counts[m] for m in _MEMBERS[part]))]
     return Source(kind="CIFAR-10", name=path.name, names=names, load=ArrayLoader(), labels=labels, classes=classes,
                   items=_CifarItems(path=path, members=tuple(members), counts=tuple(counts[m] for m in members)),
@@ -73,7 +74,7 @@ def _read_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | None, 
 
 
 def _read_member(path: Path, wanted: str) -> bytes:
-    return next(data for name, data in _walk(path, wanted))
+    return retrying(lambda: next(data for name, data in _walk(path, wanted)), path)
 
 
 def _walk(path: Path, wanted: str | None = None) -> Iterator[tuple[str, bytes]]:

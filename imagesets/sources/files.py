@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.labels.classes import order_classes
 from imagesets.pixels.decode import BadImage
 from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, ImageSet, MisplacedMetadata
@@ -35,7 +36,7 @@ def open_folder(path: Path) -> Source:
 def open_zip(path: Path) -> Source:
     """Open a zip of images. Raises UserError when it holds none, or is cut off."""
     images, fault = _open(path)
-    members = _list_members(path)
+    members = retrying(lambda: _list_members(path), path)
     images.close()
     doubled = [name for name, count in Counter(images.names).items() if count > 1]
     if doubled:
@@ -75,8 +76,11 @@ class FolderLoader:
     root: str
 
     def __call__(self, item: str, limit: int | None = None) -> bytes:
-        """Return the bytes of a file, at most the first `limit` ones. Raises BadImage."""
+        """Return the bytes of a file, at most the first `limit` ones. Raises BadImage, and DiskFailure."""
         path = os.path.join(self.root, item)
+        return retrying(lambda: self._read(path, limit), path)
+
+    def _read(self, path: str, limit: int | None) -> bytes:
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -99,7 +103,10 @@ class ZipLoader:
     path: str
 
     def __call__(self, item: tuple[int, int, int, int, int], limit: int | None = None) -> bytes:
-        """Return the bytes of a member, at most the first `limit` ones. Raises BadImage."""
+        """Return the bytes of a member, at most the first `limit` ones. Raises BadImage, and DiskFailure."""
+        return retrying(lambda: self._unpack(item, limit), self.path)
+
+    def _unpack(self, item: tuple[int, int, int, int, int], limit: int | None) -> bytes:
         place, packed_size, size, checksum, kind = item
         method, flags = kind & 0xffff, kind >> 16
         if flags & 1:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.sources.arrays import open_mnist, open_npz
 from imagesets.sources.cifar import open_cifar
 from imagesets.sources.files import open_folder, open_zip
@@ -85,9 +86,12 @@ def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
 
 
 def _first_bytes(path: Path) -> bytes:
-    try:
+    def read() -> bytes:
         with open(path, "rb") as file:
-            start = file.read(4)
+            return file.read(4)
+
+    try:
+        start = retrying(read, path)
     except OSError as error:
         raise UserError(f"--source={path} cannot be opened: {error.strerror}") from error
     if not start:

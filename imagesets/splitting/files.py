@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.temporary_files import temporary_beside
 from imagesets.class_columns import label_of
 from imagesets.reader import METADATA, ImageSet
 from imagesets.split import LEFT_OUT, Assignment
@@ -139,7 +139,7 @@ def _filter_table(table: list[list[str]], renamed: dict[str, str]) -> bytes:
 def _all_or_none(paths: SplitPaths) -> Iterator[Path]:
     """Give a temporary folder whose files move to their places at the end, the manifest last."""
     is_new = not paths.folder.exists()
-    temporary = paths.folder / f".tmp-{secrets.token_hex(8)}"
+    temporary = temporary_beside(paths.manifest)
     try:
         temporary.mkdir(parents=is_new)
         yield temporary

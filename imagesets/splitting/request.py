@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 
 PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
 SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
@@ -108,7 +109,7 @@ def read_skew(text: str) -> str:
     if "=" in text:
         return text
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
+        lines = retrying(lambda: Path(text).read_text(encoding="utf-8"), text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--skew={text} is neither a readable file nor a skew; expected {SKEW_SYNTAX}") from error
     lines = [line.split("#")[0].strip() for line in lines]

@@ -13,6 +13,7 @@ import click
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
 from imagesets.reader import ImageSet
 from latent.network import OpenNetwork, open_network, require_same
@@ -135,7 +136,7 @@ def _held(outdir: str) -> Iterator[Path]:
         except LockHeld as error:
             raise UserError(f"--outdir is {outdir}, where {error} is at work; wait for it, or choose another "
                             "folder") from error
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DiskFailure):
             if any(folder.glob(STATES)):
                 print(f"the work so far is kept in {folder}; the same command continues", file=sys.stderr)
             raise
@@ -179,7 +180,7 @@ def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
     """Tell whether a folder holds these results. Raises UserError where it holds others."""
     path = outdir / SUMMARY
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(retrying(lambda: path.read_text(encoding="utf-8"), path))
     except FileNotFoundError:
         return False
     except ValueError as error:

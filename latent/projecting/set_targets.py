@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.class_columns import label_of
 from imagesets.class_names import VECTOR, known_classes
 from imagesets.reader import NO_LABEL, ImageSet
@@ -92,7 +93,7 @@ def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
 
 def _describe_file(path: Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = retrying(path.stat, path)
     except OSError:  # reading it will say why
         return None
     return status.st_size, status.st_mtime_ns

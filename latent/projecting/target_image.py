@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from imagesets.conversion.options import TRANSFORMS
 from imagesets.pixels.decode import MAX_PIXELS, BadImage, decode, probe
 from imagesets.pixels.resize import PixelSpec
@@ -73,7 +74,7 @@ def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAU
     Raises UserError, one line, when there is no such file, or it is no picture that can be used.
     """
     spec = spec_for(G, transform, resize_filter, exact)
-    data = _read_file(path)
+    data = retrying(lambda: _read_file(path), path)
     try:
         return prepare(data, spec)
     except BadImage as error:

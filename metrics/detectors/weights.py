@@ -1,13 +1,16 @@
 """Read files of weights without running what is in them."""
 
+import io
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from dnnlib.disk_failures import retrying
 from metrics.detectors.files import WeightsFile
 
 _COUNTER = ".num_batches_tracked"  # of batch normalisation; unused in eval mode, absent in files of old versions
@@ -54,7 +57,7 @@ def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file
 
 def _read(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, Tensor]:
     expected = f"expected {file.name}, or a file like it that holds tensors alone"
-    with open(path, "rb") as stream:
+    with io.BytesIO(retrying(Path(path).read_bytes, path)) as stream:
         try:
             with warnings.catch_warnings(action="ignore"):  # about files that are refused in the next step
                 tensors = torch.load(stream, map_location="cpu", weights_only=True)
