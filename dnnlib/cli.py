@@ -91,10 +91,10 @@ def join_values(context: click.Context, parameter: click.Parameter, values: Sequ
 def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
-    A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard error and 2; a failing
-    disk or network file system one line and 75, also where it hides behind a UserError; Ctrl-C and SIGTERM one line and
-    130 or 143. Any other exception, with an error of the system that nobody foresaw among them, is a fault of the
-    program and keeps its traceback.
+    A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard
+    error and 2; a failing disk or network file system one line and 75, also where it hides behind a UserError; Ctrl-C
+    and SIGTERM one line and 130 or 143. Any other exception, with an error of the system that nobody foresaw among
+    them, is a fault of the program and keeps its traceback.
     """
     program = os.path.basename(sys.argv[0])
     arguments = sys.argv[1:] if arguments is None else list(arguments)

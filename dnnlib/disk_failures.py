@@ -77,8 +77,10 @@ def retrying(read: Callable[[], T], what: str | os.PathLike, *, reset: Callable[
             failure = find_failure(error)
             if failure is None:
                 raise
-            if isinstance(failure, DiskFailure):  # was repeated already
-                raise failure from error
+            if error is failure and isinstance(error, DiskFailure):  # was repeated already
+                raise
+            if isinstance(failure, DiskFailure):
+                raise DiskFailure(str(failure)) from error
             if not waits:
                 raise _give_up(what, failure) from error
         time.sleep(waits.pop(0))

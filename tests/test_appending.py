@@ -1,11 +1,18 @@
 """dnnlib.appending: pieces whole and in order, or waiting."""
 
+import json
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from dnnlib.appending import AppendFile
+from training.json_lines import cut_lines, read_lines, to_line
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -53,3 +60,54 @@ def test_append_to_a_missing_folder_raises_and_follows_later(tmp_path):
     (tmp_path / "folder").mkdir()
     file.append(b"two\n")
     assert (tmp_path / "folder" / "file").read_bytes() == b"one\ntwo\n"
+
+
+# ---- several writers
+
+# What calc_metrics.py does: adds lines that belong to no tick.
+MEASURE = """
+import sys
+from dnnlib.appending import AppendFile
+from training.json_lines import to_line
+for number in range(100):
+    AppendFile(sys.argv[1], durable=True, shared=True).append(to_line({"measured": number}))
+    if number == 0:
+        print("ready", flush=True)
+"""
+
+
+def test_append_and_cut_of_two_processes_lose_no_line(tmp_path):
+    path = tmp_path / "metric-fid50k_full.jsonl"
+    with subprocess.Popen([sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        rounds = 0
+        while process.poll() is None:  # what a run does that reports, and is continued, again and again
+            AppendFile(path, durable=True, shared=True).append(to_line({"tick": 0}))
+            AppendFile(path, durable=True, shared=True).append(to_line({"tick": 1}))
+            assert cut_lines(path, lambda record: record.get("tick", -1) < 1) == 1
+            rounds += 1
+        assert process.returncode == 0
+    assert rounds > 1
+    lines = read_lines(path)
+    assert [line["measured"] for line in lines if "measured" in line] == list(range(100))
+    assert [line["tick"] for line in lines if "tick" in line] == [0] * rounds
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_append_to_a_shared_file_begins_a_new_line_behind_half_a_one(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"a": 1}\n{"killed": "he')
+    AppendFile(path, durable=False, shared=True).append(to_line({"b": 2}))
+    assert read_lines(path) == [{"a": 1}, {"b": 2}]
+
+
+def test_append_to_a_shared_file_takes_over_from_a_process_that_is_gone(tmp_path):
+    path = tmp_path / "lines"
+    code = ("import os, sys; from dnnlib.process_lock import ProcessLock; ProcessLock(sys.argv[1]).acquire(); "
+            "os._exit(0)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lines.lock")], cwd=ROOT, check=True)
+    assert json.loads((tmp_path / ".lines.lock").read_text())["pid"]
+    AppendFile(path, durable=False, shared=True).append(b"line\n")
+    assert path.read_bytes() == b"line\n"
+    assert os.listdir(tmp_path) == ["lines"]

@@ -1,20 +1,27 @@
 """The training loop itself, in this process: the golden run through it, and what it asks other processes."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dnnlib.cli import UserError
+from tests.failing_disk import FailingDisk
 from tests.make_sets import make_set
 from tests.parity_checks import compare_state, golden_inputs, golden_start
+from tests.training_runs import flattened
+from torch_utils.checkpoint import CheckpointPair
 from training import loop
 from training.dataset import ImageDataset
 from training.options import TrainOptions
 from training.presets import resolve
+from training.run_record import read_record
 from training.run_settings import RunSettings
 
 DATA = Path(__file__).parent / "data"
@@ -37,7 +44,7 @@ def stop_after(monkeypatch, iterations, saves_at=None):
 
     def answer(flags):
         asked.append(list(flags))
-        return [len(asked) == iterations, len(asked) == saves_at]
+        return [len(asked) == iterations, len(asked) == saves_at, False]
 
     monkeypatch.setattr(loop, "any_process_each", answer)
     return asked
@@ -57,9 +64,10 @@ def test_loop_replays_the_golden_run(tmp_path, monkeypatch):
 
     def batches(*_, **__):
         for iteration in range(ITERATIONS):
-            compare(iteration)
+            compare(iteration)  # each is asked for when the one before was learned from
             inputs = golden_inputs(iteration)
             yield inputs.reals, inputs.labels
+        yield None  # read ahead of the end, and not used
 
     monkeypatch.setattr(loop.TrainingState, "create", lambda *_: state)
     monkeypatch.setattr(loop, "iterate_batches", batches)
@@ -101,7 +109,7 @@ def test_loop_asks_the_others_once_an_iteration_and_saves_when_one_wishes(tmp_pa
     saved = []
     monkeypatch.setattr(loop._Loop, "_save_state", lambda self: saved.append(self.state.iteration))
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
-    assert asked == [[False, False]] * 3  # this process wished nothing
+    assert asked == [[False, False, False]] * 3  # this process wished nothing, and could read its images
     assert saved == [1, 2, 3]  # the first is that of tick 0
 
 
@@ -110,7 +118,7 @@ def test_loop_tells_the_others_what_it_wishes(tmp_path, monkeypatch):
     settings = dataclasses.replace(settings, max_hours=1e-9)
     asked = stop_after(monkeypatch, iterations=1)
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
-    assert asked == [[True, True]]
+    assert asked == [[True, True, False]]
 
 
 def test_loop_refuses_to_start_with_another_number_of_processes_than_configured(tmp_path, monkeypatch):
@@ -122,3 +130,190 @@ def test_loop_refuses_to_start_with_another_number_of_processes_than_configured(
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         loop.train(config, settings, dataset)
     assert not Path(settings.outdir).exists()
+
+
+# ---- Disks that fail, and disks that are full
+
+
+def run_in(outdir):
+    folder, = outdir.glob("0*")
+    return folder
+
+
+def num_ticks(outdir):
+    return sum(path.read_bytes().count(b"\n") for path in outdir.glob("0*/stats.jsonl"))
+
+
+def stop_at(monkeypatch, outdir, ticks):
+    """Let another process wish to stop after so many ticks of the run, each of one iteration."""
+    monkeypatch.setattr(loop, "any_process_each", lambda flags: [num_ticks(outdir) == ticks, *flags[1:]])
+
+
+def saved_in(outdir):
+    """Return the newest state, flat, without what may differ between equal runs."""
+    saved, message = CheckpointPair(run_in(outdir)).load()
+    assert message is None
+    saved.pop("seconds")
+    saved["collected"] = {name: value for name, value in saved["collected"].items() if "Timing" not in name}
+    return flattened(saved)
+
+
+def refuse(monkeypatch, part, number=errno.ENOSPC, *, when=lambda: True):
+    """Let files whose name holds `part` not come into their place."""
+    replace = os.replace
+
+    def refusing(source, target):
+        if part in os.path.basename(target) and when():
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loop_whose_disk_fails_saves_the_state_and_continues_bit_for_bit(tmp_path, monkeypatch, capsys, workers):
+    (tmp_path / "whole").mkdir()
+    with monkeypatch.context() as patch:
+        stop_at(patch, tmp_path / "whole" / "runs", 6)
+        assert loop.train(*prepared(tmp_path / "whole")) == loop.EXIT_STOPPED
+    here, outdir = tmp_path / "broken", tmp_path / "broken" / "runs"
+    here.mkdir()
+    monkeypatch.setattr("dnnlib.disk_failures.RETRY_WAITS", (0, 0))
+    with monkeypatch.context() as patch:
+        FailingDisk(here / "set.zip", fails=lambda: num_ticks(outdir) >= 2).install(patch.setattr)
+        capsys.readouterr()
+        assert loop.train(*prepared(here, workers=workers)) == 75
+    nimg = saved_in(outdir)["training/nimg"]
+    assert nimg == 16 if workers == 0 else 16 <= nimg < 48  # a worker reads ahead
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"stopped after {nimg} images: {here / 'set.zip'}: 0000")
+    assert lines[0].endswith(".png cannot be read (Input/output error, tried 3 times in 0 s): a disk or the network "
+                             "fails; the same command continues")
+    stop_at(monkeypatch, outdir, 6)
+    assert loop.train(*prepared(here, workers=workers)) == loop.EXIT_STOPPED
+    found, expected = saved_in(outdir), saved_in(tmp_path / "whole" / "runs")
+    assert found.keys() == expected.keys()
+    assert expected["training/nimg"] == 48
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name], name
+
+
+def test_loop_whose_disk_fails_for_the_state_too_says_from_where_the_command_continues(tmp_path, monkeypatch, capsys):
+    outdir = tmp_path / "runs"
+    monkeypatch.setattr("dnnlib.disk_failures.RETRY_WAITS", (0,))
+    with monkeypatch.context() as patch:
+        FailingDisk(tmp_path / "set.zip", fails=lambda: num_ticks(outdir) >= 3).install(patch.setattr)
+        refuse(patch, "training-state", errno.EIO, when=lambda: num_ticks(outdir) >= 3)
+        assert loop.train(*prepared(tmp_path)) == 75
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        "; the state could not be saved (Input/output error): the same command continues at image 8")
+    assert saved_in(outdir)["training/nimg"] == 8  # that of tick 0
+
+
+def test_loop_whose_disk_fails_before_the_first_image_begins_again(tmp_path, monkeypatch, capsys):
+    given = prepared(tmp_path)
+    monkeypatch.setattr("dnnlib.disk_failures.RETRY_WAITS", ())
+    given[2].close()
+    with monkeypatch.context() as patch:
+        FailingDisk(tmp_path / "set.zip", fails=lambda: bool(list(tmp_path.glob("runs/0*")))).install(patch.setattr)
+        assert loop.train(*given) == 75
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; the same command starts again at image 0")
+    stop_at(monkeypatch, tmp_path / "runs", 1)
+    assert loop.train(*prepared(tmp_path)) == loop.EXIT_STOPPED
+    assert len(list((tmp_path / "runs").glob("0*"))) == 1
+
+
+def test_loop_goes_on_without_scores_of_held_out_images_that_a_disk_cannot_read(tmp_path, monkeypatch, capsys):
+    config, settings, dataset = prepared(tmp_path)
+    make_set(tmp_path / "valid.zip", size=16, labels=[0, 1] * 3, classes=["benign", "melanoma"])
+    monkeypatch.setattr("dnnlib.disk_failures.RETRY_WAITS", ())
+    stop_at(monkeypatch, tmp_path / "runs", 1)
+    settings = dataclasses.replace(settings, valid=str(tmp_path / "valid.zip"))
+    FailingDisk(tmp_path / "valid.zip", fails=lambda: bool(list(tmp_path.glob("runs/0*/reals.png")))).install(
+        monkeypatch.setattr)
+    assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
+    assert "warning: --valid is not scored: " in capsys.readouterr().out
+    assert "Loss/scores/valid" not in lines_of(tmp_path / "runs")[0]
+
+
+def nearly_done(monkeypatch):
+    """Let runs begin one iteration before the end of --kimg=1."""
+    create = loop.TrainingState.create
+
+    def created(*arguments):
+        state = create(*arguments)
+        state.nimg = 992
+        return state
+
+    monkeypatch.setattr(loop.TrainingState, "create", created)
+
+
+def measured(G):
+    return {"kid20_full": {"results": {"kid20_full": 0.5}}}
+
+
+def metric_lines(outdir):
+    return [json.loads(line) for line in (run_in(outdir) / "metric-kid20_full.jsonl").read_text().splitlines()]
+
+
+def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, monkeypatch, capsys):
+    nearly_done(monkeypatch)
+    snapshot = "network-snapshot-000001.safetensors"
+    with monkeypatch.context() as patch:
+        refuse(patch, "network-snapshot")
+        assert loop.train(*prepared(tmp_path), measured) == 75
+    line, = metric_lines(tmp_path / "runs")
+    assert (line["results"], line["snapshot_pkl"], line["network_sha256"]) == ({"kid20_full": 0.5}, None, None)
+    assert line["snapshot_note"] == f"{snapshot} could not be written (No space left on device)"
+    assert not (run_in(tmp_path / "runs") / snapshot).exists()
+    # A run is not finished without its last network file: the same command writes it, and ends the run.
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "not finished after 1000 images: its last network file could not be written (No space left on device); make "
+        "room: the same command continues at image 1000")
+    assert not read_record(run_in(tmp_path / "runs")).finished
+    assert loop.train(*prepared(tmp_path), measured) == loop.EXIT_DONE
+    assert (run_in(tmp_path / "runs") / snapshot).exists()
+    assert read_record(run_in(tmp_path / "runs")).finished
+    assert len(metric_lines(tmp_path / "runs")) == 1
+
+
+def test_metric_line_names_the_network_file_that_was_written(tmp_path, monkeypatch):
+    nearly_done(monkeypatch)
+    assert loop.train(*prepared(tmp_path), measured) == loop.EXIT_DONE
+    line, = metric_lines(tmp_path / "runs")
+    assert line["snapshot_pkl"] == "network-snapshot-000001.safetensors"
+    assert len(line["network_sha256"]) == 64
+    assert "snapshot_note" not in line
+
+
+def test_run_whose_last_state_cannot_be_saved_is_not_finished(tmp_path, monkeypatch, capsys):
+    nearly_done(monkeypatch)
+    with monkeypatch.context() as patch:
+        refuse(patch, "training-state")
+        assert loop.train(*prepared(tmp_path)) == 75
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "not finished after 1000 images: its last state could not be written (No space left on device); make room: "
+        "the same command continues at image 0")
+    assert not read_record(run_in(tmp_path / "runs")).finished
+    assert loop.train(*prepared(tmp_path)) == loop.EXIT_DONE
+    assert read_record(run_in(tmp_path / "runs")).finished
+
+
+def test_run_whose_record_cannot_be_marked_is_not_finished(tmp_path, monkeypatch, capsys):
+    nearly_done(monkeypatch)
+    with monkeypatch.context() as patch:
+        refuse(patch, "training_options", when=lambda: num_ticks(tmp_path / "runs") > 0)
+        assert loop.train(*prepared(tmp_path)) == 75
+    assert "its options could not be written (No space left on device)" in capsys.readouterr().out.splitlines()[-1]
+    assert loop.train(*prepared(tmp_path)) == loop.EXIT_DONE
+
+
+def test_stop_says_that_the_state_could_not_be_saved(tmp_path, monkeypatch, capsys):
+    outdir = tmp_path / "runs"
+    stop_at(monkeypatch, outdir, 2)
+    refuse(monkeypatch, "training-state", when=lambda: num_ticks(outdir) >= 2)
+    assert loop.train(*prepared(tmp_path)) == 75
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "stopped after 16 images (another process was asked to); the state could not be saved (No space left on "
+        "device): the same command continues at image 8")

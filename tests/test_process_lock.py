@@ -15,6 +15,7 @@ import pytest
 
 from dnnlib import process_lock
 from dnnlib.process_lock import HEARTBEAT_SECONDS, SILENT_SECONDS, LockHeld, LockLost, Owner, ProcessLock
+from dnnlib.temporary_files import start_of_process
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -264,8 +265,8 @@ def test_acquire_in_a_missing_folder_raises(tmp_path):
 
 def test_start_of_without_proc_tells_living_from_gone(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: False)
-    assert process_lock._start_of(os.getpid()) == ""
+    assert start_of_process(os.getpid()) == ""
     if os.name == "posix":
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
-        assert process_lock._start_of(process.pid) is None
+        assert start_of_process(process.pid) is None

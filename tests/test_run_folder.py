@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dnnlib.cli import UserError
-from dnnlib.files import atomic_write
 from dnnlib.process_lock import ProcessLock
 from training.config import ConfigError, TrainConfig
 from training.config_base import Config
@@ -443,18 +442,67 @@ def die_at(call):
         setattr(os, name, counted(getattr(os, name)))
 
 
+# Begins to write a file, says so, and goes on when it is told to.
+WRITER = """
+import sys
+from dnnlib.files import atomic_write
+with atomic_write(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    file.write(b" and whole")
+"""
+
+
+@contextlib.contextmanager
+def writer_of(path):
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
 def test_choose_run_removes_what_a_killed_process_left(tmp_path):
     start(tmp_path)
     folder = tmp_path / f"00000-{NAME}"
     kept = [".tmp-mine", "a.tmp", "fakes000000.png"]
     for name in kept:
         (folder / name).write_text("")
-    # The temporary file of this block is what a process that is killed in it would leave; its end cannot find it.
-    with contextlib.suppress(FileNotFoundError), atomic_write(folder / "a.bin"):
+    with writer_of(folder / "a.bin") as process:
+        process.kill()
+        process.wait()
         assert len(os.listdir(folder)) == 5
         with choose_run(tmp_path, config_of(), CONTENT):
             assert sorted(os.listdir(folder)) == sorted([*kept, *LOCKED])
     assert "a.bin" not in os.listdir(folder)
+
+
+def test_choose_run_leaves_what_a_living_process_is_writing(tmp_path):
+    start(tmp_path)
+    folder = tmp_path / f"00000-{NAME}"
+    with writer_of(folder / "metric-fid50k_full.png") as process, choose_run(tmp_path, config_of(), CONTENT):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+    assert (folder / "metric-fid50k_full.png").read_bytes() == b"half and whole"
+    assert sorted(os.listdir(folder)) == ["metric-fid50k_full.png", "training_options.json"]
+
+
+@pytest.mark.parametrize("name", [".tmp-00000000-7-7-0123456789abcdef", ".tmp-0123456789abcdef"])
+def test_choose_run_removes_what_another_host_left_once_it_is_silent(tmp_path, name):
+    start(tmp_path)
+    path = tmp_path / f"00000-{NAME}" / name  # of another host, or of an earlier version that named no owner
+    path.write_text("")
+    start(tmp_path)
+    assert path.exists()
+    before = path.stat().st_mtime - 3601
+    os.utime(path, (before, before))
+    start(tmp_path)
+    assert not path.exists()
 
 
 def test_require_held_after_a_takeover_is_a_line(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dnnlib.temporary_files import TEMPORARY
 from latent.projecting.video import Video
 
 COLORS = [(230, 40, 40), (40, 160, 60), (30, 60, 200), (245, 245, 245), (8, 8, 8)]
@@ -140,8 +141,7 @@ def test_video_old_file_stays_until_the_end_and_is_replaced(tmp_path):
         video.add(quarters(0))
         assert path.read_bytes() == b"old"
         (temporary,) = (name for name in os.listdir(tmp_path) if name != "proj.mp4")
-        assert temporary.startswith(".tmp-")
-        assert len(temporary) == len(".tmp-") + 16
+        assert TEMPORARY.fullmatch(temporary)
     assert len(decode(path)[0]) == 1
     assert os.listdir(tmp_path) == ["proj.mp4"]
 
