@@ -195,7 +195,7 @@ def _fail_temporarily(error: Exception, failure: OSError | DiskFailure) -> int:
     # The system does not always name the file; then the message that was made of its error does.
     named = isinstance(failure, DiskFailure) or failure.filename is not None
     text = describe_failure(failure) if named else _one_line(str(error))
-    return _fail(f"{text}; once the disk or network works again, give the same command again", EXIT_TEMPORARY)
+    return _fail(f"{text}; give the same command again once it works", EXIT_TEMPORARY)
 
 
 def _one_line(message: str) -> str:

@@ -134,7 +134,7 @@ def ends(error, capsys):
     return code, capsys.readouterr().err
 
 
-AGAIN = "once the disk or network works again, give the same command again"
+AGAIN = "give the same command again once it works"
 
 
 @pytest.mark.parametrize("number", TRANSIENT)

@@ -173,7 +173,9 @@ def test_full_disk_leaves_the_state_before_and_the_run_goes_on(unbroken, workpla
     pairs = list(zip(metrics(unbroken[1]), metrics(here / "ended"), strict=True))
     assert any(ended["network_sha256"] is None for _, ended in pairs)  # of a network that found no room
     for whole, ended in pairs:
-        assert ended == whole | ({"network_sha256": None} if ended["network_sha256"] is None else {})
+        note = f"{whole['snapshot_pkl']} could not be written (No space left on device)"
+        missing = {"network_sha256": None, "snapshot_pkl": None, "snapshot_note": note}
+        assert ended == whole | (missing if ended["network_sha256"] is None else {})
 
 
 @pytest.mark.slow
@@ -213,6 +215,27 @@ def test_two_processes_say_each_note_once(workplace):
     beginnings = [line.partition(" ")[0] for line in done.stdout.splitlines()]
     for note in ("device:", "precision:", "metrics:", "data:"):
         assert beginnings.count(note) == 1, done.stdout
+
+
+@pytest.mark.slow
+def test_disk_that_fails_for_one_of_two_processes_stops_both_for_a_requeue(workplace):
+    here, _ = workplace
+    broken = here / "broken"
+    program = [sys.executable, "-m", "tests.failing_disk", str(ROOT / "train.py"), str(here / "phantom.zip"),
+               str(broken), "1"]
+    arguments = [f"--outdir={here / 'runs'}", *command(here, "--batch-gpu=4", "--gpus=2")[3:]]
+    with subprocess.Popen([*program, *arguments], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        wait_for_line(process, "tick 0 ")
+        broken.touch()
+        out, err = process.communicate()
+    assert (process.returncode, err) == (75, "")
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped after ")
+    assert last.endswith(" cannot be read (Input/output error, tried 3 times in 0.02 s): a disk or the network fails; "
+                         "the same command continues")
+    nimg = int(last.split()[2])
+    assert state(next((here / "runs").iterdir()))["training/nimg"] == nimg >= 8
 
 
 @pytest.mark.slow
