@@ -66,7 +66,7 @@ class AppendFile:
         try:
             size = os.fstat(descriptor).st_size
             # A process that was killed may have left half a line; ours must not become the rest of it.
-            is_cut = self._shared and size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            is_cut = self._shared and size > 0 and _last_byte(descriptor) != b"\n"
             try:
                 _write_all(descriptor, b"\n" * is_cut + self._waiting)
                 if self._durable:
@@ -76,6 +76,11 @@ class AppendFile:
                 raise
         finally:
             os.close(descriptor)
+
+
+def _last_byte(descriptor: int) -> bytes:
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

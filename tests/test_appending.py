@@ -64,35 +64,40 @@ def test_append_to_a_missing_folder_raises_and_follows_later(tmp_path):
 
 # ---- several writers
 
-# What calc_metrics.py does: adds lines that belong to no tick.
+# What calc_metrics.py does, until a file says that it is enough: adds lines that belong to no tick.
 MEASURE = """
-import sys
+import os, sys, time
 from dnnlib.appending import AppendFile
 from training.json_lines import to_line
-for number in range(100):
+number = 0
+while not os.path.exists(sys.argv[2]):
     AppendFile(sys.argv[1], durable=True, shared=True).append(to_line({"measured": number}))
-    if number == 0:
+    number += 1
+    if number == 1:
         print("ready", flush=True)
+    time.sleep(0.002)
+print(number)
 """
 
 
 def test_append_and_cut_of_two_processes_lose_no_line(tmp_path):
-    path = tmp_path / "metric-fid50k_full.jsonl"
-    with subprocess.Popen([sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, text=True,
+    path, enough, rounds = tmp_path / "run" / "metric-fid50k_full.jsonl", tmp_path / "enough", 8
+    path.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", MEASURE, str(path), str(enough)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == "ready\n"
-        rounds = 0
-        while process.poll() is None:  # what a run does that reports, and is continued, again and again
-            AppendFile(path, durable=True, shared=True).append(to_line({"tick": 0}))
-            AppendFile(path, durable=True, shared=True).append(to_line({"tick": 1}))
-            assert cut_lines(path, lambda record: record.get("tick", -1) < 1) == 1
-            rounds += 1
-        assert process.returncode == 0
-    assert rounds > 1
+        try:
+            for _ in range(rounds):  # what a run does that reports, and is continued, again and again
+                AppendFile(path, durable=True, shared=True).append(to_line({"tick": 0}))
+                AppendFile(path, durable=True, shared=True).append(to_line({"tick": 1}))
+                assert cut_lines(path, lambda record: record.get("tick", -1) < 1) == 1
+        finally:
+            enough.touch()
+        measured = int(process.stdout.readline())
     lines = read_lines(path)
-    assert [line["measured"] for line in lines if "measured" in line] == list(range(100))
+    assert [line["measured"] for line in lines if "measured" in line] == list(range(measured))
     assert [line["tick"] for line in lines if "tick" in line] == [0] * rounds
-    assert os.listdir(tmp_path) == [path.name]
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_append_to_a_shared_file_begins_a_new_line_behind_half_a_one(tmp_path):

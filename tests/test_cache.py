@@ -10,9 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
+import click
 import pytest
 
-from dnnlib import cache
+from dnnlib import cache, cli
 from dnnlib.cache import FetchError, cache_folder, downloaded, fetch
 from dnnlib.cli import UserError
 from dnnlib.process_lock import ProcessLock
@@ -141,6 +142,19 @@ def test_fetch_half_a_file_keeps_nothing(server):
     with pytest.raises(FetchError, match=rf"\(the connection ended after {half} of {len(CONTENT)} bytes\)"):
         fetch(f"{server.address}/half", name="weights.pth", sha256=None)
     assert files_of_cache() == []
+
+
+def test_fetch_without_a_server_is_the_users_to_put_right_and_not_a_failing_disk(server, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+
+    @click.command()
+    def command():
+        fetch(f"http://127.0.0.1:{port}/file", name="weights.pth", sha256=None)
+
+    assert cli.run(command, []) == 2
+    assert f"put it at {downloaded('weights.pth')}\n" in capsys.readouterr().err
 
 
 def test_fetch_without_a_server_says_why(server):

@@ -269,8 +269,8 @@ def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, m
     assert not (run_in(tmp_path / "runs") / snapshot).exists()
     # A run is not finished without its last network file: the same command writes it, and ends the run.
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "not finished after 1000 images: its last network file could not be written (No space left on device); make "
-        "room: the same command continues at image 1000")
+        "not finished after 1000 images: its last network file could not be written (No space left on device); once "
+        "it can be, the same command continues at image 1000")
     assert not read_record(run_in(tmp_path / "runs")).finished
     assert loop.train(*prepared(tmp_path), measured) == loop.EXIT_DONE
     assert (run_in(tmp_path / "runs") / snapshot).exists()
@@ -293,8 +293,8 @@ def test_run_whose_last_state_cannot_be_saved_is_not_finished(tmp_path, monkeypa
         refuse(patch, "training-state")
         assert loop.train(*prepared(tmp_path)) == 75
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "not finished after 1000 images: its last state could not be written (No space left on device); make room: "
-        "the same command continues at image 0")
+        "not finished after 1000 images: its last state could not be written (No space left on device); once it can "
+        "be, the same command continues at image 0")
     assert not read_record(run_in(tmp_path / "runs")).finished
     assert loop.train(*prepared(tmp_path)) == loop.EXIT_DONE
     assert read_record(run_in(tmp_path / "runs")).finished

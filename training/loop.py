@@ -258,8 +258,8 @@ class _Loop:
         self.output.complete_networks()
         missing = self._mark_finished() if self.processes.rank == 0 else None
         if any_process(missing is not None):
-            self.output.say(f"not finished after {self.state.nimg} images: {missing}; make room: the same command "
-                            f"continues at image {self.output.saved_nimg or 0}")
+            self.output.say(f"not finished after {self.state.nimg} images: {missing}; once it can be, the same "
+                            f"command continues at image {self.output.saved_nimg or 0}")
             return EXIT_STOPPED
         self.output.say(f"finished after {self.state.nimg} images")
         return EXIT_DONE

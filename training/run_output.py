@@ -148,10 +148,10 @@ class RunOutput:
         if not self.is_main:
             return
         self._saved_at, self.state_failure = time.monotonic(), None
-        self.reporter.write_waiting()
         with self.reporter.surviving("a state"):
             try:
                 self.run.require_held()
+                self.reporter.write_waiting()
                 checkpoints.save(state)
             except (OSError, DiskFailure) as error:
                 self.state_failure = describe(error)
