@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BUILT := .venv/.operators
 
 # The lowest instruction sets of PyTorch, oneDNN, MKL and NumPy's OpenBLAS, with which float32 results differ as they do
 # between CPUs. MKL_CBWR is for AMD's CPUs, where MKL ignores MKL_ENABLE_INSTRUCTIONS.
@@ -21,7 +22,7 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 .PHONY: help setup demo test test-portable slow soak bench lint clean
 
 help:
-	@echo "make setup   install what is needed into .venv"
+	@echo "make setup   install what is needed into .venv, and compile the operators where there is a compiler"
 	@echo "make demo    train on drawings of lesions and show what comes out, minutes on two cores"
 	@echo "make test    run the tests, a few minutes on two cores"
 	@echo "make test-portable run those of them that compute, as on a CPU without AVX"
@@ -30,7 +31,7 @@ help:
 	@echo "make bench   measure speeds"
 	@echo "make lint    check the style"
 
-setup: $(READY)
+setup: $(BUILT)
 
 $(READY): requirements.txt requirements-offline.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python %d.%d found; 3.11 or later is needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -38,23 +39,27 @@ $(READY): requirements.txt requirements-offline.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $(READY)
 
-demo: $(READY)
+$(BUILT): $(READY) $(wildcard torch_utils/ops/csrc/*)
+	$(BIN)/python -m torch_utils.ops.build --optional
+	touch $(BUILT)
+
+demo: $(BUILT)
 	$(BIN)/python -m scripts.demo $(ARGS)
 
-test: $(READY)
+test: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-portable: $(READY)
+test-portable: $(BUILT)
 	$(LOWEST) $(BIN)/python -c 'import sys, torch; level = torch.backends.cpu.get_cpu_capability(); sys.exit(None if level == "DEFAULT" else f"PyTorch computes with {level} in spite of ATEN_CPU_CAPABILITY=default")'
 	$(LOWEST) $(BIN)/python -m pytest -m "not slow" $(PORTABLE:%=tests/test_%.py) $(ARGS)
 
-slow: $(READY)
+slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-soak: $(READY)
+soak: $(BUILT)
 	$(BIN)/python -m tests.soak $(ARGS)
 
-bench: $(READY)
+bench: $(BUILT)
 	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench_$$subject || exit 1; done
 
 lint: $(READY)

@@ -7,6 +7,7 @@ from metrics.choice import choose_metrics, needed_detectors, require_detectors
 from metrics.names import parse_metrics
 from metrics.perceptual_path import check_path_requests
 from torch_utils.distributed import Place
+from torch_utils.ops.compiled import make_ready
 from training.command import make_command
 from training.config import TrainConfig
 from training.dataset import ImageDataset
@@ -18,6 +19,7 @@ from training.run_settings import RunSettings
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
     """Run the training, in as many processes as it takes, and return the exit code."""
     evaluate = make_evaluate(config, settings, dataset.resolution) if config.metrics else None
+    make_ready(settings.device)  # before others start, so that they find what is built once
     if config.gpus > 1 and not Place.from_environment().is_started:
         return launch(config.gpus)
     from training.loop import train as train_here

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ _RECORD, _LOG, _REPORT = "build.json", "log.txt", "ptxas.txt"
 _STATUS = re.compile(r"\[(\d+)/\d+\] ")  # as NINJA_STATUS below
 _FAULT = re.compile(r"(error|fatal) *:|undefined reference|cannot find -l")
 _FULL_DISK = os.strerror(errno.ENOSPC)
+_USUAL_TIME = {"cpu": "half a minute", "cuda": "a minute or two"}  # on two idle cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Built:
 
     @property
     def record(self) -> dict:
-        """What build.json says: kind, versions, commands, seconds."""
+        """What build.json says: kind, versions, commands, seconds on the clock and of all CPUs."""
         return json.loads((self.library.parent / _RECORD).read_text(encoding="utf-8"))
 
 
@@ -85,6 +86,23 @@ def obtain(kind: str, *, source: Path = SOURCE, archs: str | None = None, force:
     return Built(library=path, is_new=is_new, recipe=recipe)
 
 
+def find(kind: str, *, source: Path = SOURCE) -> Built | None:
+    """Return the library that `library` would return, or one that other tools made of the same code; never build.
+
+    Raises BuildError where the kind cannot be built whatever the tools.
+    """
+    cache = builds_folder()
+    subject = read_subject(kind, source, TorchBuild.installed(), os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    path, recipe = _any_build(subject, cache), None
+    if path is None:
+        return None
+    with suppress(BuildError):
+        recipe = write_recipe(subject, cache)
+    if recipe is not None and (cache / recipe.name / subject.library_name).is_file():
+        return Built(library=cache / recipe.name / subject.library_name, is_new=False, recipe=recipe)
+    return Built(library=path, is_new=False, recipe=None)
+
+
 def _any_build(subject: Subject, cache: Path) -> Path | None:
     """Return the newest library of the same code, by whatever tools: machines without tools use what others built."""
     found = sorted(cache.glob(f"{subject.prefix}-*/{subject.library_name}"), key=lambda path: path.stat().st_mtime)
@@ -118,8 +136,11 @@ def _build(recipe: Recipe, temporary: Path, folder: Path) -> None:
     for name, content in subject.sources.items():
         (temporary / SNAPSHOT / name).write_bytes(content)
     (temporary / "build.ninja").write_text(recipe.ninja_file(), encoding="utf-8")
-    print(f"building the {subject.kind.upper()} operators, once, into {folder}", file=sys.stderr)
+    print(f"building the {subject.kind.upper()} operators, once, which usually takes {_USUAL_TIME[subject.kind]}: "
+          f"{folder}", file=sys.stderr)
+    used = _cpu_seconds_of_children()
     code, log = _run_ninja(temporary, len(recipe.objects) + 1)
+    used = _cpu_seconds_of_children() - used
     log_of_failure = folder.with_name(f"{folder.name}.log")
     if code:
         raise _failure(log, log_of_failure)
@@ -128,7 +149,7 @@ def _build(recipe: Recipe, temporary: Path, folder: Path) -> None:
     if recipe.toolkit is not None:
         (temporary / _REPORT).write_text(ptxas_lines(log), encoding="utf-8")
     with atomic_write(temporary / _RECORD, text=True) as file:
-        json.dump(_record(recipe, time.monotonic() - started, _step_seconds(temporary)), file, indent=1)
+        json.dump(_record(recipe, time.monotonic() - started, used, _step_seconds(temporary)), file, indent=1)
     with open(temporary / subject.library_name, "rb") as file:  # a power cut must not leave a half-written one
         os.fsync(file.fileno())
     for name in (*recipe.objects, ".ninja_log"):
@@ -144,7 +165,7 @@ def _run_ninja(folder: Path, steps: int) -> tuple[int, str]:
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = []
     try:
-        with process.stdout, Progress(steps, "steps of the build") as progress:
+        with process.stdout, Progress(steps, "steps of the build", log_seconds=60) as progress:
             for line in process.stdout:
                 status = _STATUS.match(line)
                 if status:
@@ -185,10 +206,16 @@ def _step_seconds(folder: Path) -> dict[str, float]:
     return {name: (int(end) - int(start)) / 1000 for start, end, _, name, _ in steps}
 
 
-def _record(recipe: Recipe, seconds: float, steps: dict[str, float]) -> dict:
+def _cpu_seconds_of_children() -> float:
+    """Return what all processes that this one started, and they, have used and been waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _record(recipe: Recipe, seconds: float, cpu_seconds: float, steps: dict[str, float]) -> dict:
     torch = recipe.subject.torch
     return {"kind": recipe.subject.kind, "made": datetime.now().astimezone().isoformat(" ", "seconds"),
-            "seconds": round(seconds, 1), "steps": steps, "torch": torch.version, "torch_cuda": torch.cuda,
+            "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "steps": steps, "torch": torch.version, "torch_cuda": torch.cuda,
             "cxx11_abi": torch.cxx11_abi, "compiler": recipe.compiler.title,
             "toolkit": recipe.toolkit and recipe.toolkit.title, "archs": list(recipe.subject.archs),
             "commands": [*(command for _, command in recipe.objects.values()), recipe.link]}
@@ -235,7 +262,8 @@ def _explained_disk(cache: Path) -> Iterator[None]:
 @click.option("--archs", help="GPU architectures, as '8.0;9.0+PTX'.  [default: TORCH_CUDA_ARCH_LIST, else the GPUs at "
                               "hand, else 8.0, 9.0 and 10.0+PTX]")
 @click.option("--force", is_flag=True, help="Build although it is there.")
-def main(kind: str, archs: str | None, force: bool) -> None:
+@click.option("--optional", is_flag=True, help="Where it cannot be built, say why in one line, and succeed.")
+def main(kind: str, archs: str | None, force: bool, optional: bool) -> None:
     import torch
 
     print(f"torch     {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}")
@@ -243,7 +271,13 @@ def main(kind: str, archs: str | None, force: bool) -> None:
     if kind == "auto":
         kinds = list(KINDS) if torch.version.cuda and torch.cuda.is_available() else ["cpu"]
     for each in kinds:
-        built = obtain(each, archs=archs, force=force)
+        try:
+            built = obtain(each, archs=archs, force=force)
+        except BuildError as error:
+            if not optional:
+                raise
+            print(f"{each:<9} not built, so that PyTorch's operators are used, which are slower: {error}")
+            return
         _describe(each, built)
     if kinds == ["cpu"] and kind == "auto":
         print("cuda      left out, since PyTorch sees no GPU; --kind=cuda builds it all the same")
@@ -261,7 +295,9 @@ def _describe(kind: str, built: Built) -> None:
         for reason in built.recipe.refused if built.recipe else []:
             print(f"refused   {reason}")
         print(f"archs     {' '.join(record['archs'])}")
-    how = f"built in {record['seconds']:.1f} s" if built.is_new else f"there already, made {record['made']}"
+    how = f"there already, made {record['made']}"
+    if built.is_new:
+        how = f"built in {record['seconds']:.1f} s, {record['cpu_seconds']:.1f} CPU seconds"
     print(f"{kind:<9} {how}: {built.library}")
     if kind == "cuda":
         report = (built.library.parent / _REPORT).read_text(encoding="utf-8")

@@ -18,7 +18,9 @@ SNAPSHOT = "csrc"  # folder of the copied sources in the folder of a build
 _CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _NVCC_FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
                "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "--threads", "2")
-_LEVELS = {"plain": (), "avx2": ("-mavx2", "-mfma", "-mf16c")}  # of CPUs; which one runs is chosen by the library
+_GLUE_FLAGS = ("-O1",)  # of sources that read PyTorch's headers: they take longest to compile, and compute nothing
+# Of CPUs; which one runs is chosen by the library. On x86-64 "plain" is what very old ones fall back to.
+_LEVELS = {"plain": ("-O1",), "avx2": ("-mavx2", "-mfma", "-mf16c")}
 _X86_64 = ("x86_64", "AMD64")
 _VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -56,7 +58,7 @@ class Subject:
         code = {name: hashlib.sha256(content).hexdigest() for name, content in self.sources.items()}
         torch = {"version": self.torch.version, "commit": self.torch.commit, "cuda": self.torch.cuda,
                  "cxx11_abi": self.torch.cxx11_abi}
-        flags = [_CXX_FLAGS, _NVCC_FLAGS, _LEVELS]
+        flags = [_CXX_FLAGS, _GLUE_FLAGS, _NVCC_FLAGS, _LEVELS]
         return f"{self.kind}-{_digest([code, torch, self.archs, flags, _system()])}"
 
     @property
@@ -148,7 +150,7 @@ def _compile_commands(name: str, subject: Subject, compiler: Compiler, toolkit: 
                "-isystem", f"{torch.folder / 'include'}",
                "-isystem", f"{torch.folder / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", *toolkit_includes]
     if not name.endswith("_cpu.cpp"):
-        return {"": command}
+        return {"": [*command, *_GLUE_FLAGS]}
     levels = _LEVELS if platform.machine() in _X86_64 else {"plain": ()}
     return {level: [*command, *flags, f"-DCPU_LEVEL={level}"] for level, flags in levels.items()}
 

@@ -5,8 +5,13 @@
 namespace ops::CPU_LEVEL {
 namespace {
 
-template <class T, bool PAST_CACHES>
-using Block = SerialBlock<32 / sizeof(Sum<T>), 1, PAST_CACHES>;
+// Smooth activations call functions of the library number by number, and double is for checks of derivatives; sums of
+// float are the more accurate the more lanes share them.
+template <class K, class T>
+constexpr int kLanes = sizeof(T) == sizeof(double) || (K::form == Form::smooth && K::order != 1) ? 1 : 8;
+
+template <class K, class T, bool PAST_CACHES>
+using Block = SerialBlock<kLanes<K, T>, 1, PAST_CACHES>;
 
 // A tile is a part of one long row, or several short rows.
 template <class K, bool CLAMPS, bool SUMS, bool PAST_CACHES, class T>
@@ -19,24 +24,37 @@ void tiles_into(const BiasActCall& call, int64_t begin, int64_t end, double* sum
     const int64_t rows = grid.rows - row < rows_each ? grid.rows - row : rows_each;
     const int64_t cols = grid.cols - first < kBiasActTile ? grid.cols - first : kBiasActTile;
     Sum<T> row_sums[kBiasActTile];
-    bias_act_tile<K::order, K::form, CLAMPS, SUMS, T>(Block<T, PAST_CACHES>(), call, grid.cols, grid.bias_per_row, row,
-                                                      static_cast<int32_t>(rows), first, static_cast<int32_t>(cols),
-                                                      row_sums);
-    if constexpr (SUMS) {
+    bias_act_tile<K::order, K::form, CLAMPS, SUMS, T>(Block<K, T, PAST_CACHES>(), call, grid.cols, grid.bias_per_row,
+                                                      row, static_cast<int32_t>(rows), first,
+                                                      static_cast<int32_t>(cols), row_sums);
+    if (SUMS && sums != nullptr) {
       for (int64_t r = 0; r < rows; r++) sums[(row + r) * across + tile % across] = row_sums[r];
     }
   }
   if constexpr (PAST_CACHES) stores_done();
 }
 
+// Bodies that training meets are compiled for each case. Others are compiled once for all: an infinite limit changes no
+// result of order 0, and sums may be made for nobody.
+template <class K, class T>
+constexpr bool kIsUsual = K::form == Form::lrelu && sizeof(T) == sizeof(float) && !kIsFallback;
+
 template <class K, bool CLAMPS, bool SUMS, class T>
 void tiles_of(const BiasActCall& call, int64_t begin, int64_t end, double* sums) {
-  if constexpr (sizeof(T) == sizeof(float) && K::form != Form::smooth) {  // others are bound by arithmetic, or rare
+  if constexpr (kPassesCaches && kIsUsual<K, T>) {
     if (call.size * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
       return tiles_into<K, CLAMPS, SUMS, true, T>(call, begin, end, sums);
     }
   }
   tiles_into<K, CLAMPS, SUMS, false, T>(call, begin, end, sums);
+}
+
+template <class K, bool CLAMPS, class T>
+void tiles_with_sums_or_not(const BiasActCall& call, int64_t begin, int64_t end, double* sums) {
+  if constexpr (K::order == 1 && kIsUsual<K, T>) {
+    if (sums == nullptr) return tiles_of<K, CLAMPS, false, T>(call, begin, end, sums);
+  }
+  tiles_of<K, CLAMPS, K::order == 1, T>(call, begin, end, sums);
 }
 
 }  // namespace
@@ -46,15 +64,10 @@ void bias_act(const BiasActCall& call, int64_t begin, int64_t end, double* sums)
     using T = decltype(scalar);
     with_bias_act(call, [&](auto kind) {
       using K = decltype(kind);
-      const bool clamps = call.clamp < HUGE_VAL;
-      if constexpr (K::order == 1) {
-        if (sums != nullptr) {
-          return clamps ? tiles_of<K, true, true, T>(call, begin, end, sums)
-                        : tiles_of<K, false, true, T>(call, begin, end, sums);
-        }
+      if constexpr (kIsUsual<K, T> || (K::order == 1 && K::form != Form::smooth)) {
+        if (call.clamp == HUGE_VAL) return tiles_with_sums_or_not<K, false, T>(call, begin, end, sums);
       }
-      clamps ? tiles_of<K, true, false, T>(call, begin, end, nullptr)
-             : tiles_of<K, false, false, T>(call, begin, end, nullptr);
+      tiles_with_sums_or_not<K, true, T>(call, begin, end, sums);
     });
   });
 }

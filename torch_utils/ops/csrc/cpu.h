@@ -12,6 +12,19 @@ constexpr int64_t kBiasActTile = 4096;
 // Bytes of a result from which on it is stored past the caches, where little of it would be when it is read.
 constexpr int64_t kPastCaches = int64_t{1} << 25;
 
+// Of the level that this is compiled for: whether results can be stored past the caches, and whether it is but what an
+// x86-64 CPU without AVX2 falls back to, for which fewer bodies are compiled.
+#ifdef __AVX2__
+constexpr bool kPassesCaches = true;
+#else
+constexpr bool kPassesCaches = false;
+#endif
+#if defined(__x86_64__) && !defined(__AVX2__)
+constexpr bool kIsFallback = true;
+#else
+constexpr bool kIsFallback = false;
+#endif
+
 #define DECLARE_CPU_LEVEL(level)                                                                          \
   namespace level {                                                                                       \
   /* Make rows [begin, end) of the result, counted over all planes. */                                    \

@@ -1,4 +1,4 @@
-// Register the operators, and run them on CPUs.
+// Register the operators, and run them on CPUs. The one file of this library that reads PyTorch's headers.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "bias_act.h"
 #include "cpu.h"
 #include "tensors.h"

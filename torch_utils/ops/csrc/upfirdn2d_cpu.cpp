@@ -16,6 +16,15 @@ constexpr int kRows = 8;         // gathered before they are filtered: what was 
 template <class T, bool PAST_CACHES = false>
 using Block = SerialBlock<32 / sizeof(Sum<T>), kRows, PAST_CACHES>;
 
+// Whether a format has a body of its own for a kind: those that training meets. All others are rare, and left to
+// upfirdn2d_anything: each body takes a part of a second to compile.
+template <class K, class T>
+constexpr bool has_body() {
+  const bool is_float = sizeof(T) == sizeof(float);
+  if (K::full || sizeof(T) == sizeof(double)) return false;
+  return K::taps == 4 ? is_float || !kIsFallback : is_float && !kIsFallback;
+}
+
 template <class K, bool PAST_CACHES, class T>
 void rows_into(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
   using A = Sum<T>;
@@ -33,7 +42,7 @@ void rows_into(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
 
 template <class K, class T>
 void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
-  if constexpr (sizeof(T) == sizeof(float) && K::taps == 4 && !K::full) {
+  if constexpr (kPassesCaches && sizeof(T) == sizeof(float) && K::taps == 4) {
     const int64_t width = call.horizontal.out, pixels = width * call.vertical.out;
     // Short rows are written too slowly for memory to be the limit, and odd ones share their cache lines.
     if (width >= kLongRow && call.planes * pixels * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
@@ -62,11 +71,13 @@ void channel_rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
 
 template <class T>
 void run(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
-  const bool ran = with_kind(call, [&](auto kind) {
-    if (call.channels == 1) {
-      rows_of<decltype(kind), T>(call, begin, end);
-    } else {
-      channel_rows_of<decltype(kind), T>(call, begin, end);
+  bool ran = false;
+  with_kind(call, [&](auto kind) {
+    using K = decltype(kind);
+    if constexpr (has_body<K, T>()) {
+      ran = true;
+      if (call.channels == 1) return rows_of<K, T>(call, begin, end);
+      channel_rows_of<K, T>(call, begin, end);
     }
   });
   if (ran) return;

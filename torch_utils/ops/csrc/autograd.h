@@ -1,4 +1,7 @@
 // Make the operators differentiable to any order: the derivative of each is put together from operators.
+//
+// Included by library.cpp alone: PyTorch's headers take longer to compile than what is here, and are read there anyway.
+#pragma once
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -8,6 +11,7 @@
 
 #include "bias_act.h"
 
+namespace differentiable {
 namespace {
 
 using at::Tensor;
@@ -303,10 +307,11 @@ Tensor bias_act(const Tensor& x, const MaybeTensor& b, int64_t dim, int64_t act,
 }
 
 }  // namespace
+}  // namespace differentiable
 
 TORCH_LIBRARY_IMPL(lesion_ops, Autograd, library) {
-  library.impl("upfirdn2d", upfirdn2d);
-  library.impl("bias_act", bias_act);
-  library.impl("bias_act_grad", bias_act_grad);
-  library.impl("bias_act_grad2", bias_act_grad2);
+  library.impl("upfirdn2d", differentiable::upfirdn2d);
+  library.impl("bias_act", differentiable::bias_act);
+  library.impl("bias_act_grad", differentiable::bias_act_grad);
+  library.impl("bias_act_grad2", differentiable::bias_act_grad2);
 }
