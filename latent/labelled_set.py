@@ -29,6 +29,7 @@ def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: P
 
     Raises UserError when `dest` cannot be written, another process works on it, or other pieces lie there.
     """
+    # The operators that computed it are no part of what it follows from: pieces keep to theirs, see latent.piecework.
     origin = describe_origin(network, plan, painter)
     pieces = Pieces(dest, {**origin, "count": plan.count, "piece": plan.piece})
     sizes = [len(plan.images(number)) for number in range(plan.num_pieces)]
@@ -39,7 +40,8 @@ def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: P
                 pieces.save(number, {"pixels": _paint_piece(network, painter, plan, number)})
                 advance()
 
-    complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(dest, network, plan, pieces, origin))
+    complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(
+        dest, network, plan, pieces, {**origin, "operators": pieces.operators}))
 
 
 def _paint_piece(network: OpenNetwork, painter: Painter, plan: SetPlan, number: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The folder lies beside what is being made, under its name with ".parts" behind it:
 
-    settings.json       what the pieces follow from; written before the first of them
+    settings.json       what the pieces follow from, and the operators that compute them; written before the first
     piece-000000.npz    named arrays; each piece appears whole or not at all
     state-000001.pt     of a piece that is not finished, where the work keeps states
     lock                while a process works on it
@@ -30,6 +30,7 @@ SETTINGS, LOCK = "settings.json", "lock"
 
 _OURS = re.compile(r"piece-(\d{6,})\.np[yz]|state-\d{6,}\.pt|" + TEMPORARY.pattern)  # npy: of version 1
 _FORMAT = "stylegan2-ada-pieces"
+_OPERATORS = "operators"  # in settings.json
 
 
 class Pieces:
@@ -37,7 +38,12 @@ class Pieces:
 
     dest:      what is being made
     settings:  JSON; pieces of other settings are refused
+
+    operators: the implementation that the pieces are computed with (torch_utils.ops.dispatch); None where there is
+               nothing that was, or it was computed by a version that did not say. Known in `held`.
     """
+
+    operators: str | None = None
 
     def __init__(self, dest: str | os.PathLike, settings: Mapping[str, Any]):
         self.dest = Path(dest)
@@ -76,6 +82,12 @@ class Pieces:
     def is_begun(self) -> bool:
         """Tell whether there is something that would be missed: a piece, or the state of one."""
         return any(name.startswith(("piece-", "state-")) and _OURS.fullmatch(name) for name in os.listdir(self.folder))
+
+    def keep_operators(self, operators: str) -> None:
+        """Note the implementation that all pieces are computed with, before the first one."""
+        if operators != self.operators:
+            self.operators = operators
+            self._write_settings()
 
     def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a piece; its state, if there is one, goes. Raises UserError when it cannot be written."""
@@ -138,14 +150,20 @@ class Pieces:
             foreign = sorted(name for name in os.listdir(self.folder) if name != LOCK and not _OURS.fullmatch(name))
             if foreign:
                 raise UserError(f"{self.folder}, where finished pieces go, holds other files ({foreign[0]}); rename it")
-        elif found == self._settings:
+        elif {**found, _OPERATORS: None} == {**self._settings, _OPERATORS: None}:
+            self.operators = found.get(_OPERATORS) if self.is_begun() else None
             return
         elif self.is_begun():
             raise UserError(f"{self.folder} holds the beginning of another set ({self._differences(found)}); repeat "
                             "its command to complete that one, or remove the folder")
         self.remove()  # pieces that nobody knows the origin of
+        self.operators = None
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        known = {} if self.operators is None else {_OPERATORS: self.operators}
         with atomic_write(self.folder / SETTINGS, text=True) as file:
-            file.write(json.dumps(self._settings, indent=1, allow_nan=False) + "\n")
+            file.write(json.dumps({**self._settings, **known}, indent=1, allow_nan=False) + "\n")
 
     def _read_settings(self) -> dict[str, Any] | None:
         try:

@@ -9,6 +9,7 @@ from dnnlib.cli import UserError
 from dnnlib.disk_failures import DiskFailure
 from latent.pieces import Pieces
 from torch_utils.distributed import Processes, broadcast_object
+from torch_utils.ops.dispatch import auto_means_as_before
 
 _POLL_SECONDS = 0.2
 
@@ -27,8 +28,8 @@ def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make
     """
     is_main = processes.rank == 0
     with pieces.held() if is_main else nullcontext():
-        with _hint(pieces, sizes, unit, KeyboardInterrupt, DiskFailure) if is_main else nullcontext():
-            missing = broadcast_object(_find_missing(pieces, sizes, unit) if is_main else None)
+        with (_hint(pieces, sizes, unit, KeyboardInterrupt, DiskFailure) if is_main else nullcontext(),
+              _shared(pieces, sizes, unit, processes) as missing):
             make(missing[processes.rank::processes.count])
             # Not by a barrier, which would give up while one process is still busy for long.
             if is_main:
@@ -40,6 +41,23 @@ def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make
             pieces.remove()
     if not is_main:
         _wait_until(lambda: not pieces.is_there())
+
+
+@contextmanager
+def _shared(pieces: Pieces, sizes: Sequence[int], unit: str, processes: Processes) -> Iterator[list[int]]:
+    """Yield the pieces that are to be made, all with the operators of the first; the main process decides for all."""
+    work, device = f"the work in {pieces.folder}", processes.device.type
+    if processes.rank == 0:
+        missing = _find_missing(pieces, sizes, unit)
+        with auto_means_as_before(pieces.operators, device, work) as operators:
+            with pieces.writing():
+                pieces.keep_operators(operators)
+            broadcast_object((missing, operators))
+            yield missing
+    else:
+        missing, operators = broadcast_object(None)
+        with auto_means_as_before(operators, device, work):
+            yield missing
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

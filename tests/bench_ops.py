@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torch_utils.allocator import tune_malloc
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.compiled import describe
+from torch_utils.ops.compiled import describe, make_ready
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 TAPS = [1, 3, 3, 1]
@@ -180,6 +180,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     memory = tune_malloc(options.tune_malloc).note
+    make_ready(torch.device(options.device).type)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from tests.bench_ops import commit
 from torch_utils.allocator import tune_malloc
-from torch_utils.ops.compiled import describe
+from torch_utils.ops.compiled import describe, make_ready
 from torch_utils.ops.dispatch import auto_means
 from training.config import TrainConfig
 from training.options import DatasetFacts, TrainOptions
@@ -251,6 +251,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     memory = tune_malloc(options.tune_malloc).note
+    make_ready(torch.device(options.device).type)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

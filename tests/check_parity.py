@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.parity_checks import CHECKS, Measurement
+from torch_utils.ops.compiled import make_ready
 
 
 def badness(measurement: Measurement) -> float:
@@ -26,6 +27,7 @@ def main() -> int:
               file=sys.stderr)
         return 2
     folder = Path(sys.argv[1])
+    make_ready("cpu")
     failed = 0
     for file, checks in CHECKS.items():
         for label, check in checks.items():

@@ -3,16 +3,18 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnnlib.cli import UserError
 from torch_utils.ops import compiled
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.build import BuildError
 from torch_utils.ops.conv2d_resample import conv2d_resample
-from torch_utils.ops.dispatch import auto_means, resolve_impl
+from torch_utils.ops.dispatch import auto_implementation, auto_means, auto_means_as_before, resolve_impl
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -51,13 +53,31 @@ def no_library(monkeypatch):
     """A process that has loaded nothing, where no library can be built; the kinds that were asked for."""
     asked = []
 
-    def library(kind):
+    def refuse(kind):
         asked.append(kind)
         raise BuildError(REASON)
 
-    monkeypatch.setattr(compiled, "_failures", {})
-    monkeypatch.setattr(compiled, "library", library)
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
     return asked
+
+
+def forget(monkeypatch, **failures):
+    """Let this process have loaded nothing, and said nothing of it, but for what is named."""
+    monkeypatch.setattr(compiled, "_failures", failures)
+    monkeypatch.setattr(compiled, "_told", set())
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """A process that has loaded nothing, on a machine where nothing is built; returns the empty folder of builds."""
+    def refuse(*_, **__):
+        raise AssertionError("a process is started")
+
+    forget(monkeypatch)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    return tmp_path / "builds"
 
 
 @pytest.fixture
@@ -71,8 +91,8 @@ def other_cuda(monkeypatch):
             raise verdict[0]
         return verdict[0]
 
-    monkeypatch.setattr(compiled, "_failures", {"cpu": None})
-    monkeypatch.setattr(compiled, "library", lambda kind: f"lib{kind}.so")
+    forget(monkeypatch, cpu=None)
+    monkeypatch.setattr(compiled, "find", lambda kind: SimpleNamespace(library=f"lib{kind}.so"))
     monkeypatch.setattr("torch.ops.load_library", loaded.append)
     monkeypatch.setattr("torch_utils.ops.self_check.first_difference", first_difference)
     yield verdict
@@ -182,8 +202,8 @@ def test_library_that_the_loader_refuses_is_a_reason(monkeypatch, tmp_path, caps
     path = tmp_path / "operators.so"
     path.write_text("no library\n" * 100)
     asked = []
-    monkeypatch.setattr(compiled, "_failures", {})
-    monkeypatch.setattr(compiled, "library", lambda kind: asked.append(kind) or path)
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", lambda kind: asked.append(kind) or SimpleNamespace(library=path))
     assert torch.equal(OPS["upfirdn2d"]("auto"), OPS["upfirdn2d"]("composed"))
     message = capsys.readouterr().err
     assert re.fullmatch(f"warning: operators .* which is slower: [^\n]*{re.escape(str(path))}[^\n]*\n", message)
@@ -194,27 +214,103 @@ def test_library_that_the_loader_refuses_is_a_reason(monkeypatch, tmp_path, caps
 
 
 def test_reason_of_several_lines_is_told_in_one(monkeypatch):
-    def library(kind):
+    def refuse(kind):
         raise BuildError("first line\n  second line")
 
-    monkeypatch.setattr(compiled, "_failures", {})
-    monkeypatch.setattr(compiled, "library", library)
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
     assert compiled.failure_of("cpu") == "first line second line"
 
 
-def test_threads_that_start_together_build_once(monkeypatch):
+def test_threads_that_start_together_look_once(monkeypatch):
     asked = []
 
-    def library(kind):
+    def refuse(kind):
         asked.append(kind)
         time.sleep(0.05)  # for the others to come
         raise BuildError(REASON)
 
-    monkeypatch.setattr(compiled, "_failures", {})
-    monkeypatch.setattr(compiled, "library", library)
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(compiled.failure_of, ["cpu"] * 4)) == [REASON] * 4
     assert asked == ["cpu"]
+
+
+NOT_BUILT = "the compiled CPU operators are not built: python -m torch_utils.ops.build does it, once"
+
+
+def test_auto_where_nothing_is_built_is_composed_with_one_line_and_builds_nothing(nothing_built, capsys):
+    for op in OPS.values():
+        op("auto", X.to("meta"))  # shapes alone: nothing is slower
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        for op in OPS.values():
+            assert torch.equal(op("auto"), op("composed"))
+    assert capsys.readouterr().err == WARNING.replace(REASON, NOT_BUILT)
+    assert compiled.describe("cpu") == f"composed ({NOT_BUILT})"
+    assert not nothing_built.exists()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpp_where_nothing_is_built_raises_and_says_how_to_build(op, nothing_built):
+    with pytest.raises(RuntimeError, match=f"^{op}: impl is 'cpp', which cannot run here: {re.escape(NOT_BUILT)}$"):
+        OPS[op]("cpp")
+    assert not nothing_built.exists()
+
+
+def test_second_process_of_a_run_leaves_the_line_to_the_first(nothing_built, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert compiled.fast_implementation("cpu") == "composed"
+    assert capsys.readouterr().err == ""
+
+
+def test_make_ready_builds_what_was_not_there(no_library, monkeypatch):
+    built = []
+    monkeypatch.setattr(compiled, "library", lambda kind: built.append(kind) or f"lib{kind}.so")
+    monkeypatch.setattr("torch.ops.load_library", lambda path: built.append(path))
+    for name in ("compiled_upfirdn2d", "compiled_bias_act"):
+        monkeypatch.setattr(f"torch_utils.ops.{name}.register", lambda: None)
+    assert compiled.failure_of("cpu") == REASON
+    assert compiled.make_ready("mps") is None  # for which there are none
+    assert built == []
+    assert [compiled.make_ready("cpu") for _ in range(2)] == [None, None]
+    assert built == ["cpu", "libcpu.so"]
+    assert compiled.fast_implementation("cpu") == "cpp"
+
+
+def test_make_ready_where_nothing_can_be_built_gives_the_compilers_reason(no_library, monkeypatch, capsys):
+    def refuse(kind):
+        raise BuildError("compiling the operators failed")
+
+    monkeypatch.setattr(compiled, "library", refuse)
+    monkeypatch.setattr(compiled, "find", lambda kind: None)
+    assert compiled.make_ready("cuda") == "compiling the operators failed"
+    assert torch.equal(OPS["bias_act"]("auto"), OPS["bias_act"]("composed"))
+    assert capsys.readouterr().err == WARNING.replace(REASON, "compiling the operators failed")
+
+
+# Work that is continued
+
+
+def test_auto_means_as_before_what_the_work_was_begun_with(capsys):
+    for before, now in ((None, "cpp"), ("cpp", "cpp"), ("composed", "composed"), ("ref", "ref")):
+        with auto_means_as_before(before, "cpu", "the work in x.parts") as means:
+            assert means == auto_implementation("cpu") == resolve_impl("bias_act", "auto", X) == now
+    assert capsys.readouterr().err == ("the work in x.parts was begun with PyTorch's operators and goes on with them, "
+                                       "so that all of it is alike\n")
+    assert auto_implementation("cpu") == "cpp"
+
+
+def test_auto_means_as_before_without_those_operators_is_refused_in_one_line(no_library, capsys):
+    for before, reason in (
+            ("cpp", f"with the compiled operators (cpp), which cannot run here ({REASON}): put that right and give the "
+                    "same command again, or remove it to begin anew"),
+            ("new", "with operators of another version of this program (new); remove it to begin anew")):
+        with (pytest.raises(UserError) as caught, auto_means_as_before(before, "cpu", "the work in x.parts")):
+            pass
+        assert str(caught.value) == f"the work in x.parts was begun {reason}"
+    assert capsys.readouterr().err == ""
 
 
 # CUDA, whose library is a stand-in here

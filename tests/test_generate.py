@@ -20,6 +20,7 @@ from tests.generator_files import is_alike, pixels_in, save_generator
 from tests.make_sets import make_set
 from tests.tiny_networks import generator
 from torch_utils.distributed import Processes
+from torch_utils.ops import compiled
 from training.snapshot import Networks, load_network, save_network
 
 DATA = Path(__file__).parent / "data"
@@ -47,6 +48,17 @@ def make(capsys, *arguments, network="net.safetensors"):
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, "")
     return captured.out
+
+
+def test_images_where_no_operators_are_built_say_so_in_one_line_and_build_none(inside, capsys, monkeypatch):
+    monkeypatch.setattr(compiled, "_failures", {})
+    monkeypatch.setattr(compiled, "_told", set())
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "builds")
+    assert run(generate.main, ["--network=net.safetensors", "--seeds=0-3", "--class=nv", "--outdir=out"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: operators are put together from PyTorch's, which is slower: the compiled CPU operators are not "
+        "built: python -m torch_utils.ops.build does it, once\n")
+    assert not os.path.exists("builds")
 
 
 def refuse(capsys, *arguments, network="net.safetensors"):

@@ -18,6 +18,8 @@ from latent.sampling import Look, Painter
 from latent.set_plan import SetPlan, piece_size
 from tests.generator_files import save_generator
 from torch_utils.distributed import Processes
+from torch_utils.ops import compiled
+from torch_utils.ops.dispatch import auto_implementation, auto_means
 
 INFO = {"classes": ["nv", "mel"], "kimg": 4.5, "phantom": True}
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
@@ -80,7 +82,7 @@ def test_set_holds_what_was_drawn_and_says_where_it_is_from(network, tmp_path):
     assert found.source == {
         "generated": True, "network": "net.safetensors", "network_sha256": network.sha256, "network_kimg": 4.5,
         "seeds": [7, 13], "truncation": 0.5, "noise_mode": "const", "fp32": True, "device": "cpu", "batch": 1,
-        "classes": {"nv": 3, "mel": 4}, "phantom": True}
+        "operators": "cpp", "classes": {"nv": 3, "mel": 4}, "phantom": True}
     assert os.listdir(tmp_path) == ["set.zip"]
 
 
@@ -139,6 +141,47 @@ def begun(tmp_path, network, monkeypatch, **look):
         with pytest.raises(KeyboardInterrupt):
             write(dest, network, **look)
     return dest
+
+
+def test_set_that_was_begun_without_compiled_operators_goes_on_without(network, tmp_path, monkeypatch, capsys):
+    with auto_means("composed"):
+        expected = write(tmp_path / "expected.zip", network).read_bytes()
+        dest = begun(tmp_path, network, monkeypatch)
+    capsys.readouterr()
+    used, paint = [], Painter.paint
+    monkeypatch.setattr(Painter, "paint", lambda *given: used.append(auto_implementation("cpu")) or paint(*given))
+    assert write(dest, network).read_bytes() == expected
+    assert used == ["composed"] * 3
+    assert ImageSet(dest).source["operators"] == "composed"
+    assert capsys.readouterr().err == (
+        f"{dest}.parts: 2 of 7 images are there already; going on\nthe work in {dest}.parts was begun with PyTorch's "
+        "operators and goes on with them, so that all of it is alike\n")
+
+
+def test_set_whose_operators_are_gone_is_refused_and_the_pieces_stay(network, tmp_path, monkeypatch):
+    expected = write(tmp_path / "expected.zip", network).read_bytes()
+    dest = begun(tmp_path, network, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_failures", {"cpu": "there is no compiler"})
+        with pytest.raises(UserError) as caught:
+            write(dest, network)
+    assert str(caught.value) == (
+        f"the work in {dest}.parts was begun with the compiled operators (cpp), which cannot run here (there is no "
+        "compiler): put that right and give the same command again, or remove it to begin anew")
+    assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npz", "settings.json"]
+    assert write(dest, network).read_bytes() == expected
+
+
+def test_set_of_a_version_that_did_not_note_its_operators_is_continued(network, tmp_path, monkeypatch):
+    expected = write(tmp_path / "expected.zip", network).read_bytes()
+    dest = begun(tmp_path, network, monkeypatch)
+    settings = tmp_path / "set.zip.parts" / "settings.json"
+    found = json.loads(settings.read_text())
+    assert found.pop("operators") == "cpp"
+    settings.write_text(json.dumps(found))
+    saved = stop_after(monkeypatch, 9, None)
+    assert write(dest, network).read_bytes() == expected
+    assert saved == [1, 2, 3]
 
 
 def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path, monkeypatch):
@@ -284,7 +327,7 @@ def test_set_replaces_an_older_one_whole(network, tmp_path):
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, [2]), (2, [4])])
 def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank, expected):
-    monkeypatch.setattr("latent.piecework.broadcast_object", lambda value: [1, 2, 4, 5])
+    monkeypatch.setattr("latent.piecework.broadcast_object", lambda value: ([1, 2, 4, 5], "cpp"))
     saved = stop_after(monkeypatch, 9, None)
     (tmp_path / "set.zip.parts").mkdir()
     chosen, painter = plan(counts=(5, 6)), Painter(network.G, Look(), batch=1)

@@ -17,6 +17,7 @@ from tests.make_sets import make_set
 from tests.parity_checks import compare_state, golden_inputs, golden_start
 from tests.training_runs import flattened
 from torch_utils.checkpoint import CheckpointPair
+from torch_utils.ops.dispatch import auto_means
 from training import loop
 from training.dataset import ImageDataset
 from training.options import TrainOptions
@@ -101,6 +102,20 @@ def lines_of(outdir):
     """Return the lines of stats.jsonl of the one run there."""
     folder, = outdir.glob("0*")
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+def test_run_that_goes_on_with_other_operators_says_so_in_its_log(tmp_path, monkeypatch):
+    config, settings, dataset = prepared(tmp_path)
+    logs = []
+    for means in ("composed", "composed", "auto"):
+        stop_after(monkeypatch, iterations=1)
+        with auto_means(means):
+            assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
+        folder, = (tmp_path / "runs").glob("0*")
+        logs.append((folder / "log.txt").read_text())
+    line = f"{folder}: operators composed then and cpp now; the end may differ from that of an unbroken run"
+    assert [line in log for log in logs] == [False, False, True]
+    assert "operators composed then" not in logs[1]
 
 
 def test_loop_asks_the_others_once_an_iteration_and_saves_when_one_wishes(tmp_path, monkeypatch):

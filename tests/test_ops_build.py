@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from dnnlib.cli import run
 from torch_utils.ops import build, build_tools
-from torch_utils.ops.build import library, obtain
+from torch_utils.ops.build import find, library, obtain
 from torch_utils.ops.build_cuda import Toolkit
 from torch_utils.ops.build_recipe import TorchBuild, read_subject, write_recipe
 from torch_utils.ops.build_tools import BuildError
@@ -44,7 +45,7 @@ TorchBuild = build.TorchBuild
 build.TorchBuild.installed = lambda: {TORCH!r}
 print(build.library("cpu", source=Path(sys.argv[1])))
 """
-BUILDING = "building the CPU operators, once, into "
+BUILDING = "building the CPU operators, once, which usually takes half a minute: "
 
 
 @pytest.fixture
@@ -123,6 +124,7 @@ def test_build_keeps_what_tells_of_it_and_no_more(source, cache):
     assert (record["torch"], record["torch_cuda"], record["archs"]) == ("2.99.0+cu130", "13.0", [])
     assert record["steps"].keys() == {"library.cpp.o", "ops_cpu.so", *(f"a_cpu.cpp.{level}.o" for level in LEVELS)}
     assert record["seconds"] >= 0 <= min(record["steps"].values())
+    assert record["cpu_seconds"] >= 0
     assert record["compiler"] == f"{os.environ['CXX']}: fake 1.0"
     assert sorted(path.name for path in cache.iterdir()) == ["answers", folder.name]
 
@@ -152,6 +154,46 @@ def test_library_that_was_removed_is_built_again(source, log):
     library("cpu", source=source).unlink()
     built = obtain("cpu", source=source)
     assert (built.is_new, built.library.read_text()) == (True, "whole")
+
+
+# What is there, without building
+
+
+def test_find_where_nothing_is_built_starts_no_process(source, cache, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a process is started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert find("cpu", source=source) is None
+    assert not cache.exists()
+
+
+def test_find_returns_what_was_built_and_prefers_these_tools(source, log, tmp_path, monkeypatch):
+    ours = library("cpu", source=source)
+    other = tmp_path / "other"
+    other.write_text(COMPILER.replace("fake 1.0", "fake 2.0"))
+    other.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(other))
+        assert find("cpu", source=source).library == ours  # of other tools for the same code
+        theirs = library("cpu", source=source)
+        assert find("cpu", source=source).library == theirs != ours
+        patch.setenv("CXX", "gone")
+        assert find("cpu", source=source).library == theirs  # the newest
+    assert find("cpu", source=source).library == ours
+    (source / "a.h").write_text("// changed\n")
+    assert find("cpu", source=source) is None
+
+
+def test_cpu_library_reads_the_headers_of_pytorch_in_one_source():
+    # They are half of what a build costs.
+    def reads(name):
+        included = re.findall(r'#include ([<"])(.*?)[>"]', (build.SOURCE / name).read_text())
+        return any(path.startswith(("ATen/", "torch/", "c10/")) if kind == "<" else reads(path)
+                   for kind, path in included)
+
+    subject = read_subject("cpu", build.SOURCE, TORCH, "")
+    assert [name for name in subject.sources if name.endswith(".cpp") and reads(name)] == ["library.cpp"]
 
 
 # The name of a build
@@ -357,8 +399,7 @@ def test_command_prints_what_it_found_and_built(source, log, cache, monkeypatch,
     path = library("cpu", source=source)
     assert lines[0].startswith(f"torch     {torch.__version__}, ")
     assert lines[1] == f"compiler  {os.environ['CXX']}: fake 1.0"
-    assert lines[2].startswith("cpu       built in ")
-    assert lines[2].endswith(f" s: {path}")
+    assert re.fullmatch(rf"cpu       built in [\d.]+ s, [\d.]+ CPU seconds: {re.escape(str(path))}", lines[2])
     assert lines[3].startswith("cache     1 builds, 0.0 MB in ")
     assert run(build.main, ["--kind=cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[2].startswith("cpu       there already, made ")
@@ -369,3 +410,13 @@ def test_command_ends_with_one_line_of_advice(source, log, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "gone")
     assert run(build.main, ["--kind=cpu"]) == 2
     assert capsys.readouterr().err == ("error: CXX is 'gone'; expected a C++ compiler: set it to one, or unset it\n")
+
+
+def test_command_that_is_optional_succeeds_with_one_line_where_there_is_no_compiler(source, log, monkeypatch, capsys):
+    monkeypatch.setattr(build, "obtain", partial(obtain, source=source))
+    monkeypatch.setenv("CXX", "gone")
+    assert run(build.main, ["--kind=cpu", "--optional"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[1:] == ["cpu       not built, so that PyTorch's operators are used, which are slower: "
+                                    "CXX is 'gone'; expected a C++ compiler: set it to one, or unset it"]

@@ -19,9 +19,12 @@ from tests.projector_commands import (
     contents,
     names_in,
     project,
+    record_in,
     stop_within,
     working_in,
 )
+from torch_utils.ops import compiled
+from torch_utils.ops.dispatch import auto_implementation, auto_means
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
 
@@ -85,6 +88,42 @@ def test_target_that_was_stopped_is_continued_by_the_same_command(inside, capsys
         assert attempt(*command, "--outdir=out") == 0
     assert done == [2, 3, 4]
     assert contents("out") == contents("expected")
+
+
+@pytest.mark.parametrize("command", [(*TARGET, "--class=auto", "--batch=1"), SET])
+def test_projection_that_was_begun_without_compiled_operators_goes_on_without(inside, capsys, monkeypatch, command):
+    with auto_means("composed"):
+        project(capsys, *command, "--outdir=expected")
+        with monkeypatch.context() as patch:
+            stop_within(patch, 6, Terminated())  # in the second pass
+            assert attempt(*command) == 143
+    capsys.readouterr()
+    used, advance = [], Projection.advance
+    monkeypatch.setattr(Projection, "advance", lambda self: used.append(auto_implementation("cpu")) or advance(self))
+    assert attempt(*command) == 0
+    assert set(used) == {"composed"}
+    folder = "the projection in out" if command != SET else f"the work in {PARTS}"
+    assert (f"{folder} was begun with PyTorch's operators and goes on with them, so that all of it is alike\n"
+            in capsys.readouterr().err)
+    assert record_in("out", "projection.json" if command != SET else "projections.json")["operators"] == "composed"
+    assert contents("out") == contents("expected")
+
+
+@pytest.mark.parametrize("command", [TARGET, SET])
+def test_projection_whose_operators_are_gone_is_refused_and_kept(inside, capsys, monkeypatch, command):
+    with monkeypatch.context() as patch:
+        stop_within(patch, 2, Terminated())
+        assert attempt(*command, "--class=nv") == 143
+    capsys.readouterr()
+    before = contents("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_failures", {"cpu": "there is no compiler"})
+        assert attempt(*command, "--class=nv") == 2
+    work = "the projection in out" if command == TARGET else f"the work in {PARTS}"
+    assert capsys.readouterr().err.endswith(
+        f"error: {work} was begun with the compiled operators (cpp), which cannot run here (there is no compiler): put "
+        "that right and give the same command again, or remove it to begin anew\n")
+    assert contents("out") == before
 
 
 def test_target_is_not_projected_again_when_tuning_was_stopped(inside, capsys, monkeypatch):

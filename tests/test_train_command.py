@@ -18,6 +18,7 @@ from tests.make_archives import make_folder, make_zip
 from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.training_runs import replaced
 from torch_utils.allocator import Tuning
+from torch_utils.ops import compiled
 from training import device
 from training.balance import image_weights
 from training.command import make_command
@@ -263,12 +264,16 @@ def test_exit_code_is_that_of_the_training(inside):
 def test_script_launches_several_processes_or_trains(inside, monkeypatch):
     config = resolve(TrainOptions(cfg="tiny", gpus=2, metrics=()),
                      DatasetFacts(name="set", resolution=16, channels=3, num_images=6, c_dim=0))
-    monkeypatch.setattr(train, "launch", lambda count: 10 + count)
-    monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(train=lambda *_: 1))
-    assert train.train(config, None, None) == 12
+    done, settings = [], SimpleNamespace(device="cpu")
+    monkeypatch.setattr(train, "make_ready", lambda device: done.append(f"operators for {device}"))
+    monkeypatch.setattr(train, "launch", lambda count: done.append("launched") or 10 + count)
+    monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(train=lambda *_: done.append("trained") or 1))
+    assert train.train(config, settings, None) == 12
+    assert done == ["operators for cpu", "launched"]  # built once, before the processes start
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train.train(config, None, None) == 1
+    assert train.train(config, settings, None) == 1
+    assert done[2:] == ["operators for cpu", "trained"]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -379,6 +384,13 @@ def test_dry_run_prints_the_settings_and_writes_nothing(inside, capsys):
     assert found["device"] == {"name": "cpu", "reason": "no CUDA device is available"}
     assert found["precision"]["name"] == "fp32"
     assert err == ""
+    assert os.listdir() == ["set.zip"]
+
+
+def test_dry_run_where_no_operators_are_built_builds_none_and_says_nothing_of_them(inside, capsys, monkeypatch):
+    monkeypatch.setattr(compiled, "_failures", {})
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "builds")
+    assert dry_run(capsys, "--cfg=tiny", "--cond=1")[1] == ""
     assert os.listdir() == ["set.zip"]
 
 

@@ -12,6 +12,7 @@ from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
 from imagesets.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
+from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.stats import Collector
 from training.balance import image_weights
 from training.config import TrainConfig
@@ -166,7 +167,7 @@ class _Loop:
             return
         saved, message = found
         self._load(saved)
-        self.output.resume(self.tick, saved["seconds"], message)
+        self.output.resume(self.tick, saved["seconds"], message, operators=saved.get("operators"))
 
     def _load(self, saved: dict[str, Any]) -> None:
         if saved.get("loop_version") != LOOP_VERSION:
@@ -247,7 +248,8 @@ class _Loop:
 
     def _save_state(self) -> None:
         """Write a state that continues exactly here; a full disk is said and leaves the one before."""
-        state = {"loop_version": LOOP_VERSION, "training": self.state.state_dict(),
+        state = {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
+                 "training": self.state.state_dict(),
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
                  "reported_ticks": self.tick, "tick_start_nimg": self.tick_start_nimg,
                  "seconds": self.output.seconds()}

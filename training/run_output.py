@@ -16,6 +16,7 @@ from imagesets.member_pixels import describe_shape
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes
 from torch_utils.ops.compiled import describe as describe_operators
+from torch_utils.ops.dispatch import auto_implementation
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
@@ -57,16 +58,21 @@ class RunOutput:
                 self._save_fakes(self.run.path / "fakes_init.png")
         self.clock.begin(0)
 
-    def resume(self, ticks: int, seconds: float, message: str | None) -> None:
+    def resume(self, ticks: int, seconds: float, message: str | None, operators: str | None = None) -> None:
         """Continue a run.
 
-        ticks:    reported so far;  seconds: of training, in earlier processes
-        message:  on damaged states that were passed over
+        ticks:     reported so far;  seconds: of training, in earlier processes
+        message:   on damaged states that were passed over
+        operators: the implementation that the run used before; None where its state does not say
         """
+        now = auto_implementation(self.state.device.type)
+        changed = [] if operators in (None, now) else [
+            f"{self.run.path}: operators {operators} then and {now} now; the end may differ from that of an unbroken "
+            "run"]
         self.clock.resume(seconds)
         self.saved_nimg = self.state.nimg
         self.reporter.start(ticks=ticks, nimg=self.state.nimg)
-        self._introduce([*([] if message is None else [message]), f"continues at image {self.state.nimg}"])
+        self._introduce([*([] if message is None else [message]), *changed, f"continues at image {self.state.nimg}"])
         self.clock.begin(self.state.nimg)
 
     def say(self, text: str) -> None:

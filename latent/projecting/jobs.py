@@ -61,8 +61,7 @@ def project_target(request: ProjectRequest) -> int:
     with memory_advice(size), _held(request.outdir) as outdir:
         work = TargetProjection(outdir, network, Projector(network.G, similarity, request.settings), target, size=size,
                                 settings=settings, painter_batch=choose_batch(network.G.img_resolution, device))
-        nearest = work.find(candidates, keep_path=request.save_video is not False)
-        record = work.write(nearest, pti_steps=request.pti_steps or 0)
+        record = work.project(candidates, keep_path=request.save_video is not False, pti_steps=request.pti_steps or 0)
     click.echo(_describe_target(request, record))
     return 0
 
@@ -112,7 +111,7 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
 
     def assemble() -> None:
         try:
-            summary = write_results(outdir, settings, images, network, plan, pieces,
+            summary = write_results(outdir, {**settings, "operators": pieces.operators}, images, network, plan, pieces,
                                     by_class=bool(request.group_by_class))
         except NothingReadable:
             pieces.remove()  # so that the same command reads the images again

@@ -18,11 +18,12 @@ from latent.classes import Label
 from latent.network import OpenNetwork
 from latent.pictures import save_picture
 from latent.projecting.distances import COLUMNS, PERCEPTUAL, measure_pairs
-from latent.projecting.kept_state import finish
+from latent.projecting.kept_state import finish, read_operators
 from latent.projecting.pivotal_tuning import TuningSettings, save_tuned, tune
 from latent.projecting.projection import Projector, Start, find_start
 from latent.projecting.video import Video
 from latent.sampling import Look, Painter
+from torch_utils.ops.dispatch import auto_means_as_before
 
 TARGET, PROJECTION, STYLES, VIDEO, RECORD = ("target.png", "proj.png", "projected_w.npz", "proj.mp4",
                                              "projection.json")
@@ -56,11 +57,24 @@ class TargetProjection:
         self._size, self._settings = size, settings
         # As generate.py --projected-w does it, so that proj.png is what that makes of projected_w.npz.
         self._painter = Painter(network.G, Look(), batch=painter_batch)
+        self._operators = "auto"
         self._identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
-    def find(self, candidates: Sequence[Label], *, keep_path: bool) -> Nearest:
-        """Project from the mean style of each class, or of a label; return the nearest. Raises UserError, OSError."""
+    def project(self, candidates: Sequence[Label], *, keep_path: bool, pti_steps: int) -> dict[str, Any]:
+        """Find the nearest projection and write its files; return the record. Raises UserError, OSError.
+
+        A projection that was begun goes on with the operators of its beginning.
+        """
         passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
+        kept = (read_operators(self._state_path(number), self._identity_of(labels, keep_path))
+                for number, labels in enumerate(passes))
+        before = next((operators for operators in kept if operators is not None), None)
+        device = self._projector.device.type
+        with auto_means_as_before(before, device, f"the projection in {self._outdir}") as self._operators:
+            return self._write(self._find(passes, keep_path=keep_path), pti_steps=pti_steps)
+
+    def _find(self, passes: Sequence[Sequence[Label]], *, keep_path: bool) -> Nearest:
+        """Project from the mean style of each class, or of a label; return the nearest."""
         steps = len(passes) * self._projector.settings.num_steps
         best, tried = None, {}
         with Progress(steps, "steps") as progress:
@@ -76,8 +90,8 @@ class TargetProjection:
         filled = starts + starts[:1] * (self._size - len(starts))
         targets = self._target.expand(len(filled), -1, -1, -1)
         projection = self._projector.begin(targets, filled, keep_path=keep_path)
-        identity = f"{self._identity} {labels} {keep_path}"
-        finish(projection, self._state_path(number), identity, progress.advance)
+        finish(projection, self._state_path(number), self._identity_of(labels, keep_path), progress.advance,
+               operators=self._operators)
         ws = projection.styles()
         pixels = torch.cat(list(self._painter.show(ws)))
         distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
@@ -86,9 +100,12 @@ class TargetProjection:
                         path=None if projection.path is None else [w[slot] for w in projection.path])
                 for slot, label in enumerate(labels)]
 
-    def write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
-        """Write all files, tuning the network first where that is wanted; return the record. Raises UserError, OSError.
-        """
+    def _identity_of(self, labels: Sequence[Label], keep_path: bool) -> str:
+        """Return what the states of a pass follow from."""
+        return f"{self._identity} {labels} {keep_path}"
+
+    def _write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
+        """Write all files, tuning the network first where that is wanted; return the record."""
         for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # of an earlier command: none may pass for ours
             (self._outdir / name).unlink(missing_ok=True)
         save_picture(self._outdir / TARGET, self._target)
@@ -132,7 +149,7 @@ class TargetProjection:
         mean = nearest.start.mean.expand(1, self._network.G.num_ws, -1)
         start = measure_pairs(self._target[None], self._painter.pixels(mean, [0]), self._projector.similarity)[0]
         is_vector = isinstance(nearest.label, tuple)
-        record = {**self._settings,
+        record = {**self._settings, "operators": self._operators,
                   "class": None if is_vector or nearest.label is None else classes.name(nearest.label),
                   **({"label": list(nearest.label)} if is_vector else {}), "distances": _finite(nearest.distances),
                   "distances_of_start": _finite(dict(zip(COLUMNS, start.tolist(), strict=True)))}

@@ -215,9 +215,10 @@ def _cpu_seconds_of_children() -> float:
 def _record(recipe: Recipe, seconds: float, cpu_seconds: float, steps: dict[str, float]) -> dict:
     torch = recipe.subject.torch
     return {"kind": recipe.subject.kind, "made": datetime.now().astimezone().isoformat(" ", "seconds"),
-            "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "steps": steps, "torch": torch.version, "torch_cuda": torch.cuda,
-            "cxx11_abi": torch.cxx11_abi, "compiler": recipe.compiler.title,
-            "toolkit": recipe.toolkit and recipe.toolkit.title, "archs": list(recipe.subject.archs),
+            "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "steps": steps,
+            "torch": torch.version, "torch_cuda": torch.cuda, "cxx11_abi": torch.cxx11_abi,
+            "compiler": recipe.compiler.title, "toolkit": recipe.toolkit and recipe.toolkit.title,
+            "archs": list(recipe.subject.archs),
             "commands": [*(command for _, command in recipe.objects.values()), recipe.link]}
 
 

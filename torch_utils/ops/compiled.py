@@ -21,8 +21,8 @@ _told: set[str] = set()  # kinds of library of which was said that they cannot r
 def failure_of(kind: str) -> str | None:
     """Load the operators of "cpu" or "cuda", once a process; return why they cannot run, None where they can.
 
-    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so that operators have to be loaded before:
-    by this function, or by running one.
+    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so that operators have to be loaded
+    before: by this function, or by running one.
     """
     if kind not in _failures:
         with _LOCK:
@@ -60,9 +60,14 @@ def fast_implementation(kind: str) -> str:
         return IMPLEMENTATION_ON[kind]
     if kind not in _told and not is_meta:
         _told.add(kind)
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first says it for all
-            print(f"warning: operators are put together from PyTorch's, which is slower: {failure}", file=sys.stderr)
+        tell(f"warning: operators are put together from PyTorch's, which is slower: {failure}")
     return "composed"
+
+
+def tell(line: str) -> None:
+    """Print a line on standard error; of the processes of a run the first one does, for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def describe(kind: str) -> str:
@@ -78,8 +83,8 @@ def _find(kind: str) -> Path:
     """Return the library that is there. Raises BuildError, which says how to build it."""
     built = find(kind)
     if built is None:
-        raise BuildError(f"the compiled {kind.upper()} operators are not built: python -m torch_utils.ops.build does it, "
-                         "once")
+        raise BuildError(f"the compiled {kind.upper()} operators are not built: python -m torch_utils.ops.build does "
+                         "it, once")
     return built.library
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from dnnlib.cli import UserError
 from torch_utils.ops import compiled
 
 IMPLEMENTATIONS = ("auto", "ref", "composed", "cpp", "cuda")
@@ -24,7 +25,7 @@ def resolve_impl(op: str, impl: str, x: Tensor) -> str:
     if impl == "auto":
         impl = _auto
     if impl == "auto":
-        return compiled.fast_implementation(x.device.type)
+        return auto_implementation(x.device.type)
     if impl in ("cpp", "cuda"):
         expected = compiled.DEVICE_OF[impl]
         if x.device.type != expected:
@@ -34,6 +35,11 @@ def resolve_impl(op: str, impl: str, x: Tensor) -> str:
         if failure is not None:
             raise RuntimeError(f"{op}: impl is {impl!r}, which cannot run here: {failure}")
     return impl
+
+
+def auto_implementation(device_type: str) -> str:
+    """Return what "auto" means now on a type of device."""
+    return compiled.fast_implementation(device_type) if _auto == "auto" else _auto
 
 
 @contextmanager
@@ -47,3 +53,29 @@ def auto_means(impl: str) -> Iterator[None]:
         yield
     finally:
         _auto = before
+
+
+@contextmanager
+def auto_means_as_before(before: str | None, device_type: str, work: str) -> Iterator[str]:
+    """Let "auto" mean what it meant when some work was begun, so that its end fits its beginning; yield what it means.
+
+    before:  as `auto_implementation` returned it then; None where there is nothing to continue
+    work:    what is continued, for messages, such as "the work in synthetic.zip.parts"
+
+    Raises UserError where that implementation cannot run.
+    """
+    if before is not None and before not in IMPLEMENTATIONS:
+        raise UserError(f"{work} was begun with operators of another version of this program ({before}); remove it to "
+                        "begin anew")
+    failure = compiled.failure_of(compiled.DEVICE_OF[before]) if before in compiled.DEVICE_OF else None
+    if failure is not None:
+        raise UserError(f"{work} was begun with the compiled operators ({before}), which cannot run here ({failure}): "
+                        "put that right and give the same command again, or remove it to begin anew")
+    now = auto_implementation(device_type)
+    if before in (None, now):
+        yield now
+        return
+    if before == "composed":
+        compiled.tell(f"{work} was begun with PyTorch's operators and goes on with them, so that all of it is alike")
+    with auto_means(before):
+        yield before
