@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from torch_utils.ops.compiled import estimating
 from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.discriminator import Discriminator
@@ -156,6 +157,6 @@ def augment_bytes(config: TrainConfig) -> int:
     size = min(resolution, _AUGMENT_SIZE)
     pipe = AugmentPipe(**config.augment.strengths)
     images = torch.zeros(_AUGMENT_BATCH, channels, size, size, requires_grad=True)
-    with LiveBytes() as tracker:
+    with estimating(), LiveBytes() as tracker:
         pipe(images, generator=torch.Generator().manual_seed(0)).sum().backward()
     return round(tracker.peak / _AUGMENT_BATCH * config.step.micro_batch * (resolution / size) ** 2)

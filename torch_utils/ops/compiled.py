@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 
@@ -16,6 +17,7 @@ DEVICE_OF = {impl: device for device, impl in IMPLEMENTATION_ON.items()}
 _LOCK = RLock()
 _failures: dict[str, str | None] = {}  # kind of library -> why it cannot run, None where it can
 _told: set[str] = set()  # kinds of library of which was said that they cannot run
+_is_estimating = False
 
 
 def failure_of(kind: str) -> str | None:
@@ -58,10 +60,21 @@ def fast_implementation(kind: str) -> str:
     failure = failure_of(kind)
     if failure is None:
         return IMPLEMENTATION_ON[kind]
-    if kind not in _told and not is_meta:
+    if kind not in _told and not is_meta and not _is_estimating:
         _told.add(kind)
         tell(f"warning: operators are put together from PyTorch's, which is slower: {failure}")
     return "composed"
+
+
+@contextmanager
+def estimating() -> Iterator[None]:
+    """Say nothing of operators that cannot run, while they run only to estimate what a run would take."""
+    global _is_estimating
+    before, _is_estimating = _is_estimating, True
+    try:
+        yield
+    finally:
+        _is_estimating = before
 
 
 def tell(line: str) -> None:
