@@ -108,7 +108,8 @@ def test_record_says_what_was_done_and_what_came_of_it(inside, capsys, network, 
         "network_kimg": kimg, "space": "w", "num_steps": STEPS, "seed": 7, "detector": "pixels",
         "detector_weights_sha256": "none", "detector_preprocessing": PixelDistance.preprocessing,
         "transform": "center-crop", "resize_filter": "lanczos", "exact": False, "batch": 1, "device": "cpu",
-        "target": "target.png", "target_sha256": hashlib.sha256(target.numpy()).hexdigest(), "class": name,
+        "operators": "cpp", "target": "target.png", "target_sha256": hashlib.sha256(target.numpy()).hexdigest(),
+        "class": name,
         "distances": near(distances_in("out")),
         "distances_of_start": near(distances_between(target, mean_image(network, label)))}
 

@@ -62,8 +62,8 @@ def test_set_becomes_a_data_set_of_projections(inside, capsys):
         "network": "net.safetensors", "network_sha256": 0, "network_kimg": 4.5, "space": "w", "num_steps": STEPS,
         "seed": 303, "detector": "pixels", "detector_weights_sha256": "none",
         "detector_preprocessing": PixelDistance.preprocessing, "transform": "center-crop", "resize_filter": "lanczos",
-        "exact": False, "batch": 4, "device": "cpu", "data": "set.zip", "data_sha256": 0, "count": 6,
-        "left_out_by_class": 0, "class": None, "group_by_class": False}
+        "exact": False, "batch": 4, "device": "cpu", "operators": "cpp", "data": "set.zip", "data_sha256": 0,
+        "count": 6, "left_out_by_class": 0, "class": None, "group_by_class": False}
     trained_on = ImageDataset("out/projections.zip", use_labels=True)
     assert (len(trained_on), trained_on.image_shape, trained_on[3][1].tolist()) == (6, (3, 8, 8), [0, 1])
 
