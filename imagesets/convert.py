@@ -35,6 +35,7 @@ class Converted:
     """digest: sha256 of the source's bytes; reason: why there is no png"""
     digest: bytes = b""
     png: bytes = b""
+    pixel_hash: str | None = None
     size: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     reason: str | None = None
@@ -53,7 +54,7 @@ class ConvertImage:
         except BadImage as error:
             return Converted(reason=str(error))
         return Converted(digest=hashlib.sha256(image).digest(), png=result.png, size=(result.width, result.height),
-                         notes=tuple(result.notes))
+                         pixel_hash=result.pixel_hash, notes=tuple(result.notes))
 
 
 def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str | os.PathLike, *,
@@ -131,7 +132,7 @@ def _convert_all(opened: Source, selection: Selection, spec: PixelSpec, writer: 
         if width != height or not is_usable_side(width) or width != (tally.side or width):
             raise UserError(f"{opened.names[index]} became {width}x{height}; expected squares of one size with a power "
                             "of two a side: give --resolution, for example --resolution=256x256")
-        writer.add(result.png, selection.label(index))
+        writer.add(result.png, selection.label(index), pixel_hash=result.pixel_hash)
         tally.add_kept(index, width, result.digest, result.notes)
 
 

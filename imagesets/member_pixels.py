@@ -30,11 +30,16 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
     if image.mode not in ("L", "RGB"):
         raise UserError(f"{images.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
                         "dataset_tool.py")
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    pixels = channels_first(pixels)
     if shape is not None and pixels.shape != shape:
         raise UserError(f"{images.path}: {name} is {describe_shape(pixels.shape)}, the first image "
                         f"{describe_shape(shape)}; expected one size: convert it with dataset_tool.py")
     return pixels
+
+
+def channels_first(pixels: np.ndarray) -> np.ndarray:
+    """Return [H, W] or [H, W, C] as [C, H, W]; a view."""
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def describe_shape(shape: Shape) -> str:

@@ -19,11 +19,13 @@ from dnnlib.cli import UserError
 from dnnlib.progress import Progress
 from imagesets.class_shares import class_counts
 from imagesets.labels.compact import CompactTexts
+from imagesets.member_pixels import channels_first
 from imagesets.phantoms.looks import look_of
 from imagesets.phantoms.options import PhantomOptions
 from imagesets.phantoms.plan import lesion_numbers, make_plan
 from imagesets.phantoms.render import render
 from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, draw_scene
+from imagesets.pixel_hashes import hash_pixels
 from imagesets.workers import ordered_map, usable_cores
 from imagesets.writer import ImageSetWriter
 
@@ -69,9 +71,9 @@ def write_phantoms(dest: str | os.PathLike, *, workers: int | None = None, strea
     with (ImageSetWriter(dest, classes=names, source=_source(settings)) as writer,
           Progress(settings.count, "images", stream=stream) as progress,
           closing(ordered_map(_Draw(settings=settings), jobs, workers, chunk=_CHUNK)) as drawn):
-        for label, lesion, (png, row) in zip(plan.labels.tolist(), plan.lesions.tolist(), drawn):
+        for label, lesion, (png, pixel_hash, row) in zip(plan.labels.tolist(), plan.lesions.tolist(), drawn):
             group = f"patient{lesion:06d}"
-            file = writer.add(png, label, group)
+            file = writer.add(png, label, group, pixel_hash)
             if not len(table):
                 table.append(_csv_line(["file", "class", "group", *row]))
             table.append(_csv_line([file, names[label], group, *row.values()]))
@@ -82,18 +84,18 @@ def write_phantoms(dest: str | os.PathLike, *, workers: int | None = None, strea
 
 @dataclass(frozen=True, kw_only=True)
 class _Draw:
-    """Turns (index, label, lesion number) into an encoded image and its attributes, in any process."""
+    """Turns (index, label, lesion number) into an encoded image, its hash and its attributes, in any process."""
 
     settings: PhantomOptions
 
-    def __call__(self, job: tuple[int, int, int]) -> tuple[bytes, dict[str, str | int | float]]:
+    def __call__(self, job: tuple[int, int, int]) -> tuple[bytes, str, dict[str, str | int | float]]:
         index, label, lesion_number = job
         pixels, row = render_phantom(
             self.settings.seed, index, class_name=list(self.settings.classes)[label],
             resolution=self.settings.resolution, lesion_number=lesion_number, rates=self.settings.rates(label))
         buffer = io.BytesIO()
         PIL.Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue(), row
+        return buffer.getvalue(), hash_pixels(channels_first(pixels)), row
 
 
 def _csv_line(cells: list) -> str:

@@ -1,12 +1,13 @@
 """Open a data set, a zip or a folder of images with an optional dataset.json, and read its members.
 
-dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups" and "source" beside it. A
-label is an integer, a list of floats, or null for an image without one. A set may lie in a folder inside, as zipping a
-folder makes it: it is then read as if its dataset.json lay at the top.
+dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups", "pixel_hashes" and "source"
+beside it. A label is an integer, a list of floats, or null for an image without one. A set may lie in a folder inside,
+as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
 """
 
 import json
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -27,6 +28,8 @@ NO_LABEL = -1
 MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
 MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
+_PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
+_AUTOMATIC_GROUP = re.compile(r"\d{5}/img\d{8}\.png")  # of duplicates without a patient or lesion: a name
 
 
 class MisplacedMetadata(UserError):
@@ -72,6 +75,7 @@ class ImageSet:
         self.labels = _labels_of(self.path, self.names, metadata.get("labels"))
         self.classes = _classes_of(self.path, self.labels, metadata.get("classes"))
         self.groups = _groups_of(self.path, self.names, metadata.get("groups"))
+        self._hashes = _hashes_of(self.path, self.names, metadata.get("pixel_hashes"))
         source = metadata.get("source")
         self.source: dict[str, Any] = source if isinstance(source, dict) else {}
         self.other_members = sorted(set(members) - set(self.names))
@@ -80,8 +84,8 @@ class ImageSet:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The checksums are as long as the set, and workers, who get the copies, read images only.
-        return {**self.__dict__, "_archive": None, "_checksums": None}
+        # Checksums and hashes are as long as the set, and workers, who get the copies, read images only.
+        return {**self.__dict__, "_archive": None, "_checksums": None, "_hashes": {}}
 
     @property
     def is_zip(self) -> bool:
@@ -128,6 +132,19 @@ class ImageSet:
         if self._checksums is None:
             self._checksums = retrying(self._read_checksums, self.path, reset=self.close)
         return self._checksums
+
+    def recorded_hash(self, name: str, size: int, crc: int) -> str | None:
+        """Return the hash of an image's pixels in dataset.json; None where there is none, or of another file.
+
+        size, crc:  of the file now, as `checksums` returns them
+        """
+        found, *file = self._hashes.get(name, (None,))
+        return found if file == [size, crc] else None
+
+    def named_groups(self) -> list[str | None]:
+        """Return the patient or lesion of each image; None where its group is but an image's name."""
+        names = set(self.names)
+        return [None if group in names or _AUTOMATIC_GROUP.fullmatch(group) else group for group in self.groups]
 
     def close(self) -> None:
         if self._archive is not None:
@@ -313,6 +330,21 @@ def _groups_of(path: Path, names: list[str], groups: Any) -> list[str]:
         raise UserError(f"{path}: groups in {METADATA} are not an object of texts")
     _refuse_unknown(path, "groups", groups, names)
     return [groups.get(name, name) for name in names]
+
+
+def _hashes_of(path: Path, names: list[str], hashes: Any) -> dict[str, list[Any]]:
+    if hashes is None:
+        return {}
+    if not isinstance(hashes, dict) or not all(map(_is_hash, hashes.values())):
+        raise UserError(f"{path}: pixel_hashes in {METADATA} are not an object of [hash, size, CRC-32]; remove the "
+                        "field, and they are computed anew")
+    _refuse_unknown(path, "pixel_hashes", hashes, names)
+    return hashes
+
+
+def _is_hash(record: Any) -> bool:
+    return (isinstance(record, list) and len(record) == 3 and isinstance(record[0], str)
+            and _PIXEL_HASH.fullmatch(record[0]) is not None and all(type(number) is int for number in record[1:]))
 
 
 def _refuse_unknown(path: Path, field: str, found: Mapping[str, Any], names: Iterable[str]) -> None:

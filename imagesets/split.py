@@ -1,7 +1,7 @@
 """Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +50,18 @@ def read_digests(images: ImageSet, on_image: Callable[[], None] = lambda: None) 
     return digests
 
 
-def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest) -> Assignment:
+def recorded_hashes(images: ImageSet) -> list[str | None]:
+    """Return the pixel hashes that dataset.json holds of the images; None where it holds none."""
+    return [images.recorded_hash(name, *checksum)
+            for name, checksum in zip(images.names, images.checksums(), strict=True)]
+
+
+def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
+           pixel_hashes: Sequence[str | None] = ()) -> Assignment:
     """Choose a part for each image.
 
-    digests: uint8 [N, 32], sha256 of the images
+    digests:       uint8 [N, 32], sha256 of the images
+    pixel_hashes:  where they are known images of equal pixels, or mirrored ones, stay together as well
 
     The same images, groups, labels and request give the same result on every machine. Whether the first part is divided
     among institutions changes nothing about the others. Raises UserError when a class has fewer groups than parts, and
@@ -62,7 +70,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest) -> Assi
     if request.skew is not None and (images.labels is None or images.labels.ndim == 2):
         found = "there are none" if images.labels is None else "they are lists of numbers"
         raise UserError(f"--skew needs labels, one class an image; in {images.path} {found}")
-    units, num_linked = link_groups(images.groups, identical_sets(digests))
+    units, num_linked = link_groups(images.groups, identical_sets(digests) + _equal_sets(pixel_hashes))
     table = UnitTable.create(images, units)
     table.check_groups(request.final_parts, allow_missing=request.allow_missing)
     part_of_unit = np.zeros(len(table.counts), dtype=np.int64)
@@ -79,6 +87,15 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest) -> Assi
     reached = np.array([table.counts[part_of_unit == part].sum(axis=0) for part in rows])
     return Assignment(part_of=part_of_unit[units], unit_of=units, num_linked=num_linked, reached=reached,
                       targets=targets, classes=tuple(table.classes))
+
+
+def _equal_sets(hashes: Sequence[str | None]) -> list[np.ndarray]:
+    """Return the rows of equal hashes, two or more of each."""
+    rows: dict[str, list[int]] = {}
+    for row, found in enumerate(hashes):
+        if found is not None:
+            rows.setdefault(found, []).append(row)
+    return [np.array(equal) for equal in rows.values() if len(equal) > 1]
 
 
 def _divide(table: UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.ndarray]:

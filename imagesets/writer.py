@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -49,6 +50,7 @@ class ImageSetWriter:
         self._integers = array("q")
         self._vectors: dict[int, Sequence[float]] = {}
         self._groups: list[str | None] = []
+        self._hashes: dict[int, tuple[str, int, int]] = {}
         self._check_dest()
 
     def __enter__(self) -> "ImageSetWriter":
@@ -83,10 +85,12 @@ class ImageSetWriter:
         if failure is not error:
             raise failure
 
-    def add(self, png: bytes, label: int | Sequence[float] | None = None, group: str | None = None) -> str:
+    def add(self, png: bytes, label: int | Sequence[float] | None = None, group: str | None = None,
+            pixel_hash: str | None = None) -> str:
         """Append an encoded image and return its name.
 
-        group: what must not be split, None for the image alone
+        group:       what must not be split, None for the image alone
+        pixel_hash:  as imagesets.pixel_hashes computes it, None where it is not known
         """
         name = image_name(self._count)
         self.add_file(name, png)
@@ -96,6 +100,8 @@ class ImageSetWriter:
             self._vectors[self._count] = label
             self._integers.append(NO_LABEL)
         self._groups.append(group)
+        if pixel_hash is not None:
+            self._hashes[self._count] = (pixel_hash, len(png), zlib.crc32(png))
         self._count += 1
         return name
 
@@ -153,6 +159,13 @@ class ImageSetWriter:
                 if group is not None:
                     yield f"{separator}{json.dumps(image_name(index))}: {json.dumps(group)}"
                     separator = ",\n"
+            yield "\n}"
+        if self._hashes:
+            yield ',\n"pixel_hashes": {'
+            separator = "\n"
+            for index, record in self._hashes.items():
+                yield f"{separator}{json.dumps(image_name(index))}: {json.dumps(record)}"
+                separator = ",\n"
             yield "\n}"
         yield f',\n"source": {json.dumps(self.source, allow_nan=False)}}}\n'
 

@@ -38,7 +38,7 @@ def test_describe_split_tells_phantoms_links_and_skew():
     asked = make_request(institutions=2, skew="1=0.5,0.1", leave_out=True)
     lines = list(describe_split(assign(images, digests, asked), asked, is_phantom=True))
     assert lines[:2] == ["PHANTOM: rendered images, no data of patients",
-                         "1 group joined with others, for they share byte-identical images"]
+                         "1 group joined with others, for they share identical images"]
     assert lines[-3:] == ["    institution1   institution2", "0  50.0% (50.0%)  88.2% (90.0%)",
                           "1  50.0% (50.0%)  11.8% (10.0%)"]
 

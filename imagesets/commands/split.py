@@ -8,7 +8,7 @@ import click
 from dnnlib.cli import UserPath
 from dnnlib.progress import Progress
 from imagesets.reader import ImageSet
-from imagesets.split import Assignment, assign, read_digests
+from imagesets.split import Assignment, assign, read_digests, recorded_hashes
 from imagesets.splitting.deal import FIRST_CLASS, SIZE
 from imagesets.splitting.files import SplitPaths, write_split
 from imagesets.splitting.request import SplitRequest, create_request
@@ -44,10 +44,10 @@ _HELP = {
 def split_command(path: Path, dest: Path | None, force: bool, **options) -> None:
     """Divide the data set PATH into parts so that no group (patient or lesion) is in two of them.
 
-    Groups that share a byte-identical image stay together, too. Classes are as alike in all parts as whole groups
-    allow; with labels that are lists, each number above 0.5 counts as a class. Writes NAME-PART.zip for each part,
-    with images copied byte for byte, and NAME-split.json, which lists the groups and files of each part with their
-    sha256; all of them or none.
+    Groups that share an identical image, mirrored or not, stay together, too. Classes are as alike in all parts as
+    whole groups allow; with labels that are lists, each number above 0.5 counts as a class. Writes NAME-PART.zip for
+    each part, with images copied byte for byte, and NAME-split.json, which lists the groups and files of each part
+    with their sha256; all of them or none.
 
     The same seed gives the same parts, whatever becomes of the first: --parts=train:0.9,test:0.1 alone makes the
     train that is divided when --institutions=3 is added, and the same test.
@@ -58,7 +58,7 @@ def split_command(path: Path, dest: Path | None, force: bool, **options) -> None
     paths.check(force=force)
     with Progress(len(images), "images read") as progress:
         digests = read_digests(images, progress.advance)
-    assignment = assign(images, digests, request)
+    assignment = assign(images, digests, request, recorded_hashes(images))
     with Progress(len(images), "images written") as progress:
         lost = write_split(images, digests, assignment, request, paths, on_image=progress.advance)
     for line in describe_split(assignment, request, is_phantom=images.source.get("phantom") is True):
@@ -73,7 +73,7 @@ def describe_split(assignment: Assignment, request: SplitRequest, *, is_phantom:
     if is_phantom:
         yield "PHANTOM: rendered images, no data of patients"
     if assignment.num_linked:
-        yield f"{plural(assignment.num_linked, 'group')} joined with others, for they share byte-identical images"
+        yield f"{plural(assignment.num_linked, 'group')} joined with others, for they share identical images"
     yield from format_table(list(_reached_rows(assignment, request)))
     if request.skew is not None:
         yield ""

@@ -10,6 +10,8 @@ from functools import cache
 import numpy as np
 import PIL.Image
 
+from imagesets.member_pixels import channels_first
+from imagesets.pixel_hashes import hash_pixels
 from imagesets.pixels.modes import NotFinite, flatten, is_16_bit, is_grey, reduce_16_bit
 from imagesets.pixels.png import encode_png
 from imagesets.pixels.profiles import to_srgb
@@ -46,6 +48,7 @@ class Decoded:
     png:         the encoded picture
     source_size: width and height of the image as it is looked at, after its EXIF rotation
     source_mode: Pillow's name for its pixels, such as "RGB"
+    pixel_hash:  of the picture, see imagesets.pixel_hashes
     notes:       sorted: "1-bit", "16-bit scaled", "32-bit scaled", "CMYK", "HSV", "LAB", "RGB to grey", "YCbCr",
                  "alpha on white", "colour profile ignored", "colour profile to sRGB", "decoder downscaling",
                  "first frame of N" or "of several", "float scaled", "grey to RGB", "opaque alpha dropped", "palette",
@@ -57,6 +60,7 @@ class Decoded:
     height: int
     source_size: Size
     source_mode: str
+    pixel_hash: str
     notes: tuple[str, ...]
 
 
@@ -129,8 +133,9 @@ def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, no
     if picture.mode != wanted:
         notes.add("grey to RGB" if wanted == "RGB" else "RGB to grey")
         picture = picture.convert(wanted)
-    return Decoded(png=encode_png(np.asarray(picture)), width=picture.width, height=picture.height, source_size=size,
-                   source_mode=mode, notes=tuple(sorted(notes)))
+    pixels = np.asarray(picture)
+    return Decoded(png=encode_png(pixels), width=picture.width, height=picture.height, source_size=size,
+                   source_mode=mode, notes=tuple(sorted(notes)), pixel_hash=hash_pixels(channels_first(pixels)))
 
 
 def _open(data: bytes) -> PIL.Image.Image:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,9 @@ def _copy_images(images: ImageSet, assignment: Assignment, writers: Sequence[Ima
         if assignment.part_of[row] != LEFT_OUT:
             # The reader gives an image without a group its own name, which it has only in the whole set.
             group = None if images.groups[row] == name else images.groups[row]
-            writers[assignment.part_of[row]].add(images.read(name), label_of(images, row), group)
+            data = images.read(name)
+            writers[assignment.part_of[row]].add(data, label_of(images, row), group,
+                                                 images.recorded_hash(name, len(data), zlib.crc32(data)))
         on_image()
 
 

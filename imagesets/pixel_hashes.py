@@ -1,0 +1,118 @@
+"""Tell by their pixels which images a set holds, whatever their files, names, order, labels and left and right are.
+
+dataset_tool.py writes the hash of each image into dataset.json, with size and CRC-32 of the file it was computed from:
+one whose file was changed since then does not count. What is not there is computed once and kept in the cache.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from dnnlib.cache import cache_folder
+from dnnlib.files import atomic_write
+from dnnlib.progress import Progress
+from imagesets.member_pixels import load_pixels
+from imagesets.reader import ImageSet
+from imagesets.workers import ordered_map
+
+_VERSION = 1  # of cached hashes; raise it when hash_pixels gives others, and rename the field of dataset.json
+_DIGEST_BYTES = 16
+_HASH = re.compile(rf"[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
+_CHUNK = 32  # images that travel together; one of 64x64 pixels takes half a millisecond
+
+
+def hash_pixels(pixels: np.ndarray) -> str:
+    """Return 32 hexadecimal digits that an image, its mirror image, and no other image have.
+
+    pixels: uint8 [C, H, W], as networks get them; grey is another image than RGB of equal channels
+    """
+    return min(hashlib.blake2b(f"{pixels.shape}".encode() + np.ascontiguousarray(side).tobytes(),
+                               digest_size=_DIGEST_BYTES).hexdigest() for side in (pixels, pixels[:, :, ::-1]))
+
+
+def hash_set(hashes: Iterable[str]) -> str:
+    """Return a sha256 of images by their hashes, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
+
+
+def read_pixel_hashes(images: ImageSet, rows: Sequence[int] | None = None, *, workers: int = 1,
+                      stream: IO[str] | None = None) -> list[str]:
+    """Return the hash of each image, or of those of `rows`: recorded, cached, or computed and then cached.
+
+    workers: processes that decode images
+    stream:  where progress is shown, None for standard error
+
+    Raises UserError, naming it, when an image cannot be read or decoded.
+    """
+    hashes, missing, path = _find(images, range(len(images)) if rows is None else rows)
+    if missing:
+        names = [images.names[row] for row in missing.values()]
+        with (Progress(len(names), f"images of {images.path.name} hashed", stream=stream) as progress,
+              closing(ordered_map(partial(_hash_member, images), names, workers if len(names) > _CHUNK else 1,
+                                  chunk=_CHUNK)) as results):
+            for place, found in zip(missing, results, strict=True):
+                hashes[place] = found
+                progress.advance()
+        _keep(path, [hashes[place] for place in missing], sys.stderr if stream is None else stream)
+    return hashes
+
+
+def known_pixel_hashes(images: ImageSet, rows: Sequence[int] | None = None) -> list[str] | None:
+    """Return what `read_pixel_hashes` does, or None where images would have to be decoded."""
+    hashes, missing, _ = _find(images, range(len(images)) if rows is None else rows)
+    return None if missing else hashes
+
+
+def equal_images(hashes: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (place, place among the others) of each image that is among the others too, with the first one there."""
+    first: dict[str, int] = {}
+    for place, found in enumerate(others):
+        first.setdefault(found, place)
+    return [(place, first[found]) for place, found in enumerate(hashes) if found in first]
+
+
+def _find(images: ImageSet, rows: Sequence[int]) -> tuple[list[str | None], dict[int, int], Path]:
+    """Return the hashes that are at hand, {place in rows: row} of the others, and the file to keep those in."""
+    checksums = images.checksums()
+    hashes = [images.recorded_hash(images.names[row], *checksums[row]) for row in rows]
+    missing = {place: row for place, row in enumerate(rows) if hashes[place] is None}
+    content = hashlib.sha256(f"{_VERSION}".encode())
+    for row in missing.values():
+        content.update("/{}/{}".format(*checksums[row]).encode())
+    path = cache_folder() / "pixel_hashes" / f"{content.hexdigest()}.txt"
+    cached = _read(path, len(missing)) if missing else None
+    if cached is not None:
+        for place, found in zip(missing, cached, strict=True):
+            hashes[place] = found
+        missing = {}
+    return hashes, missing, path
+
+
+def _read(path: Path, count: int) -> list[str] | None:
+    """Return kept hashes; None where there are none, or the file is damaged."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return lines if len(lines) == count and all(map(_HASH.fullmatch, lines)) else None
+
+
+def _keep(path: Path, hashes: Sequence[str], stream: IO[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, text=True) as file:
+            file.writelines(f"{found}\n" for found in hashes)
+    except OSError as error:
+        print(f"pixel hashes cannot be kept in {path.parent} ({error.strerror or error}); they will be computed again "
+              "the next time", file=stream)
+
+
+def _hash_member(images: ImageSet, name: str) -> str:
+    return hash_pixels(load_pixels(images, name))
