@@ -7,7 +7,7 @@ one whose file was changed since then does not count. What is not there is compu
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -70,9 +70,9 @@ def known_pixel_hashes(images: ImageSet, rows: Sequence[int] | None = None) -> l
     return None if missing else hashes
 
 
-def equal_images(hashes: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
+def equal_images(hashes: Sequence[Hashable], others: Sequence[Hashable]) -> list[tuple[int, int]]:
     """Return (place, place among the others) of each image that is among the others too, with the first one there."""
-    first: dict[str, int] = {}
+    first: dict[Hashable, int] = {}
     for place, found in enumerate(others):
         first.setdefault(found, place)
     return [(place, first[found]) for place, found in enumerate(hashes) if found in first]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dnnlib.progress import Progress
+from imagesets.pixel_hashes import hash_pixels
 from imagesets.writer import ImageSetWriter
 from latent.network import OpenNetwork
 from latent.pictures import as_png
@@ -68,5 +69,5 @@ def _assemble(dest: str | os.PathLike, network: OpenNetwork, plan: SetPlan, piec
         for number in range(plan.num_pieces):
             pixels = torch.from_numpy(pieces.load(number)["pixels"])
             for image, label in zip(pixels, plan.labels(plan.images(number)), strict=True):
-                writer.add(as_png(image), label)
+                writer.add(as_png(image), label, pixel_hash=hash_pixels(image.numpy()))
             progress.advance(len(pixels))

@@ -28,6 +28,11 @@ class OpenNetwork:
     info: dict[str, Any]
     classes: Classes
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the network learned from, under the names of its file; empty where the file does not say."""
+        return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
+
 
 def choose_network(text: str) -> str:
     """Return the path of the file that --network stands for, see `find_network`; say it where it is another text."""

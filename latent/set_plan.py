@@ -160,4 +160,4 @@ def describe_origin(network: OpenNetwork, plan: SetPlan, painter: Painter) -> di
         origin["labels_from"] = {"data": plan.labels_from, "labels_sha256": hashlib.sha256(labels).hexdigest()}
     if network.info.get("phantom") is True:
         origin["phantom"] = True
-    return origin
+    return origin | network.training

@@ -6,6 +6,8 @@ import zipfile
 import numpy as np
 import PIL.Image
 
+from imagesets.member_pixels import channels_first
+from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
 from tests.make_archives import make_folder, make_zip
@@ -24,12 +26,19 @@ def pixels_of(index: int, size: int = 8, channels: int = 3) -> np.ndarray:
     return np.random.RandomState(index).randint(0, 256, shape, dtype=np.uint8)
 
 
-def make_set(path, count=6, *, size=8, channels=3, labels=None, classes=None, groups=None):
-    """Write a data set of `count` images with labels and groups by index; return its path."""
-    with ImageSetWriter(path, classes=classes) as writer:
-        for index in range(count):
-            writer.add(png(pixels_of(index, size, channels)), None if labels is None else labels[index],
-                       None if groups is None else groups[index])
+def make_set(path, count=6, *, size=8, channels=3, labels=None, classes=None, groups=None, images=None, mirror=False,
+             hashes=True, source=None):
+    """Write a data set of `count` images with labels and groups by index; return its path.
+
+    images:  which ones, as `pixels_of` numbers them, in place of the first `count`;  mirror: left and right exchanged
+    hashes:  record the hashes of pixels, as dataset_tool.py does
+    """
+    with ImageSetWriter(path, classes=classes, source=source) as writer:
+        for index, image in enumerate(range(count) if images is None else images):
+            pixels = pixels_of(image, size, channels)[:, ::-1 if mirror else 1]
+            writer.add(png(pixels), None if labels is None else labels[index],
+                       None if groups is None else groups[index],
+                       hash_pixels(channels_first(pixels)) if hashes else None)
     return path
 
 

@@ -1,6 +1,7 @@
 """The command line of train.py: from flags to a checked run, which is described or started."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import click
 
 from dnnlib.cli import UserError
+from imagesets.workers import usable_cores
 from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
+from torch_utils.parent_death import LAUNCHER_VARIABLE
 from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
@@ -17,6 +20,7 @@ from training.device import Choice, choose_device, choose_precision
 from training.dry_run import describe_run
 from training.flags import FLAGS, GroupedCommand
 from training.input_checks import (
+    check_held_out,
     check_images,
     check_outdir,
     check_resume_weights,
@@ -52,6 +56,7 @@ class Plan:
     device: Choice
     precision: Choice
     warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
+    alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
 
 
 def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
@@ -62,10 +67,14 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
     choose_metrics:  checks what is asked for, or chooses where nothing is; raises UserError
     """
     def callback(dry_run: bool, **flags: Any) -> int:
-        plan = prepare(flags, choose_metrics)
+        plan = prepare(flags, choose_metrics, look_only=dry_run)
+        if LAUNCHER_VARIABLE not in os.environ:  # the process that started this one showed them
+            for line in plan.alerts:
+                click.echo(line, err=True)
         if dry_run:
             for line in plan.warnings:
-                click.echo(line, err=True)
+                if line not in plan.alerts:
+                    click.echo(line, err=True)
             click.echo(json.dumps(describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
                                                precision=plan.precision), indent=1, allow_nan=False))
             return 0
@@ -75,12 +84,13 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
-def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
+def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: bool = False) -> Plan:
     """Check everything that can be checked before a run starts, and tune the allocator of a CPU for it.
 
-    Prints nothing: a run says the notes of its settings.
+    Prints nothing but progress: a run says the notes of its settings.
 
-    flags:  values by the names of `training.flags.FLAGS`, None where not given
+    flags:      values by the names of `training.flags.FLAGS`, None where not given
+    look_only:  decode no images for what a network file says of them
     Raises UserError, one line, where the run could not work; nothing was written then.
     """
     place = Place.from_environment()
@@ -105,15 +115,17 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics) -> Plan:
         path, resume_note = choose_resume(resume, files, config, settings)
         config = replace(config, resume=path)
     dataset = _open_data(config, settings, thorough=is_main)
+    shared = None
     if is_main:
         check_resume_weights(config)
+        shared = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
-    warnings = tuple(line for line in (metrics_note, precision.warning, resume_note) if line is not None)
+    warnings = tuple(line for line in (metrics_note, precision.warning, resume_note, shared) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory,
              f"precision: {precision.name} ({precision.reason})", *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision,
-                warnings=warnings)
+                warnings=warnings, alerts=() if shared is None else (shared,))
 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
@@ -154,3 +166,14 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
         if settings.valid is not None:
             check_valid(ImageDataset(settings.valid, use_labels=choice.use_labels), dataset)
     return dataset
+
+
+def _look_at_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *,
+                    compute: bool) -> str | None:
+    """Find out which images are trained on; compare them with --valid, and return a warning about that or None."""
+    workers = max(min(config.num_workers, usable_cores()), 1)
+    if compute:
+        dataset.pixel_hashes(workers=workers)
+    if settings.valid is None:
+        return None
+    return check_held_out(ImageDataset(settings.valid), dataset, compute=compute, workers=workers)

@@ -2,17 +2,21 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from dnnlib.cli import UserError
 from imagesets.member_pixels import Shape, describe_shape, load_pixels
+from imagesets.pixel_hashes import hash_set, known_pixel_hashes, read_pixel_hashes
 from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from training.options import DatasetFacts
 
 CONTENT_HASH_VERSION = 1
+UNKNOWN_DATA = "unknown"
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -36,6 +40,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.use_labels, self.xflip = use_labels, xflip
         self.name = self.path.name.removesuffix(".zip")
         self._chosen = choose_subset(len(self._set), max_size, seed)
+        self._pixel_hashes: list[str] | None = None
         self._shape = self._check_first_image()
         if use_labels:
             self._check_labels()
@@ -118,6 +123,46 @@ class ImageDataset(torch.utils.data.Dataset):
         """Return what each image belongs to (patient, lesion, or the image itself) and must not be split from."""
         return [self._set.groups[row] for row in self._chosen]
 
+    def named_groups(self) -> list[str | None]:
+        """Return the patient or lesion of each image; None where the data set names none."""
+        groups = self._set.named_groups()
+        return [groups[row] for row in self._chosen]
+
+    def checksums(self) -> list[tuple[int, int]]:
+        """Return (size, CRC-32) of the file of each image."""
+        checksums = self._set.checksums()
+        return [checksums[row] for row in self._chosen]
+
+    def known_pixel_hashes(self) -> list[str] | None:
+        """Return the hashes of the images' pixels where they are known without decoding, else None."""
+        if self._pixel_hashes is None:
+            self._pixel_hashes = known_pixel_hashes(self._set, self._chosen)
+        return self._pixel_hashes
+
+    def pixel_hashes(self, *, workers: int = 1) -> list[str]:
+        """Return a hash of the pixels of each image, see imagesets.pixel_hashes.
+
+        Where the data set does not record them all images are decoded, once, in `workers` processes.
+        """
+        if self._pixel_hashes is None:
+            self._pixel_hashes = read_pixel_hashes(self._set, self._chosen, workers=workers)
+        return self._pixel_hashes
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what a network file records of the images that it is trained on, as plain JSON types.
+
+        pixels_sha256:  the same whatever files, names, order, labels and mirroring are
+        num_groups:     patients or lesions, an image without one being its own; None where the data set names none
+        generated_from: of synthetic images only: what their network was trained on, see history_of
+        """
+        groups, names = self.named_groups(), self.image_names()
+        found = {"pixels_sha256": hash_set(self.pixel_hashes()), "num_images": self.num_images, "num_groups": None}
+        if any(group is not None for group in groups):
+            found["num_groups"] = len({group or f"/{name}" for group, name in zip(groups, names, strict=True)})
+        if self.source.get("generated") is True:
+            found["generated_from"] = history_of(self.source)
+        return found
+
     def facts(self) -> DatasetFacts:
         """Return what the presets need to know; labels count whether used or not."""
         return DatasetFacts(name=self.name, resolution=self.resolution, channels=self.num_channels,
@@ -162,6 +207,15 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, grey or RGB: "
                             "convert it with dataset_tool.py --transform=center-crop --resolution=256x256")
         return shape
+
+
+def history_of(info: Mapping[str, Any]) -> list[Any]:
+    """Return all that a network learned from, the newest first; "unknown" stands for what its file does not say.
+
+    info:  of its file, or `source` of a data set that it generated
+    """
+    before = info.get("training_data_before")
+    return [info.get("training_data") or UNKNOWN_DATA, *(before if isinstance(before, list) else [])]
 
 
 def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
 from imagesets.class_names import LABELS
 from imagesets.member_pixels import describe_shape
+from imagesets.pixel_hashes import equal_images
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.estimate import meta_state
@@ -58,6 +59,33 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
     if dataset.use_labels and valid.label_kind != dataset.label_kind:
         raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as --data")
     check_images(valid)
+
+
+def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> str | None:
+    """Raise UserError where an image of --valid is learned from; return a line on patients or lesions that both have.
+
+    compute:  decode images whose pixels are not known yet, in `workers` processes; otherwise equal files are found
+    """
+    flag = f"--valid={valid.path}"
+    if compute:
+        hashes = valid.pixel_hashes(workers=workers), dataset.pixel_hashes(workers=workers)
+    else:
+        hashes = valid.known_pixel_hashes(), dataset.known_pixel_hashes()
+    equal = equal_images(*((valid.checksums(), dataset.checksums()) if None in hashes else hashes))
+    advice = "keep a part of one data set out of the training with dataset_tool.py split"
+    if equal:
+        mine, theirs = equal[0]
+        raise UserError(f"{flag}: {len(equal)} of {valid.num_images} images are in --data={dataset.path} too, such as "
+                        f"{valid.image_names()[mine]}, which is {dataset.image_names()[theirs]} there (order, labels "
+                        f"and mirroring aside); expected images that are not learned from: {advice}")
+    known = set(dataset.named_groups()) - {None}
+    shared = [group for group in valid.named_groups() if group in known]
+    if not shared:
+        return None
+    groups = list(dict.fromkeys(shared))
+    return (f"warning: {len(groups)} groups (patients or lesions) of {flag} are in --data={dataset.path} too "
+            f"({', '.join(groups[:3])}{', ...' if len(groups) > 3 else ''}), with {len(shared)} of "
+            f"{valid.num_images} images; their scores hide overfitting: {advice}")
 
 
 def resume_files(resume: str | None) -> list[str]:

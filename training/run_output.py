@@ -26,6 +26,7 @@ from training.run_settings import RunSettings
 from training.snapshot import Networks, save_network
 from training.state import TrainingState
 from training.tick import Tick, TickClock, process_memory, take_peak_gpu_memory
+from training.transfer import read_history
 
 # generator -> {metric: {"results": {key: value}, **further fields of its line}}; called by all processes of a run
 Evaluate = Callable[[torch.nn.Module], Mapping[str, Mapping[str, Any]]]
@@ -46,6 +47,10 @@ class RunOutput:
         # Why the newest network file, or the newest state, could not be written; None where it was.
         self.network_failure: str | None = None
         self.state_failure: str | None = None
+        self._training: dict[str, Any] = {}  # what the networks learned from, and what was learned before --resume
+        if self.is_main:
+            self._training = {"training_data": dataset.training_data(),
+                              "training_data_before": read_history(config.resume)}
         self._network_sha256: str | None = None  # of the newest network file; None where it could not be written
 
     def start(self, lines: list[str]) -> None:
@@ -106,7 +111,8 @@ class RunOutput:
             return
         info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
                 "class_counts": _class_counts(self.dataset), "label_kind": self.dataset.label_kind,
-                "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution}
+                "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution,
+                **self._training}
         path, self._network_sha256, self.network_failure = self.run.snapshot(self.state.nimg), None, None
         with self.reporter.surviving("a network file"):
             try:

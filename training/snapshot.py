@@ -58,6 +58,17 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     return networks
 
 
+def read_info(path: str | os.PathLike) -> dict[str, object]:
+    """Return the free part of a snapshot's header, without its tensors. Raises as `load_network` does."""
+    if recognise(path) is FileKind.PICKLE:
+        return _pickle_info(read_nvidia_pickle(path))
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return _parse_header((file.metadata() or {}).get(_HEADER_KEY))["info"]
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a network snapshot: {error}") from error
+
+
 def save_network(path: str | os.PathLike, networks: Networks) -> None:
     """Write a snapshot at once or not at all; equal networks and info give equal bytes.
 

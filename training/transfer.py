@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dnnlib.cli import UserError
-from training.snapshot import load_network
+from training.dataset import history_of
+from training.snapshot import load_network, read_info
 from training.state import TrainingState
 
 
@@ -56,6 +58,16 @@ def transfer_weights(state: TrainingState, path: str | os.PathLike) -> Transferr
         found.kept[role] = [name for name in mine if name not in given]
         found.unused[role] = [name for name in given if name not in mine]
     return found
+
+
+def read_history(path: str | os.PathLike | None) -> list[Any]:
+    """Return what the network of --resume learned from, as `training.dataset.history_of`; [] without one."""
+    if path is None:
+        return []
+    try:
+        return history_of(read_info(path))
+    except (ValueError, OSError) as error:
+        raise UserError(f"--resume={path}: {error}") from error
 
 
 def _check_shapes(path: str | os.PathLike, role: str, source: nn.Module, target: nn.Module) -> None:

@@ -172,7 +172,7 @@ def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similar
             "detector": similarity.name, "detector_weights_sha256": similarity.weights_sha256,
             "detector_preprocessing": similarity.preprocessing, "transform": request.transform,
             "resize_filter": request.resize_filter, "exact": request.exact, "batch": size,
-            "device": torch.device(device).type, **phantom}
+            "device": torch.device(device).type, **phantom, **network.training}
 
 
 def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:

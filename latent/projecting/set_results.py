@@ -14,6 +14,7 @@ from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
 from imagesets.class_names import VECTOR
+from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
 from latent.classes import Classes, Label
@@ -104,8 +105,8 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
             if arrays["reasons"][slot]:
                 failed.append((target.name, str(arrays["reasons"][slot])))
                 continue
-            label = _kept_label(network.classes, target, start)
-            file = writer.add(as_png(torch.from_numpy(arrays["projections"][slot])), label, target.group)
+            label, pixels = _kept_label(network.classes, target, start), arrays["projections"][slot]
+            file = writer.add(as_png(torch.from_numpy(pixels)), label, target.group, hash_pixels(pixels))
             styles.append(arrays["w"][slot].copy())  # a view would keep those of all classes
             found.append(Found(target=target, start=start, piece=piece, slot=slot, file=file,
                                distances=tuple(float(value) for value in arrays["distances"][slot])))
