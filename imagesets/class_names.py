@@ -48,6 +48,13 @@ def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:
     return VECTOR if info["class_counts"] is None else CLASS
 
 
+def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
+    """Return the place in `names` of each of `wanted`; None where these are not the same names."""
+    if names is None or wanted is None or sorted(names) != sorted(wanted):
+        return None
+    return [list(names).index(name) for name in wanted]
+
+
 def known_classes(names: Sequence[str] | None, count: int) -> str:
     """Return "one of nv, mel, or a number from 0 to 1", for messages."""
     numbers = f"a number from 0 to {count - 1}"

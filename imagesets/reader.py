@@ -11,7 +11,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import PIL.Image
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
-from imagesets.class_names import CLASS, VECTOR
+from imagesets.class_names import CLASS, VECTOR, class_order
+from imagesets.naming import listed
 
 METADATA = "dataset.json"
 NO_LABEL = -1
@@ -145,6 +146,27 @@ class ImageSet:
         """Return the patient or lesion of each image; None where its group is but an image's name."""
         names = set(self.names)
         return [None if group in names or _AUTOMATIC_GROUP.fullmatch(group) else group for group in self.groups]
+
+    def use_classes(self, wanted: Sequence[str]) -> None:
+        """Let labels be those of the classes `wanted`, by name; a set that names none stays as it is.
+
+        Raises UserError where images are of other classes, or vectors of other columns.
+        """
+        if self.classes is None or self.labels is None or list(wanted) == self.classes:
+            return
+        if self.label_kind == VECTOR:
+            order = class_order(self.classes, wanted)
+            missing = self.classes if order is None else []
+        else:
+            order = [list(wanted).index(name) if name in wanted else NO_LABEL for name in self.classes]
+            missing = [name for index, name in enumerate(self.classes)
+                       if order[index] == NO_LABEL and (self.labels == index).any()]
+        if missing:
+            raise UserError(f"{self.path} has labels of {listed(missing)}; expected those of {listed(wanted)}: convert "
+                            "it with the same --classes")
+        # NO_LABEL is -1, and so takes the last one.
+        self.labels = self.labels[:, order] if self.label_kind == VECTOR else np.array([*order, NO_LABEL])[self.labels]
+        self.classes = list(wanted)
 
     def close(self) -> None:
         if self._archive is not None:

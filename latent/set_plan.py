@@ -102,6 +102,8 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
         raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
                         "convert it with --unlabelled=drop")
     if is_vector:
+        if classes.names is not None:
+            images.use_classes(classes.names)
         own, note = [tuple(label_of(images, row)) for row in range(len(images))], None
     else:
         own, note = _match_classes(images, classes, flag)

@@ -62,7 +62,8 @@ class Evaluator:
             raise UserError(f"--seed is {seed}; expected 0 to {_LARGEST_SEED}")
         if batch is not None and batch < 1:
             raise UserError(f"--batch is {batch}; expected at least 1")
-        self._weights, self._progress = dict(weights or {}), progress
+        self._weights, self._progress, self._say = dict(weights or {}), progress, say
+        self._said: str | None = None  # of classes
         self._cache = FeatureCache(cache_folder() / "features" if use_cache else None, say)
         self._networks: dict[str, nn.Module] = {}
         self._device = None if device is None else torch.device(device)
@@ -80,6 +81,9 @@ class Evaluator:
         """
         started = time.monotonic()
         labels = self.reference.labels_of_fakes(G.c_dim, info or {})
+        if info is not None and self.reference.note not in (None, self._said) and is_main():
+            self._said = self.reference.note
+            self._say(self._said)
         self.reference.check_shape((G.img_channels, G.img_resolution, G.img_resolution), "the network makes {} ones")
         check_path_requests(self.requests, G.img_resolution)
         self._device = self._device or _device_of(G)

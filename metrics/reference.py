@@ -35,6 +35,7 @@ class Reference:
                  chosen: str | None, seed: int):
         self.images = None if data is None else SetImages(data, chosen)
         self.mirror, self.chosen, self.seed = mirror, chosen, seed
+        self.note: str | None = None  # a line on how classes of data set and network were matched
         self.selections: dict[Choice, Selection] = {
             self.choice(request): self._select(request) for request in requests if request.needs_reals}
 
@@ -71,19 +72,27 @@ class Reference:
                 raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
                                 "out, or take a network that was trained with --cond=1")
             return FakeLabels(torch.zeros(1, 0))
-        names, counts = (info.get(field) for field in ("classes", "class_counts"))
-        table, kind = None, label_kind_of(info, c_dim)
+        names, counts = (found if found and len(found) == c_dim else None
+                         for found in (info.get(field) for field in ("classes", "class_counts")))
+        table, kind, chosen = None, label_kind_of(info, c_dim), self.chosen
         if self.chosen is not None and kind == VECTOR:
             raise UserError(f"--class is {self.chosen}, but the network's labels are not classes but vectors; leave "
                             "--class out")
         if self.images is not None:
             self._check_kind(kind)
-            table, names = self.images.label_table(c_dim), self._names(names)
-        if self.chosen is not None:
-            return FakeLabels.of_class(find_class(self.chosen, names, c_dim), c_dim)
+            if (names is None) != (self.images.classes is None):
+                nameless = "the network file" if names is None else self.images.path
+                self.note = f"classes are taken by number, since {nameless} does not name its own"
+            table = self.images.label_table(c_dim, names)
+            if names is None:
+                names = self.images.classes
+            elif self.images.class_name is not None:
+                chosen = self.images.class_name  # a number is that of the data set, and may be another's here
+        if chosen is not None:
+            return FakeLabels.of_class(find_class(chosen, names, c_dim), c_dim)
         if table is not None:
             return FakeLabels(table)
-        if not counts or len(counts) != c_dim or sum(counts) == 0:
+        if not counts or sum(counts) == 0:
             what = ("the network's labels are vectors; expected the data set to draw them from" if kind == VECTOR else
                     "the network file does not say how many images of each class it learned from; expected the data "
                     "set, or --class")
@@ -96,13 +105,6 @@ class Reference:
         if None not in (found, of_network) and found != of_network:
             raise UserError(f"{self.images.path} has {LABELS[found]}, and the network learned from "
                             f"{LABELS[of_network]}; expected the data set that it was trained on, or a part of it")
-
-    def _names(self, of_network: Sequence[str] | None) -> Sequence[str] | None:
-        """Return the names of the classes, which network and data set must agree on."""
-        if of_network and self.images.classes and list(of_network) != list(self.images.classes):
-            raise UserError(f"{self.images.path} has the classes {', '.join(self.images.classes)} and the network "
-                            f"{', '.join(of_network)}; expected the same in the same order")
-        return self.images.classes or of_network
 
     def _select(self, request: MetricRequest) -> Selection:
         if self.images is None:

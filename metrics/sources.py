@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -84,11 +85,16 @@ class SetImages:
             digest.update(f"/{size}/{crc}/{mirrored}".encode())
         return digest.hexdigest()
 
-    def label_table(self, c_dim: int) -> Tensor:
+    def label_table(self, c_dim: int, names: Sequence[str] | None = None) -> Tensor:
         """Return the labels of the images for a network with `c_dim` of them: float32 [N, c_dim].
+
+        names:  of the network's classes; from here on labels are numbers of these, where the set names its own
 
         Raises UserError when they do not fit, or some are missing.
         """
+        if names is not None and self.classes is not None:
+            self._set.use_classes(names)
+            self.classes = self._set.classes
         labels = self._set.labels
         if labels is None:
             raise UserError(f"{self.path} has no labels; expected them, since the network has {c_dim} classes")

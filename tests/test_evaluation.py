@@ -245,13 +245,36 @@ def test_evaluator_refuses_what_cannot_be(data, metrics, changes, message):
     ({"channels": 1}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 16x16 grey ones; expected the same"),
     ({"c_dim": 3}, {}, {}, r"a.zip has labels of length 2 and the network takes 3; expected the data set that it"),
     ({"c_dim": 0}, {}, {"chosen": "1"}, r"^--class is 1, but the network was trained without classes; leave --class"),
-    ({}, {"classes": ["melanoma", "benign"]}, {}, r"a.zip has the classes benign, melanoma and the network melanoma, "),
+    ({}, {"classes": ["melanoma", "nevus"]}, {}, r"a.zip has labels of benign; expected those of melanoma, nevus: "),
 ])
 def test_evaluate_refuses_networks_that_do_not_fit_before_opening_detectors(data, detectors, network, info, changes,
                                                                            message):
     with pytest.raises(UserError, match=message):
         Evaluator("fid20_full", data=data, **changes).evaluate(small_generator(**network), info)
     assert detectors == {}
+
+
+@pytest.mark.parametrize("chosen", [None, ("1", "0"), ("melanoma", "melanoma")])
+def test_evaluate_takes_the_labels_of_a_data_set_by_name(data, tmp_path, chosen):
+    """The same images whose classes have other numbers give the same result; a number is that of the data set."""
+    other = make_set(tmp_path / "b.zip", COUNT, size=16, classes=CLASSES[::-1],
+                     labels=[int(index % 4 != 0) for index in range(COUNT)])
+    G, info, said = small_generator(), {"classes": CLASSES}, []
+    found = [Evaluator("kid6_full", data=path, chosen=name, say=said.append).evaluate(G, info)["kid6_full"]["results"]
+             for path, name in zip((data, other), chosen or (None, None))]
+    assert found[0] == found[1]
+    assert said == []
+
+
+@pytest.mark.parametrize(("classes", "nameless"), [(CLASSES, "the network file"), (None, None)])
+def test_evaluate_says_once_that_classes_are_taken_by_number(data, tmp_path, classes, nameless):
+    path = make_set(tmp_path / "b.zip", COUNT, size=16, classes=classes, labels=[0, 1] * (COUNT // 2))
+    info = {} if classes else {"classes": CLASSES}
+    said = []
+    evaluator = Evaluator("kid6_full", data=path, say=said.append)
+    for _ in range(2):
+        evaluator.evaluate(small_generator(), info)
+    assert said == [f"classes are taken by number, since {nameless or path} does not name its own"]
 
 
 @pytest.mark.parametrize(("metrics", "message"), [

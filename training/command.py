@@ -57,6 +57,7 @@ class Plan:
     precision: Choice
     warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
     alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
+    taken: tuple[str, ...] = ()  # what --resume gives, a line a network
 
 
 def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
@@ -76,7 +77,7 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
                 if line not in plan.alerts:
                     click.echo(line, err=True)
             click.echo(json.dumps(describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
-                                               precision=plan.precision), indent=1, allow_nan=False))
+                                               precision=plan.precision, taken=plan.taken), indent=1, allow_nan=False))
             return 0
         return train(plan.config, plan.settings, plan.dataset)
 
@@ -115,9 +116,9 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
         path, resume_note = choose_resume(resume, files, config, settings)
         config = replace(config, resume=path)
     dataset = _open_data(config, settings, thorough=is_main)
-    shared = None
+    shared, taken = None, []
     if is_main:
-        check_resume_weights(config)
+        taken = check_resume_weights(config, dataset)
         shared = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
     warnings = tuple(line for line in (metrics_note, precision.warning, resume_note, shared) if line is not None)
@@ -125,7 +126,7 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
              f"precision: {precision.name} ({precision.reason})", *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision,
-                warnings=warnings, alerts=() if shared is None else (shared,))
+                warnings=warnings, alerts=() if shared is None else (shared,), taken=tuple(taken))
 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
@@ -164,7 +165,7 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
         check_images(dataset)
         image_weights(settings.balance, dataset)
         if settings.valid is not None:
-            check_valid(ImageDataset(settings.valid, use_labels=choice.use_labels), dataset)
+            check_valid(ImageDataset(settings.valid, use_labels=choice.use_labels, classes=dataset.classes), dataset)
     return dataset
 
 

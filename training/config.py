@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from training.config_base import Config, ConfigError, FrozenMapping
 from training.config_networks import DiscriminatorConfig, GeneratorConfig
 
+RESUME_CLASSES = ("same", "new")
+
 __all__ = [
     "AUGMENTATIONS", "NOISE_MODES",
     "AdaConfig", "AdamConfig", "AugmentConfig", "ConfigError", "DatasetConfig", "DiscriminatorConfig", "EmaConfig",
@@ -174,6 +176,7 @@ class TrainConfig(Config):
     d_adam: AdamConfig
     step: StepConfig
     augment: AugmentConfig
+    resume_classes: str = "same"  # "same": those of the network are taken; "new": their embedding starts anew
     num_workers: int = 3  # processes that read images, per training process
     allow_tf32: bool = True
     cudnn_benchmark: bool = True
@@ -191,6 +194,7 @@ class TrainConfig(Config):
         self.require_at_least(0, "seed", "num_workers")
         self.require(self.kimg_per_tick > 0, "kimg_per_tick", "a number > 0")
         self.require(self.state_minutes > 0, "state_minutes", "a number > 0")
+        self.require(self.resume_classes in RESUME_CLASSES, "resume_classes", f"one of {', '.join(RESUME_CLASSES)}")
         self.require(len(set(self.metrics)) == len(self.metrics), "metrics", "each metric once")
         self._check_parts_agree()
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ class ImageDataset(torch.utils.data.Dataset):
     xflip:       a second half of items, the first half mirrored
     max_size:    a random subset of so many images, chosen by `seed`; None for all
     seed:        of the subset
+    classes:     names that labels are to be the numbers of, where the data set names its own; None for its own
 
     Integer labels become one-hot vectors of length max + 1, or of the number of classes where dataset.json names them;
     lists are taken as they are. Files are opened in the process that reads them.
@@ -34,8 +35,10 @@ class ImageDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, *, use_labels: bool = False, xflip: bool = False,
-                 max_size: int | None = None, seed: int = 0):
+                 max_size: int | None = None, seed: int = 0, classes: Sequence[str] | None = None):
         self._set = ImageSet(path)
+        if use_labels and classes is not None:
+            self._set.use_classes(classes)
         self.path, self.classes, self.source = self._set.path, self._set.classes, self._set.source
         self.use_labels, self.xflip = use_labels, xflip
         self.name = self.path.name.removesuffix(".zip")

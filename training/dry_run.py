@@ -1,5 +1,6 @@
 """What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from training.balance import image_weights
@@ -14,8 +15,11 @@ from training.run_settings import RunSettings
 
 
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,
-                 precision: Choice) -> dict[str, Any]:
-    """Return the settings under the names of `presets.describe`, and beside them what is known before the start."""
+                 precision: Choice, taken: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings under the names of `presets.describe`, and beside them what is known before the start.
+
+    taken:  lines on what --resume gives
+    """
     state = meta_state(config)
     content = content_of(dataset, image_weights(settings.balance, dataset))
     run = plan_run(settings.outdir, config, content, new=settings.new)
@@ -31,6 +35,8 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "cudnn_benchmark": config.cudnn_benchmark,
         "fp16_channels_last": config.generator.fp16_channels_last,
         "resume": config.resume,
+        "resume_classes": config.resume_classes,
+        "resume_takes": list(taken),
         "max_hours": settings.max_hours,
         "new": settings.new,
         "data": _describe_data(settings, dataset),

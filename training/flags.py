@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import click
 
 from dnnlib.cli import UserPath, join_values
+from training.config import RESUME_CLASSES
 from training.device import PRECISION_NAMES
 from training.file_kind import OTHER_NAMES
 from training.options import AUGMENT_MODES
@@ -100,6 +101,9 @@ FLAGS = [
     _flag("--resume", UserPath(), START, "Network file whose weights training starts from: a .safetensors of a run, or "
           f"a .pkl of the original; also {OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
           "noresume: random weights", "FILE|noresume"),
+    _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network's classes are those of --data, "
+          "by name, in any order. new: the class embedding starts anew and all else is taken, for other classes, for "
+          "an unconditional network with --cond=1, or a conditional one without.", "same"),
     _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn.",
           "0", "INT"),
 

@@ -20,7 +20,7 @@ from training.file_kind import find_network, network_files
 from training.preset_table import TRANSFER_NAMES
 from training.run_folder import began_from
 from training.run_settings import RunSettings
-from training.transfer import transfer_weights
+from training.transfer import transfer_for
 
 _CHANNELS = {"L": 1, "RGB": 3}
 _PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog": "dogs of LSUN"}
@@ -128,10 +128,9 @@ def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: 
     return begun.network, f"--resume: {begun.network}, which {begun.run} began from"
 
 
-def check_resume_weights(config: TrainConfig) -> None:
-    """Raise UserError unless the file of --resume can be read, and its tensors have the shapes of this run's."""
-    if config.resume is not None:
-        transfer_weights(meta_state(config), config.resume)
+def check_resume_weights(config: TrainConfig, dataset: ImageDataset) -> list[str]:
+    """Raise UserError unless the file of --resume can be read and suits this run; return lines on what it gives."""
+    return [] if config.resume is None else transfer_for(meta_state(config), config, dataset).lines()
 
 
 def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:

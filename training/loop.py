@@ -9,6 +9,8 @@ import torch
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
+from imagesets.class_names import class_order
+from imagesets.naming import listed
 from imagesets.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
@@ -29,7 +31,7 @@ from training.step import StepResult, train_step
 from training.step_inputs import StepInputs, draw_phases
 from training.stopping import StopRequest
 from training.tick import SKIPPED_PREFIX
-from training.transfer import transfer_weights
+from training.transfer import transfer_for
 from training.trouble import SkippedSteps, describe_out_of_memory, describe_tensors
 from training.validation import Validation
 
@@ -95,7 +97,7 @@ class _Loop:
         self.collector = Collector(processes.device, **(several if processes.count > 1 else {}))
         self.valid = None
         if settings.valid is not None:
-            held_out = ImageDataset(settings.valid, use_labels=config.dataset.use_labels)
+            held_out = ImageDataset(settings.valid, use_labels=config.dataset.use_labels, classes=dataset.classes)
             self.valid = Validation(held_out, batch=config.step.micro_batch, seed=config.seed)
         self.skipped = SkippedSteps()
         self.checkpoints = CheckpointPair(run.path)
@@ -162,7 +164,7 @@ class _Loop:
         if found is None:
             lines = []
             if self.config.resume is not None:
-                lines = transfer_weights(self.state, self.config.resume).lines()
+                lines = transfer_for(self.state, self.config, self.dataset).lines()
             self.output.start(lines)
             return
         saved, message = found
@@ -173,6 +175,11 @@ class _Loop:
         if saved.get("loop_version") != LOOP_VERSION:
             raise UserError(f"{self.checkpoints.newest} has version {saved.get('loop_version')!r}; expected "
                             f"{LOOP_VERSION}: continue with the program that wrote it, or start anew with --new")
+        before, now = saved.get("classes"), self._classes()
+        if before != now and class_order(before, now) is not None:
+            raise UserError(f"{self.run.path} learned the classes {listed(before)}, and {self.dataset.path} gives the "
+                            f"same numbers to {listed(now)}; expected the same names: put the classes in its "
+                            "dataset.json right, or start anew with --new")
         try:
             self.state.load_state_dict(saved["training"])
             self.collector.load_state_dict(saved["collected"])
@@ -252,8 +259,12 @@ class _Loop:
                  "training": self.state.state_dict(),
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
                  "reported_ticks": self.tick, "tick_start_nimg": self.tick_start_nimg,
-                 "seconds": self.output.seconds()}
+                 "seconds": self.output.seconds(), "classes": self._classes()}
         self.output.save_state(self.checkpoints, state)
+
+    def _classes(self) -> list[str] | None:
+        """Return the names of the labels' numbers, which decide what a network's classes are called."""
+        return self.dataset.classes if self.dataset.use_labels else None
 
     def _finish(self) -> int:
         """Mark the run as finished, once its last files are on the disk: what is not there has to be made again."""

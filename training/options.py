@@ -5,7 +5,7 @@ Contradictions between flags are found here; whether a flag suits the data set o
 
 from dataclasses import dataclass
 
-from training.config import ConfigError
+from training.config import RESUME_CLASSES, ConfigError
 from training.config_base import Config
 from training.config_networks import is_power_of_two
 
@@ -37,6 +37,7 @@ class TrainOptions(Config):
     target: float | None = None
     augpipe: str | None = None
     resume: str | None = None
+    resume_classes: str | None = None
     freezed: int | None = None
     fp32: bool | None = None
     precision: str | None = None
@@ -83,6 +84,11 @@ class TrainOptions(Config):
             value = getattr(self, name)
             self.require(value is None or value in choices, name, f"one of {', '.join(choices)}")
         self.require(self.resume != "", "resume", "a network's name, path or URL, or noresume")
+        self.require(self.resume_classes in (None, *RESUME_CLASSES), "resume_classes",
+                     f"one of {', '.join(RESUME_CLASSES)}")
+        if self.resume_classes == "new" and not self.resumes:
+            raise ConfigError("--resume-classes is new without --resume; expected a network to start from: add it, or "
+                              "leave --resume-classes out")
         for metric in self.metrics or ():
             if self.metrics.count(metric) > 1:
                 times = self.metrics.count(metric)

@@ -66,6 +66,7 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
         state_minutes=_given(options.state_minutes, 10),
         metrics=_given(options.metrics, ("fid50k_full",)),
         resume=options.resume if options.resumes else None,
+        resume_classes=_given(options.resume_classes, "same"),
         dataset=dataset,
         generator=generator,
         discriminator=discriminator,

@@ -27,6 +27,9 @@ FREE_OPTIONS = frozenset({
     "resume",  # where the network lies; its content is in the identity
 })  # fmt: skip
 
+# Options that came later, with what holds where they are not given: runs of before are continued.
+LATER_DEFAULTS = (("resume_classes", "same"),)
+
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions")
 _PACKAGES = ("torch", "torchvision", "numpy")
 
@@ -62,7 +65,8 @@ def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
 
 def comparable_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options of a run's identity, by their dotted names."""
-    return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
+    return {name: value for name, value in flatten(config.to_dict())
+            if name not in FREE_OPTIONS and (name, value) not in LATER_DEFAULTS}
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

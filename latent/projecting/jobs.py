@@ -15,6 +15,7 @@ import torch
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
+from imagesets.class_names import VECTOR
 from imagesets.reader import ImageSet
 from latent.network import OpenNetwork, open_network, require_same
 from latent.pictures import make_outdir
@@ -75,6 +76,8 @@ def project_set(request: ProjectRequest) -> int:
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)
     spec = spec_for(network.G, request.transform, request.resize_filter, request.exact)
+    if network.classes.kind == VECTOR and network.classes.names is not None:
+        images.use_classes(network.classes.names)
     start = parse_start(network.classes, request.class_, request.label)
     targets = choose_targets(images, network.classes, start=start, count=request.count,
                              group_by_class=bool(request.group_by_class), seed=request.seed)
@@ -85,6 +88,10 @@ def project_set(request: ProjectRequest) -> int:
     left_out = count_left_out(images, network.classes, start)
     if place.rank == 0:
         _say_what_is_missing(request, len(targets), left_out)
+        if network.classes.count > 0 and images.labels is not None \
+                and (network.classes.names is None) != (images.classes is None):
+            nameless = "the network" if network.classes.names is None else request.data
+            print(f"{nameless} does not name its classes; they are matched by number", file=sys.stderr)
     with join(device) as joined, memory_advice(plan.size):
         require_same(network, joined)
         similarity = choose_similarity(request.detector, request.detector_weights, joined)
