@@ -128,6 +128,20 @@ def test_loop_asks_the_others_once_an_iteration_and_saves_when_one_wishes(tmp_pa
     assert saved == [1, 2, 3]  # the first is that of tick 0
 
 
+def test_run_whose_classes_exchanged_their_names_is_not_continued(tmp_path, monkeypatch):
+    """The numbers are the same, and so is what is computed; but "melanoma" would be another class from here on."""
+    config, settings, dataset = prepared(tmp_path)
+    stop_after(monkeypatch, iterations=1)
+    assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
+    make_set(dataset.path, size=16, labels=[0, 1, 0, 1, 0, 1], classes=["melanoma", "benign"])
+    with pytest.raises(UserError) as caught:
+        loop.train(config, settings, ImageDataset(dataset.path, use_labels=True))
+    assert str(caught.value) == (
+        f"{tmp_path}/runs/00000-set-cond-tiny-kimg1-batch8 learned the classes benign, melanoma, and {dataset.path} "
+        "gives the same numbers to melanoma, benign; expected the same names: put the classes in its dataset.json "
+        "right, or start anew with --new")
+
+
 def test_loop_tells_the_others_what_it_wishes(tmp_path, monkeypatch):
     config, settings, dataset = prepared(tmp_path, state_minutes=1e-9)
     settings = dataclasses.replace(settings, max_hours=1e-9)

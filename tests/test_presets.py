@@ -155,6 +155,9 @@ FLAG_EFFECTS = [
         "run_name": "ds256-auto1-resumecustom", "resume": "old/network-snapshot-000200.pkl", "step.ema.rampup": None,
         "augment.ada.kimg": 100, "step.ada.kimg": 100,
     }),
+    ({"resume": "old.pkl", "resume_classes": "new"}, {
+        "run_name": "ds256-auto1-resumecustom", "resume": "old.pkl", "resume_classes": "new", "step.ema.rampup": None,
+        "step.ada.kimg": 100, "augment.ada.kimg": 100}),
     ({"freezed": 0}, {"run_name": "ds256-auto1-freezed0", "discriminator.freeze_layers": 0}),
     ({"fp32": True}, {
         "generator.num_fp16_res": 0, "generator.conv_clamp": None, "discriminator.num_fp16_res": 0,

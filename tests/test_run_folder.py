@@ -52,6 +52,16 @@ def start(outdir, *, finish=False, content=CONTENT, new=False, **options):
 # ---- identity
 
 
+def test_run_of_before_classes_could_start_anew_is_continued(tmp_path):
+    first = start(tmp_path)
+    path = tmp_path / first / "training_options.json"
+    record = json.loads(path.read_text())
+    assert "resume_classes" not in record["identity"]["options"]
+    del record["config"]["resume_classes"]
+    path.write_text(json.dumps(record))
+    assert start(tmp_path) == first
+
+
 def with_leaf(data, name, value):
     """Return nested dicts with another value at a dotted name."""
     first, _, rest = name.partition(".")

@@ -89,10 +89,11 @@ def refuse(capsys, *arguments):
     return captured.err.removeprefix("error: ").rstrip("\n")
 
 
-def save_tiny_network(path, resolution=16, **options):
+def save_tiny_network(path, resolution=16, classes=None, **options):
     facts = DatasetFacts(name="set", resolution=resolution, channels=3, num_images=6, c_dim=3)
     state = TrainingState.create(resolve(TrainOptions(**{"cfg": "tiny", "precision": "fp32", **options}), facts), "cpu")
-    save_network(path, Networks(G=state.G, D=state.D, G_ema=state.G_ema))
+    info = {} if classes is None else {"info": {"classes": classes}}
+    save_network(path, Networks(G=state.G, D=state.D, G_ema=state.G_ema, config=info))
     return path
 
 
@@ -116,6 +117,7 @@ CONFIG_FLAGS = [
     ("--target=0.7", "augment.ada.target", 0.7),
     ("--augpipe=blit", "augment.strengths", {"xflip": 1, "rotate90": 1, "xint": 1}),
     ("--resume=noresume", "resume", None),
+    ("--resume-classes=same", "resume_classes", "same"),
     ("--freezed=2", "discriminator.freeze_layers", 2),
     ("--fp32=1", "generator.num_fp16_res", 0),
     ("--fp32=0", "generator.num_fp16_res", 4),
@@ -255,6 +257,43 @@ def test_same_command_continues_its_run_when_resume_could_mean_a_newer_file(resu
         newest = "bases/00000-a/network-snapshot-000020.safetensors"
         assert start(capsys, *flags, "--seed=1")[0].config.resume == newest
         assert start(capsys, *flags, "--new")[0].config.resume == newest
+
+
+def test_resume_of_other_classes_names_both_and_new_classes_start_anew(inside, capsys):
+    save_tiny_network("network.safetensors", cond=True, classes=["nv", "mel", "bkl"])
+    flags = ["--cfg=tiny", "--resume=network.safetensors", "--cond=1"]
+    assert refuse(capsys, *BASE, *flags) == (
+        "--resume=network.safetensors: the network was trained with the classes nv, mel, bkl, and this run trains with "
+        "the classes nv, mel, bcc; expected the same: --resume-classes=new lets the class embedding start anew and "
+        "takes all else")
+    found, _ = dry_run(capsys, *flags, "--resume-classes=new")
+    assert found["resume_classes"] == "new"
+    assert found["resume_takes"][0] == (
+        "classes: the embedding starts anew; the network was trained with the classes nv, mel, bkl, and this run "
+        "trains with the classes nv, mel, bcc")
+    assert "; 2 start anew (mapping.embed.weight, mapping.embed.bias)" in found["resume_takes"][1]
+    assert start(capsys, *flags, "--resume-classes=new")[0].config.resume_classes == "new"
+    unconditional, _ = dry_run(capsys, *flags[:2], "--resume-classes=new")
+    assert "this run trains without classes" in unconditional["resume_takes"][0]
+
+
+def test_dry_run_says_that_classes_are_taken_by_name_or_number(inside, capsys):
+    flags = ["--cfg=tiny", "--resume=network.safetensors", "--cond=1"]
+    save_tiny_network("network.safetensors", cond=True, classes=["bcc", "nv", "mel"])
+    assert dry_run(capsys, *flags)[0]["resume_takes"][0] == (
+        "classes: taken by name; nv, mel, bcc are bcc, nv, mel in the network file")
+    save_tiny_network("network.safetensors", cond=True)
+    assert dry_run(capsys, *flags)[0]["resume_takes"][0] == (
+        "classes: taken by number, since the network file does not name its own; make sure that their order is the "
+        "same")
+
+
+def test_valid_with_other_classes_is_refused_and_with_others_numbers_is_not(inside, capsys):
+    make_set("valid.zip", images=[8, 9], size=16, labels=[0, 1], classes=["mel", "bkl"])
+    assert refuse(capsys, *BASE, "--cond=1", "--valid=valid.zip") == (
+        "valid.zip has labels of bkl; expected those of nv, mel, bcc: convert it with the same --classes")
+    make_set("valid.zip", images=[8, 9], size=16, labels=[0, 1], classes=["mel", "nv"])
+    start(capsys, "--cond=1", "--valid=valid.zip")
 
 
 def test_exit_code_is_that_of_the_training(inside):
@@ -539,6 +578,8 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
                             + LICENCE.format("lsundog256")),
     ("--resume=https://host/net.pkl", "--resume is https://host/net.pkl; expected a file: download it first, and give "
                                       "its path"),
+    ("--resume-classes=new", "--resume-classes is new without --resume; expected a network to start from: add it, or "
+                             "leave --resume-classes out"),
     ("--resume=gone.pkl", f"--resume is gone.pkl, which does not exist; expected {NETWORK}"),
     ("--resume=mixed", "--resume is mixed, a folder without network-snapshot-*.safetensors; expected a network file (a "
                        ".safetensors of a run, or a .pkl of the original), or the folder of a run"),

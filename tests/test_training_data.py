@@ -74,6 +74,16 @@ def test_resumed_network_keeps_what_the_earlier_ones_were_trained_on(inside):
     assert [data["pixels_sha256"] for data in info["training_data_before"]] == [hashes[1], hashes[0]]
 
 
+def test_resume_on_classes_in_another_order_says_so_in_the_log(inside):
+    make_set("set.zip", labels=[0, 1] * 3, classes=["nv", "mel"])
+    make_set("other.zip", labels=[1, 0] * 3, classes=["mel", "nv"], images=range(6, 12))
+    path = train_one_step(inside / "runs", "set.zip", "--cond=1")
+    resumed = train_one_step(inside / "again", "other.zip", "--cond=1", f"--resume={path}")
+    assert "classes: taken by name; mel, nv are nv, mel in the network file" in (
+        resumed.parent / "log.txt").read_text()
+    assert read_info(resumed)["classes"] == ["mel", "nv"]
+
+
 def test_resumed_network_that_does_not_say_is_recorded_as_unknown(inside):
     networks = load_network(train_one_step(inside / "runs", make_set("set.zip")))
     networks.config["info"] = {"kimg": 1}
