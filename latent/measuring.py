@@ -96,7 +96,13 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
 
 def _measure_images(settings: MeasureSettings, processes: Processes) -> None:
     images = SetImages(settings.generated, settings.chosen)
-    found = _evaluator(settings, processes, mirror=bool(settings.mirror)).evaluate_images(images)
+    evaluator = _evaluator(settings, processes, mirror=bool(settings.mirror))
+    reals = evaluator.reference.images
+    shared = images.num_shared(reals) if reals is not None and is_main() else 0
+    if shared:
+        click.echo(f"warning: {shared} of {len(images)} images of --generated={images.path} are in --data={reals.path} "
+                   "too; the metrics compare these with themselves", err=True)
+    found = evaluator.evaluate_images(images)
     if is_main():
         more = {"generated": images.path.name, "generated_sha256": images.select().content_hash()}
         for record in _records(found, processes, snapshot=None, **more):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from imagesets.class_names import find_class
 from imagesets.member_pixels import Shape, load_pixels
+from imagesets.pixel_hashes import equal_images, known_pixel_hashes
 from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
@@ -84,6 +85,14 @@ class SetImages:
             size, crc = checksums[self.rows[row]]
             digest.update(f"/{size}/{crc}/{mirrored}".encode())
         return digest.hexdigest()
+
+    def num_shared(self, other: "SetImages") -> int:
+        """Return how many images are in the other set too: by their pixels where both sets record these, else by file.
+        """
+        hashes = known_pixel_hashes(self._set, self.rows), known_pixel_hashes(other._set, other.rows)
+        if None in hashes:
+            hashes = tuple([images._set.checksums()[row] for row in images.rows] for images in (self, other))
+        return len(equal_images(*hashes))
 
     def label_table(self, c_dim: int, names: Sequence[str] | None = None) -> Tensor:
         """Return the labels of the images for a network with `c_dim` of them: float32 [N, c_dim].

@@ -158,6 +158,17 @@ def test_generated_set_and_class(capsys, data, tmp_path):
     assert "network_sha256" not in record
 
 
+@pytest.mark.parametrize("hashes", [True, False])
+def test_generated_images_that_are_among_the_real_ones_are_counted_in_a_warning(capsys, data, tmp_path, hashes):
+    fake = make_set(tmp_path / "fake.zip", images=[*range(100, 120), 3, 1], size=16, hashes=hashes)
+    other = make_set(tmp_path / "other.zip", images=range(100, 120), size=16)
+    lines = [measure(capsys, f"--generated={path}", f"--data={data}", "--metrics=kid20_full")[2]
+             for path in (fake, other)]
+    line = (f"warning: 2 of 22 images of --generated={fake} are in --data={data} too; the metrics compare these with "
+            "themselves")
+    assert [line in found for found in lines] == [True, False]
+
+
 def test_cache_is_used_unless_told_otherwise(capsys, data, tmp_path, cache):
     fake = make_set(tmp_path / "fake.zip", 30, size=16)
     arguments = [f"--generated={fake}", f"--data={data}", "--metrics=kid20_full"]
