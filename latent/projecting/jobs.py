@@ -76,7 +76,7 @@ def project_set(request: ProjectRequest) -> int:
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)
     spec = spec_for(network.G, request.transform, request.resize_filter, request.exact)
-    if network.classes.kind == VECTOR and network.classes.names is not None:
+    if images.label_kind == network.classes.kind == VECTOR and network.classes.names is not None:
         images.use_classes(network.classes.names)
     start = parse_start(network.classes, request.class_, request.label)
     targets = choose_targets(images, network.classes, start=start, count=request.count,
