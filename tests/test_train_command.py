@@ -165,7 +165,7 @@ SETTINGS_FLAGS = [
 
 @pytest.mark.parametrize(("flags", "name", "value"), SETTINGS_FLAGS)
 def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
-    make_set("other.zip", 2, size=16, labels=[0, 1])
+    make_set("other.zip", images=[8, 9], size=16, labels=[0, 1])
     trainer, _ = start(capsys, *flags.split())
     assert getattr(trainer.settings, name) == value
 
