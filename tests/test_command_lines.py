@@ -132,9 +132,9 @@ def test_outdir_in_the_home_folder_makes_no_folder_named_tilde(tmp_path, monkeyp
     assert sorted(path.name for path in (tmp_path / "home/parts").iterdir()) == ["p-a.zip", "p-b.zip", "p-split.json"]
     found = []
     command = make_command(lambda config, settings, dataset: found.append(settings) or 0, choose_metrics)
-    assert run(command, ["--outdir=~/runs", "--data=~/sets/p.zip", "--valid=~/parts/p-a.zip", "--metrics=none",
+    assert run(command, ["--outdir=~/runs", "--data=~/parts/p-b.zip", "--valid=~/parts/p-a.zip", "--metrics=none",
                          "--cfg=tiny", "--precision=fp32"]) == 0
-    assert (found[0].outdir, found[0].data) == (f"{tmp_path}/home/runs", f"{tmp_path}/home/sets/p.zip")
+    assert (found[0].outdir, found[0].data) == (f"{tmp_path}/home/runs", f"{tmp_path}/home/parts/p-b.zip")
     assert list((tmp_path / "here").iterdir()) == []
 
 
