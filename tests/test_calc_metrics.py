@@ -42,7 +42,7 @@ def cache(tmp_path, monkeypatch):
 
 def save(path, seed=0, kimg=0.0, **network):
     save_network(path, Networks(G=None, D=None, G_ema=small_generator(seed=seed, **network),
-                                config={"info": {"kimg": kimg, "classes": None, "run": "r"}}))
+                                config={"info": {"kimg": kimg, "classes": ["benign", "melanoma"], "run": "r"}}))
     return path
 
 
@@ -296,7 +296,7 @@ def test_program_with_two_processes_says_once_which_image_is_damaged(data, tmp_p
     folder = tmp_path / "fake"
     folder.mkdir()
     for index in range(8):
-        (folder / f"{index}.png").write_bytes(png(pixels_of(index, size=16)))
+        (folder / f"{index}.png").write_bytes(png(pixels_of(100 + index, size=16)))
     (folder / f"{damaged}.png").write_bytes(b"nothing")
     done = subprocess.run([sys.executable, str(ROOT / "calc_metrics.py"), *QUICK, f"--generated={data}",
                            f"--data={folder}", "--metrics=kid5_full", "--batch=4", "--gpus=2"], capture_output=True,
