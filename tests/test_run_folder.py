@@ -170,20 +170,36 @@ def test_choose_run_first_run_is_number_0_with_its_options(tmp_path):
 
 @pytest.mark.parametrize(("present", "number"), [
     (["00003-a", "00001-b"], "00004"),
-    (["00009"], "00010"),
-    (["7-short"], "00008"),
     (["99999-x"], "100000"),
     (["x-00005", "00005x", "notes", ".00008-x"], "00000"),
+    (["00009", "7-short", "0012-x", "2024-notes", "20240117-ham", "000007-x"], "00000"),
+    (["00003-a", "2024-notes.txt", "20240117-ham"], "00004"),
 ])
-def test_choose_run_new_number_follows_the_highest(tmp_path, present, number):
+def test_choose_run_number_follows_the_highest_of_five_digits_and_a_hyphen(tmp_path, present, number):
     for name in present:
         (tmp_path / name).mkdir()
     assert start(tmp_path) == f"{number}-{NAME}"
 
 
-def test_choose_run_a_file_keeps_its_number(tmp_path):
-    (tmp_path / f"00004-{NAME}").write_text("")
-    assert start(tmp_path) == f"00005-{NAME}"
+def test_choose_run_files_have_no_number(tmp_path):
+    for name in ("2024-notes.txt", "00004-notes.txt", f"00000-{NAME}"):
+        (tmp_path / name).write_text("mine")
+    assert start(tmp_path) == f"00001-{NAME}"  # 00000 would take the place of a file
+    assert (tmp_path / f"00000-{NAME}").read_text() == "mine"
+
+
+def test_choose_run_numbering_goes_on_after_99999(tmp_path):
+    (tmp_path / "99999-x").mkdir()
+    assert [start(tmp_path, seed=seed) for seed in range(3)] == [f"10000{number}-{NAME}" for number in range(3)]
+    assert start(tmp_path, seed=0) == f"100000-{NAME}"  # continues
+
+
+def test_choose_run_a_link_to_a_run_elsewhere_counts_and_continues(tmp_path):
+    (tmp_path / "runs").mkdir()
+    assert start(tmp_path / "large_disk") == f"00000-{NAME}"
+    (tmp_path / "runs" / f"00004-{NAME}").symlink_to(tmp_path / "large_disk" / f"00000-{NAME}")
+    assert start(tmp_path / "runs") == f"00004-{NAME}"
+    assert start(tmp_path / "runs", seed=1) == f"00005-{NAME}"
 
 
 def test_run_folder_names_of_files():

@@ -36,7 +36,8 @@ LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
 _CHOOSING_SECONDS = 30  # to wait for other programs that choose at the same time, each of which takes milliseconds
-_NUMBERED = re.compile(r"(\d+)(?:-|$)")
+_NUMBERED = re.compile(r"(\d{5})-")
+_NUMBERED_FURTHER = re.compile(r"([1-9]\d{5,})-")  # after 99999; a date looks the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +190,27 @@ def _plan(outdir: Path, config: TrainConfig, wanted: dict[str, Any], new: bool) 
                 return RunPlan(path=path, record=record, notes=tuple(notes))
             if record.config.run_name == config.run_name:
                 notes.append(f"{path} is unfinished and not continued: {describe_difference(record.identity, wanted)}")
-    number = runs[0][0] + 1 if runs else 0
-    return RunPlan(path=outdir / f"{number:05d}-{config.run_name}", record=None, notes=tuple(notes))
+    return RunPlan(path=_next_path(outdir, runs, config.run_name), record=None, notes=tuple(notes))
 
 
 def _numbered(outdir: Path) -> Iterator[tuple[int, Path]]:
-    """Yield what has a number, with its number; files too, so that their names stay free of runs."""
+    """Yield the folders that are named with a number of five digits and a hyphen; with more digits only runs."""
     try:
         names = os.listdir(outdir)
     except FileNotFoundError:
         return
     for name in names:
-        match = _NUMBERED.match(name)
-        if match:
-            yield int(match[1]), outdir / name
+        path, short, long = outdir / name, _NUMBERED.match(name), _NUMBERED_FURTHER.match(name)
+        if (short and path.is_dir()) or (long and (path / RECORD_NAME).exists()):
+            yield int((short or long)[1]), path
+
+
+def _next_path(outdir: Path, runs: list[tuple[int, Path]], name: str) -> Path:
+    """Return the folder of the next number. runs: those that are there, the last one first"""
+    number = runs[0][0] + 1 if runs else 0
+    while os.path.lexists(path := outdir / f"{number:05d}-{name}"):  # a file has the name
+        number += 1
+    return path
 
 
 def _read_noting(path: Path, notes: list[str]) -> RunRecord | None:
