@@ -37,6 +37,8 @@ _USERS_KINDS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirec
 class UserError(ValueError):
     """Something the user can put right; the message is one line: what, what it is, what was expected, what to do."""
 
+    exit_code = EXIT_USAGE
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: unwinds like Ctrl-C, so that temporary files are removed on the way."""
@@ -113,7 +115,7 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     except (UserError, DiskFailure) as error:
         failure = find_failure(error)
         if failure is None:
-            return _fail(_one_line(str(error)), EXIT_USAGE)
+            return _fail(_one_line(str(error)), error.exit_code)
         return _fail_temporarily(error, failure)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

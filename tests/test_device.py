@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from training import device
 from training.config import ConfigError
 from training.device import Choice, choose_device, choose_precision
 
@@ -18,9 +17,11 @@ def gpus(monkeypatch):
 
 
 @pytest.fixture
-def speed(monkeypatch):
-    def pretend(ratio):
-        monkeypatch.setattr(device, "half_speed", lambda *_, **__: ratio)
+def cpu(monkeypatch):
+    def pretend(*instructions):
+        found = {"avx2": True, "f16c": True, "avx512_bf16": False, "amx_bf16": False, "avx512_fp16": False,
+                 "amx_fp16": False, "l2_cache_size": 1048576, **dict.fromkeys(instructions, True)}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     return pretend
 
 
@@ -63,106 +64,42 @@ def test_cuda_without_support_in_pytorch_says_so(gpus, monkeypatch):
         choose_device("cuda")
 
 
-@pytest.mark.parametrize(("ratio", "chosen"), [
-    (0.01, Choice("fp32", "bf16 convolutions are 0.01 times as fast as fp32 on this CPU; 1.5 times would be worth "
-                          "bf16")),
-    (1.49, Choice("fp32", "bf16 convolutions are 1.49 times as fast as fp32 on this CPU; 1.5 times would be worth "
-                          "bf16")),
-    (2.1, Choice("bf16", "bf16 convolutions are 2.1 times as fast as fp32 on this CPU, and 1.5 times is worth it"))])
-def test_auto_precision_on_a_cpu_follows_the_measurement(ratio, chosen, speed):
-    speed(ratio)
-    assert choose_precision("auto", "cpu") == chosen
+@pytest.mark.parametrize("instructions", [[], ["avx512_bf16"], ["amx_bf16", "amx_fp16"]])
+@pytest.mark.parametrize(("device", "chosen"), [
+    ("cpu", Choice("fp32", "the standard on a CPU")),
+    ("cuda", Choice("fp16", "the highest resolutions in fp16 are the standard on a GPU")),
+    ("cuda:1", Choice("fp16", "the highest resolutions in fp16 are the standard on a GPU"))])
+def test_auto_precision_follows_a_rule_whatever_the_cpu(device, chosen, instructions, cpu):
+    cpu(*instructions)
+    assert choose_precision("auto", device) == chosen
 
 
-def test_auto_precision_needs_no_measurement_elsewhere(monkeypatch):
-    monkeypatch.setattr(device, "half_speed", None)  # calling it would fail
-    assert choose_precision("auto", "cuda").name == "fp16"
-    assert choose_precision("auto", "cpu", processes=2).name == "fp32"
-    assert choose_precision("fp32", "cpu") == Choice("fp32", "--precision=fp32")
-    assert choose_precision("bf16", "cpu", processes=2, is_main=False) == Choice("bf16", "--precision=bf16")
-    assert choose_precision("fp16", "cuda", processes=2) == Choice("fp16", "--precision=fp16")
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_auto_precision_of_a_run_that_goes_on_is_that_of_its_record(name, cpu):
+    cpu("avx512_bf16", "avx512_fp16")
+    for device, usual in (("cpu", "fp32"), ("cuda", "fp16")):
+        found = choose_precision("auto", device, recorded=name)
+        assert found == (choose_precision("auto", device) if name == usual else
+                         Choice(name, "chosen when the run began"))
+        assert choose_precision("fp32", device, recorded=name) == Choice("fp32", "--precision=fp32")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_half_precision_that_is_slower_warns_with_the_ratio(processes, speed):
-    speed(0.01)
-    slower = "convolutions in bf16 take 100 times as long as in fp32 on this CPU"
-    assert choose_precision("bf16", "cpu", processes) == Choice(
-        "bf16", f"--precision=bf16; {slower}", f"{slower} (measured); try --precision=fp32")
+@pytest.mark.parametrize(("name", "instructions", "missing"), [
+    ("bf16", [], "AVX512-BF16 nor AMX-BF16"), ("bf16", ["amx_fp16"], "AVX512-BF16 nor AMX-BF16"),
+    ("bf16", ["avx512_bf16"], None), ("bf16", ["amx_bf16"], None),
+    ("fp16", ["avx512_bf16"], "AVX512-FP16 nor AMX-FP16"), ("fp16", ["avx512_fp16"], None), ("fp32", [], None)])
+def test_precision_that_a_cpu_has_no_instructions_for_warns(name, instructions, missing, cpu):
+    cpu(*instructions)
+    warning = None if missing is None else (
+        f"warning: {name} may be many times slower than fp32 on this CPU, which has neither {missing}; a new run is "
+        "faster with --precision=fp32")
+    assert choose_precision(name, "cpu") == Choice(name, f"--precision={name}", warning)
+    assert choose_precision("auto", "cpu", recorded=name).warning == warning
+    assert choose_precision(name, "cuda").warning is None
 
 
-def test_half_precision_that_is_faster_does_not_warn(speed):
-    speed(2.0)
-    assert choose_precision("fp16", "cuda") == Choice(
-        "fp16", "--precision=fp16; its convolutions are 2 times as fast as fp32 here")
-
-
-class Rates:
-    """Lets half precision compute at given rates, relative to fp32, forward and with gradients; notes what was run."""
-
-    def __init__(self, monkeypatch, forward, training):
-        self.now, self.runs = 0.0, []
-        seconds = {"forward": 1 / forward, "forward_and_backward": 1 / training}
-        for kind, slow in seconds.items():
-            monkeypatch.setattr(device._Convolution, kind, self._run(kind, slow))
-        monkeypatch.setattr(device.time, "perf_counter", lambda: self.now)
-
-    def _run(self, kind, slow):
-        def run(convolution):
-            is_half, is_nhwc = (convolution._w.dtype != torch.float32,
-                                not convolution._w.is_contiguous())
-            self.now += 0.002 * (slow if is_half else 1)
-            self.runs.append((kind, is_half, is_nhwc))
-        return run
-
-
-def test_measurement_stops_at_a_format_that_is_hopeless(monkeypatch):
-    rates = Rates(monkeypatch, forward=1 / 125, training=2)
-    assert device.half_speed("cpu", "bf16") == pytest.approx(1 / 125)
-    assert rates.runs.count(("forward", True, False)) == 2  # of a quarter of a second each
-    assert rates.runs.count(("forward", False, False)) >= 20
-    assert len(rates.runs) < 40
-    assert rates.now < 0.6
-
-
-@pytest.mark.parametrize("training", [0.7, 1.6])
-def test_measurement_is_decided_by_a_pass_as_in_training(training, monkeypatch):
-    rates = Rates(monkeypatch, forward=3, training=training)
-    assert device.half_speed("cpu", "bf16") == pytest.approx(training)
-    assert rates.now < 0.8
-    chosen = choose_precision("auto", "cpu")
-    assert (chosen.name, f"{training} times as fast" in chosen.reason) == ("bf16" if training > 1.5 else "fp32", True)
-
-
-@pytest.mark.parametrize("name", ["auto", "bf16"])
-def test_measurement_has_the_layout_that_is_asked_for(name, monkeypatch):
-    rates = Rates(monkeypatch, forward=3, training=2)
-    assert choose_precision(name, "cpu", nhwc=True).name == "bf16"
-    assert {(is_half, is_nhwc) for _, is_half, is_nhwc in rates.runs} == {(False, False), (True, True)}
-
-
-def test_measurement_takes_turns_and_the_fastest_run(monkeypatch):
-    now, order = [0.0], []
-    durations = {"a": iter([9.0, 0.02, 0.05, 0.04] + [0.05] * 9), "b": iter([7.0, 0.2, 0.1, 0.3] + [0.3] * 9)}
-
-    def run(name):
-        order.append(name)
-        now[0] += next(durations[name])
-
-    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
-    assert device._compare(lambda: run("a"), lambda: run("b")) == pytest.approx(0.02 / 0.2)
-    assert order == ["a", "b", "a", "a", "b"]  # 0.02 seconds are less than a turn
-
-
-def test_measurement_works_on_this_machine():
-    assert 0 < device.half_speed("cpu", "bf16") < 1000
-
-
-@pytest.mark.parametrize("nhwc", [False, True])
-def test_measured_convolutions_are_those_of_a_layer(nhwc):
-    made = device._Convolution("cpu", torch.bfloat16, device._LARGE, nhwc=nhwc)
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    assert (made._x.shape, made._w.shape) == ((4, 256, 16, 16), (256, 256, 3, 3))
-    assert made._x.is_contiguous(memory_format=layout)
-    assert made._w.is_contiguous(memory_format=layout)
-    assert made._w.dtype == torch.bfloat16
+def test_capabilities_of_this_cpu_are_named_as_expected():
+    """torch renames them rarely; where it does, nobody would be warned, or all."""
+    names = torch.cpu.get_capabilities()
+    if names["architecture"] == "x86_64":
+        assert {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"} <= names.keys()

@@ -1,4 +1,4 @@
-"""The training loop itself, in this process: the golden run through it, and what it asks other processes."""
+"""The training loop in this process: the golden run through it, what it asks other processes, how runs go on."""
 
 import dataclasses
 import errno
@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.cli import UserError
+import train
+from dnnlib.cli import UserError, run
 from tests.failing_disk import FailingDisk
 from tests.make_sets import make_set
 from tests.parity_checks import compare_state, golden_inputs, golden_start
-from tests.training_runs import flattened
+from tests.training_runs import flattened, state, statistics
+from torch_utils.allocator import Tuning
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.ops.dispatch import auto_means
 from training import loop
@@ -346,3 +348,174 @@ def test_stop_says_that_the_state_could_not_be_saved(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.splitlines()[-1] == (
         "stopped after 16 images (another process was asked to); the state could not be saved (No space left on "
         "device): the same command continues at image 8")
+
+
+# ---- runs that go on: 200 images an iteration, so that a thousand are five
+
+
+def train_for(folder, kimg, **options):
+    """Train to `kimg`, ticks of 600 images after the first iteration, a network file every second tick."""
+    config, settings, dataset = prepared(folder, size=8, **{"batch": 200, "tick": 0.6, "snap": 2, "kimg": kimg,
+                                                            **options})
+    return loop.train(config, settings, dataset)
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kimgs(folder):
+    return [line["Progress/kimg"]["mean"] for line in statistics(folder)]
+
+
+def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_that_length(tmp_path, capsys):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "chain").mkdir()
+    assert train_for(tmp_path / "whole", 3) == loop.EXIT_DONE
+    for kimg in (1, 2, 3):
+        assert train_for(tmp_path / "chain", kimg) == loop.EXIT_DONE
+    whole, chain = tmp_path / "whole/runs/00000-set-cond-tiny-kimg3-batch200", \
+        tmp_path / "chain/runs/00000-set-cond-tiny-kimg1-batch200"
+    assert [path.name for path in chain.parent.iterdir()] == [chain.name]
+    ended, continued = state(whole), state(chain)
+    assert (continued.pop("reported_ticks"), continued.pop("extra_ticks")) == (7, 2)
+    assert (ended.pop("reported_ticks"), ended.pop("extra_ticks")) == (6, 1)
+    assert ended.keys() == continued.keys()
+    assert ended["training/augment/p"] > 0
+    for name, value in ended.items():
+        same = torch.equal(value, continued[name]) if isinstance(value, torch.Tensor) else value == continued[name]
+        assert same, name
+    # The tick that the first end cut short is an extra one; all others end where they would have.
+    assert kimgs(whole) == [0.2, 0.8, 1.4, 2.0, 2.6, 3.0]
+    assert kimgs(chain) == [0.2, 0.8, 1.0, 1.4, 2.0, 2.6, 3.0]
+    for index, other in ((0, 0), (1, 1), (4, 3), (5, 4), (6, 5)):
+        lines = [dict(statistics(folder)[number]) for folder, number in ((chain, index), (whole, other))]
+        assert [line.pop("Progress/tick")["mean"] for line in lines] == [index, other]
+        assert lines[0] == lines[1]
+    assert (whole / "network-snapshot-000003.safetensors").read_bytes() != b""
+    capsys.readouterr()
+
+    before = files_of(tmp_path / "chain")
+    for kimg in (3, 2):
+        assert train_for(tmp_path / "chain", kimg) == loop.EXIT_DONE
+        assert capsys.readouterr() == (f"already finished at 3 kimg: {chain}; --new starts another\n", "")
+    assert files_of(tmp_path / "chain") == before
+    assert json.loads((chain / "training_options.json").read_text())["config"]["kimg"] == 3
+
+
+def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, monkeypatch):
+    stop_after(monkeypatch, iterations=5)
+    assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
+    folder, = (tmp_path / "runs").iterdir()
+    for path in folder.glob("training-state*"):
+        path.unlink()
+    before = files_of(tmp_path / "runs")
+    with pytest.raises(UserError) as error:
+        train_for(tmp_path, 9)
+    assert str(error.value) == (f"{folder} has trained 2 ticks, and its state is gone; expected training-state.pt or "
+                                "training-state.prev.pt: copy one back, or begin another run with --new")
+    assert {name: content for name, content in files_of(tmp_path / "runs").items() if "options" not in name} == {
+        name: content for name, content in before.items() if "options" not in name}
+
+
+def test_loop_run_whose_states_are_all_damaged_is_a_line(tmp_path, monkeypatch):
+    stop_after(monkeypatch, iterations=1)
+    assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
+    folder, = (tmp_path / "runs").iterdir()
+    for path in folder.glob("training-state*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"training-state.pt is damaged: .* or start anew \(--new does so\)$"):
+        train_for(tmp_path, 9)
+
+
+def test_loop_new_run_says_on_standard_error_and_in_its_log_what_it_does_not_continue(tmp_path, monkeypatch, capsys):
+    stop_after(monkeypatch, iterations=1)
+    assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
+    stop_after(monkeypatch, iterations=1)
+    assert train_for(tmp_path, 9, gamma=3) == loop.EXIT_STOPPED  # another automatic name
+    first, second = sorted((tmp_path / "runs").iterdir())
+    assert second.name == "00001-set-cond-tiny-gamma3-kimg9-batch200"
+    error = capsys.readouterr().err
+    assert error == (f"{first} is unfinished and not continued: step.loss.r1_gamma is 0.0008 there and 3 here\n")
+    assert error in (second / "log.txt").read_text()
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The arguments of a command for train.py; the allocator of the tests' process is left alone."""
+    monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=False, reason="a test"))
+    make_set(tmp_path / "set.zip", size=8)
+    return [f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'set.zip'}", "--cfg=tiny", "--batch=200", "--kimg=1",
+            "--tick=0.4", "--metrics=none", "--device=cpu", "--workers=0", "--state-minutes=1e-9"]
+
+
+def run_out_of_memory(monkeypatch, largest, error, after=3):
+    """Let passes of more than `largest` images run out of memory, after some iterations."""
+    step, calls = loop.train_step, []
+
+    def limited(state, inputs, config, processes):
+        calls.append(config.micro_batch)
+        if config.micro_batch > largest and len(calls) > after:
+            raise error
+        return step(state, inputs, config, processes)
+
+    monkeypatch.setattr(loop, "train_step", limited)
+    return calls
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_out_of_memory_advice_continues_the_run_from_its_last_state(command, tmp_path, monkeypatch, capsys, error):
+    run_out_of_memory(monkeypatch, 100, error)
+    assert run(train.main, command) == 4
+    advice = capsys.readouterr().err
+    assert advice == ("error: out of memory with --batch-gpu=200; the same command with --batch-gpu=100 continues the "
+                      "run from its last state: the same batch in smaller passes\n")
+    calls = run_out_of_memory(monkeypatch, 100, error)
+    assert run(train.main, [*command, *re.findall(r"with (--batch-gpu=\d+) continues", advice)]) == 0
+    folder, = (tmp_path / "runs").iterdir()
+    assert calls == [100, 100]  # of five iterations three were done
+    found = json.loads((folder / "training_options.json").read_text())
+    assert found["passes"] == [{"from_nimg": 0, "batch_gpu": 200}, {"from_nimg": 600, "batch_gpu": 100}]
+    output = capsys.readouterr().out
+    line = ("passes of 100 images from image 600 on, 200 before: the same batch, in other groups of the minibatch "
+            "standard deviation and other parts for path lengths\n")
+    assert line in output
+    assert line in (folder / "log.txt").read_text()
+
+    # The command of before, as the next job of a chain holds it, keeps to what fits.
+    assert run(train.main, [argument.replace("kimg=1", "kimg=2") for argument in command]) == 0
+    assert calls == [100] * 7
+    assert f"{folder}: passes of 100 images, as the run last had them (--batch-gpu changes them)" in \
+        capsys.readouterr().out
+
+
+def test_out_of_memory_with_new_advises_to_leave_it_out(command, monkeypatch, capsys):
+    run_out_of_memory(monkeypatch, 100, MemoryError(), after=0)
+    assert run(train.main, [*command, "--new"]) == 4
+    assert "; the same command (without --new) with --batch-gpu=100 continues the run" in capsys.readouterr().err
+
+
+def test_out_of_memory_before_the_first_image_has_the_same_exit_code(command, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.TrainingState, "create", fail)
+    assert run(train.main, command) == 4
+    assert capsys.readouterr().err.startswith("error: out of memory before the first image, ")
+
+
+def test_steps_that_keep_failing_advise_what_loses_nothing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop.SkippedSteps, "add", lambda self, result: "Gmain had a loss that is not finite")
+    assert run(train.main, command) == loop.EXIT_DIVERGED
+    assert "; a larger --gamma or --precision=fp32 begins another run\n" in capsys.readouterr().out
+    failures = iter([None])
+    monkeypatch.setattr(loop.SkippedSteps, "add", lambda self, result: next(failures, "Gmain had a loss"))
+    assert run(train.main, command) == loop.EXIT_DIVERGED
+    folder, = (tmp_path / "runs").iterdir()
+    found = re.search(r"stopped: Gmain had a loss; the last state is that of before, and the same command tries again "
+                      r"from there; a larger --gamma or --precision=fp32 begins another run; (--resume=\S+) lets it "
+                      "start from the weights learned here\n", capsys.readouterr().out)
+    assert found[1] == f"--resume={folder}/network-snapshot-000000.safetensors"
+    assert run(train.main, [*command, "--gamma=100", found[1], "--dry-run"]) == 0

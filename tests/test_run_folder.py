@@ -15,6 +15,7 @@ import pytest
 
 from dnnlib.cli import UserError
 from dnnlib.process_lock import ProcessLock
+from torch_utils.checkpoint import CheckpointPair
 from training.config import ConfigError, TrainConfig
 from training.config_base import Config
 from training.options import DatasetFacts, TrainOptions
@@ -41,12 +42,23 @@ def config_of(**options) -> TrainConfig:
     return resolve(TrainOptions(**{"cfg": "tiny", **options}), FACTS)
 
 
-def start(outdir, *, finish=False, content=CONTENT, new=False, **options):
-    """Choose a run, and end it at once; return its folder's name."""
+def start(outdir, *, finish=False, content=CONTENT, new=False, nimg=None, **options):
+    """Choose a run, and end it at once, with a state after `nimg` images; return its folder's name."""
     with choose_run(outdir, config_of(**options), content, new=new) as run:
+        if nimg is not None:
+            save_state(run.path, nimg)
         if finish:
             run.mark_finished()
     return run.path.name
+
+
+def save_state(folder, nimg):
+    CheckpointPair(folder).save({"training": {"nimg": nimg}})
+
+
+def everything(folder):
+    """Return all files below a folder with their content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- identity
@@ -158,7 +170,8 @@ def test_choose_run_first_run_is_number_0_with_its_options(tmp_path):
         assert (run.continues, run.notes) == (False, ())
         assert sorted(os.listdir(run.path)) == LOCKED
         content = json.loads(run.options.read_text())
-        assert list(content) == ["format", "version", "finished", "config", "identity", "versions"]
+        assert list(content) == ["format", "version", "finished", "config", "identity", "versions", "precision_given",
+                                 "passes"]
         assert (content["format"], content["version"], content["finished"]) == ("stylegan2-ada-run", 1, False)
         assert TrainConfig.from_dict(content["config"]) == config
         assert content["identity"] == identity(config, CONTENT)
@@ -236,12 +249,70 @@ def test_choose_run_free_options_continue_and_are_taken_over(tmp_path):
         assert read_record(run.path).config == changed
 
 
-def test_choose_run_finished_run_is_left_alone(tmp_path):
-    start(tmp_path, finish=True)
-    before = (tmp_path / f"00000-{NAME}" / "training_options.json").read_text()
-    assert json.loads(before)["finished"] is True
-    assert start(tmp_path) == f"00001-{NAME}"
-    assert (tmp_path / f"00000-{NAME}" / "training_options.json").read_text() == before
+@pytest.mark.parametrize("kimg", [1, 2])
+def test_choose_run_finished_run_is_left_alone_by_an_equal_or_smaller_kimg(tmp_path, kimg):
+    name = start(tmp_path, finish=True, nimg=2000, kimg=2)
+    before = everything(tmp_path)
+    run = choose_run(tmp_path, config_of(kimg=kimg), CONTENT)
+    assert run.left_alone == f"already finished at 2 kimg: {tmp_path}/{name}; --new starts another"
+    assert (run.path.name, run.continues) == (name, False)
+    plan = plan_run(tmp_path, config_of(kimg=kimg), CONTENT)
+    assert (plan.path.name, plan.continues, plan.left_alone) == (name, False, run.left_alone)
+    assert everything(tmp_path) == before
+    assert start(tmp_path, new=True, kimg=kimg) == f"00001-{NAME}-kimg{kimg}"
+
+
+def test_choose_run_finished_run_is_continued_by_a_larger_kimg(tmp_path):
+    name = start(tmp_path, finish=True, nimg=1000, kimg=1)
+    assert plan_run(tmp_path, config_of(kimg=2), CONTENT).continues
+    with choose_run(tmp_path, config_of(kimg=2), CONTENT) as run:
+        assert (run.path.name, run.continues, run.left_alone) == (name, True, None)
+        record = read_record(run.path)
+        assert (record.finished, record.config.kimg) == (False, 2)
+        save_state(run.path, 2000)
+        run.mark_finished()
+    assert choose_run(tmp_path, config_of(kimg=2), CONTENT).left_alone.startswith("already finished at 2 kimg: ")
+
+
+def test_choose_run_the_largest_kimg_asked_for_is_kept(tmp_path):
+    name = start(tmp_path, kimg=5, nimg=500)
+    assert start(tmp_path, kimg=9) == name
+    with choose_run(tmp_path, config_of(kimg=9), CONTENT) as run:
+        assert run.record.config.kimg == 9
+    before = everything(tmp_path)
+    for function in (choose_run, plan_run):
+        with pytest.raises(UserError) as error:
+            function(tmp_path, config_of(kimg=5), CONTENT)
+        assert str(error.value) == (f"--kimg is 5, and {tmp_path}/{name}, at 0.5 kimg, was asked to reach 9; expected "
+                                    "--kimg=9 or more to continue it, or --new to begin another run")
+    assert everything(tmp_path) == before
+    assert start(tmp_path, kimg=5, new=True) == f"00001-{NAME}-kimg5"
+
+
+def test_choose_run_smaller_kimg_that_an_unfinished_run_has_reached_leaves_it_alone(tmp_path):
+    name = start(tmp_path, kimg=9, nimg=6008)
+    before = everything(tmp_path)
+    run = choose_run(tmp_path, config_of(kimg=6), CONTENT)
+    assert run.left_alone == (f"already finished at 6.008 kimg (of 9 asked for before): {tmp_path}/{name}; --new "
+                              "starts another")
+    assert everything(tmp_path) == before
+
+
+def test_choose_run_finished_run_without_its_state_is_refused(tmp_path):
+    name = start(tmp_path, finish=True, kimg=1)
+    before = everything(tmp_path)
+    with pytest.raises(UserError) as error:
+        choose_run(tmp_path, config_of(kimg=2), CONTENT)
+    assert str(error.value) == (
+        f"{tmp_path}/{name} is finished at 1 kimg, but its state is gone; expected training-state.pt, to go on to 2 "
+        "kimg: copy it back, or begin another run with --new")
+    assert everything(tmp_path) == before
+    state = tmp_path / name / "training-state.pt"
+    state.write_bytes(b"half a state")
+    with pytest.raises(UserError, match="training-state.pt is damaged: .*; expected one whole state: copy one back "
+                                        r"from elsewhere, or start anew \(--new does so\)"):
+        choose_run(tmp_path, config_of(kimg=2), CONTENT)
+    assert everything(tmp_path) == {**before, f"{name}/training-state.pt": b"half a state"}
 
 
 def test_choose_run_new_forces_a_number(tmp_path):
@@ -249,22 +320,135 @@ def test_choose_run_new_forces_a_number(tmp_path):
     assert start(tmp_path, new=True) == f"00001-{NAME}"
 
 
-def test_choose_run_newest_of_several_continues(tmp_path):
+def test_choose_run_newest_of_several_equal_ones_decides(tmp_path):
     start(tmp_path)
     start(tmp_path, new=True)
-    start(tmp_path, new=True, finish=True)
     start(tmp_path, seed=1)
     assert start(tmp_path) == f"00001-{NAME}"
+    start(tmp_path, new=True, finish=True)
+    left_alone = choose_run(tmp_path, config_of(), CONTENT).left_alone  # not 00001, which the user gave up
+    assert left_alone == f"already finished at 25000 kimg: {tmp_path}/00003-{NAME}; --new starts another"
 
 
 def test_choose_run_other_data_or_options_begin_anew_and_say_why(tmp_path):
     start(tmp_path)
     with choose_run(tmp_path, config_of(seed=3), CONTENT) as run:
         assert run.path.name == f"00001-{NAME}"
-        assert run.notes == (f"{tmp_path}/00000-{NAME} is unfinished and not continued: seed is 0 there and 3 here",)
+        assert run.not_continued == (
+            f"{tmp_path}/00000-{NAME} is unfinished and not continued: seed is 0 there and 3 here",)
     with choose_run(tmp_path, config_of(), "1" * 64) as run:
-        assert run.notes[1] == f"{tmp_path}/00000-{NAME} is unfinished and not continued: the data differ"
-    assert choose_run(tmp_path, config_of(gamma=3), CONTENT).notes == ()  # another name: another experiment
+        assert run.not_continued[1] == f"{tmp_path}/00000-{NAME} is unfinished and not continued: the data differ"
+    assert run.notes == ()
+
+
+def test_choose_run_changed_flag_that_makes_another_name_says_which_run_is_not_continued(tmp_path):
+    def auto(gpus):
+        return resolve(TrainOptions(cfg="auto", gpus=gpus, precision="fp32"), replace(FACTS, resolution=256))
+
+    choose_run(tmp_path, auto(1), CONTENT).release()
+    for function in (plan_run, choose_run):
+        found = function(tmp_path, auto(2), CONTENT)
+        assert found.path.name == "00001-lesions-auto2"
+        line, = found.not_continued
+        assert line.startswith(f"{tmp_path}/00000-lesions-auto1 is unfinished and not continued: --gpus is 1 there and "
+                               "2 here, from which --cfg=auto chooses; step.batch is 16 there and 32 here; ")
+    assert choose_run(tmp_path, auto(2), "1" * 64, new=True).not_continued == ()  # as the user said
+
+
+def test_choose_run_of_many_unfinished_runs_the_newest_are_named(tmp_path):
+    for seed in range(6):
+        start(tmp_path, seed=seed)
+    start(tmp_path, seed=6, finish=True)
+    start(tmp_path, seed=7, content="1" * 64, cond=True)  # other data, another name
+    with choose_run(tmp_path, config_of(seed=8), CONTENT) as run:
+        assert run.not_continued == (*(
+            f"{tmp_path}/0000{seed}-{NAME} is unfinished and not continued: seed is {seed} there and 8 here"
+            for seed in (5, 4, 3)), "3 older ones are not continued either")
+
+
+# ---- what a continuation keeps of its record
+
+
+def test_choose_run_auto_precision_of_another_device_continues_with_the_recorded_one(tmp_path):
+    """Begun with --precision=auto on a GPU, continued on a CPU, and the other way round."""
+    for first, second in (("fp16", "fp32"), ("fp32", "fp16"), ("bf16", "fp32")):
+        outdir = tmp_path / first
+        start(outdir, precision=first)
+        with choose_run(outdir, config_of(precision=second), CONTENT) as run:
+            assert (run.path.name, run.continues, run.record.config.precision) == (f"00000-{NAME}", True, first)
+            assert run.record.config == config_of(precision=first)
+        plan = plan_run(outdir, config_of(precision=second), CONTENT)
+        assert plan.config.precision == first
+        assert start(outdir, precision=second) == f"00000-{NAME}"  # and once more, with the record as it is now
+
+
+def test_choose_run_given_precision_is_part_of_the_identity(tmp_path):
+    start(tmp_path, precision="fp16")
+    with choose_run(tmp_path, config_of(precision="fp32"), CONTENT, precision_given=True) as run:
+        assert (run.path.name, run.continues) == (f"00001-{NAME}", False)
+        assert "not continued: --precision is fp16 there and fp32 here; " in run.not_continued[0]
+    # 00001 was asked to be fp32: a command on a GPU that does not ask means the other one.
+    assert start(tmp_path, precision="fp16") == f"00000-{NAME}"
+    with choose_run(tmp_path, config_of(precision="fp32"), CONTENT, precision_given=True) as run:
+        assert run.path.name == f"00001-{NAME}"
+
+
+def test_choose_run_pass_size_continues_and_is_kept(tmp_path):
+    with choose_run(tmp_path, config_of(batch=16), CONTENT) as run:
+        run.note_pass(0, 16)
+    smaller = config_of(batch=16, batch_gpu=4)
+    with choose_run(tmp_path, smaller, CONTENT, batch_gpu_given=True) as run:
+        assert (run.continues, run.record.config.step.micro_batch) == (True, 4)
+        run.note_pass(320, 4)
+    name = f"00000-{NAME}-batch16"
+    content = json.loads((tmp_path / name / "training_options.json").read_text())
+    assert content["passes"] == [{"from_nimg": 0, "batch_gpu": 16}, {"from_nimg": 320, "batch_gpu": 4}]
+    with choose_run(tmp_path, config_of(batch=16), CONTENT) as run:  # the command of before does not fill memory again
+        assert run.record.config.step.micro_batch == 4
+        assert run.notes == (f"{tmp_path}/{name}: passes of 4 images, as the run last had them (--batch-gpu changes "
+                             "them)",)
+        run.note_pass(480, 4)
+    assert len(read_record(tmp_path / name).passes) == 2
+    with choose_run(tmp_path, config_of(batch=16, batch_gpu=8), CONTENT, batch_gpu_given=True) as run:
+        assert run.record.config.step.micro_batch == 8
+        run.note_pass(160, 8)  # the newest state was lost
+    passes = [(size.from_nimg, size.batch_gpu) for size in read_record(tmp_path / name).passes]
+    assert passes == [(0, 16), (160, 8)]
+
+
+def test_choose_run_pass_size_that_never_fitted_is_not_kept(tmp_path):
+    """It is recorded once an iteration was done."""
+    with choose_run(tmp_path, config_of(batch=16, batch_gpu=4), CONTENT) as run:
+        run.note_pass(0, 4)
+    start(tmp_path, batch=16, batch_gpu=16)
+    with choose_run(tmp_path, config_of(batch=16), CONTENT) as run:
+        assert run.record.config.step.micro_batch == 4
+
+
+@pytest.mark.parametrize(("then", "now", "kept"), [(2, 1, 8), (1, 2, 8), (1, 4, 4), (4, 1, 4)])
+def test_choose_run_number_of_processes_keeps_the_pass_size_as_far_as_shares_go(tmp_path, then, now, kept):
+    """Two processes of one pass each are one process of two passes; see training.step."""
+    with choose_run(tmp_path, config_of(batch=16, gpus=then, cfg="stylegan2"), CONTENT) as run:
+        run.note_pass(0, {1: 16, 2: 8, 4: 4}[then])
+    expected = {(1, 2): 8, (1, 4): 4}.get((then, now), kept)
+    with choose_run(tmp_path, config_of(batch=16, gpus=now, cfg="stylegan2"), CONTENT) as run:
+        assert (run.continues, run.record.config.step.micro_batch) == (True, expected)
+
+
+def test_records_of_before_open_and_continue(tmp_path):
+    """They hold no passes and no precision_given, and the size of a pass is in their identity."""
+    start(tmp_path, precision="bf16", batch=16)
+    path = tmp_path / f"00000-{NAME}-batch16" / "training_options.json"
+    content = json.loads(path.read_text())
+    del content["passes"], content["precision_given"]
+    content["identity"]["options"]["step.micro_batch"] = 16
+    del content["identity"]["options"]["allow_tf32"], content["config"]["allow_tf32"]  # as before an option
+    path.write_text(json.dumps(content))
+    with choose_run(tmp_path, config_of(precision="fp32", batch=16, batch_gpu=4), CONTENT, batch_gpu_given=True) as run:
+        assert (run.path.name, run.continues, run.record.config.precision) == (path.parent.name, True, "bf16")
+        run.note_pass(800, 4)
+    passes = [(size.from_nimg, size.batch_gpu) for size in read_record(path.parent).passes]
+    assert passes == [(0, 16), (800, 4)]
 
 
 def test_choose_run_other_software_is_said(tmp_path):
@@ -295,8 +479,9 @@ def test_choose_run_options_that_cannot_be_read_are_noted(tmp_path):
     path.write_text(json.dumps({**content, "colour": 1}))
     with choose_run(tmp_path, config_of(), CONTENT) as run:
         assert run.path.name == f"00001-{NAME}"
-        assert run.notes == (f"{path}: colour is not a field of a run's options; expected one of format, version, "
-                             "finished, config, identity, versions; this run is not continued",)
+        assert run.not_continued == (
+            f"{path}: colour is not a field of a run's options; expected one of format, version, finished, config, "
+            "identity, versions, precision_given, passes; this run is not continued",)
 
 
 def test_plan_run_tells_the_folder_and_changes_nothing(tmp_path):
@@ -339,11 +524,15 @@ def test_read_record_gives_back_what_was_written(folder):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda content: content.update(extra=1),
      ": extra is not a field of a run's options; expected one of format, version, finished, config, identity, "
-     "versions"),
+     "versions, precision_given, passes"),
     (lambda content: content.pop("identity"),
-     ": identity is missing; expected the fields format, version, finished, config, identity, versions"),
+     ": identity is missing; expected the fields format, version, finished, config, identity, versions, "
+     "precision_given, passes"),
     (lambda content: content.update(version=2), " has version 2; expected 1: use the program that wrote it"),
     (lambda content: content.update(finished=1), ": finished is 1; expected true or false"),
+    (lambda content: content.update(precision_given="no"), ": precision_given is 'no'; expected true or false"),
+    (lambda content: content.update(passes=[{"from_nimg": 0}]),
+     ": passes is [{'from_nimg': 0}]; expected a list of from_nimg and batch_gpu"),
     (lambda content: content.update(identity=[]), ": identity is []; expected version, data, resume and options"),
     (lambda content: content.update(versions={"torch": 2}), ": versions is {'torch': 2}; expected names with texts"),
     (lambda content: content["config"].pop("seed"), ": config.seed is missing; expected a whole number"),

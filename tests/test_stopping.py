@@ -1,15 +1,17 @@
 """Stopping between iterations, and trouble that stops a run."""
 
+import errno
 import os
 import signal
 
 import pytest
+import torch
 
 from training.options import DatasetFacts, TrainOptions
 from training.presets import resolve
 from training.step import StepResult
 from training.stopping import SIGNALS, StopRequest
-from training.trouble import SkippedSteps, describe_out_of_memory, smaller_batch_gpu
+from training.trouble import SkippedSteps, describe_out_of_memory, ran_out_of_memory, smaller_batch_gpu
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -53,8 +55,8 @@ def test_skipped_steps_stop_after_ten_in_a_row_of_one_phase():
     steps = SkippedSteps()
     assert [steps.add(result) for result in results(*[["Gmain"]] * 9, [], *[["Gmain"]] * 9)] == [None] * 19
     message = steps.add(results(["Gmain"])[0])
-    assert message == ("Gmain had a loss or gradient that is not finite 10 times in a row (a, b, c and 1 more); try a "
-                       "larger --gamma, --precision=fp32, or look at the data")
+    assert message == ("Gmain had a loss or gradient that is not finite 10 times in a row (a, b, c and 1 more); look "
+                       "at the data")
 
 
 def test_skipped_steps_of_a_lazy_phase_count_when_it_runs():
@@ -84,10 +86,56 @@ def config_with(**options):
 def test_smaller_batch_gpu_is_one_that_the_run_takes(options, smaller):
     config = config_with(**options)
     assert smaller_batch_gpu(config) == smaller
+    found = describe_out_of_memory(config, torch.OutOfMemoryError(), "the same command", has_begun=True)
     if smaller is not None:
         assert config_with(**{**options, "batch_gpu": smaller}).step.micro_batch == smaller
-        assert describe_out_of_memory(config) == (
-            f"out of memory with --batch-gpu={config.step.micro_batch}; try --batch-gpu={smaller}: the same batch in "
-            "smaller passes")
+        assert found == (
+            f"out of memory with --batch-gpu={config.step.micro_batch}; the same command with --batch-gpu={smaller} "
+            "continues the run from its last state: the same batch in smaller passes")
     else:
-        assert "one image a pass" in describe_out_of_memory(config)
+        assert found == (
+            "out of memory with one image a pass (--batch-gpu=1); free memory on the device or take one that has more, "
+            "and the same command continues the run (a smaller --cfg or resolution begins another one)")
+
+
+def test_out_of_memory_before_the_first_image_advises_nothing_about_passes():
+    found = describe_out_of_memory(config_with(batch=32), MemoryError(), "the same command", has_begun=False)
+    assert found == (
+        "out of memory before the first image, where networks and optimizers have to fit; free memory on the device or "
+        "take one that has more, and the same command continues the run (a smaller --cfg or resolution begins another "
+        "one)")
+
+
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+
+def test_out_of_memory_of_a_reader_advises_fewer_readers():
+    found = describe_out_of_memory(config_with(), RuntimeError(KILLED), "the same command (without --new)",
+                                   has_begun=True)
+    assert found == ("a process that reads images was killed, as the system does when memory runs out; the same "
+                     "command (without --new) with --workers=1 continues the run")
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 8 bytes. Error code 12 (Cannot allocate memory)"), True),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+    (RuntimeError(KILLED), True),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), False),
+    (OSError(errno.ENOSPC, "No space left on device"), False),
+    (RuntimeError("shape '[4]' is invalid for input of size 3"), False),
+    (ValueError("out of memory"), False)])
+def test_out_of_memory_is_recognized_whoever_says_it(error, expected):
+    assert ran_out_of_memory(error) == expected
+
+
+def test_out_of_memory_of_this_cpu_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ran_out_of_memory(caught.value)

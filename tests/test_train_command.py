@@ -1,5 +1,6 @@
 """The command line of train.py: what each flag does, what --dry-run prints, and the message for each mistake."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,8 +19,8 @@ from tests.make_archives import make_folder, make_zip
 from tests.make_sets import enclose, make_set, pixels_of, png
 from tests.training_runs import replaced
 from torch_utils.allocator import Tuning
+from torch_utils.checkpoint import CheckpointPair
 from torch_utils.ops import compiled
-from training import device
 from training.balance import image_weights
 from training.command import make_command
 from training.options import DatasetFacts, TrainOptions
@@ -42,7 +43,7 @@ def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.command.tune_malloc",
                         lambda wanted: Tuning(is_done=wanted, reason=f"--tune-malloc={wanted}"))
-    monkeypatch.setattr(device, "half_speed", lambda *_, **__: 0.5)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -160,6 +161,9 @@ SETTINGS_FLAGS = [
     ("", "max_hours", None), ("--max-hours=1.5", "max_hours", 1.5), ("", "new", False), ("--new", "new", True),
     ("", "name", None), ("--name=a.b_c-1", "name", "a.b_c-1"),
     ("", "tune_malloc", True), ("--tune-malloc=0", "tune_malloc", False),
+    ("", "precision", "auto"), ("--precision=auto", "precision", "auto"), ("--precision=bf16", "precision", "bf16"),
+    ("--fp32=1", "precision", "fp32"), ("--precision=auto --fp32=0", "precision", "fp16"),
+    ("", "batch_gpu", None), ("--batch-gpu=8", "batch_gpu", 8),
 ]
 
 
@@ -374,9 +378,7 @@ def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
     assert trainer.config.metrics == ()
     assert trainer.settings.notes == (
         "device: cpu (no CUDA device is available)",
-        "memory: freed memory is kept for reuse (--tune-malloc=True)",
-        "precision: fp32 (bf16 convolutions are 0.5 times as fast as fp32 on this CPU; 1.5 times would be worth bf16)",
-        line)
+        "memory: freed memory is kept for reuse (--tune-malloc=True)", line)
     assert run(make_command(None, choose_metrics), ["--outdir=runs", "--data=set.zip", "--dry-run"]) == 0
     assert capsys.readouterr().err == line + "\n"
 
@@ -396,17 +398,37 @@ def test_metrics_at_hand_are_used(inside, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_slow_half_precision_warns_in_one_line(inside, capsys):
-    line = "convolutions in bf16 take 2 times as long as in fp32 on this CPU (measured); try --precision=fp32"
-    trainer, err = start(capsys, "--precision=bf16")
-    assert (trainer.settings.notes[3:], err) == ((line,), "")
-    assert dry_run(capsys, "--precision=bf16")[1] == line + "\n"
+def test_precision_that_this_cpu_has_no_instructions_for_warns_in_one_line(inside, capsys):
+    line = ("warning: bf16 may be many times slower than fp32 on this CPU, which has neither AVX512-BF16 nor AMX-BF16; "
+            "a new run is faster with --precision=fp32")
+    found, err = dry_run(capsys, "--precision=bf16")
+    assert (found["precision"], err) == ({"name": "bf16", "reason": "--precision=bf16"}, line + "\n")
+    assert dry_run(capsys, "--precision=fp32")[1] == ""
 
 
-def test_fast_bf16_is_chosen(inside, capsys, monkeypatch):
-    monkeypatch.setattr(device, "half_speed", lambda *_, **__: 2.0)
-    trainer, err = start(capsys)
-    assert (trainer.config.generator.half_dtype, trainer.config.generator.num_fp16_res, err) == ("bfloat16", 4, "")
+def test_auto_precision_means_the_same_run_on_a_cpu_with_and_without_bf16(inside, capsys, monkeypatch):
+    without, _ = start(capsys)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    assert start(capsys)[0].config == without.config
+    assert without.config.precision == "fp32"
+
+
+def test_auto_precision_on_a_cpu_continues_a_run_that_was_begun_on_a_gpu(inside, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    begun, _ = start(capsys, "--cfg=tiny")
+    with choose_run("runs", begun.config, content_of(begun.dataset, None), **begun.settings.asked()):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found, err = dry_run(capsys, "--cfg=tiny")
+    assert (found["run_folder"], found["continues"], found["num_fp16_res"]) == ("runs/00000-set-tiny", True, 4)
+    assert found["precision"] == {"name": "fp16", "reason": "chosen when the run began"}
+    assert err.startswith("warning: fp16 may be many times slower than fp32 on this CPU")
+    found, err = dry_run(capsys, "--cfg=tiny", "--precision=fp32")
+    assert (found["run_folder"], found["continues"]) == ("runs/00001-set-tiny", False)
+    assert err.startswith("runs/00000-set-tiny is unfinished and not continued: --precision is fp16 there and fp32 "
+                          "here; ")
+    assert found["warnings"] == err.splitlines()
 
 
 # --dry-run
@@ -463,11 +485,30 @@ def test_dry_run_tells_which_run_would_be_continued(inside, capsys):
     with choose_run("runs", trainer.config, content_of(trainer.dataset, weights)):
         pass
     same, another = ("runs/00000-set-tiny", True), ("runs/00001-set-tiny", False)
-    for flags, expected in (([], same), (["--kimg=3", "--workers=0"], same), (["--new"], another),
+    for flags, expected in (([], same), (["--kimg=30000", "--workers=0"], same), (["--new"], another),
                             (["--balance=none"], another), (["--seed=1"], another)):
         found, _ = dry_run(capsys, *replaced(["--cfg=tiny", "--balance=classes"], flags))
         assert (found["run_folder"], found["continues"]) == expected
     assert os.listdir("runs") == ["00000-set-tiny"]
+
+
+def test_dry_run_tells_what_a_finished_run_would_do(inside, capsys):
+    trainer, _ = start(capsys, "--cfg=tiny", "--kimg=2")
+    with choose_run("runs", trainer.config, content_of(trainer.dataset, None)) as run:
+        CheckpointPair(run.path).save({"training": {"nimg": 2000}})
+        run.mark_finished()
+    found, err = dry_run(capsys, "--cfg=tiny", "--kimg=2")
+    assert (found["run_folder"], found["continues"], found["already_finished"]) == (
+        "runs/00000-set-tiny-kimg2", False, True)
+    assert err == "already finished at 2 kimg: runs/00000-set-tiny-kimg2; --new starts another\n"
+    found, err = dry_run(capsys, "--cfg=tiny", "--kimg=3")
+    assert (found["run_folder"], found["continues"], found["already_finished"], found["kimg"], err) == (
+        "runs/00000-set-tiny-kimg2", True, False, 3, "")
+    with choose_run("runs", dataclasses.replace(trainer.config, kimg=9), content_of(trainer.dataset, None)):
+        pass
+    assert refuse(capsys, *BASE, "--cfg=tiny", "--kimg=3", "--dry-run") == (
+        "--kimg is 3, and runs/00000-set-tiny-kimg2, at 2 kimg, was asked to reach 9; expected --kimg=9 or more to "
+        "continue it, or --new to begin another run")
 
 
 def test_dry_run_shows_flags_that_are_not_among_the_compared_settings(inside, capsys):

@@ -31,11 +31,22 @@ class BatchRules:
 
     def allows(self, micro_batch: int) -> bool:
         """Tell whether a pass may have this many images."""
-        return micro_batch <= self.group or micro_batch % self.group == 0
+        return keeps_groups(micro_batch, self.group)
 
     def expectation(self) -> str:
         """Say what `allows` checks."""
         return f"at most {self.group} images in a pass, or a multiple of {self.group}"
+
+
+def keeps_groups(micro_batch: int, group: int) -> bool:
+    """Tell whether a pass is at most one group of the minibatch standard deviation, or whole groups."""
+    return micro_batch <= group or micro_batch % group == 0
+
+
+def largest_pass(share: int, group: int, most: int) -> int | None:
+    """Return the most images, up to `most`, of passes that a process's share of a batch can be cut into."""
+    return next((size for size in range(min(most, share), 0, -1) if share % size == 0 and keeps_groups(size, group)),
+                None)
 
 
 def split_batch(rules: BatchRules, gpus: int, batch: int | None, batch_gpu: int | None) -> BatchSplit:

@@ -54,7 +54,6 @@ class Plan:
     settings: RunSettings
     dataset: ImageDataset
     device: Choice
-    precision: Choice
     warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
     alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
     taken: tuple[str, ...] = ()  # what --resume gives, a line a network
@@ -73,11 +72,11 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
             for line in plan.alerts:
                 click.echo(line, err=True)
         if dry_run:
-            for line in plan.warnings:
+            found = describe_run(plan.config, plan.settings, plan.dataset, device=plan.device, taken=plan.taken)
+            for line in (*plan.warnings, *found["warnings"]):
                 if line not in plan.alerts:
                     click.echo(line, err=True)
-            click.echo(json.dumps(describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
-                                               precision=plan.precision, taken=plan.taken), indent=1, allow_nan=False))
+            click.echo(json.dumps(found, indent=1, allow_nan=False))
             return 0
         return train(plan.config, plan.settings, plan.dataset)
 
@@ -104,11 +103,8 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
 
     memory = (tune_malloc(settings.tune_malloc).note,) if device.name == "cpu" else ()
 
-    facts = ImageDataset(settings.data).facts()
-    config = resolve(options, facts)  # so that mistakes are found before the measurement
-    precision = choose_precision(_asked_precision(options), device.name, processes, nhwc=bool(options.nhwc),
-                                 is_main=is_main)
-    config = resolve(replace(options, precision=precision.name), facts)
+    precision = choose_precision(settings.precision, device.name).name
+    config = resolve(replace(options, precision=precision), ImageDataset(settings.data).facts())
     if settings.name is not None:
         config = replace(config, run_name=settings.name)
     resume_note = None
@@ -121,12 +117,11 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
         taken = check_resume_weights(config, dataset)
         shared = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
-    warnings = tuple(line for line in (metrics_note, precision.warning, resume_note, shared) if line is not None)
-    notes = (f"device: {device.name} ({device.reason})", *memory,
-             f"precision: {precision.name} ({precision.reason})", *warnings)
+    warnings = tuple(line for line in (metrics_note, resume_note, shared) if line is not None)
+    notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
     settings = replace(settings, device=device.name, notes=notes)
-    return Plan(config=config, settings=settings, dataset=dataset, device=device, precision=precision,
-                warnings=warnings, alerts=() if shared is None else (shared,), taken=tuple(taken))
+    return Plan(config=config, settings=settings, dataset=dataset, device=device, warnings=warnings,
+                alerts=() if shared is None else (shared,), taken=tuple(taken))
 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
@@ -140,7 +135,8 @@ def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
     changed = {"metrics": metrics, "gpus": started,
                "precision": None if flags["precision"] == "auto" else flags["precision"]}
     options = TrainOptions(**{name: changed.get(name, flags[name]) for name in _names(TrainOptions)})
-    settings = RunSettings(**{name: flags[name] for name in _names(RunSettings) if name in flags})
+    given = {**flags, "precision": _asked_precision(options)}
+    settings = RunSettings(**{name: given[name] for name in _names(RunSettings) if name in given})
     return options, settings, note
 
 

@@ -186,6 +186,13 @@ class TrainConfig(Config):
         """Images of an iteration, over all processes."""
         return self.step.batch
 
+    @property
+    def precision(self) -> str:
+        """Number format of the highest resolutions: fp32, fp16 or bf16."""
+        if self.generator.num_fp16_res == 0:
+            return "fp32"
+        return "bf16" if self.generator.half_dtype == "bfloat16" else "fp16"
+
     def check(self) -> None:
         self.require(bool(self.run_name), "run_name", "a name")
         self.require_at_least(

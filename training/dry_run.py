@@ -6,7 +6,7 @@ from typing import Any
 from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
-from training.device import Choice
+from training.device import Choice, choose_precision
 from training.estimate import count_parameters, estimate_memory, meta_state, state_bytes
 from training.presets import describe
 from training.run_content import content_of
@@ -15,14 +15,19 @@ from training.run_settings import RunSettings
 
 
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,
-                 precision: Choice, taken: Sequence[str] = ()) -> dict[str, Any]:
+                 taken: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings under the names of `presets.describe`, and beside them what is known before the start.
 
     taken:  lines on what --resume gives
+
+    "warnings" are lines that the user should see. Raises UserError where the run would not start.
     """
-    state = meta_state(config)
     content = content_of(dataset, image_weights(settings.balance, dataset))
-    run = plan_run(settings.outdir, config, content, new=settings.new)
+    run = plan_run(settings.outdir, config, content, **settings.asked())
+    config = run.config
+    state = meta_state(config)
+    precision = choose_precision(settings.precision, device.name, config.precision)
+    warnings = (precision.warning, run.left_alone, *run.not_continued)
     return {
         **describe(config),
         "cfg": config.cfg,
@@ -46,8 +51,10 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "memory_per_process": estimate_memory(config, state).to_dict(),
         "run_folder": str(run.path),
         "continues": run.continues,
+        "already_finished": run.left_alone is not None,
         "files": _describe_files(config, state_bytes(state)),
         "notes": [*settings.notes, *run.notes],
+        "warnings": [line for line in warnings if line is not None],
     }
 
 

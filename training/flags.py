@@ -111,7 +111,7 @@ FLAGS = [
           "NAME", default="auto"),
     _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "1", "INT"),
     _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
-          "on a GPU; on a CPU fp32, or bf16 where a quick measurement finds it much faster.", "auto"),
+          "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with.", "auto"),
     _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "not given", "BOOL"),
     _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "false", "BOOL"),
     _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "true", "BOOL"),

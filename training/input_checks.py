@@ -121,7 +121,8 @@ def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: 
     """
     if files == [resume]:
         return resume, None
-    begun = None if settings.new else began_from(settings.outdir, config, files)
+    asked = settings.asked()
+    begun = None if asked.pop("new") else began_from(settings.outdir, config, files, **asked)
     if begun is None:
         path = find_network(resume, "--resume")
         return path, f"--resume: {path}"

@@ -1,7 +1,6 @@
 """The training loop: data, steps, ticks, files; from wherever the run was left."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,14 @@ from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
 from imagesets.class_names import class_order
 from imagesets.naming import listed
 from imagesets.workers import usable_cores
-from torch_utils.checkpoint import CheckpointPair
+from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
 from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.stats import Collector
 from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
+from training.json_lines import read_lines
 from training.loading import iterate_batches, to_unit_range
 from training.reporting import describe
 from training.run_content import content_of
@@ -32,10 +32,10 @@ from training.step_inputs import StepInputs, draw_phases
 from training.stopping import StopRequest
 from training.tick import SKIPPED_PREFIX
 from training.transfer import transfer_for
-from training.trouble import SkippedSteps, describe_out_of_memory, describe_tensors
+from training.trouble import OutOfMemory, SkippedSteps, describe_out_of_memory, describe_tensors, ran_out_of_memory
 from training.validation import Validation
 
-EXIT_DONE = 0
+EXIT_DONE = 0  # training.trouble.OutOfMemory has another code, 4
 EXIT_DIVERGED = 3  # steps kept failing; the last state is that of before
 EXIT_STOPPED = EXIT_TEMPORARY  # stopped before its end, with a state: the same command continues
 
@@ -47,34 +47,45 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, eva
 
     evaluate:  computes metrics of the averaged generator at snapshots; a failure of it is reported, and no more
 
-    Raises UserError when the processes that joined are not as many as config.gpus, or the run cannot be chosen,
-    continued, or held in memory.
+    A run that did what is asked for is left alone, which is said in a line.
+    Raises UserError when the processes that joined are not as many as config.gpus, or the run cannot be chosen or
+    continued, and OutOfMemory when it cannot be held in memory.
     """
     weights = image_weights(settings.balance, dataset)
     with join(settings.device) as processes, StopRequest(settings.max_hours) as stop:
         if processes.count != config.gpus:
             raise UserError(f"{processes.count} processes are in the run, and gpus is {config.gpus}; expected the same "
                             "number: start it with train.py --gpus or torchrun")
-        # A newer network may have appeared where --resume names a folder: all take what the main process found.
-        config = replace(config, resume=broadcast_object(config.resume))
+        run, config = _open_run(config, settings, dataset, weights, processes)
+        if run.left_alone is not None:
+            if processes.rank == 0:
+                print(run.left_alone, flush=True)
+            return EXIT_DONE
         _set_backends(config)
-        run = _open_run(config, settings, dataset, weights, processes)
+        loop = None
         try:
             loop = _Loop(config, settings, dataset, weights, processes, run, stop, evaluate)
             return loop.train()
+        except Exception as error:  # memory may run out anywhere, and PyTorch has several ways to say it
+            if not ran_out_of_memory(error):
+                raise
+            has_begun = loop is not None and loop.has_begun
+            raise OutOfMemory(describe_out_of_memory(config, error, settings.same_command,
+                                                     has_begun=has_begun)) from error
         finally:
             if processes.rank == 0:
                 run.release()
 
 
 def _open_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, weights: np.ndarray | None,
-              processes: Processes) -> RunFolder:
-    """Let the main process choose the run's folder; the others get its name."""
+              processes: Processes) -> tuple[RunFolder, TrainConfig]:
+    """Let the main process choose the run's folder; return it with the configuration that the run goes on with."""
     run = None
     if processes.rank == 0:
-        run = choose_run(settings.outdir, config, content_of(dataset, weights), new=settings.new)
-    path = broadcast_object(None if run is None else str(run.path))
-    return run if run is not None else RunFolder(path)
+        run = choose_run(settings.outdir, config, content_of(dataset, weights), **settings.asked())
+    chosen = None if run is None else (str(run.path), run.continues, run.left_alone, run.record.config)
+    path, continues, left_alone, config = broadcast_object(chosen)
+    return run or RunFolder(path, continues=continues, left_alone=left_alone), config
 
 
 def _set_backends(config: TrainConfig) -> None:
@@ -90,6 +101,7 @@ class _Loop:
                  weights: np.ndarray | None, processes: Processes, run: RunFolder, stop: StopRequest,
                  evaluate: Evaluate | None):
         self.config, self.dataset, self.processes, self.run, self.stop = config, dataset, processes, run, stop
+        self.same_command = settings.same_command
         self.order = TrainingOrder(len(dataset), seed=config.seed, weights=weights)
         self.labels = LabelLaw(dataset.label_table(), None if weights is None else weights[:dataset.num_images])
         self.state = TrainingState.create(config, processes.device)
@@ -102,7 +114,9 @@ class _Loop:
         self.skipped = SkippedSteps()
         self.checkpoints = CheckpointPair(run.path)
         self.tick = 0  # the next one to end
+        self.extra_ticks = 0  # among those before: cut short by the end of a run that was continued later
         self.tick_start_nimg = 0
+        self.has_begun = self.has_stepped = False  # in this process: the state is there; an iteration was done
         self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate)
 
     def train(self) -> int:
@@ -120,7 +134,7 @@ class _Loop:
         while True:
             trouble = self._step(*batch)
             if trouble is not None:
-                self.output.say(f"stopped: {trouble}; the last state is that of before")
+                self.output.say(f"stopped: {trouble}; {self._advise_other_run()}")
                 return EXIT_DIVERGED
             if self._tick_is_over():
                 self._end_tick()
@@ -160,16 +174,37 @@ class _Loop:
 
     def _begin(self) -> None:
         """Take up the newest state, or start."""
-        found = self.checkpoints.load()
+        try:
+            found = self.checkpoints.load()
+        except DamagedCheckpoint as error:
+            raise UserError(f"{error} (--new does so)") from error
         if found is None:
+            self._refuse_lost_state()
             lines = []
             if self.config.resume is not None:
                 lines = transfer_for(self.state, self.config, self.dataset).lines()
             self.output.start(lines)
-            return
-        saved, message = found
-        self._load(saved)
-        self.output.resume(self.tick, saved["seconds"], message, operators=saved.get("operators"))
+        else:
+            saved, message = found
+            self._load(saved)
+            self.output.resume(self.tick, saved["seconds"], [] if message is None else [message],
+                               operators=saved.get("operators"))
+        self.has_begun = True
+
+    def _refuse_lost_state(self) -> None:
+        """Raise UserError when the run had a state once: beginning it anew would wipe out what it reported."""
+        ticks = read_lines(self.run.stats) if self.run.continues else []
+        if len(ticks) > 1:  # the first one ends before there is a state
+            raise UserError(f"{self.run.path} has trained {len(ticks)} ticks, and its state is gone; expected "
+                            f"{self.checkpoints.newest.name} or {self.checkpoints.previous.name}: copy one back, or "
+                            "begin another run with --new")
+
+    def _advise_other_run(self) -> str:
+        """Say how to go on after steps kept failing, and lose nothing."""
+        newest = self.run.newest_snapshot()
+        keeps = "" if newest is None else f"; --resume={newest} lets it start from the weights learned here"
+        return (f"the last state is that of before, and {self.same_command} tries again from there; a larger --gamma "
+                f"or --precision=fp32 begins another run{keeps}")
 
     def _load(self, saved: dict[str, Any]) -> None:
         if saved.get("loop_version") != LOOP_VERSION:
@@ -187,6 +222,7 @@ class _Loop:
             raise UserError(f"{self.checkpoints.newest}: {error}") from error
         self.skipped.load_state_dict(saved["skipped"])
         self.tick, self.tick_start_nimg = saved["reported_ticks"], saved["tick_start_nimg"]
+        self.extra_ticks = saved.get("extra_ticks", 0)  # states of earlier programs have none
 
     def _step(self, pixels: torch.Tensor, labels: torch.Tensor) -> str | None:
         """Run one iteration; return a message when the run had better stop."""
@@ -197,10 +233,11 @@ class _Loop:
                              microbatches=microbatches, z_dim=state.G.z_dim, num_ws=state.G.num_ws,
                              label_law=self.labels, image_shape=reals.shape[1:], device=device)
         inputs = StepInputs(reals=reals, labels=labels.to(device, non_blocking=True), phases=phases)
-        try:
-            result = train_step(state, inputs, config.step, self.processes)
-        except torch.OutOfMemoryError as error:
-            raise UserError(describe_out_of_memory(config)) from error
+        nimg = state.nimg
+        result = train_step(state, inputs, config.step, self.processes)
+        if not self.has_stepped:
+            self.has_stepped = True
+            self.output.note_pass(nimg)
         self._collect(result)
         return self.skipped.add(result)
 
@@ -220,22 +257,32 @@ class _Loop:
         return self.state.nimg >= self.config.kimg * 1000
 
     def _tick_is_over(self) -> bool:
+        return self._tick_is_full() or self._is_done()
+
+    def _tick_is_full(self) -> bool:
         """The first tick is the first iteration, so that a run shows early that it works."""
-        return self.tick == 0 or self._is_done() or \
-            self.state.nimg >= self.tick_start_nimg + self.config.kimg_per_tick * 1000
+        return self.tick == 0 or self.state.nimg >= self.tick_start_nimg + self.config.kimg_per_tick * 1000
 
     def _end_tick(self) -> None:
+        """Report a tick, and write what is due.
+
+        A tick that the end of the run cuts short is an extra one: if the run is continued later, the others end, and
+        files are written, where they would have without it.
+        """
         self._score_valid()
         self.output.report(self.tick, self.collector.flush())
-        is_done = self._is_done()
-        if is_done or self.tick % self.config.image_snapshot_ticks == 0:
+        is_done, number = self._is_done(), self.tick - self.extra_ticks
+        if is_done or number % self.config.image_snapshot_ticks == 0:
             self.output.save_images()
-        saves = is_done or self.tick % self.config.network_snapshot_ticks == 0
+        saves = is_done or number % self.config.network_snapshot_ticks == 0
         if saves:
             self.output.save_networks()
             self.output.evaluate(self.tick)
+        if self._tick_is_full():
+            self.tick_start_nimg = self.state.nimg
+        else:
+            self.extra_ticks += 1
         self.tick += 1
-        self.tick_start_nimg = self.state.nimg
         if saves:
             self._save_state()
         self.output.begin_tick()
@@ -258,7 +305,8 @@ class _Loop:
         state = {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
                  "training": self.state.state_dict(),
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
-                 "reported_ticks": self.tick, "tick_start_nimg": self.tick_start_nimg,
+                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks,
+                 "tick_start_nimg": self.tick_start_nimg,
                  "seconds": self.output.seconds(), "classes": self._classes()}
         self.output.save_state(self.checkpoints, state)
 
@@ -271,8 +319,8 @@ class _Loop:
         self.output.complete_networks()
         missing = self._mark_finished() if self.processes.rank == 0 else None
         if any_process(missing is not None):
-            self.output.say(f"not finished after {self.state.nimg} images: {missing}; once it can be, the same "
-                            f"command continues at image {self.output.saved_nimg or 0}")
+            self.output.say(f"not finished after {self.state.nimg} images: {missing}; once it can be, "
+                            f"{self.same_command} continues at image {self.output.saved_nimg or 0}")
             return EXIT_STOPPED
         self.output.say(f"finished after {self.state.nimg} images")
         return EXIT_DONE

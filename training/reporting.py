@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dnnlib.appending import AppendFile
 from dnnlib.disk_failures import DiskFailure, retrying
@@ -63,9 +63,16 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print lines, and log them with the time."""
+        self._say(text, sys.stdout)
+
+    def warn(self, text: str) -> None:
+        """As `say`, on standard error."""
+        self._say(text, sys.stderr)
+
+    def _say(self, text: str, stream: TextIO) -> None:
         if not self._is_main:
             return
-        _print(text)
+        _print(text, stream)
         with self._surviving_lines(LOG):
             self._log.append(_dated(text))
 
@@ -135,7 +142,7 @@ class Reporter:
                 self._warn(f"warning: {trouble} ({describe(error)}); {consequence}")
 
     def _warn(self, text: str) -> None:
-        _print(text)
+        _print(text, sys.stdout)
         with suppress(OSError):  # The screen has it, and the log will, once it can be written.
             self._log.append(_dated(text))
 
@@ -151,14 +158,14 @@ def describe(error: OSError | DiskFailure) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
+def _print(text: str, stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"
     try:  # letters that the terminal has not, as in the name of a class, must not end the run
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
         # The terminal, or the program that read our output, is gone. Nothing more goes there, training goes on.
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _dated(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Choose the folder of a run: continue an unfinished one, or make the next number.
+"""Choose the folder of a run: continue one, leave one alone that is finished, or make the next number.
 
     runs/00007-isic256-cond-auto1/
 
@@ -11,13 +11,14 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from dnnlib.cli import UserError
 from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
 from dnnlib.temporary_files import remove_abandoned
+from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
 from training.run_record import (
     RECORD_NAME,
@@ -36,8 +37,20 @@ LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
 _CHOOSING_SECONDS = 30  # to wait for other programs that choose at the same time, each of which takes milliseconds
+_MOST_NOT_CONTINUED = 3  # runs that are named: an output folder may hold hundreds
 _NUMBERED = re.compile(r"(\d{5})-")
 _NUMBERED_FURTHER = re.compile(r"([1-9]\d{5,})-")  # after 99999; a date looks the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command asks for."""
+
+    config: TrainConfig
+    identity: dict[str, Any]  # of `config`
+    new: bool  # whatever is there
+    precision_given: bool  # by the user, and so not to be taken from a record
+    batch_gpu_given: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +58,15 @@ class RunPlan:
     """Which folder a run would take."""
 
     path: Path
-    record: RunRecord | None  # of the run that is continued; None = a new run
-    notes: tuple[str, ...]  # lines for the user: what was looked at and not taken
+    config: TrainConfig  # with which it would be trained: a run that goes on keeps some of its own
+    record: RunRecord | None = None  # of the run that is continued or left alone; None = a new run
+    left_alone: str | None = None  # a line: the run did what is asked for, and nothing is to be done
+    notes: tuple[str, ...] = ()  # lines for the user
+    not_continued: tuple[str, ...] = ()  # of a new run: lines on unfinished runs that the user may have meant
 
     @property
     def continues(self) -> bool:
-        return self.record is not None
+        return self.record is not None and self.left_alone is None
 
 
 class RunFolder:
@@ -60,11 +76,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike, *, record: RunRecord | None = None, lock: ProcessLock | None = None,
-                 continues: bool = False, notes: tuple[str, ...] = ()):
+                 continues: bool = False, left_alone: str | None = None, notes: tuple[str, ...] = (),
+                 not_continued: tuple[str, ...] = ()):
         self.path = Path(path)
         self.record = record
         self.continues = continues  # the run was begun before
-        self.notes = notes  # lines for the user
+        self.left_alone = left_alone  # as in RunPlan; no lock is held then
+        self.notes, self.not_continued = notes, not_continued  # lines for the user, as in RunPlan
         self._lock = lock
 
     def __enter__(self) -> Self:
@@ -100,10 +118,21 @@ class RunFolder:
     def metric(self, name: str) -> Path:
         return self.path / f"metric-{name}.jsonl"
 
+    def newest_snapshot(self) -> Path | None:
+        """Return the network file of the most images, None where there is none yet."""
+        return max(self.path.glob("network-snapshot-*.safetensors"), default=None)
+
     def mark_finished(self) -> None:
-        """Note that the run reached its end: the same command then begins another one."""
+        """Note that the run reached its end: the same command then leaves it alone, one for longer continues it."""
         self.record = self.record.as_finished()
         write_record(self.path, self.record)
+
+    def note_pass(self, nimg: int, batch_gpu: int) -> None:
+        """Record that passes of that size were taken after `nimg` images, where it is not recorded."""
+        record = self.record.with_pass(nimg, batch_gpu)
+        if record != self.record:
+            write_record(self.path, record)
+            self.record = record
 
     def require_held(self) -> None:
         """Raise UserError when another process took the run over: call it before something is overwritten."""
@@ -119,37 +148,48 @@ class RunFolder:
             self._lock.release()
 
 
-def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False) -> RunPlan:
+def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
+             precision_given: bool = False, batch_gpu_given: bool = False) -> RunPlan:
     """Tell which folder `choose_run` would take now, and change nothing.
 
-    Raises UserError when outdir is not a folder, or the network of config.resume cannot be read.
+    Arguments and errors are those of `choose_run`.
     """
+    request = Request(config=config, identity=identity(config, content_hash), new=new,
+                      precision_given=precision_given, batch_gpu_given=batch_gpu_given)
     with _outdir_errors(Path(outdir)):
-        return _plan(Path(outdir), config, identity(config, content_hash), new)
+        return _plan(Path(outdir), request)
 
 
-def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False) -> RunFolder:
-    """Take the newest unfinished run of equal identity, or make the folder of a new one, and hold its lock.
+def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
+               precision_given: bool = False, batch_gpu_given: bool = False) -> RunFolder:
+    """Take the newest run of equal identity, or make the folder of a new one, and hold its lock.
 
-    outdir:       is made when it does not exist
-    content_hash: of the images and labels in use, see ImageDataset.content_hash
-    new:          make a new one in any case
+    outdir:           is made when it does not exist
+    content_hash:     of the images and labels in use, see ImageDataset.content_hash
+    new:              make a new one in any case
+    precision_given:  the user said which; else a run that goes on keeps its own, and so with
+    batch_gpu_given:  the images of a pass
 
-    A finished run is left alone. Files that a killed process left half written are removed.
-    Raises UserError when the run is being trained by another process, or outdir cannot be used.
+    An unfinished run is continued, to the largest config.kimg that was ever asked for. A finished one is continued by a
+    larger config.kimg, and else left alone: see RunFolder.left_alone. Files that a killed process left half written are
+    removed.
+    Raises UserError when the run is being trained by another process, was asked to become longer than this, or is
+    finished without a state to continue from, or when outdir cannot be used; nothing was changed then.
     """
     outdir, name = Path(outdir), config.run_name
     if Path(name).name != name:
         raise UserError(f"the run's name is {name!r}; expected a name without folders: give one with --name")
-    wanted = identity(config, content_hash)
+    request = Request(config=config, identity=identity(config, content_hash), new=new,
+                      precision_given=precision_given, batch_gpu_given=batch_gpu_given)
     with _outdir_errors(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
         with _choosing(outdir):
-            plan = _plan(outdir, config, wanted, new)
-            record = RunRecord.of(config, wanted)
+            plan = _plan(outdir, request)
+            if plan.left_alone is not None:
+                return _leave_alone(plan)
             if not plan.continues:
-                _make(plan.path, record)
-            return _take(plan, record)
+                _make(plan.path, RunRecord.of(config, request.identity, precision_given=precision_given))
+            return _take(plan, request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,37 +200,99 @@ class Beginning:
     network: str
 
 
-def began_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequence[str]) -> Beginning | None:
+def began_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequence[str], *,
+               precision_given: bool = False, batch_gpu_given: bool = False) -> Beginning | None:
     """Return the newest run of these settings that began from one of some network files; None where there is none.
 
-    What config.resume names does not matter.
+    What config.resume names does not matter; precision_given and batch_gpu_given as in `choose_run`.
     """
     paths = {os.path.abspath(network): network for network in networks}
-    wanted = comparable_options(config)
     with _outdir_errors(Path(outdir)):
         for _, path in sorted(_numbered(Path(outdir)), reverse=True):
-            record = _read_noting(path, [])
+            try:
+                record = read_record(path)
+            except ConfigError:  # `choose_run` says what is wrong with it
+                continue
             if record is None or record.config.resume is None or record.config.dataset.name != config.dataset.name:
                 continue
             network = paths.get(os.path.abspath(record.config.resume))
-            if network is not None and record.identity["options"] == wanted:
+            settled = record.settle(config, precision_given=precision_given, batch_gpu_given=batch_gpu_given)
+            if network is not None and comparable_options(record.config) == comparable_options(settled):
                 return Beginning(run=path, network=network)
     return None
 
 
-def _plan(outdir: Path, config: TrainConfig, wanted: dict[str, Any], new: bool) -> RunPlan:
+def _plan(outdir: Path, request: Request) -> RunPlan:
     runs = sorted(_numbered(outdir), reverse=True)
-    notes: list[str] = []
-    if not new:
-        for _, path in runs:
-            record = _read_noting(path, notes)
-            if record is None or record.finished:
-                continue
-            if record.identity == wanted:
-                return RunPlan(path=path, record=record, notes=tuple(notes))
-            if record.config.run_name == config.run_name:
-                notes.append(f"{path} is unfinished and not continued: {describe_difference(record.identity, wanted)}")
-    return RunPlan(path=_next_path(outdir, runs, config.run_name), record=None, notes=tuple(notes))
+    unreadable: list[str] = []
+    others: list[str] = []
+    for _, path in [] if request.new else runs:
+        try:
+            record = read_record(path)
+        except ConfigError as error:
+            unreadable.append(f"{error}; this run is not continued")
+            others.append(unreadable[-1])
+            continue
+        if record is None:
+            continue
+        config = _settle(record, request)
+        there = {**record.identity, "options": comparable_options(record.config)}
+        here = {**request.identity, "options": comparable_options(config)}
+        if there == here:
+            return _plan_known(path, record, request, unreadable)
+        if not record.finished and (there["data"] == here["data"] or record.config.run_name == config.run_name):
+            others.append(f"{path} is unfinished and not continued: {_describe_cause(record.config, config)}"
+                          f"{describe_difference(there, here)}")
+    if len(others) > _MOST_NOT_CONTINUED:
+        others[_MOST_NOT_CONTINUED:] = [f"{len(others) - _MOST_NOT_CONTINUED} older ones are not continued either"]
+    return RunPlan(path=_next_path(outdir, runs, request.config.run_name), config=request.config,
+                   not_continued=tuple(others))
+
+
+def _settle(record: RunRecord, request: Request) -> TrainConfig:
+    return record.settle(request.config, precision_given=request.precision_given,
+                         batch_gpu_given=request.batch_gpu_given)
+
+
+def _plan_known(path: Path, record: RunRecord, request: Request, notes: list[str]) -> RunPlan:
+    """Decide what becomes of a run that the command means. Raises UserError when the command can mean no good."""
+    asked, longest, config = request.config.kimg, record.config.kimg, _settle(record, request)
+    left_alone = None
+    if record.finished and asked <= longest:
+        left_alone = f"already finished at {longest} kimg: {path}; --new starts another"
+    elif record.finished and _images_of_state(path) is None:
+        raise UserError(f"{path} is finished at {longest} kimg, but its state is gone; expected training-state.pt, to "
+                        f"go on to {asked} kimg: copy it back, or begin another run with --new")
+    elif asked < longest:
+        nimg = _images_of_state(path) or 0
+        if nimg < asked * 1000:
+            raise UserError(f"--kimg is {asked}, and {path}, at {nimg / 1000:g} kimg, was asked to reach {longest}; "
+                            f"expected --kimg={longest} or more to continue it, or --new to begin another run")
+        left_alone = (f"already finished at {nimg / 1000:g} kimg (of {longest} asked for before): {path}; --new "
+                      "starts another")
+    elif config.step.micro_batch != request.config.step.micro_batch:
+        notes = [*notes, f"{path}: passes of {config.step.micro_batch} images, as the run last had them "
+                         "(--batch-gpu changes them)"]
+    return RunPlan(path=path, config=config, record=record, left_alone=left_alone, notes=tuple(notes))
+
+
+def _images_of_state(path: Path) -> int | None:
+    """Return how many images the newest state of a run has seen, None where it has no state."""
+    try:
+        found = CheckpointPair(path).load()
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error} (--new does so)") from error
+    return None if found is None else found[0]["training"]["nimg"]
+
+
+def _describe_cause(there: TrainConfig, here: TrainConfig) -> str:
+    """Name the flags that several settings follow from."""
+    cause = ""
+    if there.precision != here.precision:
+        cause += f"--precision is {there.precision} there and {here.precision} here; "
+    if there.gpus != here.gpus and there.batch != here.batch:
+        cause += f"--gpus is {there.gpus} there and {here.gpus} here, from which --cfg={here.cfg} chooses; "
+    return cause
 
 
 def _numbered(outdir: Path) -> Iterator[tuple[int, Path]]:
@@ -211,15 +313,6 @@ def _next_path(outdir: Path, runs: list[tuple[int, Path]], name: str) -> Path:
     while os.path.lexists(path := outdir / f"{number:05d}-{name}"):  # a file has the name
         number += 1
     return path
-
-
-def _read_noting(path: Path, notes: list[str]) -> RunRecord | None:
-    """Read a run's options; what cannot be read is noted and not continued."""
-    try:
-        return read_record(path)
-    except ConfigError as error:
-        notes.append(f"{error}; this run is not continued")
-        return None
 
 
 @contextmanager
@@ -250,26 +343,40 @@ def _make(path: Path, record: RunRecord) -> None:
         raise
 
 
-def _take(plan: RunPlan, record: RunRecord) -> RunFolder:
+def _leave_alone(plan: RunPlan) -> RunFolder:
+    return RunFolder(plan.path, record=plan.record, left_alone=plan.left_alone)
+
+
+def _take(plan: RunPlan, request: Request) -> RunFolder:
     """Lock a run's folder and bring it up to date."""
     lock = ProcessLock(plan.path / LOCK_NAME)
-    notes = list(plan.notes)
     try:
         taken_over = lock.acquire()
     except LockHeld as error:
         raise UserError(f"{plan.path} is being trained by {error}; expected no other process: wait for it, stop it, "
                         "or begin another run with --new") from error
     try:
+        record = read_record(plan.path)
+        if plan.continues and record != plan.record:  # another process trained it in between
+            plan = _plan_known(plan.path, record, request, list(plan.notes))
+        notes = list(plan.notes)
         if taken_over is not None:
             notes.append(f"{plan.path}: {taken_over}")
+        if plan.left_alone is not None:
+            lock.release()
+            return _leave_alone(plan)
         if plan.continues:
-            notes.extend(_version_notes(plan.path, plan.record))
+            notes.extend(_version_notes(plan.path, record))
             remove_abandoned(plan.path)  # not those of a calc_metrics.py that is at work there
-            write_record(plan.path, record)  # what may differ, for example kimg, is now as the user says
+            # What may differ, for example kimg, is now as the user says.
+            record = replace(record, config=plan.config, versions=software_versions(), finished=False,
+                             identity={**request.identity, "options": comparable_options(plan.config)})
+            write_record(plan.path, record)
     except BaseException:
         lock.release()
         raise
-    return RunFolder(plan.path, record=record, lock=lock, continues=plan.continues, notes=tuple(notes))
+    return RunFolder(plan.path, record=record, lock=lock, continues=plan.continues, notes=tuple(notes),
+                     not_continued=plan.not_continued)
 
 
 def _version_notes(path: Path, record: RunRecord) -> list[str]:

@@ -19,6 +19,7 @@ from torch_utils.ops.compiled import describe as describe_operators
 from torch_utils.ops.dispatch import auto_implementation
 from training.config import TrainConfig
 from training.dataset import ImageDataset
+from training.device import choose_precision
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
 from training.reporting import METRIC_FIELDS, Reporter, describe
 from training.run_folder import RunFolder
@@ -57,17 +58,19 @@ class RunOutput:
         """Begin a new run. lines: what was taken from --resume"""
         self.reporter.start(ticks=0, nimg=0)
         self._introduce(["starts at image 0", *lines])
+        for line in self.run.not_continued:
+            self.reporter.warn(line)
         if self.is_main:
             with self.reporter.surviving("a grid"):
                 save_reals(self.run.reals, self._samples(), self.dataset)
                 self._save_fakes(self.run.path / "fakes_init.png")
         self.clock.begin(0)
 
-    def resume(self, ticks: int, seconds: float, message: str | None, operators: str | None = None) -> None:
+    def resume(self, ticks: int, seconds: float, lines: list[str], operators: str | None = None) -> None:
         """Continue a run.
 
         ticks:     reported so far;  seconds: of training, in earlier processes
-        message:   on damaged states that were passed over
+        lines:     on damaged states that were passed over
         operators: the implementation that the run used before; None where its state does not say
         """
         now = auto_implementation(self.state.device.type)
@@ -77,8 +80,14 @@ class RunOutput:
         self.clock.resume(seconds)
         self.saved_nimg = self.state.nimg
         self.reporter.start(ticks=ticks, nimg=self.state.nimg)
-        self._introduce([*([] if message is None else [message]), *changed, f"continues at image {self.state.nimg}"])
+        self._introduce([*lines, *changed, f"continues at image {self.state.nimg}", *self._describe_other_pass()])
         self.clock.begin(self.state.nimg)
+
+    def note_pass(self, nimg: int) -> None:
+        """Record the size of passes where it is another one after `nimg` images."""
+        if self.is_main:
+            with self.reporter.surviving(self.run.options.name):
+                self.run.note_pass(nimg, self.config.step.micro_batch)
 
     def say(self, text: str) -> None:
         self.reporter.say(text)
@@ -172,21 +181,33 @@ class RunOutput:
 
     def continuation(self) -> str:
         """Say from where the same command goes on."""
+        command = self.settings.same_command
         if self.saved_nimg == self.state.nimg:
-            return "the same command continues"
+            return f"{command} continues"
         failure = "" if self.state_failure is None else f"the state could not be saved ({self.state_failure}): "
         if self.saved_nimg is None:
-            return f"{failure}the same command starts again at image 0"
-        return f"{failure}the same command continues at image {self.saved_nimg}"
+            return f"{failure}{command} starts again at image 0"
+        return f"{failure}{command} continues at image {self.saved_nimg}"
+
+    def _describe_other_pass(self) -> list[str]:
+        """Say that passes have another size from here on."""
+        passes, size = self.run.record.passes if self.is_main else (), self.config.step.micro_batch
+        if not passes or passes[-1].batch_gpu == size:
+            return []
+        return [f"passes of {size} images from image {self.state.nimg} on, {passes[-1].batch_gpu} before: the same "
+                "batch, in other groups of the minibatch standard deviation and other parts for path lengths"]
 
     def _introduce(self, lines: list[str]) -> None:
         """Say what is trained, and on what."""
+        precision = choose_precision(self.settings.precision, self.state.device.type, self.config.precision)
         dataset, networks = self.dataset, (self.state.G, self.state.D)
         sizes = " and ".join(f"{sum(value.numel() for value in network.parameters()):,}" for network in networks)
         labels = {CLASS: f"{dataset.label_dim} classes", VECTOR: f"labels of {dataset.label_dim} numbers"}.get(
             dataset.label_kind, "labels not used")
         self.say("\n".join([
             f"run: {self.run.path}", *self.run.notes, *self.settings.notes,
+            f"precision: {precision.name} ({precision.reason})",
+            *([] if precision.warning is None else [precision.warning]),
             f"data: {dataset.path}, {dataset.num_images} images{' and their mirror images' if dataset.xflip else ''}, "
             f"{describe_shape(dataset.image_shape)}, {labels}",
             f"networks: {sizes} parameters in generator and discriminator; batch {self.config.batch}, "

@@ -4,13 +4,14 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, Self
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
 from dnnlib.files import atomic_write, sha256_of
+from training.batching import largest_pass
 from training.config import ConfigError, TrainConfig
 
 RECORD_NAME = "training_options.json"
@@ -19,19 +20,28 @@ RECORD_VERSION = 1
 IDENTITY_VERSION = 1
 
 # What a continuation may change, by its dotted name in TrainConfig.to_dict(): it decides how long, how often and on
-# what is trained, not what is computed. `step.micro_batch`, which the number of processes changes, is not among them.
+# what is trained, not what is computed. The size of a pass, `step.micro_batch`, does change groups of the minibatch
+# standard deviation and the share of images for path lengths; a run that ran out of memory must be able to go on all
+# the same, so `passes` records it instead. Nothing that is measured or found at a start may be in the rest.
 FREE_OPTIONS = frozenset({
     "run_name", "dataset.name",
     "kimg", "kimg_per_tick", "image_snapshot_ticks", "network_snapshot_ticks", "state_minutes", "metrics",
-    "gpus", "batch_gpu", "num_workers", "cudnn_benchmark",
+    "gpus", "batch_gpu", "step.micro_batch", "num_workers", "cudnn_benchmark",
     "resume",  # where the network lies; its content is in the identity
 })  # fmt: skip
 
-# Options that came later, with what holds where they are not given: runs of before are continued.
-LATER_DEFAULTS = (("resume_classes", "same"),)
-
-_FIELDS = ("format", "version", "finished", "config", "identity", "versions")
+_FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes")
+_NEW_FIELDS = ("precision_given", "passes")  # missing in records of earlier programs
+_PRECISION = ("num_fp16_res", "conv_clamp", "half_dtype")  # what --precision sets in both networks
 _PACKAGES = ("torch", "torchvision", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSize:
+    """How many images a pass takes from some image of a run on."""
+
+    from_nimg: int
+    batch_gpu: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +51,40 @@ class RunRecord:
     config: TrainConfig
     identity: dict[str, Any]  # as `identity` returns it
     versions: dict[str, str]  # of the software that trained last
-    finished: bool = False  # the run reached its end and is left alone
+    finished: bool = False  # the run reached config.kimg, and a larger one continues it
+    precision_given: bool = False  # by the user, when the run began; else --precision=auto follows this record
+    passes: tuple[PassSize, ...] = ()  # the images of a pass, and from which image on; what was computed, not asked for
 
     @classmethod
-    def of(cls, config: TrainConfig, wanted: dict[str, Any]) -> Self:
+    def of(cls, config: TrainConfig, wanted: dict[str, Any], *, precision_given: bool = False) -> Self:
         """Return the record of a run that this program trains."""
-        return cls(config=config, identity=wanted, versions=software_versions())
+        return cls(config=config, identity=wanted, versions=software_versions(), precision_given=precision_given)
 
     def as_finished(self) -> Self:
         return replace(self, finished=True)
+
+    def with_pass(self, nimg: int, batch_gpu: int) -> Self:
+        """Return the record of a run that took passes of that size after `nimg` images; it may have been beyond."""
+        passes = tuple(size for size in self.passes if size.from_nimg < nimg)
+        if not passes or passes[-1].batch_gpu != batch_gpu:
+            passes += (PassSize(from_nimg=nimg, batch_gpu=batch_gpu),)
+        return replace(self, passes=passes)
+
+    def settle(self, config: TrainConfig, *, precision_given: bool, batch_gpu_given: bool) -> TrainConfig:
+        """Return the configuration with which `config` continues this run: what was not asked for is the run's.
+
+        precision_given, batch_gpu_given:  whether the user said --precision, --batch-gpu
+        """
+        if not (precision_given or self.precision_given):
+            same = {name: getattr(self.config.generator, name) for name in _PRECISION}
+            config = replace(config, generator=replace(config.generator, **same),
+                             discriminator=replace(config.discriminator, **same))
+        if self.passes and not batch_gpu_given:
+            size = largest_pass(config.batch // config.gpus, config.discriminator.mbstd_group_size,
+                                self.passes[-1].batch_gpu)
+            if size != config.step.micro_batch:
+                config = replace(config, batch_gpu=size, step=replace(config.step, micro_batch=size))
+        return replace(config, kimg=max(config.kimg, self.config.kimg))
 
 
 def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
@@ -64,9 +99,11 @@ def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
 
 
 def comparable_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options of a run's identity, by their dotted names."""
-    return {name: value for name, value in flatten(config.to_dict())
-            if name not in FREE_OPTIONS and (name, value) not in LATER_DEFAULTS}
+    """Return the options of a run's identity, by their dotted names.
+
+    Those of a record are made anew from its configuration, so that records from before an option still compare.
+    """
+    return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -107,7 +144,8 @@ def software_versions() -> dict[str, str]:
 def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
     """Write training_options.json into a run's folder, at once or not at all."""
     content = {"format": RECORD_FORMAT, "version": RECORD_VERSION, "finished": record.finished,
-               "config": record.config.to_dict(), "identity": record.identity, "versions": record.versions}
+               "config": record.config.to_dict(), "identity": record.identity, "versions": record.versions,
+               "precision_given": record.precision_given, "passes": [asdict(size) for size in record.passes]}
     with atomic_write(os.path.join(folder, RECORD_NAME), text=True) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -138,8 +176,11 @@ def read_record(folder: str | os.PathLike) -> RunRecord | None:
         raise ConfigError(f"{path} has version {content.get('version')!r}; expected {RECORD_VERSION}: "
                           "use the program that wrote it")
     _check_fields(path, content)
-    return RunRecord(config=TrainConfig.from_dict(content["config"], where=f"{path}: config"),
-                     identity=content["identity"], versions=content["versions"], finished=content["finished"])
+    config = TrainConfig.from_dict(content["config"], where=f"{path}: config")
+    passes = content.get("passes", [{"from_nimg": 0, "batch_gpu": config.step.micro_batch}])
+    return RunRecord(config=config, identity=content["identity"], versions=content["versions"],
+                     finished=content["finished"], precision_given=content.get("precision_given", False),
+                     passes=tuple(PassSize(**size) for size in passes))
 
 
 def _check_fields(path: str, content: dict[str, Any]) -> None:
@@ -147,10 +188,16 @@ def _check_fields(path: str, content: dict[str, Any]) -> None:
         if name not in _FIELDS:
             raise ConfigError(f"{path}: {name} is not a field of a run's options; expected one of {', '.join(_FIELDS)}")
     for name in _FIELDS:
-        if name not in content:
+        if name not in content and name not in _NEW_FIELDS:
             raise ConfigError(f"{path}: {name} is missing; expected the fields {', '.join(_FIELDS)}")
-    if not isinstance(content["finished"], bool):
-        raise ConfigError(f"{path}: finished is {content['finished']!r}; expected true or false")
+    for name in ("finished", "precision_given"):
+        if not isinstance(content.get(name, False), bool):
+            raise ConfigError(f"{path}: {name} is {content[name]!r}; expected true or false")
+    passes = content.get("passes", [])
+    if not isinstance(passes, list) or not all(
+            isinstance(size, dict) and set(size) == {"from_nimg", "batch_gpu"}
+            and all(type(value) is int for value in size.values()) for size in passes):
+        raise ConfigError(f"{path}: passes is {passes!r}; expected a list of from_nimg and batch_gpu")
     parts = content["identity"]
     if not isinstance(parts, dict) or set(parts) != {"version", "data", "resume", "options"} \
             or not isinstance(parts["options"], dict):

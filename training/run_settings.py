@@ -15,6 +15,8 @@ class RunSettings(Config):
     outdir: str  # the folder that holds the folders of runs
     data: str  # path of the data set
     device: str = "cpu"  # cpu, cuda, or one GPU as cuda:1
+    precision: str = "auto"  # as asked for; auto leaves it to a run that goes on
+    batch_gpu: int | None = None  # as asked for; None leaves it to a run that goes on
     balance: str = "none"  # how often images are seen: see training.balance.image_weights
     valid: str | None = None  # path of a data set that is only looked at, never learned from
     detector: str | None = None  # that metrics look through, in place of the usual ones
@@ -24,6 +26,16 @@ class RunSettings(Config):
     tune_malloc: bool = True  # let the allocator of a CPU keep freed memory
     new: bool = False  # start a new run even where an unfinished one could be continued
     notes: tuple[str, ...] = ()  # choices that were made for the user, one line each, for the run's log
+
+    def asked(self) -> dict[str, bool]:
+        """Return what `training.run_folder.choose_run` needs to know of what the user said and left open."""
+        return {"new": self.new, "precision_given": self.precision != "auto",
+                "batch_gpu_given": self.batch_gpu is not None}
+
+    @property
+    def same_command(self) -> str:
+        """What messages call the command that goes on with the run."""
+        return "the same command (without --new)" if self.new else "the same command"
 
     def label(self, name: str) -> str:
         """Return the flag, since that is what the user wrote."""

@@ -1,11 +1,22 @@
 """Watch for steps that keep failing, and say what to do when memory runs out."""
 
+import errno
 from collections import defaultdict
 
+import torch
+
+from dnnlib.cli import UserError
+from training.batching import largest_pass
 from training.config import TrainConfig
 from training.step import StepResult
 
 MOST_SKIPPED_IN_A_ROW = 10
+
+# How PyTorch and what it calls say that memory ran out, where they have no type of error for it.
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+          "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+          "Cannot allocate memory")
+_SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # of a DataLoader's worker
 
 
 class SkippedSteps:
@@ -21,7 +32,7 @@ class SkippedSteps:
         for phase, names in result.skipped.items():
             if self.in_a_row[phase] >= MOST_SKIPPED_IN_A_ROW:
                 return (f"{phase} had a loss or gradient that is not finite {self.in_a_row[phase]} times in a row "
-                        f"({describe_tensors(names)}); try a larger --gamma, --precision=fp32, or look at the data")
+                        f"({describe_tensors(names)}); look at the data")
         return None
 
     def state_dict(self) -> dict[str, int]:
@@ -36,20 +47,42 @@ def describe_tensors(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+class OutOfMemory(UserError):
+    """Memory does not suffice; the message says how the run goes on."""
+
+    exit_code = 4  # neither a mistake in the command nor a reason to start it again as it is
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out, on a GPU or the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in (*_SIGNS, *_SIGNS_OF_READERS))
+
+
 def smaller_batch_gpu(config: TrainConfig) -> int | None:
-    """Return the largest smaller --batch-gpu that this run could take, or None when there is none."""
-    share = config.batch // config.gpus
-    group = config.discriminator.mbstd_group_size
-    for size in range(config.step.micro_batch // 2, 0, -1):
-        if share % size == 0 and (size <= group or size % group == 0):
-            return size
-    return None
+    """Return the largest --batch-gpu up to half of this run's that it could take, or None when there is none."""
+    return largest_pass(config.batch // config.gpus, config.discriminator.mbstd_group_size,
+                        config.step.micro_batch // 2)
 
 
-def describe_out_of_memory(config: TrainConfig) -> str:
-    """Say what to try when a step did not fit into the device's memory."""
-    smaller = smaller_batch_gpu(config)
-    size = config.step.micro_batch
+def describe_out_of_memory(config: TrainConfig, error: BaseException, same_command: str, *, has_begun: bool) -> str:
+    """Say what to do when memory ran out; it continues the run.
+
+    same_command:  see RunSettings.same_command
+    has_begun:     networks and optimizers are in memory, so that smaller passes help
+    """
+    larger = (f"free memory on the device or take one that has more, and {same_command} continues the run (a smaller "
+              "--cfg or resolution begins another one)")
+    if any(sign in str(error) for sign in _SIGNS_OF_READERS):
+        return (f"a process that reads images was killed, as the system does when memory runs out; {same_command} "
+                "with --workers=1 continues the run")
+    if not has_begun:
+        return f"out of memory before the first image, where networks and optimizers have to fit; {larger}"
+    smaller, size = smaller_batch_gpu(config), config.step.micro_batch
     if smaller is None:
-        return f"out of memory with one image a pass (--batch-gpu={size}); try a smaller --cfg or resolution"
-    return f"out of memory with --batch-gpu={size}; try --batch-gpu={smaller}: the same batch in smaller passes"
+        return f"out of memory with one image a pass (--batch-gpu={size}); {larger}"
+    return (f"out of memory with --batch-gpu={size}; {same_command} with --batch-gpu={smaller} continues the run from "
+            "its last state: the same batch in smaller passes")
