@@ -54,7 +54,7 @@ open(rf"{tmp_path}/{{rank}}.json", "w").write(json.dumps(dict(os.environ)))"""))
     assert {env["PATH"] for env in found} == {os.environ["PATH"]}
 
 
-@pytest.mark.parametrize("code", [2, 75])
+@pytest.mark.parametrize("code", [2, 4, 75])
 def test_launch_returns_the_first_failure_and_says_nothing_more(code, capfd):
     found = launch(2, python(f"print(f'error: of {{rank}}', file=sys.stderr) if rank else time.sleep(0.5)\n"
                              f"sys.exit({code} if rank else {launching.LOST_EXIT_CODE})"))

@@ -1,4 +1,4 @@
-"""The training loop in this process: the golden run through it, what it asks other processes, how runs go on."""
+"""The training loop itself, in this process: the golden run, what it asks other processes, and how runs go on."""
 
 import dataclasses
 import errno
@@ -20,9 +20,10 @@ from tests.training_runs import flattened, state, statistics
 from torch_utils.allocator import Tuning
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.ops.dispatch import auto_means
-from training import loop
+from training import loop, presets
 from training.dataset import ImageDataset
 from training.options import TrainOptions
+from training.preset_table import choose_preset
 from training.presets import resolve
 from training.run_record import read_record
 from training.run_settings import RunSettings
@@ -350,13 +351,19 @@ def test_stop_says_that_the_state_could_not_be_saved(tmp_path, monkeypatch, caps
         "device): the same command continues at image 8")
 
 
-# ---- runs that go on: 200 images an iteration, so that a thousand are five
+# ---- runs that go on: 200 images an iteration, so that a thousand are five, and networks of four channels
+
+
+@pytest.fixture
+def small_presets(monkeypatch):
+    monkeypatch.setattr(presets, "choose_preset", lambda *arguments: dataclasses.replace(
+        choose_preset(*arguments), channel_max=4, latent_dim=4))
 
 
 def train_for(folder, kimg, **options):
     """Train to `kimg`, ticks of 600 images after the first iteration, a network file every second tick."""
     config, settings, dataset = prepared(folder, size=8, **{"batch": 200, "tick": 0.6, "snap": 2, "kimg": kimg,
-                                                            **options})
+                                                            "augpipe": "blit", **options})
     return loop.train(config, settings, dataset)
 
 
@@ -368,14 +375,15 @@ def kimgs(folder):
     return [line["Progress/kimg"]["mean"] for line in statistics(folder)]
 
 
-def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_that_length(tmp_path, capsys):
+def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_that_length(tmp_path, small_presets,
+                                                                                         capsys):
     (tmp_path / "whole").mkdir()
     (tmp_path / "chain").mkdir()
     assert train_for(tmp_path / "whole", 3) == loop.EXIT_DONE
     for kimg in (1, 2, 3):
         assert train_for(tmp_path / "chain", kimg) == loop.EXIT_DONE
-    whole, chain = tmp_path / "whole/runs/00000-set-cond-tiny-kimg3-batch200", \
-        tmp_path / "chain/runs/00000-set-cond-tiny-kimg1-batch200"
+    whole, chain = tmp_path / "whole/runs/00000-set-cond-tiny-kimg3-batch200-blit", \
+        tmp_path / "chain/runs/00000-set-cond-tiny-kimg1-batch200-blit"
     assert [path.name for path in chain.parent.iterdir()] == [chain.name]
     ended, continued = state(whole), state(chain)
     assert (continued.pop("reported_ticks"), continued.pop("extra_ticks")) == (7, 2)
@@ -403,7 +411,7 @@ def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_th
     assert json.loads((chain / "training_options.json").read_text())["config"]["kimg"] == 3
 
 
-def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, monkeypatch):
+def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, small_presets, monkeypatch):
     stop_after(monkeypatch, iterations=5)
     assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
     folder, = (tmp_path / "runs").iterdir()
@@ -418,7 +426,7 @@ def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, monk
         name: content for name, content in before.items() if "options" not in name}
 
 
-def test_loop_run_whose_states_are_all_damaged_is_a_line(tmp_path, monkeypatch):
+def test_loop_run_whose_states_are_all_damaged_is_a_line(tmp_path, small_presets, monkeypatch):
     stop_after(monkeypatch, iterations=1)
     assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
     folder, = (tmp_path / "runs").iterdir()
@@ -428,25 +436,26 @@ def test_loop_run_whose_states_are_all_damaged_is_a_line(tmp_path, monkeypatch):
         train_for(tmp_path, 9)
 
 
-def test_loop_new_run_says_on_standard_error_and_in_its_log_what_it_does_not_continue(tmp_path, monkeypatch, capsys):
+def test_loop_new_run_says_on_standard_error_and_in_its_log_what_it_does_not_continue(tmp_path, small_presets,
+                                                                                      monkeypatch, capsys):
     stop_after(monkeypatch, iterations=1)
     assert train_for(tmp_path, 9) == loop.EXIT_STOPPED
     stop_after(monkeypatch, iterations=1)
     assert train_for(tmp_path, 9, gamma=3) == loop.EXIT_STOPPED  # another automatic name
     first, second = sorted((tmp_path / "runs").iterdir())
-    assert second.name == "00001-set-cond-tiny-gamma3-kimg9-batch200"
+    assert second.name == "00001-set-cond-tiny-gamma3-kimg9-batch200-blit"
     error = capsys.readouterr().err
     assert error == (f"{first} is unfinished and not continued: step.loss.r1_gamma is 0.0008 there and 3 here\n")
     assert error in (second / "log.txt").read_text()
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path, small_presets, monkeypatch):
     """The arguments of a command for train.py; the allocator of the tests' process is left alone."""
     monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=False, reason="a test"))
     make_set(tmp_path / "set.zip", size=8)
     return [f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'set.zip'}", "--cfg=tiny", "--batch=200", "--kimg=1",
-            "--tick=0.4", "--metrics=none", "--device=cpu", "--workers=0", "--state-minutes=1e-9"]
+            "--augpipe=blit", "--tick=0.4", "--metrics=none", "--device=cpu", "--workers=0", "--state-minutes=1e-9"]
 
 
 def run_out_of_memory(monkeypatch, largest, error, after=3):

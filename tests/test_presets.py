@@ -367,9 +367,11 @@ REFUSED_FLAGS = [
     ({"fp32": False, "precision": "fp32"},
      "--precision is fp32 with --fp32=false; expected the two to agree: leave --fp32 out"),
     ({"fp32": True, "nhwc": True},
-     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: leave --nhwc out"),
+     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
+     "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
     ({"precision": "fp32", "nhwc": True},
-     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: leave --nhwc out"),
+     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
+     "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
     # sizes
     ({"gpus": 12}, "--gpus is 12; expected a power of two, because --cfg=auto sets the batch: try 8, or --batch=48"),
     ({"gpus": 3, "batch_gpu": 8},

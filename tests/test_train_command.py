@@ -597,7 +597,8 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
     ("--aug=noaug --target=0.5", "--target is 0.5 with --aug=noaug; expected --aug=ada: change it, or leave --target "
                                  "out"),
     ("--precision=bf16 --fp32=1", "--precision is bf16 with --fp32=true; expected the two to agree: leave --fp32 out"),
-    ("--nhwc=1", "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: leave --nhwc out"),
+    ("--nhwc=1", "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
+                 "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
     ("--kimg=0", "--kimg is 0; expected a number >= 1"),
     ("--tick=0", "--tick is 0.0; expected a number > 0"),
     ("--max-hours=-1", "--max-hours is -1.0; expected a number > 0"),

@@ -94,16 +94,35 @@ def test_network_file_says_how_many_images_each_class_had(unbroken):
                                                                                             [17, 7])
 
 
-def test_finished_run_is_left_alone_and_a_new_one_begins(unbroken, workplace):
+@pytest.mark.parametrize("flags", [(), ("--gpus=2",)])
+def test_finished_run_is_left_alone_by_its_command_in_one_line(unbroken, workplace, flags):
     _, folder = unbroken
     here, same = workplace
     shutil.copytree(folder, same)
     before = {path.name: path.read_bytes() for path in same.iterdir()}
-    process = start(here)
-    assert wait_for_line(process, "run: ").strip().endswith("00001-phantom-cond-tiny-kimg1-batch8")
-    process.kill()
-    process.communicate()
+    done = run(here, *flags)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0, f"already finished at 1 kimg: runs/{RUN_NAME}; --new starts another\n", "")
     assert {path.name: path.read_bytes() for path in same.iterdir()} == before
+    assert [path.name for path in same.parent.iterdir()] == [RUN_NAME]
+
+
+@pytest.mark.slow
+def test_finished_run_is_continued_by_two_processes_and_by_one(unbroken, workplace):
+    """A share of the batch each, in the same passes: metrics, snapshots and ticks go on, and all processes end."""
+    here, same = workplace
+    assert run(here, "--batch-gpu=4").returncode == 0
+    done = run(here, "--kimg=2", "--gpus=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "continues at image 1000\n" in done.stdout
+    assert state(same)["training/nimg"] == 2000
+    done = run(here, "--kimg=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"runs/{RUN_NAME}: passes of 4 images, as the run last had them" in done.stdout
+    assert state(same)["training/nimg"] == 3000
+    assert [path.name for path in same.parent.iterdir()] == [RUN_NAME]
+    options = json.loads((same / "training_options.json").read_text())
+    assert (options["passes"], options["finished"]) == ([{"from_nimg": 0, "batch_gpu": 4}], True)
 
 
 @pytest.mark.slow

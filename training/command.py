@@ -39,7 +39,13 @@ python train.py --outdir=runs --data=isic256.zip --cond=1 --mirror=1
 python train.py --outdir=runs --data=phantom.zip --cfg=tiny --kimg=10
 python train.py --outdir=runs --data=isic256.zip --cond=1 --dry-run
 
-The same command again continues its run where it was stopped. BOOL is 1 or 0, true or false, yes or no.
+The same command again continues its run where it was stopped, and leaves it alone once it is finished; with a
+larger --kimg it continues a finished one. BOOL is 1 or 0, true or false, yes or no.
+
+\b
+Exit codes: 0 finished; 2 a mistake in the command or its data; 3 steps kept failing; 4 out of memory (the
+message says which --batch-gpu continues the run); 75 stopped with a state, the same command continues;
+76 another process of the run failed.
 """
 
 # --metrics (None where it was not given), --detector and --detector-weights -> names, and a note for the user or None

@@ -40,14 +40,13 @@ def _flag(names: str, kind: object, group: str, text: str, standard: str | None 
 
 
 FLAGS = [
-    _flag("--outdir", UserPath(), RUN,
-          "Folder for the folders of runs; each run gets a numbered one. The same command again "
-          "continues its newest unfinished run. Must be given.", metavar="DIR"),
-    _flag("--new", bool, RUN, "Start a new run, even where an unfinished one could be continued.",
-          is_flag=True, default=False),
+    _flag("--outdir", UserPath(), RUN, "Folder for the folders of runs; each run gets a numbered one. The same "
+          "command again continues its newest run there. Must be given.", metavar="DIR"),
+    _flag("--new", bool, RUN, "Start a new run, even where one could be continued: not for commands that are repeated "
+          "to continue their run.", is_flag=True, default=False),
     _flag("--name", str, RUN, "Name of the run's folder after its number.", "made from data and flags", "TEXT"),
-    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images.", "25000; 100000 with --cfg=cifar",
-          "INT"),
+    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images. A larger one continues a finished "
+          "run.", "25000; 100000 with --cfg=cifar", "INT"),
     _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "4", "KIMG"),
     _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "50", "TICKS"),
     _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.", "10",
@@ -86,8 +85,9 @@ FLAGS = [
     _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "from --cfg",
           "FLOAT"),
     _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "from --cfg", "INT"),
-    _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory.",
-          "its share of the batch, or from --cfg", "INT"),
+    _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory, and "
+          "continue a run that ran out of it.", "that of the run that is continued, else its share of the batch, or "
+          "from --cfg", "INT"),
 
     _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "What sets the probability of augmentations. ada: it follows "
           "the overfitting; fixed: it is --p; noaug: there are none.", "ada"),

@@ -118,7 +118,8 @@ class TrainOptions(Config):
             )
         if self.nhwc and (self.fp32 or self.precision == "fp32"):
             raise ConfigError(
-                "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: leave --nhwc out"
+                "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
+                "--precision=fp16, the standard on a GPU, or leave --nhwc out"
             )
 
 

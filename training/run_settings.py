@@ -24,7 +24,7 @@ class RunSettings(Config):
     max_hours: float | None = None  # save and stop after that long; None = when kimg is reached
     name: str | None = None  # of the run, in place of one made from the flags
     tune_malloc: bool = True  # let the allocator of a CPU keep freed memory
-    new: bool = False  # start a new run even where an unfinished one could be continued
+    new: bool = False  # start a new run even where one could be continued
     notes: tuple[str, ...] = ()  # choices that were made for the user, one line each, for the run's log
 
     def asked(self) -> dict[str, bool]:
