@@ -4,12 +4,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from dnnlib.cli import UserError
 from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
 from training.device import choose_device
+from training.trouble import OutOfMemory, ran_out_of_memory
 
 
 def check_counts(**counts: int | None) -> None:
@@ -52,9 +51,11 @@ def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool
 
 @contextmanager
 def memory_advice(batch: int) -> Iterator[None]:
-    """Say what to try when images do not fit into the memory of a GPU. batch: images of a pass"""
+    """Say what to try when images do not fit into memory, as OutOfMemory. batch: images of a pass"""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:  # PyTorch has several ways to say it
+        if not ran_out_of_memory(error):
+            raise
         advice = f"try --batch={batch // 2}" if batch > 1 else "use --device=cpu, or a GPU with more memory"
-        raise UserError(f"out of memory with --batch={batch}; {advice}") from error
+        raise OutOfMemory(f"out of memory with --batch={batch}; {advice}") from error

@@ -56,12 +56,12 @@ def project(capsys, *arguments, network="net.safetensors"):
     return captured.out
 
 
-def refuse(capsys, *arguments, network="net.safetensors"):
+def refuse(capsys, *arguments, network="net.safetensors", code=2):
     """Return the one line of a mistake, without "error: "; nothing may be made or changed."""
     before = contents(".")
-    code = attempt(*arguments, network=network)
+    found = attempt(*arguments, network=network)
     captured = capsys.readouterr()
-    assert (code, captured.out) == (2, "")
+    assert (found, captured.out) == (code, "")
     assert contents(".") == before
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1

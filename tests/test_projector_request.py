@@ -185,11 +185,11 @@ def test_out_of_memory_says_what_to_try(inside, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more lines")
 
     monkeypatch.setattr("latent.projecting.projection.Projection.advance", refuse_memory)
-    assert refuse(capsys, "--target=target.png", "--class=auto", "--outdir=out", "--batch=9") == (
+    assert refuse(capsys, "--target=target.png", "--class=auto", "--outdir=out", "--batch=9", code=4) == (
         "out of memory with --batch=9; try --batch=4")
-    assert refuse(capsys, "--target=target.png", "--class=nv", "--outdir=out") == (
+    assert refuse(capsys, "--target=target.png", "--class=nv", "--outdir=out", code=4) == (
         "out of memory with --batch=1; use --device=cpu, or a GPU with more memory")
-    assert refuse(capsys, "--data=set.zip", "--outdir=out", "--batch=6") == (
+    assert refuse(capsys, "--data=set.zip", "--outdir=out", "--batch=6", code=4) == (
         "out of memory with --batch=6; try --batch=3")
 
 

@@ -130,7 +130,7 @@ def test_target_is_not_projected_again_when_tuning_was_stopped(inside, capsys, m
     command = (*TARGET, "--class=nv", "--pti-steps=2")
     project(capsys, *command, "--outdir=expected")
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Terminated
 
     with monkeypatch.context() as patch:

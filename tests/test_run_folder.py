@@ -386,7 +386,8 @@ def test_choose_run_given_precision_is_part_of_the_identity(tmp_path):
     start(tmp_path, precision="fp16")
     with choose_run(tmp_path, config_of(precision="fp32"), CONTENT, precision_given=True) as run:
         assert (run.path.name, run.continues) == (f"00001-{NAME}", False)
-        assert "not continued: --precision is fp16 there and fp32 here; " in run.not_continued[0]
+        assert run.not_continued == (
+            f"{tmp_path}/00000-{NAME} is unfinished and not continued: --precision is fp16 there and fp32 here",)
     # 00001 was asked to be fp32: a command on a GPU that does not ask means the other one.
     assert start(tmp_path, precision="fp16") == f"00000-{NAME}"
     with choose_run(tmp_path, config_of(precision="fp32"), CONTENT, precision_given=True) as run:

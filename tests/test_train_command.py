@@ -426,8 +426,7 @@ def test_auto_precision_on_a_cpu_continues_a_run_that_was_begun_on_a_gpu(inside,
     assert err.startswith("warning: fp16 may be many times slower than fp32 on this CPU")
     found, err = dry_run(capsys, "--cfg=tiny", "--precision=fp32")
     assert (found["run_folder"], found["continues"]) == ("runs/00001-set-tiny", False)
-    assert err.startswith("runs/00000-set-tiny is unfinished and not continued: --precision is fp16 there and fp32 "
-                          "here; ")
+    assert err == ("runs/00000-set-tiny is unfinished and not continued: --precision is fp16 there and fp32 here\n")
     assert found["warnings"] == err.splitlines()
 
 

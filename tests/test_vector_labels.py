@@ -85,7 +85,7 @@ def train_once(folder, monkeypatch, **data):
     config = resolve(TrainOptions(cfg="tiny", cond=True, batch=4, kimg=1, tick=0.004, snap=1, workers=0,
                                   precision="fp32", metrics=()), dataset.facts())
     settings = RunSettings(outdir=str(folder / "runs"), data=str(dataset.path))
-    monkeypatch.setattr(loop, "any_process_each", lambda flags: [True, False])
+    monkeypatch.setattr(loop, "any_process_each", lambda flags: [True, False, False])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED

@@ -28,6 +28,7 @@ from training.run_record import (
     identity,
     read_record,
     software_versions,
+    without_precision,
     write_record,
 )
 
@@ -241,8 +242,8 @@ def _plan(outdir: Path, request: Request) -> RunPlan:
         if there == here:
             return _plan_known(path, record, request, unreadable)
         if not record.finished and (there["data"] == here["data"] or record.config.run_name == config.run_name):
-            others.append(f"{path} is unfinished and not continued: {_describe_cause(record.config, config)}"
-                          f"{describe_difference(there, here)}")
+            others.append(f"{path} is unfinished and not continued: "
+                          f"{_explain(record.config, config, there, here)}")
     if len(others) > _MOST_NOT_CONTINUED:
         others[_MOST_NOT_CONTINUED:] = [f"{len(others) - _MOST_NOT_CONTINUED} older ones are not continued either"]
     return RunPlan(path=_next_path(outdir, runs, request.config.run_name), config=request.config,
@@ -285,14 +286,16 @@ def _images_of_state(path: Path) -> int | None:
     return None if found is None else found[0]["training"]["nimg"]
 
 
-def _describe_cause(there: TrainConfig, here: TrainConfig) -> str:
-    """Name the flags that several settings follow from."""
-    cause = ""
-    if there.precision != here.precision:
-        cause += f"--precision is {there.precision} there and {here.precision} here; "
-    if there.gpus != here.gpus and there.batch != here.batch:
-        cause += f"--gpus is {there.gpus} there and {here.gpus} here, from which --cfg={here.cfg} chooses; "
-    return cause
+def _explain(old: TrainConfig, new: TrainConfig, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Say how two identities differ, first by the flags that several settings follow from."""
+    causes = []
+    if old.precision != new.precision:
+        causes.append(f"--precision is {old.precision} there and {new.precision} here")
+        there, here = ({**part, "options": without_precision(part["options"])} for part in (there, here))
+    if old.gpus != new.gpus and old.batch != new.batch:
+        causes.append(f"--gpus is {old.gpus} there and {new.gpus} here, from which --cfg={new.cfg} chooses")
+    rest = describe_difference(there, here)
+    return "; ".join([*causes, rest] if rest else causes)
 
 
 def _numbered(outdir: Path) -> Iterator[tuple[int, Path]]:

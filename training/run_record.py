@@ -106,6 +106,11 @@ def comparable_options(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
 
 
+def without_precision(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an identity without what --precision sets."""
+    return {name: value for name, value in options.items() if name.rpartition(".")[2] not in _PRECISION}
+
+
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dicts by their dotted names; an empty dict is a leaf."""
     for key, value in data.items():
