@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -586,7 +587,7 @@ def test_choose_run_live_run_is_refused_and_a_killed_one_taken_over(tmp_path):
                                 "for it, stop it, or begin another run with --new")
     assert start(tmp_path, new=True) == f"00001-{NAME}"
     assert sorted(os.listdir(tmp_path)) == [f"00000-{NAME}", f"00001-{NAME}"]
-    start(tmp_path, finish=True)
+    shutil.rmtree(tmp_path / f"00001-{NAME}")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with choose_run(tmp_path, config_of(), CONTENT) as run:
