@@ -178,7 +178,8 @@ class Pieces:
         return found
 
     def _differences(self, found: Mapping[str, Any]) -> str:
-        names = [name for name in {**self._settings, **found} if found.get(name) != self._settings.get(name)]
+        names = [name for name in {**self._settings, **found}
+                 if name != _OPERATORS and found.get(name) != self._settings.get(name)]
         texts = [f"{name} is {json.dumps(found.get(name))} there and {json.dumps(self._settings.get(name))} here"
                  for name in names]
         return "; ".join(texts[:2]) or "it was begun by another version of this program"
