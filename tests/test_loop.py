@@ -27,6 +27,7 @@ from training.preset_table import choose_preset
 from training.presets import resolve
 from training.run_record import read_record
 from training.run_settings import RunSettings
+from training.snapshot import read_info
 
 DATA = Path(__file__).parent / "data"
 ITERATIONS = 17  # of the golden run
@@ -409,6 +410,22 @@ def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_th
         assert capsys.readouterr() == (f"already finished at 3 kimg: {chain}; --new starts another\n", "")
     assert files_of(tmp_path / "chain") == before
     assert json.loads((chain / "training_options.json").read_text())["config"]["kimg"] == 3
+
+
+def test_loop_continued_run_keeps_the_network_file_of_its_first_end(tmp_path, small_presets, monkeypatch):
+    # Of ticks of 1,000 images behind the first iteration one ends at 1,200: in the thousand of the end, with its names.
+    fakes = []
+    monkeypatch.setattr("training.run_output.save_fakes", lambda path, *_, **__: fakes.append(path.name))
+    assert train_for(tmp_path, 1, tick=1, snap=1) == loop.EXIT_DONE
+    folder, = (tmp_path / "runs").iterdir()
+    network = folder / "network-snapshot-000001.safetensors"
+    content = network.read_bytes()
+    assert train_for(tmp_path, 3, tick=1, snap=1) == loop.EXIT_DONE
+    assert kimgs(folder) == [0.2, 1.0, 1.2, 2.2, 3.0]
+    assert network.read_bytes() == content
+    assert read_info(network)["kimg"] == 1.0
+    assert [path.stem[-1] for path in sorted(folder.glob("network-*"))] == list("0123")
+    assert fakes == ["fakes_init.png", "fakes000000.png", "fakes000001.png", "fakes000002.png", "fakes000003.png"]
 
 
 def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, small_presets, monkeypatch):

@@ -115,6 +115,7 @@ class _Loop:
         self.checkpoints = CheckpointPair(run.path)
         self.tick = 0  # the next one to end
         self.extra_ticks = 0  # among those before: cut short by the end of a run that was continued later
+        self.end_nimg: int | None = None  # images seen when the run was last at its end
         self.tick_start_nimg = 0
         self.has_begun = self.has_stepped = False  # in this process: the state is there; an iteration was done
         self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate)
@@ -223,6 +224,7 @@ class _Loop:
         self.skipped.load_state_dict(saved["skipped"])
         self.tick, self.tick_start_nimg = saved["reported_ticks"], saved["tick_start_nimg"]
         self.extra_ticks = saved.get("extra_ticks", 0)  # states of earlier programs have none
+        self.end_nimg = saved.get("end_nimg")
 
     def _step(self, pixels: torch.Tensor, labels: torch.Tensor) -> str | None:
         """Run one iteration; return a message when the run had better stop."""
@@ -267,15 +269,17 @@ class _Loop:
         """Report a tick, and write what is due.
 
         A tick that the end of the run cuts short is an extra one: if the run is continued later, the others end, and
-        files are written, where they would have without it.
+        files are written, where they would have without it. Only files of the end itself are not replaced by those of
+        a few images later, which have the same names: other runs and sets of images may have begun from them.
         """
         self._score_valid()
         self.output.report(self.tick, self.collector.flush())
         is_done, number = self._is_done(), self.tick - self.extra_ticks
-        if is_done or number % self.config.image_snapshot_ticks == 0:
+        is_named_anew = is_done or not self._is_named_as_the_end()
+        if is_named_anew and (is_done or number % self.config.image_snapshot_ticks == 0):
             self.output.save_images()
         saves = is_done or number % self.config.network_snapshot_ticks == 0
-        if saves:
+        if saves and is_named_anew:
             self.output.save_networks()
             self.output.evaluate(self.tick)
         if self._tick_is_full():
@@ -283,9 +287,15 @@ class _Loop:
         else:
             self.extra_ticks += 1
         self.tick += 1
+        if is_done:
+            self.end_nimg = self.state.nimg
         if saves:
             self._save_state()
         self.output.begin_tick()
+
+    def _is_named_as_the_end(self) -> bool:
+        """Tell whether files that are written now would have the names of those of an end that the run reached."""
+        return self.end_nimg is not None and self.run.snapshot(self.end_nimg) == self.run.snapshot(self.state.nimg)
 
     def _score_valid(self) -> None:
         """Report D's scores on images that are never learned from; the main process computes them."""
@@ -305,7 +315,7 @@ class _Loop:
         state = {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
                  "training": self.state.state_dict(),
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
-                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks,
+                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "end_nimg": self.end_nimg,
                  "tick_start_nimg": self.tick_start_nimg,
                  "seconds": self.output.seconds(), "classes": self._classes()}
         self.output.save_state(self.checkpoints, state)
