@@ -10,6 +10,7 @@ from dnnlib.disk_failures import DiskFailure
 from latent.pieces import Pieces
 from torch_utils.distributed import Processes, broadcast_object
 from torch_utils.ops.dispatch import auto_means_as_before
+from training.trouble import OutOfMemory, ran_out_of_memory
 
 _POLL_SECONDS = 0.2
 
@@ -29,7 +30,7 @@ def complete(pieces: Pieces, sizes: Sequence[int], processes: Processes, *, make
     is_main = processes.rank == 0
     with pieces.held() if is_main else nullcontext():
         with (_hint(pieces, sizes, unit, KeyboardInterrupt, DiskFailure) if is_main else nullcontext(),
-              _shared(pieces, sizes, unit, processes) as missing):
+              _memory_advice(pieces, sizes, unit), _shared(pieces, sizes, unit, processes) as missing):
             make(missing[processes.rank::processes.count])
             # Not by a barrier, which would give up while one process is still busy for long.
             if is_main:
@@ -85,9 +86,26 @@ def _hint(pieces: Pieces, sizes: Sequence[int], unit: str, *endings: type[BaseEx
     try:
         yield
     except endings:
-        if done := count_images(pieces, sizes):
-            print(f"{done} of {sum(sizes)} {unit} are kept in {pieces.folder}; the same command continues",
-                  file=sys.stderr)
-        elif pieces.is_begun():
-            print(f"the work so far is kept in {pieces.folder}; the same command continues", file=sys.stderr)
+        if kept := _describe_kept(pieces, sizes, unit):
+            print(f"{kept}; the same command continues", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _memory_advice(pieces: Pieces, sizes: Sequence[int], unit: str) -> Iterator[None]:
+    """Say what to do when memory runs out after a part was done: pieces of another size do not go on with it."""
+    try:
+        yield
+    except Exception as error:
+        kept = ran_out_of_memory(error) and pieces.is_there() and _describe_kept(pieces, sizes, unit)
+        if not kept:
+            raise
+        raise OutOfMemory(f"out of memory; {kept}: the same command continues once memory is free; with a smaller "
+                          "--batch it begins anew, after that folder is removed") from error
+
+
+def _describe_kept(pieces: Pieces, sizes: Sequence[int], unit: str) -> str | None:
+    """Say how much is there; None where nothing is."""
+    if done := count_images(pieces, sizes):
+        return f"{done} of {sum(sizes)} {unit} are kept in {pieces.folder}"
+    return f"the work so far is kept in {pieces.folder}" if pieces.is_begun() else None

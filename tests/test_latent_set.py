@@ -20,6 +20,7 @@ from tests.generator_files import save_generator
 from torch_utils.distributed import Processes
 from torch_utils.ops import compiled
 from torch_utils.ops.dispatch import auto_implementation, auto_means
+from training.trouble import OutOfMemory
 
 INFO = {"classes": ["nv", "mel"], "kimg": 4.5, "phantom": True}
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
@@ -110,6 +111,32 @@ def test_set_does_not_depend_on_interruptions(network, tmp_path, monkeypatch, ca
     assert write(dest, network).read_bytes() == expected
     assert saved == [3]
     assert sorted(os.listdir(tmp_path)) == ["again.zip", "set.zip"]
+
+
+def test_set_that_runs_out_of_memory_says_what_goes_on_with_its_pieces(network, tmp_path, monkeypatch):
+    dest = tmp_path / "set.zip"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(OutOfMemory) as caught:
+            write(dest, network)
+    assert str(caught.value) == (
+        f"out of memory; 4 of 7 images are kept in {dest}.parts: the same command continues once memory is free; with "
+        "a smaller --batch it begins anew, after that folder is removed")
+    with pytest.raises(UserError) as caught:
+        write_labelled_set(dest, network, Painter(network.G, Look(), batch=2), plan(), ALONE)
+    assert str(caught.value) == (f"{dest}.parts holds the beginning of another set (batch is 1 there and 2 here); "
+                                 "repeat its command to complete that one, or remove the folder")
+    saved = stop_after(monkeypatch, 9, None)
+    write(dest, network)
+    assert saved == [2, 3]
+
+
+def test_set_that_runs_out_of_memory_before_its_first_piece_leaves_the_advice_to_others(network, tmp_path,
+                                                                                        monkeypatch):
+    stop_after(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        write(tmp_path / "set.zip", network)
+    assert os.listdir(tmp_path) == []
 
 
 def test_set_whose_assembly_was_interrupted_is_assembled_again(network, tmp_path, monkeypatch):
