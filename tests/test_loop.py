@@ -428,6 +428,15 @@ def test_loop_continued_run_keeps_the_network_file_of_its_first_end(tmp_path, sm
     assert fakes == ["fakes_init.png", "fakes000000.png", "fakes000001.png", "fakes000002.png", "fakes000003.png"]
 
 
+def test_loop_continued_run_writes_the_network_file_that_its_first_end_could_not(tmp_path, small_presets, monkeypatch):
+    with monkeypatch.context() as patch:
+        refuse(patch, "network-snapshot", when=lambda: num_ticks(tmp_path / "runs") >= 2)
+        assert train_for(tmp_path, 1, tick=1, snap=1) == loop.EXIT_STOPPED
+    assert train_for(tmp_path, 3, tick=1, snap=1) == loop.EXIT_DONE
+    network, = (tmp_path / "runs").glob("*/network-snapshot-000001.safetensors")
+    assert read_info(network)["kimg"] == 1.2
+
+
 def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, small_presets, monkeypatch):
     stop_after(monkeypatch, iterations=5)
     assert train_for(tmp_path, 9) == loop.EXIT_STOPPED

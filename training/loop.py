@@ -115,7 +115,7 @@ class _Loop:
         self.checkpoints = CheckpointPair(run.path)
         self.tick = 0  # the next one to end
         self.extra_ticks = 0  # among those before: cut short by the end of a run that was continued later
-        self.end_nimg: int | None = None  # images seen when the run was last at its end
+        self.end_nimg: int | None = None  # images seen when the run was last at its end, with a network file of it
         self.tick_start_nimg = 0
         self.has_begun = self.has_stepped = False  # in this process: the state is there; an iteration was done
         self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate)
@@ -288,7 +288,7 @@ class _Loop:
             self.extra_ticks += 1
         self.tick += 1
         if is_done:
-            self.end_nimg = self.state.nimg
+            self.end_nimg = self.state.nimg if self.output.network_failure is None else None
         if saves:
             self._save_state()
         self.output.begin_tick()
