@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 from dnnlib.cli import run
 from metrics.choice import choose_metrics, needed_detectors, require_detectors
 from metrics.names import parse_metrics
@@ -19,7 +21,7 @@ from training.run_settings import RunSettings
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
     """Run the training, in as many processes as it takes, and return the exit code."""
     evaluate = make_evaluate(config, settings, dataset.resolution) if config.metrics else None
-    make_ready(settings.device)  # before others start, so that they find what is built once
+    make_ready(torch.device(settings.device).type)  # before others start, so that they find what is built once
     if config.gpus > 1 and not Place.from_environment().is_started:
         return launch(config.gpus)
     from training.loop import train as train_here

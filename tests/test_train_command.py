@@ -317,6 +317,9 @@ def test_script_launches_several_processes_or_trains(inside, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert train.train(config, settings, None) == 1
     assert done[2:] == ["operators for cpu", "trained"]
+    settings.device = "cuda:1"  # whose operators are those of every GPU
+    train.train(config, settings, None)
+    assert done[4:] == ["operators for cuda", "trained"]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
