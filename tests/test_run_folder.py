@@ -224,6 +224,14 @@ def test_run_folder_names_of_files():
         "network-snapshot-000200.safetensors", "metric-fid50k_full.jsonl")]
 
 
+def test_run_folder_newest_snapshot_is_that_of_the_most_images(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.newest_snapshot() is None
+    for nimg in (1_000_000_000, 999_999_000):
+        run.snapshot(nimg).touch()
+    assert run.newest_snapshot() == run.snapshot(1_000_000_000)
+
+
 @pytest.mark.parametrize("name", ["a/b", "../a", "/a", "a/"])
 def test_choose_run_a_name_with_folders_is_refused(tmp_path, name):
     with pytest.raises(UserError) as error:

@@ -20,6 +20,7 @@ from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
 from dnnlib.temporary_files import remove_abandoned
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
+from training.file_kind import run_snapshots
 from training.run_record import (
     RECORD_NAME,
     RunRecord,
@@ -121,7 +122,8 @@ class RunFolder:
 
     def newest_snapshot(self) -> Path | None:
         """Return the network file of the most images, None where there is none yet."""
-        return max(self.path.glob("network-snapshot-*.safetensors"), default=None)
+        found = run_snapshots(self.path)
+        return Path(found[-1]) if found else None
 
     def mark_finished(self) -> None:
         """Note that the run reached its end: the same command then leaves it alone, one for longer continues it."""
