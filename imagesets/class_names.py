@@ -48,6 +48,16 @@ def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:
     return VECTOR if info["class_counts"] is None else CLASS
 
 
+def named_classes(info: Mapping[str, Any], c_dim: int) -> list[str] | None:
+    """Return the names that a network file gives its classes, or the numbers of its vectors; None without fitting ones.
+
+    info, c_dim:  as in `label_kind_of`
+    """
+    names = info.get("classes")
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == c_dim > 0
+    return list(names) if fits and len(set(names)) == c_dim else None
+
+
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
     """Return the place in `names` of each of `wanted`; None where these are not the same names."""
     if names is None or wanted is None or sorted(names) != sorted(wanted):

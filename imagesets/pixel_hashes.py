@@ -5,7 +5,6 @@ one whose file was changed since then does not count. What is not there is compu
 """
 
 import hashlib
-import re
 import sys
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import closing
@@ -19,12 +18,11 @@ from dnnlib.cache import cache_folder
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
 from imagesets.member_pixels import load_pixels
-from imagesets.reader import ImageSet
+from imagesets.reader import PIXEL_HASH, ImageSet
 from imagesets.workers import ordered_map
 
 _VERSION = 1  # of cached hashes; raise it when hash_pixels gives others, and rename the field of dataset.json
-_DIGEST_BYTES = 16
-_HASH = re.compile(rf"[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
+_DIGEST_BYTES = 16  # as imagesets.reader.PIXEL_HASH has it
 _CHUNK = 32  # images that travel together; one of 64x64 pixels takes half a millisecond
 
 
@@ -101,7 +99,7 @@ def _read(path: Path, count: int) -> list[str] | None:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return None
-    return lines if len(lines) == count and all(map(_HASH.fullmatch, lines)) else None
+    return lines if len(lines) == count and all(map(PIXEL_HASH.fullmatch, lines)) else None
 
 
 def _keep(path: Path, hashes: Sequence[str], stream: IO[str]) -> None:

@@ -29,7 +29,7 @@ NO_LABEL = -1
 MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
 MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
-_PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
+PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
 _AUTOMATIC_GROUP = re.compile(r"\d{5}/img\d{8}\.png")  # of duplicates without a patient or lesion: a name
 
 
@@ -366,7 +366,7 @@ def _hashes_of(path: Path, names: list[str], hashes: Any) -> dict[str, list[Any]
 
 def _is_hash(record: Any) -> bool:
     return (isinstance(record, list) and len(record) == 3 and isinstance(record[0], str)
-            and _PIXEL_HASH.fullmatch(record[0]) is not None and all(type(number) is int for number in record[1:]))
+            and PIXEL_HASH.fullmatch(record[0]) is not None and all(type(number) is int for number in record[1:]))
 
 
 def _refuse_unknown(path: Path, field: str, found: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from imagesets.class_names import VECTOR, find_class, known_classes, label_kind_of
+from imagesets.class_names import VECTOR, find_class, known_classes, label_kind_of, named_classes
 from imagesets.class_shares import class_counts
 from imagesets.naming import listed
 
@@ -33,9 +33,10 @@ class Classes:
         """Take what a network file says of its classes; what does not fit its number of classes counts as not said."""
         self.count = c_dim
         self.kind = label_kind_of(info, c_dim)
-        names, counts = info.get("classes"), info.get("class_counts")
-        self.names = list(names) if _is_list_of(names, str, c_dim) and len(set(names)) == c_dim else None
-        self.training_counts = list(counts) if _is_list_of(counts, int, c_dim) and sum(counts) > 0 else None
+        self.names = named_classes(info, c_dim)
+        counts = info.get("class_counts")
+        fits = isinstance(counts, list) and len(counts) == c_dim > 0 and all(type(n) is int and n >= 0 for n in counts)
+        self.training_counts = list(counts) if fits and sum(counts) > 0 else None
 
     def name(self, label: int | tuple[float, ...]) -> str:
         """Return the name of a class, or its number; of a vector its numbers, as --label takes them."""
@@ -173,8 +174,3 @@ class Classes:
             raise UserError(f"--count is {count}, and --classes adds up to {total}; expected the same: leave --count "
                             "out")
         return counts
-
-
-def _is_list_of(value: Any, kind: type, length: int) -> bool:
-    return (isinstance(value, list) and len(value) == length > 0
-            and all(type(item) is kind for item in value) and (kind is str or min(value) >= 0))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.class_names import LABELS, VECTOR, find_class, label_kind_of
+from imagesets.class_names import LABELS, VECTOR, find_class, label_kind_of, named_classes
 from imagesets.member_pixels import Shape, describe_shape
 from metrics.names import MetricRequest
 from metrics.sources import FakeLabels, Selection, SetImages
@@ -72,8 +72,8 @@ class Reference:
                 raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
                                 "out, or take a network that was trained with --cond=1")
             return FakeLabels(torch.zeros(1, 0))
-        names, counts = (found if found and len(found) == c_dim else None
-                         for found in (info.get(field) for field in ("classes", "class_counts")))
+        names, counts = named_classes(info, c_dim), info.get("class_counts")
+        counts = counts if counts and len(counts) == c_dim else None
         table, kind, chosen = None, label_kind_of(info, c_dim), self.chosen
         if self.chosen is not None and kind == VECTOR:
             raise UserError(f"--class is {self.chosen}, but the network's labels are not classes but vectors; leave "

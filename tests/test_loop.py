@@ -141,9 +141,9 @@ def test_run_whose_classes_exchanged_their_names_is_not_continued(tmp_path, monk
     with pytest.raises(UserError) as caught:
         loop.train(config, settings, ImageDataset(dataset.path, use_labels=True))
     assert str(caught.value) == (
-        f"{tmp_path}/runs/00000-set-cond-tiny-kimg1-batch8 learned the classes benign, melanoma, and {dataset.path} "
-        "gives the same numbers to melanoma, benign; expected the same names: put the classes in its dataset.json "
-        "right, or start anew with --new")
+        f"{tmp_path}/runs/00000-set-cond-tiny-kimg1-batch8 learned the classes benign, melanoma, and --data gives the "
+        "same numbers to melanoma, benign; expected the same names: put the classes in its dataset.json right, or "
+        "begin another run with --new")
 
 
 def test_loop_tells_the_others_what_it_wishes(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_choose_run_first_run_is_number_0_with_its_options(tmp_path):
         assert sorted(os.listdir(run.path)) == LOCKED
         content = json.loads(run.options.read_text())
         assert list(content) == ["format", "version", "finished", "config", "identity", "versions", "precision_given",
-                                 "passes"]
+                                 "passes", "classes"]
         assert (content["format"], content["version"], content["finished"]) == ("stylegan2-ada-run", 1, False)
         assert TrainConfig.from_dict(content["config"]) == config
         assert content["identity"] == identity(config, CONTENT)
@@ -445,11 +445,11 @@ def test_choose_run_number_of_processes_keeps_the_pass_size_as_far_as_shares_go(
 
 
 def test_records_of_before_open_and_continue(tmp_path):
-    """They hold no passes and no precision_given, and the size of a pass is in their identity."""
+    """They hold no passes, no classes and no precision_given, and the size of a pass is in their identity."""
     start(tmp_path, precision="bf16", batch=16)
     path = tmp_path / f"00000-{NAME}-batch16" / "training_options.json"
     content = json.loads(path.read_text())
-    del content["passes"], content["precision_given"]
+    del content["passes"], content["precision_given"], content["classes"]
     content["identity"]["options"]["step.micro_batch"] = 16
     del content["identity"]["options"]["allow_tf32"], content["config"]["allow_tf32"]  # as before an option
     path.write_text(json.dumps(content))
@@ -458,6 +458,37 @@ def test_records_of_before_open_and_continue(tmp_path):
         run.note_pass(800, 4)
     passes = [(size.from_nimg, size.batch_gpu) for size in read_record(path.parent).passes]
     assert passes == [(0, 16), (800, 4)]
+
+
+def test_choose_run_finished_run_whose_classes_exchanged_their_names_is_refused(tmp_path):
+    """It would be left alone as if it were what is asked for, and its network calls "mel" what is now "nv"."""
+    with choose_run(tmp_path, config_of(kimg=1), CONTENT, classes=["nv", "mel"]) as run:
+        run.mark_finished()
+    for choose in (plan_run, choose_run):
+        with pytest.raises(UserError) as caught:
+            choose(tmp_path, config_of(kimg=1), CONTENT, classes=["mel", "nv"])
+        assert str(caught.value) == (
+            f"{run.path} learned the classes nv, mel, and --data gives the same numbers to mel, nv; expected the same "
+            "names: put the classes in its dataset.json right, or begin another run with --new")
+    assert choose_run(tmp_path, config_of(kimg=1), CONTENT, classes=["nevus", "mel"]).left_alone is not None
+
+
+def test_choose_run_resume_by_name_and_by_number_are_different_runs(tmp_path):
+    """Which classes of --resume are taken for which follows from their names."""
+    network = tmp_path / "net.safetensors"
+    network.write_bytes(b"1")
+    named, unnamed = config_of(resume=str(network)), []
+    with choose_run(tmp_path / "runs", named, CONTENT, classes=["mel", "nv"]) as run:
+        run.mark_finished()
+    with choose_run(tmp_path / "runs", named, CONTENT, classes=unnamed) as other:
+        assert (other.path.name[:5], other.continues) == ("00001", False)
+        assert other.not_continued == (f"{run.path} is not continued: its classes are mel, nv there and without names "
+                                       "here",)
+    assert choose_run(tmp_path / "runs", named, CONTENT, classes=["mel", "nv"]).path == run.path
+    anew = config_of(resume=str(network), resume_classes="new")
+    for classes, continues in ((["mel", "nv"], False), (unnamed, True)):  # where no class is taken, names do not count
+        with choose_run(tmp_path / "runs", anew, CONTENT, classes=classes) as run:
+            assert run.continues is continues
 
 
 def test_choose_run_other_software_is_said(tmp_path):
@@ -490,7 +521,7 @@ def test_choose_run_options_that_cannot_be_read_are_noted(tmp_path):
         assert run.path.name == f"00001-{NAME}"
         assert run.not_continued == (
             f"{path}: colour is not a field of a run's options; expected one of format, version, finished, config, "
-            "identity, versions, precision_given, passes; this run is not continued",)
+            "identity, versions, precision_given, passes, classes; this run is not continued",)
 
 
 def test_plan_run_tells_the_folder_and_changes_nothing(tmp_path):
@@ -533,10 +564,10 @@ def test_read_record_gives_back_what_was_written(folder):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda content: content.update(extra=1),
      ": extra is not a field of a run's options; expected one of format, version, finished, config, identity, "
-     "versions, precision_given, passes"),
+     "versions, precision_given, passes, classes"),
     (lambda content: content.pop("identity"),
      ": identity is missing; expected the fields format, version, finished, config, identity, versions, "
-     "precision_given, passes"),
+     "precision_given, passes, classes"),
     (lambda content: content.update(version=2), " has version 2; expected 1: use the program that wrote it"),
     (lambda content: content.update(finished=1), ": finished is 1; expected true or false"),
     (lambda content: content.update(precision_given="no"), ": precision_given is 'no'; expected true or false"),

@@ -96,6 +96,11 @@ class ImageDataset(torch.utils.data.Dataset):
         """What the labels in use are, "class" or "vector" (see imagesets.class_names); None where none are used."""
         return self._set.label_kind if self.use_labels else None
 
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes in use, or of a vector's numbers; None where labels are not used, or have no names."""
+        return self.classes if self.use_labels else None
+
     def get_label(self, index: int) -> np.ndarray:
         """Return the label of an item: float32 [c_dim]."""
         if not self.use_labels:

@@ -23,7 +23,7 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
     "warnings" are lines that the user should see. Raises UserError where the run would not start.
     """
     content = content_of(dataset, image_weights(settings.balance, dataset))
-    run = plan_run(settings.outdir, config, content, **settings.asked())
+    run = plan_run(settings.outdir, config, content, **settings.asked(), classes=dataset.label_names or [])
     config = run.config
     state = meta_state(config)
     precision = choose_precision(settings.precision, device.name, config.precision)

@@ -8,8 +8,6 @@ import torch
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
-from imagesets.class_names import class_order
-from imagesets.naming import listed
 from imagesets.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
@@ -82,7 +80,8 @@ def _open_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset,
     """Let the main process choose the run's folder; return it with the configuration that the run goes on with."""
     run = None
     if processes.rank == 0:
-        run = choose_run(settings.outdir, config, content_of(dataset, weights), **settings.asked())
+        run = choose_run(settings.outdir, config, content_of(dataset, weights), **settings.asked(),
+                         classes=dataset.label_names or [])
     chosen = None if run is None else (str(run.path), run.continues, run.left_alone, run.record.config)
     path, continues, left_alone, config = broadcast_object(chosen)
     return run or RunFolder(path, continues=continues, left_alone=left_alone), config
@@ -211,11 +210,6 @@ class _Loop:
         if saved.get("loop_version") != LOOP_VERSION:
             raise UserError(f"{self.checkpoints.newest} has version {saved.get('loop_version')!r}; expected "
                             f"{LOOP_VERSION}: continue with the program that wrote it, or start anew with --new")
-        before, now = saved.get("classes"), self._classes()
-        if before != now and class_order(before, now) is not None:
-            raise UserError(f"{self.run.path} learned the classes {listed(before)}, and {self.dataset.path} gives the "
-                            f"same numbers to {listed(now)}; expected the same names: put the classes in its "
-                            "dataset.json right, or start anew with --new")
         try:
             self.state.load_state_dict(saved["training"])
             self.collector.load_state_dict(saved["collected"])
@@ -317,12 +311,8 @@ class _Loop:
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
                  "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "end_nimg": self.end_nimg,
                  "tick_start_nimg": self.tick_start_nimg,
-                 "seconds": self.output.seconds(), "classes": self._classes()}
+                 "seconds": self.output.seconds()}
         self.output.save_state(self.checkpoints, state)
-
-    def _classes(self) -> list[str] | None:
-        """Return the names of the labels' numbers, which decide what a network's classes are called."""
-        return self.dataset.classes if self.dataset.use_labels else None
 
     def _finish(self) -> int:
         """Mark the run as finished, once its last files are on the disk: what is not there has to be made again."""

@@ -18,6 +18,8 @@ from typing import Any, Self
 from dnnlib.cli import UserError
 from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
 from dnnlib.temporary_files import remove_abandoned
+from imagesets.class_names import class_order
+from imagesets.naming import listed
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
 from training.file_kind import run_snapshots
@@ -53,6 +55,7 @@ class Request:
     new: bool  # whatever is there
     precision_given: bool  # by the user, and so not to be taken from a record
     batch_gpu_given: bool
+    classes: tuple[str, ...] | None  # as RunRecord.classes; None = whatever a record says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,19 +155,22 @@ class RunFolder:
 
 
 def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
-             precision_given: bool = False, batch_gpu_given: bool = False) -> RunPlan:
+             precision_given: bool = False, batch_gpu_given: bool = False,
+             classes: Sequence[str] | None = None) -> RunPlan:
     """Tell which folder `choose_run` would take now, and change nothing.
 
     Arguments and errors are those of `choose_run`.
     """
     request = Request(config=config, identity=identity(config, content_hash), new=new,
-                      precision_given=precision_given, batch_gpu_given=batch_gpu_given)
+                      precision_given=precision_given, batch_gpu_given=batch_gpu_given,
+                      classes=None if classes is None else tuple(classes))
     with _outdir_errors(Path(outdir)):
         return _plan(Path(outdir), request)
 
 
 def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
-               precision_given: bool = False, batch_gpu_given: bool = False) -> RunFolder:
+               precision_given: bool = False, batch_gpu_given: bool = False,
+               classes: Sequence[str] | None = None) -> RunFolder:
     """Take the newest run of equal identity, or make the folder of a new one, and hold its lock.
 
     outdir:           is made when it does not exist
@@ -172,18 +178,21 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
     new:              make a new one in any case
     precision_given:  the user said which; else a run that goes on keeps its own, and so with
     batch_gpu_given:  the images of a pass
+    classes:          names of the labels' numbers, [] without; None does not compare them
 
     An unfinished run is continued, to the largest config.kimg that was ever asked for. A finished one is continued by a
     larger config.kimg, and else left alone: see RunFolder.left_alone. Files that a killed process left half written are
     removed.
-    Raises UserError when the run is being trained by another process, was asked to become longer than this, or is
-    finished without a state to continue from, or when outdir cannot be used; nothing was changed then.
+    Raises UserError when the run is being trained by another process, was asked to become longer than this, gave the
+    numbers of its classes to the same names in another order, or is finished without a state to continue from, or when
+    outdir cannot be used; nothing was changed then.
     """
     outdir, name = Path(outdir), config.run_name
     if Path(name).name != name:
         raise UserError(f"the run's name is {name!r}; expected a name without folders: give one with --name")
     request = Request(config=config, identity=identity(config, content_hash), new=new,
-                      precision_given=precision_given, batch_gpu_given=batch_gpu_given)
+                      precision_given=precision_given, batch_gpu_given=batch_gpu_given,
+                      classes=None if classes is None else tuple(classes))
     with _outdir_errors(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
         with _choosing(outdir):
@@ -191,7 +200,8 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
             if plan.left_alone is not None:
                 return _leave_alone(plan)
             if not plan.continues:
-                _make(plan.path, RunRecord.of(config, request.identity, precision_given=precision_given))
+                _make(plan.path, RunRecord.of(config, request.identity, precision_given=precision_given,
+                                            classes=request.classes))
             return _take(plan, request)
 
 
@@ -229,6 +239,7 @@ def _plan(outdir: Path, request: Request) -> RunPlan:
     runs = sorted(_numbered(outdir), reverse=True)
     unreadable: list[str] = []
     others: list[str] = []
+    exchanged = None
     for _, path in [] if request.new else runs:
         try:
             record = read_record(path)
@@ -241,15 +252,40 @@ def _plan(outdir: Path, request: Request) -> RunPlan:
         config = _settle(record, request)
         there = {**record.identity, "options": comparable_options(record.config)}
         here = {**request.identity, "options": comparable_options(config)}
+        if there == here and _has_other_classes(record, request):
+            names = f"{_named(record.classes)} there and {_named(request.classes)} here"
+            others.append(f"{path} is not continued: its classes are {names}")
+            if exchanged is None and class_order(record.classes, request.classes) is not None:
+                exchanged = (f"{path} learned the classes {_named(record.classes)}, and --data gives the same numbers "
+                             f"to {_named(request.classes)}; expected the same names: put the classes in its "
+                             "dataset.json right, or begin another run with --new")
+            continue
         if there == here:
             return _plan_known(path, record, request, unreadable)
         if not record.finished and (there["data"] == here["data"] or record.config.run_name == config.run_name):
             others.append(f"{path} is unfinished and not continued: "
                           f"{_explain(record.config, config, there, here)}")
+    if exchanged is not None:
+        raise UserError(exchanged)
     if len(others) > _MOST_NOT_CONTINUED:
         others[_MOST_NOT_CONTINUED:] = [f"{len(others) - _MOST_NOT_CONTINUED} older ones are not continued either"]
     return RunPlan(path=_next_path(outdir, runs, request.config.run_name), config=request.config,
                    not_continued=tuple(others))
+
+
+def _has_other_classes(record: RunRecord, request: Request) -> bool:
+    """Tell whether a run of equal data gave its classes other names, so that it is not what is asked for.
+
+    Names that are added or lost change nothing that is computed, but which columns --resume takes.
+    """
+    if None in (record.classes, request.classes) or record.classes == request.classes:
+        return False
+    by_name = request.config.resume is not None and request.config.resume_classes == "same"
+    return by_name or class_order(record.classes, request.classes) is not None
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    return listed(classes) if classes else "without names"
 
 
 def _settle(record: RunRecord, request: Request) -> TrainConfig:
@@ -375,6 +411,7 @@ def _take(plan: RunPlan, request: Request) -> RunFolder:
             remove_abandoned(plan.path)  # not those of a calc_metrics.py that is at work there
             # What may differ, for example kimg, is now as the user says.
             record = replace(record, config=plan.config, versions=software_versions(), finished=False,
+                             classes=record.classes if request.classes is None else request.classes,
                              identity={**request.identity, "options": comparable_options(plan.config)})
             write_record(plan.path, record)
     except BaseException:

@@ -30,8 +30,8 @@ FREE_OPTIONS = frozenset({
     "resume",  # where the network lies; its content is in the identity
 })  # fmt: skip
 
-_FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes")
-_NEW_FIELDS = ("precision_given", "passes")  # missing in records of earlier programs
+_FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")
+_NEW_FIELDS = ("precision_given", "passes", "classes")  # missing in records of earlier programs
 _PRECISION = ("num_fp16_res", "conv_clamp", "half_dtype")  # what --precision sets in both networks
 _PACKAGES = ("torch", "torchvision", "numpy")
 
@@ -54,11 +54,14 @@ class RunRecord:
     finished: bool = False  # the run reached config.kimg, and a larger one continues it
     precision_given: bool = False  # by the user, when the run began; else --precision=auto follows this record
     passes: tuple[PassSize, ...] = ()  # the images of a pass, and from which image on; what was computed, not asked for
+    classes: tuple[str, ...] | None = None  # names of the labels' numbers, () without; None in earlier records
 
     @classmethod
-    def of(cls, config: TrainConfig, wanted: dict[str, Any], *, precision_given: bool = False) -> Self:
+    def of(cls, config: TrainConfig, wanted: dict[str, Any], *, precision_given: bool = False,
+           classes: tuple[str, ...] | None = None) -> Self:
         """Return the record of a run that this program trains."""
-        return cls(config=config, identity=wanted, versions=software_versions(), precision_given=precision_given)
+        return cls(config=config, identity=wanted, versions=software_versions(), precision_given=precision_given,
+                   classes=classes)
 
     def as_finished(self) -> Self:
         return replace(self, finished=True)
@@ -150,7 +153,8 @@ def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
     """Write training_options.json into a run's folder, at once or not at all."""
     content = {"format": RECORD_FORMAT, "version": RECORD_VERSION, "finished": record.finished,
                "config": record.config.to_dict(), "identity": record.identity, "versions": record.versions,
-               "precision_given": record.precision_given, "passes": [asdict(size) for size in record.passes]}
+               "precision_given": record.precision_given, "passes": [asdict(size) for size in record.passes],
+               "classes": record.classes}
     with atomic_write(os.path.join(folder, RECORD_NAME), text=True) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -183,9 +187,11 @@ def read_record(folder: str | os.PathLike) -> RunRecord | None:
     _check_fields(path, content)
     config = TrainConfig.from_dict(content["config"], where=f"{path}: config")
     passes = content.get("passes", [{"from_nimg": 0, "batch_gpu": config.step.micro_batch}])
+    classes = content.get("classes")
     return RunRecord(config=config, identity=content["identity"], versions=content["versions"],
                      finished=content["finished"], precision_given=content.get("precision_given", False),
-                     passes=tuple(PassSize(**size) for size in passes))
+                     passes=tuple(PassSize(**size) for size in passes),
+                     classes=None if classes is None else tuple(classes))
 
 
 def _check_fields(path: str, content: dict[str, Any]) -> None:
@@ -203,6 +209,9 @@ def _check_fields(path: str, content: dict[str, Any]) -> None:
             isinstance(size, dict) and set(size) == {"from_nimg", "batch_gpu"}
             and all(type(value) is int for value in size.values()) for size in passes):
         raise ConfigError(f"{path}: passes is {passes!r}; expected a list of from_nimg and batch_gpu")
+    classes = content.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ConfigError(f"{path}: classes is {classes!r}; expected a list of names, or null")
     parts = content["identity"]
     if not isinstance(parts, dict) or set(parts) != {"version", "data", "resume", "options"} \
             or not isinstance(parts["options"], dict):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from imagesets.class_names import VECTOR, class_order, label_kind_of
+from imagesets.class_names import VECTOR, class_order, label_kind_of, named_classes
 from imagesets.naming import listed
 from training.config import TrainConfig
 from training.dataset import ImageDataset, history_of
@@ -33,9 +33,7 @@ class Labels:
     @classmethod
     def of_network(cls, c_dim: int, info: Mapping[str, Any]) -> "Labels":
         """Take what a network file says; names that are not as many as its classes count as not given."""
-        names = info.get("classes")
-        fits = isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == c_dim > 0
-        return cls(c_dim=c_dim, names=names if fits and len(names) == c_dim else None, kind=label_kind_of(info, c_dim))
+        return cls(c_dim=c_dim, names=named_classes(info, c_dim), kind=label_kind_of(info, c_dim))
 
     def __str__(self) -> str:
         if self.c_dim == 0:
@@ -71,8 +69,7 @@ class Transferred:
 
 def transfer_for(state: TrainingState, config: TrainConfig, dataset: ImageDataset) -> Transferred:
     """Do what `transfer_weights` does for a run. Raises UserError."""
-    labels = Labels(c_dim=config.dataset.c_dim, names=dataset.classes if dataset.use_labels else None,
-                    kind=dataset.label_kind)
+    labels = Labels(c_dim=config.dataset.c_dim, names=dataset.label_names, kind=dataset.label_kind)
     return transfer_weights(state, config.resume, labels, new_classes=config.resume_classes == "new")
 
 
