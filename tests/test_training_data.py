@@ -5,13 +5,14 @@ import zipfile
 
 import pytest
 
+import dataset_tool
 import generate
 import train
 from dnnlib.cli import run
 from imagesets.pixel_hashes import hash_set, read_pixel_hashes
 from imagesets.reader import ImageSet
 from tests.make_sets import make_set
-from training.dataset import choose_subset
+from training.dataset import ImageDataset, choose_subset
 from training.snapshot import load_network, read_info, save_network
 
 STOPPED = 75
@@ -125,6 +126,18 @@ def test_synthetic_set_says_what_its_network_was_trained_on(inside):
     assert [record[0] for record in metadata["pixel_hashes"].values()] == read_pixel_hashes(ImageSet("fakes.zip"))
     student = train_one_step(inside / "again", "fakes.zip")
     assert read_info(student)["training_data"]["generated_from"] == [read_info(path)["training_data"]]
+
+
+def test_converted_and_joined_synthetic_sets_still_say_what_their_networks_were_trained_on(inside):
+    make_set("set.zip", labels=[0, 1] * 3, classes=["nv", "mel"])
+    path = train_one_step(inside / "runs", "set.zip", "--cond=1")
+    assert run(generate.main, [f"--network={path}", "--zip=fakes.zip", "--count=4", "--device=cpu",
+                               "--tune-malloc=0"]) == 0
+    for name, sources in (("converted.zip", ["fakes.zip"]), ("joined.zip", ["set.zip", "converted.zip"])):
+        assert run(dataset_tool.main, [*(f"--source={source}" for source in sources), f"--dest={name}",
+                                       "--workers=1"]) == 0
+        assert ImageDataset(name).training_data()["generated_from"] == [read_info(path)["training_data"]]
+    assert "generated_from" not in ImageDataset("set.zip").training_data()
 
 
 # --valid shares no image with --data

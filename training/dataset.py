@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -161,14 +161,15 @@ class ImageDataset(torch.utils.data.Dataset):
 
         pixels_sha256:  the same whatever files, names, order, labels and mirroring are
         num_groups:     patients or lesions, an image without one being its own; None where the data set names none
-        generated_from: of synthetic images only: what their network was trained on, see history_of
+        generated_from: of synthetic images among them only: what their networks were trained on, see history_of
         """
         groups, names = self.named_groups(), self.image_names()
         found = {"pixels_sha256": hash_set(self.pixel_hashes()), "num_images": self.num_images, "num_groups": None}
         if any(group is not None for group in groups):
             found["num_groups"] = len({group or f"/{name}" for group, name in zip(groups, names, strict=True)})
-        if self.source.get("generated") is True:
-            found["generated_from"] = history_of(self.source)
+        histories = [history_of(part) for part in _generated_parts(self.source)]
+        if histories:
+            found["generated_from"] = [data for history in histories for data in history]
         return found
 
     def facts(self) -> DatasetFacts:
@@ -215,6 +216,23 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, grey or RGB: "
                             "convert it with dataset_tool.py --transform=center-crop --resolution=256x256")
         return shape
+
+
+def _generated_parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what generated images among those of a data set say of their network, however often they were converted.
+
+    source:  of a data set; beneath, dataset_tool.py keeps that of what it converted as "origin", and of each --source
+             that it joined as "origin", "sources"
+    """
+    if source.get("generated") is True:
+        yield source
+        return
+    origin = source.get("origin")
+    if isinstance(origin, Mapping):
+        parts = origin.get("sources")
+        for part in parts.values() if isinstance(parts, Mapping) else [origin]:
+            if isinstance(part, Mapping):
+                yield from _generated_parts(part)
 
 
 def history_of(info: Mapping[str, Any]) -> list[Any]:
