@@ -104,25 +104,27 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
     if is_vector:
         if classes.names is not None:
             images.use_classes(classes.names)
-        own, note = [tuple(label_of(images, row)) for row in range(len(images))], None
+        own = [tuple(label_of(images, row)) for row in range(len(images))]
     else:
-        own, note = _match_classes(images, classes, flag)
+        own = _match_classes(images, classes, flag)
+    note = None
+    if classes.names is None or images.classes is None:
+        nameless = "the network" if classes.names is None else "the data set"
+        what = "the numbers of its labels; they are matched by position" if is_vector else \
+            "its classes; they are matched by number"
+        note = f"{flag}: {nameless} does not name {what}"
     order = TrainingOrder(len(own), seed=seed).items(0, len(own) if count is None else count)
     return [own[row] for row in order], note
 
 
-def _match_classes(images: ImageSet, classes: Classes, flag: str) -> tuple[list[int], str | None]:
-    """Return the network's class of each image, and a line to say. Raises UserError where it has no such one."""
-    note = None
-    if classes.names is None or images.classes is None:
-        nameless = "the network" if classes.names is None else "the data set"
-        note = f"{flag}: {nameless} does not name its classes; they are matched by number"
+def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
+    """Return the network's class of each image. Raises UserError where it has no such one."""
     found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
     missing = [class_names(images)[label] for label, own in found.items() if own is None]
     if missing:
         raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
                         f"{known_classes(classes.names, classes.count)}: convert it with --classes")
-    return [found[label] for label in images.labels.tolist()], note
+    return [found[label] for label in images.labels.tolist()]
 
 
 def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:

@@ -300,6 +300,14 @@ def test_valid_with_other_classes_is_refused_and_with_others_numbers_is_not(insi
     start(capsys, "--cond=1", "--valid=valid.zip")
 
 
+def test_valid_without_names_of_classes_is_taken_by_number_and_says_so(inside, capsys):
+    make_set("valid.zip", images=[8, 9], size=16, labels=[0, 2])
+    line = "--valid=valid.zip does not name its classes; those of --valid are taken by number"
+    assert line in dry_run(capsys, "--cond=1", "--valid=valid.zip")[1].splitlines()
+    assert line in start(capsys, "--cond=1", "--valid=valid.zip")[0].settings.notes
+    assert line not in start(capsys, "--cond=0", "--valid=valid.zip")[0].settings.notes
+
+
 def test_exit_code_is_that_of_the_training(inside):
     assert run(make_command(lambda *_: 3, choose_metrics), list(BASE)) == 3
 

@@ -217,6 +217,13 @@ def test_set_of_classes_without_names_takes_its_labels_by_number_and_says_so(ins
     assert sorted(ImageSet("set.zip").labels.tolist()) == [0, 2, 2]
 
 
+def test_set_of_vectors_without_names_takes_its_labels_by_position_and_says_so(inside, capsys):
+    make_set("numbers.zip", 3, labels=VECTORS[:3])
+    make(capsys, "--zip=set.zip", "--labels-from=numbers.zip", err="--labels-from=numbers.zip: the data set does not "
+         "name the numbers of its labels; they are matched by position\n")
+    assert sorted(ImageSet("set.zip").labels.tolist()) == sorted(VECTORS[:3])
+
+
 @pytest.mark.parametrize(("data", "message"), [
     ({"labels": [0, 1], "classes": ["nv", "wart"]}, "--labels-from=other.zip has images of wart, which the network "
      "does not know; expected one of nv, mel, bcc, or a number from 0 to 2: convert it with --classes"),

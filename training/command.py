@@ -117,13 +117,13 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
     if files:
         path, resume_note = choose_resume(resume, files, config, settings)
         config = replace(config, resume=path)
-    dataset = _open_data(config, settings, thorough=is_main)
+    dataset, valid_note = _open_data(config, settings, thorough=is_main)
     shared, taken = None, []
     if is_main:
         taken = check_resume_weights(config, dataset)
         shared = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
-    warnings = tuple(line for line in (metrics_note, resume_note, shared) if line is not None)
+    warnings = tuple(line for line in (metrics_note, resume_note, valid_note, shared) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, warnings=warnings,
@@ -158,8 +158,11 @@ def _asked_precision(options: TrainOptions) -> str:
     return "auto"
 
 
-def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) -> ImageDataset:
-    """Open what is trained on; with `thorough` look at all images, at --balance and at --valid."""
+def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) -> tuple[ImageDataset, str | None]:
+    """Open what is trained on; with `thorough` look at all images, at --balance and at --valid.
+
+    Return also a note on the labels of --valid, or None.
+    """
     choice = config.dataset
     dataset = ImageDataset(settings.data, use_labels=choice.use_labels, xflip=choice.xflip, max_size=choice.max_size,
                            seed=config.seed)
@@ -167,8 +170,9 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
         check_images(dataset)
         image_weights(settings.balance, dataset)
         if settings.valid is not None:
-            check_valid(ImageDataset(settings.valid, use_labels=choice.use_labels, classes=dataset.classes), dataset)
-    return dataset
+            valid = ImageDataset(settings.valid, use_labels=choice.use_labels, classes=dataset.classes)
+            return dataset, check_valid(valid, dataset)
+    return dataset, None
 
 
 def _look_at_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *,

@@ -45,8 +45,11 @@ def check_images(dataset: ImageDataset) -> None:
             dataset[index]  # says what is wrong with it
 
 
-def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
-    """Raise UserError unless a discriminator for `dataset` can judge the images of --valid, others than its own."""
+def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
+    """Raise UserError unless a discriminator for `dataset` can judge the images of --valid, others than its own.
+
+    Return a line where the labels of the two cannot be matched by name.
+    """
     flag = f"--valid={valid.path}"
     if valid.path.resolve() == dataset.path.resolve():
         raise UserError(f"{flag} is the data set of --data itself; expected images that are not learned from")
@@ -59,6 +62,10 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> None:
     if dataset.use_labels and valid.label_kind != dataset.label_kind:
         raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as --data")
     check_images(valid)
+    if dataset.use_labels and (valid.label_names is None) != (dataset.label_names is None):
+        nameless = flag if valid.label_names is None else f"--data={dataset.path}"
+        return f"{nameless} does not name its classes; those of --valid are taken by number"
+    return None
 
 
 def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> str | None:
