@@ -30,7 +30,7 @@ MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labe
 MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
-_AUTOMATIC_GROUP = re.compile(r"\d{5}/img\d{8}\.png")  # of duplicates without a patient or lesion: a name
+NUMBERED_NAME = re.compile(r"\d{5}/img\d{8}\.png")  # of an image of a data set, and of a group of duplicates there
 
 
 class MisplacedMetadata(UserError):
@@ -145,7 +145,7 @@ class ImageSet:
     def named_groups(self) -> list[str | None]:
         """Return the patient or lesion of each image; None where its group is but an image's name."""
         names = set(self.names)
-        return [None if group in names or _AUTOMATIC_GROUP.fullmatch(group) else group for group in self.groups]
+        return [None if group in names or NUMBERED_NAME.fullmatch(group) else group for group in self.groups]
 
     def use_classes(self, wanted: Sequence[str]) -> None:
         """Let labels be those of the classes `wanted`, by name; a set that names none stays as it is.

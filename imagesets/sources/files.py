@@ -1,7 +1,6 @@
 """Folders and zips of images as sources: labels from dataset.json, else from sub-folders."""
 
 import os
-import re
 import stat
 import struct
 import zipfile
@@ -18,11 +17,10 @@ from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
 from imagesets.labels.classes import order_classes
 from imagesets.pixels.decode import BadImage
-from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, ImageSet, MisplacedMetadata
+from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, NUMBERED_NAME, ImageSet, MisplacedMetadata
 from imagesets.sources.source import Source
 
 _TABLES = (".csv", ".tsv", ".xlsx")
-_NUMBERED = re.compile(r"\d{5}/img\d{8}\.png")  # as data sets are numbered: such folders are no classes
 _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -189,7 +187,7 @@ def enclosing_folders(names: Sequence[str]) -> list[str]:
 
 def is_numbered(names: Sequence[str]) -> bool:
     """Return whether images are named as in a data set, whose folders are no classes."""
-    return all(_NUMBERED.fullmatch("/".join(name.split("/")[-2:])) for name in names)
+    return all(NUMBERED_NAME.fullmatch("/".join(name.split("/")[-2:])) for name in names)
 
 
 def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
