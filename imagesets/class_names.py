@@ -15,7 +15,9 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str = "--class") -> int:
-    """Return the number of a class; a name goes before a number that looks like it.
+    """Return the number of a class, given by its name or number.
+
+    Where a name is a number itself, as of the classes 1 to 7, only names are taken: 1 would be another class.
 
     names:  of the classes, None where they have none;  count: how many there are
     flag:   the option that names the class, for messages
@@ -25,7 +27,7 @@ def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str 
     for name in (text, text.strip()) if names is not None else ():
         if name in names:
             return list(names).index(name)
-    if _NUMBER.fullmatch(text.strip()) and int(text) < count:
+    if _NUMBER.fullmatch(text.strip()) and int(text) < count and not _are_numbers(names):
         return int(text)
     meant = "" if names is None else suggestion(text, names)
     raise UserError(f"{flag} names the class {text!r}{meant}; expected {known_classes(names, count)}")
@@ -68,4 +70,10 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None) -> li
 def known_classes(names: Sequence[str] | None, count: int) -> str:
     """Return "one of nv, mel, or a number from 0 to 1", for messages."""
     numbers = f"a number from 0 to {count - 1}"
-    return numbers if names is None else f"one of {listed(names)}, or {numbers}"
+    if names is None:
+        return numbers
+    return f"one of {listed(names)}" + ("" if _are_numbers(names) else f", or {numbers}")
+
+
+def _are_numbers(names: Sequence[str] | None) -> bool:
+    return names is not None and any(_NUMBER.fullmatch(name) for name in names)

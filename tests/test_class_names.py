@@ -12,6 +12,7 @@ LISTED = "expected one of nevus, melanoma, or a number from 0 to 1"
 @pytest.mark.parametrize(("text", "names", "expected"), [
     ("melanoma", NAMES, 1), (" melanoma ", NAMES, 1), ("0", NAMES, 0), (" 01", None, 1),
     ("1", ["1", "0"], 0),  # a name wins over a number
+    ("7", ["1", "7"], 1), ("2", ["x", "2"], 1),
     (" a", ["a", " a"], 1),
 ])
 def test_find_class_takes_names_and_numbers(text, names, expected):
@@ -26,6 +27,8 @@ def test_find_class_takes_names_and_numbers(text, names, expected):
     ("+1", None, "--class names the class '+1'; expected a number from 0 to 1"),
     ("\u0661", None, "--class names the class '\u0661'; expected a number from 0 to 1"),  # another script's 1
     ("9" * 5000, None, f"--class names the class '{'9' * 5000}'; expected a number from 0 to 1"),
+    ("1", ["0", "2"], "--class names the class '1'; expected one of 0, 2"),  # and is not the class 2, though number 1
+    ("0", ["1", "7"], "--class names the class '0'; expected one of 1, 7"),
     ("nevus", None, "--class names the class 'nevus'; expected a number from 0 to 1"),
 ])
 def test_find_class_says_what_is_wrong(text, names, message):
