@@ -50,18 +50,12 @@ def read_digests(images: ImageSet, on_image: Callable[[], None] = lambda: None) 
     return digests
 
 
-def recorded_hashes(images: ImageSet) -> list[str | None]:
-    """Return the pixel hashes that dataset.json holds of the images; None where it holds none."""
-    return [images.recorded_hash(name, *checksum)
-            for name, checksum in zip(images.names, images.checksums(), strict=True)]
-
-
 def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
-           pixel_hashes: Sequence[str | None] = ()) -> Assignment:
+           pixel_hashes: Sequence[str] = ()) -> Assignment:
     """Choose a part for each image.
 
     digests:       uint8 [N, 32], sha256 of the images
-    pixel_hashes:  where they are known images of equal pixels, or mirrored ones, stay together as well
+    pixel_hashes:  of the images; those of equal pixels, mirrored or not, stay together as well
 
     The same images, groups, labels and request give the same result on every machine. Whether the first part is divided
     among institutions changes nothing about the others. Raises UserError when a class has fewer groups than parts, and
@@ -89,12 +83,11 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
                       targets=targets, classes=tuple(table.classes))
 
 
-def _equal_sets(hashes: Sequence[str | None]) -> list[np.ndarray]:
+def _equal_sets(hashes: Sequence[str]) -> list[np.ndarray]:
     """Return the rows of equal hashes, two or more of each."""
     rows: dict[str, list[int]] = {}
     for row, found in enumerate(hashes):
-        if found is not None:
-            rows.setdefault(found, []).append(row)
+        rows.setdefault(found, []).append(row)
     return [np.array(equal) for equal in rows.values() if len(equal) > 1]
 
 

@@ -92,6 +92,18 @@ def test_split_keeps_an_image_and_its_mirror_image_together(tmp_path):
     assert (len(a), len(b), a & b) == (3, 3, set())
 
 
+def test_split_of_a_set_without_hashes_keeps_mirror_images_together_and_records_them(cache, tmp_path):
+    """Train.py, which decodes the parts, would refuse one as --valid of the other, and advise to split."""
+    whole = make_set(tmp_path / "old.zip", 6, hashes=False)
+    mirrored = make_set(tmp_path / "mirrored.zip", 6, mirror=True, hashes=False)
+    with zipfile.ZipFile(whole, "a") as file, zipfile.ZipFile(mirrored) as other:
+        for index, name in enumerate(ImageSet(mirrored).names):
+            file.writestr(f"z{index}.png", other.read(name))
+    assert run(dataset_tool, ["split", str(whole), "--parts=a:0.5,b:0.5"]) == 0
+    a, b = (set(recorded(tmp_path / f"old-{part}.zip").values()) for part in "ab")
+    assert (len(a), len(b), a & b) == (3, 3, set())
+
+
 def test_hashes_of_an_older_set_are_computed_once_and_kept(cache, tmp_path, capsys):
     path = make_set(tmp_path / "old.zip", 5, hashes=False)
     assert known_pixel_hashes(ImageSet(path)) is None

@@ -7,12 +7,14 @@ import click
 
 from dnnlib.cli import UserPath
 from dnnlib.progress import Progress
+from imagesets.pixel_hashes import read_pixel_hashes
 from imagesets.reader import ImageSet
-from imagesets.split import Assignment, assign, read_digests, recorded_hashes
+from imagesets.split import Assignment, assign, read_digests
 from imagesets.splitting.deal import FIRST_CLASS, SIZE
 from imagesets.splitting.files import SplitPaths, write_split
 from imagesets.splitting.request import SplitRequest, create_request
 from imagesets.text_table import format_table, percent, plural, shorten
+from imagesets.workers import usable_cores
 
 _HELP = {
     "parts": "Parts and their shares of the images, which sum to 1: train:0.8,val:0.1,test:0.1. Fractions (1/3) are "
@@ -58,9 +60,10 @@ def split_command(path: Path, dest: Path | None, force: bool, **options) -> None
     paths.check(force=force)
     with Progress(len(images), "images read") as progress:
         digests = read_digests(images, progress.advance)
-    assignment = assign(images, digests, request, recorded_hashes(images))
+    hashes = read_pixel_hashes(images, workers=usable_cores())
+    assignment = assign(images, digests, request, hashes)
     with Progress(len(images), "images written") as progress:
-        lost = write_split(images, digests, assignment, request, paths, on_image=progress.advance)
+        lost = write_split(images, digests, assignment, request, paths, hashes, on_image=progress.advance)
     for line in describe_split(assignment, request, is_phantom=images.source.get("phantom") is True):
         click.echo(line)
     if lost:

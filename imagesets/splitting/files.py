@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -69,8 +68,11 @@ def content_hash(images: ImageSet, digests: np.ndarray) -> str:
 
 
 def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, request: SplitRequest,
-                paths: SplitPaths, *, on_image: Callable[[], None] = lambda: None) -> list[str]:
+                paths: SplitPaths, pixel_hashes: Sequence[str] | None = None, *,
+                on_image: Callable[[], None] = lambda: None) -> list[str]:
     """Write the parts and the manifest; return the names of other members, which no part could take.
+
+    pixel_hashes:  of the images, to be recorded with them
 
     Images are copied byte for byte. Tables with a column "file" keep the rows of each part, with its new file names.
     Raises UserError when a file cannot be written; then none is there.
@@ -88,7 +90,7 @@ def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, r
             writers = [stack.enter_context(ImageSetWriter(folder / path.name, classes=images.classes,
                                                           source=_source_of(images, split, request, part.name)))
                        for path, part in zip(paths.parts, request.final_parts, strict=True)]
-            _copy_images(images, assignment, writers, on_image)
+            _copy_images(images, assignment, writers, pixel_hashes, on_image)
             for name, table in tables.items():
                 for part, writer in enumerate(writers):
                     rows = np.flatnonzero(assignment.part_of == part)
@@ -108,14 +110,13 @@ def _source_of(images: ImageSet, split: dict[str, str], request: SplitRequest, p
 
 
 def _copy_images(images: ImageSet, assignment: Assignment, writers: Sequence[ImageSetWriter],
-                 on_image: Callable[[], None]) -> None:
+                 pixel_hashes: Sequence[str] | None, on_image: Callable[[], None]) -> None:
     for row, name in enumerate(images.names):
         if assignment.part_of[row] != LEFT_OUT:
             # The reader gives an image without a group its own name, which it has only in the whole set.
             group = None if images.groups[row] == name else images.groups[row]
-            data = images.read(name)
-            writers[assignment.part_of[row]].add(data, label_of(images, row), group,
-                                                 images.recorded_hash(name, len(data), zlib.crc32(data)))
+            writers[assignment.part_of[row]].add(images.read(name), label_of(images, row), group,
+                                                 None if pixel_hashes is None else pixel_hashes[row])
         on_image()
 
 
