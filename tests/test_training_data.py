@@ -161,6 +161,18 @@ def test_copied_file_is_refused_as_valid_by_a_dry_run_of_sets_without_hashes(ins
     assert not (inside / "cache" / "pixel_hashes").exists()
 
 
+def test_dry_run_says_where_it_compares_valid_by_files_alone(inside, capsys):
+    make_set("set.zip", hashes=False)
+    make_set("copy.zip", images=[9, 3], mirror=True)
+    command = ["--outdir=runs", "--data=set.zip", "--cfg=tiny", "--metrics=none", "--valid=copy.zip", "-n"]
+    assert run(train.main, command) == 0
+    line = ("--valid=copy.zip is compared with --data by its files only, for their pixels are not recorded; training "
+            "decodes all, and refuses equal images in files that differ\n")
+    assert line in capsys.readouterr().err
+    assert "1 of 2 images are in --data=set.zip too" in refused(capsys, "--valid=copy.zip")  # decodes them
+    assert "1 of 2 images are in --data=set.zip too" in refused(capsys, "--valid=copy.zip", "-n")  # from the cache
+
+
 def test_images_outside_of_the_subset_serve_as_valid(inside, capsys):
     make_set("set.zip", 6)
     kept = ["--subset=3", "--seed=0"]

@@ -118,16 +118,16 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
         path, resume_note = choose_resume(resume, files, config, settings)
         config = replace(config, resume=path)
     dataset, valid_note = _open_data(config, settings, thorough=is_main)
-    shared, taken = None, []
+    alerts, taken = [], []
     if is_main:
         taken = check_resume_weights(config, dataset)
-        shared = _look_at_pixels(config, settings, dataset, compute=not look_only)
+        alerts = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
-    warnings = tuple(line for line in (metrics_note, resume_note, valid_note, shared) if line is not None)
+    warnings = tuple(line for line in (metrics_note, resume_note, valid_note, *alerts) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, warnings=warnings,
-                alerts=() if shared is None else (shared,), taken=tuple(taken))
+                alerts=tuple(alerts), taken=tuple(taken))
 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
@@ -176,11 +176,11 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
 
 
 def _look_at_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *,
-                    compute: bool) -> str | None:
-    """Find out which images are trained on; compare them with --valid, and return a warning about that or None."""
+                    compute: bool) -> list[str]:
+    """Find out which images are trained on; compare them with --valid, and return warnings about that."""
     workers = max(min(config.num_workers, usable_cores()), 1)
     if compute:
         dataset.pixel_hashes(workers=workers)
     if settings.valid is None:
-        return None
+        return []
     return check_held_out(ImageDataset(settings.valid), dataset, compute=compute, workers=workers)

@@ -68,8 +68,8 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
     return None
 
 
-def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> str | None:
-    """Raise UserError where an image of --valid is learned from; return a line on patients or lesions that both have.
+def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> list[str]:
+    """Raise UserError where an image of --valid is learned from; return lines on what else may hide overfitting.
 
     compute:  decode images whose pixels are not known yet, in `workers` processes; otherwise equal files are found
     """
@@ -87,12 +87,16 @@ def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool,
                         f"and mirroring aside); expected images that are not learned from: {advice}")
     known = set(dataset.named_groups()) - {None}
     shared = [group for group in valid.named_groups() if group in known]
+    lines = []
+    if None in hashes:
+        lines.append(f"{flag} is compared with --data by its files only, for their pixels are not recorded; training "
+                     "decodes all, and refuses equal images in files that differ")
     if not shared:
-        return None
+        return lines
     groups = list(dict.fromkeys(shared))
-    return (f"warning: {len(groups)} groups (patients or lesions) of {flag} are in --data={dataset.path} too "
+    return [*lines, f"warning: {len(groups)} groups (patients or lesions) of {flag} are in --data={dataset.path} too "
             f"({', '.join(groups[:3])}{', ...' if len(groups) > 3 else ''}), with {len(shared)} of "
-            f"{valid.num_images} images; their scores hide overfitting: {advice}")
+            f"{valid.num_images} images; their scores hide overfitting: {advice}"]
 
 
 def resume_files(resume: str | None) -> list[str]:
