@@ -25,7 +25,7 @@ help:
 	@echo "make setup   install what is needed into .venv, and compile the operators where there is a compiler"
 	@echo "make demo    train on drawings of lesions and show what comes out, minutes on two cores"
 	@echo "make test    run the tests, a few minutes on two cores"
-	@echo "make test-portable run those of them that compute, as on a CPU without AVX"
+	@echo "make test-portable run those tests that compute as on a CPU without AVX, slow ones too"
 	@echo "make slow    run the tests that take longer"
 	@echo "make soak    kill a training run a hundred times, and compare its end with an unbroken one"
 	@echo "make bench   measure speeds"
@@ -51,7 +51,7 @@ test: $(BUILT)
 
 test-portable: $(BUILT)
 	$(LOWEST) $(BIN)/python -c 'import sys, torch; level = torch.backends.cpu.get_cpu_capability(); sys.exit(None if level == "DEFAULT" else f"PyTorch computes with {level} in spite of ATEN_CPU_CAPABILITY=default")'
-	$(LOWEST) $(BIN)/python -m pytest -m "not slow" $(PORTABLE:%=tests/test_%.py) $(ARGS)
+	$(LOWEST) $(BIN)/python -m pytest $(PORTABLE:%=tests/test_%.py) $(ARGS)
 
 slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -12,7 +12,7 @@ import pytest
 from tests.generator_files import save_generator
 from tests.make_sets import make_set, pixels_of, png
 from tests.projector_commands import INFO, SET_FILES, attempt, contents, names_in, working_in
-from tests.training_runs import environment
+from tests.training_runs import environment, replaced
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start
 
@@ -50,7 +50,8 @@ def inside(tmp_path, monkeypatch):
 
 
 def start(*flags, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "projector.py"), "--network=net.safetensors", *FLAGS, *flags]
+    command = [sys.executable, *launcher, str(ROOT / "projector.py"), "--network=net.safetensors",
+               *replaced(FLAGS, flags)]
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
