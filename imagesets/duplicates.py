@@ -10,9 +10,9 @@ DIGEST_SIZE = 32  # bytes of a sha256
 def identical_sets(digests: np.ndarray) -> list[np.ndarray]:
     """Return the rows of equal digests, as ascending int64 arrays of two or more, in the order of their first rows.
 
-    digests: uint8 [N, 32]
+    digests: uint8 [N, B], B a multiple of 8
     """
-    words = np.ascontiguousarray(digests).view(np.uint64)  # [N, 4]
+    words = np.ascontiguousarray(digests).view(np.uint64)  # [N, B / 8]
     order = np.lexsort(words.T)  # stable, so that equal rows stay ascending
     changes = (words[order][1:] != words[order][:-1]).any(axis=1)
     runs = np.split(order, np.flatnonzero(changes) + 1)

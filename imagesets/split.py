@@ -64,7 +64,11 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
     if request.skew is not None and (images.labels is None or images.labels.ndim == 2):
         found = "there are none" if images.labels is None else "they are lists of numbers"
         raise UserError(f"--skew needs labels, one class an image; in {images.path} {found}")
-    units, num_linked = link_groups(images.groups, identical_sets(digests) + _equal_sets(pixel_hashes))
+    equal = identical_sets(digests)
+    if pixel_hashes:
+        packed = np.frombuffer(bytes.fromhex("".join(pixel_hashes)), dtype=np.uint8)
+        equal += identical_sets(packed.reshape(len(pixel_hashes), -1))
+    units, num_linked = link_groups(images.groups, equal)
     table = UnitTable.create(images, units)
     table.check_groups(request.final_parts, allow_missing=request.allow_missing)
     part_of_unit = np.zeros(len(table.counts), dtype=np.int64)
@@ -81,14 +85,6 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
     reached = np.array([table.counts[part_of_unit == part].sum(axis=0) for part in rows])
     return Assignment(part_of=part_of_unit[units], unit_of=units, num_linked=num_linked, reached=reached,
                       targets=targets, classes=tuple(table.classes))
-
-
-def _equal_sets(hashes: Sequence[str]) -> list[np.ndarray]:
-    """Return the rows of equal hashes, two or more of each."""
-    rows: dict[str, list[int]] = {}
-    for row, found in enumerate(hashes):
-        rows.setdefault(found, []).append(row)
-    return [np.array(equal) for equal in rows.values() if len(equal) > 1]
 
 
 def _divide(table: UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """The command line of train.py: from flags to a checked run, which is described or started."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,7 +11,6 @@ from dnnlib.cli import UserError
 from imagesets.workers import usable_cores
 from torch_utils.allocator import tune_malloc
 from torch_utils.distributed import Place
-from torch_utils.parent_death import LAUNCHER_VARIABLE
 from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
@@ -74,7 +72,7 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
     """
     def callback(dry_run: bool, **flags: Any) -> int:
         plan = prepare(flags, choose_metrics, look_only=dry_run)
-        if LAUNCHER_VARIABLE not in os.environ:  # the process that started this one showed them
+        if Place.from_environment().launcher is None:  # the process that started this one showed them
             for line in plan.alerts:
                 click.echo(line, err=True)
         if dry_run:
