@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from dnnlib.process_lock import SILENT_SECONDS, LockHeld, ProcessLock
+from dnnlib.process_lock import LEASE_SECONDS, LockHeld, ProcessLock
 
-# Longer than it takes until the lock of a process that was killed on another host counts as left.
-_PATIENCE_SECONDS = SILENT_SECONDS + 60
+# Longer than it takes until the lock of a process that was killed on another host counts as left behind.
+_PATIENCE_SECONDS = LEASE_SECONDS + 60
 
 
 @contextmanager

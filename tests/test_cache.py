@@ -206,7 +206,8 @@ def test_fetch_goes_on_after_a_process_that_was_killed(server):
     code = f"""
 import os
 from dnnlib.process_lock import ProcessLock
-ProcessLock({str(path.with_name(".w.lock"))!r}).acquire()
+lock = ProcessLock({str(path.with_name(".w.lock"))!r})
+lock.acquire()
 os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
