@@ -1,14 +1,18 @@
 """Open a data set, a zip or a folder of images with an optional dataset.json, and read its members.
 
 dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups", "pixel_hashes" and "source"
-beside it. A label is an integer, a list of floats, or null for an image without one. A set may lie in a folder inside,
-as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
+beside it. A label is an integer, a list of floats, or null for an image without one. What other programs write is read
+as it is meant: 1.0 is the integer 1, NaN is null, and names may have "\\" between folders or begin with "./". A set may
+lie in a folder inside, as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
 """
 
 import json
+import math
 import os
+import posixpath
 import re
 import stat
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +51,7 @@ class ImageSet:
 
     names:    paths inside the zip or folder, with "/"; those beside dataset.json where that lies in a folder inside
     labels:   None, or int64 [N] with NO_LABEL where there is none, or float32 [N, D] with NaN there
+    num_unnamed: images that the labels of dataset.json do not name at all; all of them when there are no labels
     classes:  names of the integer labels, or None when the file names none
     groups:   one text an image: what must not be split; the image's own name where the file names none
     source:   what the file says of its origin
@@ -72,8 +77,9 @@ class ImageSet:
         if found not in (None, METADATA):
             members = self._enter_folder_of(found, members)
             self.names = [name.removeprefix(self._folder) for name in self.names]
-        metadata = {} if found is None else _parse_metadata(self.path, self.read(METADATA))
+        metadata = {} if found is None else _parse_metadata(self.path, self.read(METADATA), self.names)
         self.labels = _labels_of(self.path, self.names, metadata.get("labels"))
+        self.num_unnamed = len(set(self.names).difference(name for name, _ in metadata.get("labels") or []))
         self.classes = _classes_of(self.path, self.labels, metadata.get("classes"))
         self.groups = _groups_of(self.path, self.names, metadata.get("groups"))
         self._hashes = _hashes_of(self.path, self.names, metadata.get("pixel_hashes"))
@@ -211,6 +217,14 @@ class ImageSet:
         return list(listed)
 
 
+def plain_path(name: str) -> str:
+    """Return the name of a file as a table or a list gives it, with "/" between folders and no "./" or first "/"."""
+    path = name.replace("\\", "/")
+    if not path.isascii():  # some systems write an accent as a character of its own
+        path = unicodedata.normalize("NFC", path)
+    return posixpath.normpath(path).lstrip("/") if "/" in path else path
+
+
 def _member_path(name: str) -> str:
     """Return a zip member's name with "/" between folders, where some programs of Windows write "\\"; without "./"."""
     path = name.replace("\\", "/")
@@ -285,23 +299,49 @@ def _find_metadata(path: Path, members: Iterable[str], images: Iterable[str]) ->
     return found[0]
 
 
-def _parse_metadata(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_metadata(path: Path, data: bytes, images: Iterable[str]) -> dict[str, Any]:
+    """Return what dataset.json holds, with the files in it under the names that they have in `images`."""
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {METADATA} is not JSON ({error}); expected an object with labels") from error
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: {METADATA} holds a {type(metadata).__name__}; expected an object with labels")
+    for field, value in metadata.items():
+        if field == "labels" and _are_label_rows(value):
+            found = _names_of_files([name for name, _ in value], images)
+            metadata[field] = [[name, label] for name, (_, label) in zip(found, value)]
+        elif field in ("groups", "pixel_hashes") and isinstance(value, dict):
+            metadata[field] = dict(zip(_names_of_files(value, images), value.values()))
+            if len(metadata[field]) != len(value):
+                raise UserError(f"{path}: {field} in {METADATA} name a file twice")
     return metadata
+
+
+def _names_of_files(written: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Return each name as the file has it; those of no file as they are."""
+    known = set(files)
+    # A name as it stands comes first: on some systems a file's own name may hold a backslash.
+    if known.issuperset(written):
+        return list(written)
+    by_plain_path: dict[str, str | None] = {}
+    for name in known:
+        path = plain_path(name)
+        by_plain_path[path] = None if path in by_plain_path else name  # of two such files neither is meant
+    return [name if name in known else by_plain_path.get(plain_path(name)) or name for name in written]
+
+
+def _are_label_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
+                                          for row in rows)
 
 
 def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
     if rows is None:
         return None
-    if not isinstance(rows, list) or any(not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str)
-                                         for row in rows):
+    if not _are_label_rows(rows):
         raise UserError(f"{path}: labels in {METADATA} are not [[file, label], ...]")
-    by_name = dict(rows)
+    by_name = {name: _plain_label(label) for name, label in rows}
     if len(by_name) != len(rows):
         raise UserError(f"{path}: {METADATA} labels a file twice")
     _refuse_unknown(path, "labels", by_name, names)
@@ -316,6 +356,13 @@ def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
         return np.array([NO_LABEL if by_name.get(name) is None else by_name[name] for name in names], dtype=np.int64)
     missing = [float("nan")] * int(kind.split()[2])
     return np.array([missing if by_name.get(name) is None else by_name[name] for name in names], dtype=np.float32)
+
+
+def _plain_label(label: Any) -> Any:
+    """Return 1 for 1.0, and None for NaN: a column of integers of which some are missing is one of floats in pandas."""
+    if isinstance(label, float):
+        return None if math.isnan(label) else int(label) if label.is_integer() and abs(label) < 1 << 53 else label
+    return label
 
 
 def _kind_of(path: Path, name: str, label: Any) -> str:

@@ -11,9 +11,11 @@ import pytest
 
 from dnnlib.cli import UserError
 from imagesets.pixels.decode import BadImage
+from imagesets.reader import ImageSet
 from imagesets.sources.files import labels_of_folders, refuse_doubtful_folders
 from imagesets.sources.opening import open_source
 from tests.make_archives import encode, make_folder, make_zip, noise
+from tests.make_sets import enclose
 
 FILES = {f"{folder}/{name}": encode(noise(number, 4, 4, 3))
          for number, (folder, name) in enumerate([("mel", "b.png"), ("mel", "deep/a.png"), ("nv", "c.jpg.png")])}
@@ -78,6 +80,29 @@ def test_dataset_json_without_labels_means_no_labels(tmp_path):
     source = open_source(make_folder(tmp_path / "set", FILES | {"dataset.json": b'{"labels": null}'}))
     assert source.labels is None
     assert source.classes is None
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set"])
+def test_dataset_json_of_other_programs_is_read_as_it_is_meant(tmp_path, name):
+    metadata = {"labels": [["mel\\a.png", 1.0], ["./nv/b.png", 0], [".\\nv\\c.png", -0.0], ["nv//d.png", float("nan")]],
+                "classes": ["nv", "mel"], "groups": {"mel\\a.png": "L1", "./nv/b.png": "L1"},
+                "pixel_hashes": {"nv\\c.png": ["0" * 32, 3, 5]}}
+    files = {f"{name}.png": FILES["mel/b.png"] for name in ("mel/a", "nv/b", "nv/c", "nv/d", "nv/e")} | {
+        "dataset.json": json.dumps(metadata).encode()}
+    path = make_zip(tmp_path / name, files) if name == "set.zip" else make_folder(tmp_path / name, files)
+    for images in (ImageSet(path), ImageSet(enclose(path, tmp_path / f"in-{name}"))):
+        assert images.labels.tolist() == [1, 0, 0, -1, -1]
+        assert images.groups == ["L1", "L1", "nv/c.png", "nv/d.png", "nv/e.png"]
+        assert images.recorded_hash("nv/c.png", 3, 5) == "0" * 32
+        assert (images.num_unlabelled, images.num_unnamed) == (2, 1)
+    assert (open_source(path).labels.tolist(), open_source(path).classes) == ([1, 0, 0, -1, -1], ["nv", "mel"])
+
+
+def test_dataset_json_name_with_a_backslash_is_first_that_of_a_file(tmp_path):
+    metadata = {"labels": [["a\\b.png", 1], ["a/b.png", 0]]}
+    files = {"a\\b.png": FILES["mel/b.png"], "a/b.png": FILES["nv/c.jpg.png"]}
+    images = ImageSet(make_folder(tmp_path / "set", files | {"dataset.json": json.dumps(metadata).encode()}))
+    assert dict(zip(images.names, images.labels.tolist())) == {"a/b.png": 0, "a\\b.png": 1}
 
 
 def test_hidden_files_and_mac_leftovers_are_ignored_and_named(tmp_path):

@@ -1,6 +1,5 @@
 """Find what is wrong with a data set, and what that stops."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,10 +117,8 @@ def _label_problems(images: ImageSet) -> Iterator[Problem]:
         return
     missing = [name for row, name in enumerate(images.names) if label_of(images, row) is None]
     if missing:
-        listed = {name for name, _ in json.loads(images.read(METADATA))["labels"]}
-        num_absent = sum(name not in listed for name in missing)
-        yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({num_absent} not named "
-                       f"in {METADATA}): convert with --unlabelled=drop, or train without --cond", missing)
+        yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({images.num_unnamed} "
+                       f"not named in {METADATA}): convert with --unlabelled=drop, or train without --cond", missing)
     is_empty = are_findings(images) & ~class_columns(images).any(axis=0)
     empty = [name for name, empty in zip(class_names(images), is_empty, strict=True) if empty]
     if empty:

@@ -2,7 +2,6 @@
 
 import os
 import posixpath
-import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from imagesets.labels.classes import order_classes
 from imagesets.labels.compact import CompactTexts
 from imagesets.labels.delimited import DelimitedFile
 from imagesets.labels.layouts import Layout, layout_of
-from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes
+from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes, plain_path
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,12 +78,9 @@ def image_key(name: str) -> str:
 
     Else case counts: ISIC_1 and isic_1 are two images.
     """
-    name = name.strip().replace("\\", "/")
-    if not name.isascii():  # some systems write an accent as a character of its own
-        name = unicodedata.normalize("NFC", name)
+    name = plain_path(name.strip())
     stem, suffix = os.path.splitext(name)
-    key = stem if suffix.lower() in _suffixes() else name
-    return posixpath.normpath(key).lstrip("/") if "/" in key else key
+    return stem if suffix.lower() in _suffixes() else name
 
 
 def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
