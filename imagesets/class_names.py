@@ -1,4 +1,4 @@
-"""Find a class by its name or number, and tell labels that are classes from labels that are vectors."""
+"""Find classes by their names or numbers, and tell labels that are classes from labels that are vectors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,17 @@ def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str 
         return int(text)
     meant = "" if names is None else suggestion(text, names)
     raise UserError(f"{flag} names the class {text!r}{meant}; expected {known_classes(names, count)}")
+
+
+def split_names(text: str, known: Sequence[str]) -> list[str]:
+    """Return the names between the commas of a text; those of `known` that hold commas themselves stay whole."""
+    pieces, names = text.split(","), []
+    longest = 1 + max((name.count(",") for name in known), default=0)
+    while pieces:
+        count = next((count for count in range(longest, 1, -1) if ",".join(pieces[:count]).strip() in known), 1)
+        names.append(",".join(pieces[:count]).strip())
+        del pieces[:count]
+    return names
 
 
 def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:

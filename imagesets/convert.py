@@ -19,7 +19,7 @@ from imagesets.conversion.report import ConvertSummary, build_report, check_repo
 from imagesets.conversion.selection import Labelling, Selection, UnlabelledError, select
 from imagesets.conversion.survey import survey
 from imagesets.conversion.tally import TOO_SMALL, Tally
-from imagesets.labels.tables import read_table
+from imagesets.labels.tables import read_groups, read_table
 from imagesets.pixels.decode import BadImage, PixelSpec, decode, decode_array
 from imagesets.sources.files import refuse_doubtful_folders
 from imagesets.sources.opening import open_sources
@@ -104,10 +104,16 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
 def _label(opened: Source, options: ConvertOptions) -> Labelling:
     if options.labels is None:
         refuse_doubtful_folders(opened)
-        return Labelling.of_source(opened)
-    table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
-                       group_column=options.group_column)
-    return Labelling.of_table(opened, table)
+        labelling = Labelling.of_source(opened)
+    else:
+        table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
+                           group_column=options.group_column if options.groups is None else None)
+        labelling = Labelling.of_table(opened, table)
+    if options.groups is None:
+        return labelling
+    table = read_groups(options.groups, id_column=options.id_column, group_column=options.group_column,
+                        beside=labelling.table)
+    return labelling.with_groups(opened, table)
 
 
 def _select(opened: Source, labelling: Labelling, options: ConvertOptions,
@@ -175,6 +181,8 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
         origin["sources"] = details["sources"]
     if options.labels is not None:
         origin["labels_sha256"] = sha256_of(options.labels)
+    if options.groups is not None:
+        origin["groups_sha256"] = sha256_of(options.groups)
     if opened.origin:
         origin["origin"] = dict(opened.origin)
     if opened.origin.get("phantom"):

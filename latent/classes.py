@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from imagesets.class_names import VECTOR, find_class, known_classes, label_kind_of, named_classes
+from imagesets.class_names import VECTOR, find_class, known_classes, label_kind_of, named_classes, split_names
 from imagesets.class_shares import class_counts
 from imagesets.naming import listed
 
@@ -87,7 +87,7 @@ class Classes:
             return [self.names.index(text.strip())]
         if text.strip() == "all":
             return list(range(self.count))
-        chosen = [self.find("--class", part) for part in text.split(",")]
+        chosen = [self.find("--class", part) for part in split_names(text, self.names or ())]
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--class={text} names a class twice; expected each once")
         return chosen
@@ -158,7 +158,9 @@ class Classes:
     def _given_counts(self, count: int | None, text: str) -> list[int]:
         counts = [0] * self.count
         seen = set()
-        for part in text.split(","):
+        # A name may hold commas.
+        whole = [part for name in self.names or () for part in re.findall(rf"{re.escape(name)}:[0-9]+", text)]
+        for part in split_names(text, whole):
             name, _, number = part.rpartition(":")
             if not name or not re.fullmatch(r"[0-9]{1,12}", number.strip()):
                 raise UserError(f"--classes has {part.strip()!r}; {_COUNTS_SYNTAX}")

@@ -52,6 +52,17 @@ def test_choice_spaces_and_a_last_semicolon_do_not_count():
     assert spaced == ClassChoice.create(HAM, "melanoma,benign", MERGE)
 
 
+ARCHIVE = ["Melanoma, NOS", "Nevus", "Nevus, Atypical, Dysplastic, or Clark", "Melanoma"]
+
+
+def test_choice_takes_names_that_hold_commas_whole():
+    choice = ClassChoice.create(ARCHIVE, "Nevus,Nevus, Atypical, Dysplastic, or Clark ,Melanoma, NOS,Melanoma")
+    assert choice.names == (ARCHIVE[1], ARCHIVE[2], ARCHIVE[0], ARCHIVE[3])
+    merged = ClassChoice.create(ARCHIVE, "nv,mel", "mel=Melanoma, NOS, Melanoma;"
+                                                   "nv=Nevus, Atypical, Dysplastic, or Clark,Nevus")
+    assert labels(merged, ARCHIVE) == [1, 0, 0, 1]
+
+
 def test_choice_merge_may_keep_the_name_of_a_member():
     choice = ClassChoice.create(["mel", "nv", "bkl"], merge="nv=nv,bkl")
     assert choice.members == (("mel",), ("nv", "bkl"))

@@ -25,6 +25,7 @@ def message(function, *arguments):
     (NUMBERED, "2", [2]), (NUMBERED, "all", [0, 1, 2]), (NONE, None, [None]),
     (Classes(2, {"classes": ["1", "0"]}), "1", [0]),  # a name wins over a number
     (Classes(2, {"classes": ["all", "a,b"]}), "all", [0]), (Classes(2, {"classes": ["all", "a,b"]}), "a,b", [1]),
+    (Classes(3, {"classes": ["nevus", "melanoma, NOS", "melanoma"]}), "melanoma,melanoma, NOS, 0", [2, 1, 0]),
 ])
 def test_choose_finds_classes(classes, text, expected):
     assert classes.choose(text) == expected
@@ -50,6 +51,7 @@ def test_choose_says_what_is_wrong(classes, text, expected):
 @pytest.mark.parametrize(("classes", "count", "text", "expected"), [
     (NAMED, 1001, None, [700, 200, 101]), (NAMED, 10, None, [7, 2, 1]), (NAMED, 1, None, [1, 0, 0]),
     (NAMED, None, "melanoma:5,0:7", [7, 5, 0]), (NAMED, 12, "melanoma:5, nevus: 7", [7, 5, 0]),
+    (Classes(2, {"classes": ["nevus", "melanoma, NOS"]}), None, "melanoma, NOS:5,nevus:7", [7, 5]),
     (NUMBERED, None, "2:4", [0, 0, 4]), (NONE, 5, None, None),
 ])
 def test_divide_gives_each_class_its_images(classes, count, text, expected):

@@ -145,6 +145,22 @@ def test_named_columns_numbers_keep_their_text_and_sort_by_value(table):
     assert found.class_of("d") == "010"
 
 
+@pytest.mark.parametrize(("written", "names"), [
+    (["0.0", "1.0", "10.0", ""], ["0", "1", "10"]), (["0", "0.0", "1.", "1,0"], ["0", "1"]),
+    (["0.0", "0.5"], ["0.0", "0.5"]), (["1.0", "x"], ["1.0", "x"]), (["1,000", "2"], ["1,000", "2"]),
+])
+def test_named_columns_whole_numbers_lose_the_point_that_pandas_writes(table, written, names):
+    found = table("i;grade", *(f"{index};{text}" for index, text in enumerate(written)), id_column="i",
+                  label_column="grade")
+    assert found.class_names == names
+    assert [found.class_of(str(index)) is None for index in range(len(written))] == [not text for text in written]
+
+
+def test_rows_of_one_image_may_write_a_number_in_two_ways(table):
+    found = table("i,grade,lesion_id", "a,1,12", "a,1.0,12.0", "b,2,", id_column="i", label_column="grade")
+    assert (classes(found), groups(found)) == ({"a": "1", "b": "2"}, {"a": "12", "b": None})
+
+
 @pytest.mark.parametrize("word", ["x", "nan"])
 def test_named_columns_numbers_and_words_sort_as_text(table, word):
     found = table("i,grade", "a,10", "b,9", f"c,{word}", id_column="i", label_column="grade")

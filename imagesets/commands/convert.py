@@ -25,11 +25,15 @@ _OPTIONS = [
     click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
     click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by source and name."),
     click.option("--labels", type=UserPath(), metavar="FILE",
-                 help="Table of labels: ISIC 2017 to 2020, HAM10000, or any with the "
-                 "columns named below. Without it labels come from dataset.json or sub-folders."),
+                 help="Table of labels: ISIC 2017 to 2020 and 2024, metadata.csv of the ISIC archive, HAM10000, or any "
+                 "with the columns named below. Without it labels come from dataset.json or sub-folders."),
+    click.option("--groups", type=UserPath(), metavar="FILE",
+                 help="Table of the patient or lesion of each image where --labels has none, such as "
+                 "ISIC_2019_Training_Metadata.csv."),
     click.option("--id-column", metavar="NAME", help="Column with the names of the images."),
     click.option("--label-column", metavar="NAME", help="Column with their classes."),
-    click.option("--group-column", metavar="NAME", help="Column with patient or lesion: what split keeps together."),
+    click.option("--group-column", metavar="NAME", help="Column with patient or lesion: what split keeps together; of "
+                 "--groups where that is given."),
     click.option("--classes", metavar="A,B,...", help="Classes wanted, in this order."),
     click.option("--merge", metavar='"NEW=A,B;..."', help="Join classes under a new name."),
     click.option("--unlabelled", type=click.Choice(UNLABELLED), default="error", show_default=True,

@@ -10,7 +10,7 @@ from dnnlib.cli import UserError
 TRANSFORMS = ("center-crop", "center-crop-wide")
 FILTERS = ("box", "lanczos")
 MIN_SIDE, MAX_SIDE = 4, 8192
-_RECORDED = ("split", "labels", "id_column", "label_column", "group_column", "classes", "merge", "unlabelled",
+_RECORDED = ("split", "labels", "groups", "id_column", "label_column", "group_column", "classes", "merge", "unlabelled",
              "max_images", "transform", "width", "height", "resize_filter", "exact", "max_bad")
 
 
@@ -28,6 +28,7 @@ class ConvertOptions:
     """
     split: str | None = None
     labels: str | None = None
+    groups: str | None = None
     id_column: str | None = None
     label_column: str | None = None
     group_column: str | None = None
@@ -49,10 +50,11 @@ class ConvertOptions:
             raise UserError(f"--resize-filter={self.resize_filter}; expected {' or '.join(FILTERS)}")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"--max-bad={self.max_bad}; expected a share from 0 to 1, or from 0% to 100%")
-        columns = [name for name in ("id_column", "label_column", "group_column") if getattr(self, name) is not None]
-        if columns and self.labels is None:
-            option = columns[0].replace("_", "-")
-            raise UserError(f"--{option} names a column, but there is no table; add --labels=FILE")
+        tables = {"id_column": self.labels or self.groups, "label_column": self.labels,
+                  "group_column": self.labels or self.groups}
+        for name, table in tables.items():
+            if getattr(self, name) is not None and table is None:
+                raise UserError(f"--{name.replace('_', '-')} names a column, but there is no table; add --labels=FILE")
         if (self.width is None) != (self.height is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
@@ -64,8 +66,9 @@ class ConvertOptions:
     def record(self) -> dict[str, Any]:
         """Return what a data set says of its making: the same on every machine, so no paths."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.labels is not None:
-            given["labels"] = Path(self.labels).name
+        for name in ("labels", "groups"):
+            if given[name] is not None:
+                given[name] = Path(given[name]).name
         return {name: given[name] for name in _RECORDED if given[name] is not None}
 
 

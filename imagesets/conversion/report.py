@@ -12,9 +12,10 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from imagesets.conversion.linking import Linked, contradictions
-from imagesets.conversion.selection import REASONS, Selection
+from imagesets.conversion.selection import REASONS, Labelling, Selection
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.classes import names_of_numbers
+from imagesets.naming import listed
 from imagesets.sources.joining import repeated_names
 from imagesets.sources.source import Source
 
@@ -70,6 +71,13 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                              for part, count in zip(source.parts, kept)]
         doubled = repeated_names(source)
         report["names_in_several_sources"] = {"count": len(doubled), "names": doubled}
+    for key, table in (("labels_table", selection.labelling.table), ("groups_table", selection.labelling.group_table)):
+        if table is not None:
+            report[key] = {"name": table.name, "kind": table.kind, "label_columns": list(table.label_columns),
+                           "group_columns": list(table.group_columns)}
+    if selection.labelling.groups is not None and any(group is not None for group in selection.labelling.groups):
+        report["images_without_a_group"] = named(index for index in tally.kept
+                                                 if selection.labelling.groups[index] is None)
     if rows is not None:
         absent = selection.labelling.rows_without_image
         report["images_without_a_row"] = named(np.flatnonzero(rows < 0))
@@ -155,12 +163,29 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
         yield "  labels: none"
     else:
         yield f"  labels: lists of {selection.labels.shape[1]} numbers"
+    yield from _tables(selection.labelling)
     yield from _remarks(source, report)
 
 
+def _tables(labelling: Labelling) -> Iterable[str]:
+    """Tell what was taken from tables, and what else there would be."""
+    table, groups = labelling.table, labelling.group_table
+    if table is not None:
+        by_groups = f", groups by {' and '.join(table.group_columns)}" if table.group_columns else ", no groups"
+        yield (f"  {table.name} ({table.kind}): labels from {listed(table.label_columns)}{by_groups}")
+        if table.other_levels:
+            yield f"  note: other levels of the diagnosis: --label-column={'|'.join(table.other_levels)}"
+    if groups is not None:
+        yield f"  {groups.name}: groups by {' and '.join(groups.group_columns)}"
+    if table is not None and groups is None and table.groups_file is not None and not table.group_columns:
+        yield (f"  note: without groups, split may put images of one lesion into several parts; add --groups=FILE with "
+               f"{table.groups_file}")
+
+
 def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
-    for key, what in (("images_without_a_row", "images without a row"), ("rows_without_an_image",
-                                                                        "rows without an image")):
+    for key, what in (("images_without_a_row", "images without a row"),
+                      ("rows_without_an_image", "rows without an image"),
+                      ("images_without_a_group", "images without a patient or lesion, each a group of its own")):
         if report.get(key, {"count": 0})["count"]:
             yield f"  {what}: {_count_and_names(report[key])}"
     if report["duplicates"]:

@@ -1,11 +1,12 @@
 """Decide which images of a source are wanted, and with which label and group."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dnnlib.cli import UserError
+from imagesets.duplicates import link_groups
 from imagesets.labels.classes import ClassChoice, names_of_numbers
 from imagesets.labels.tables import LabelTable
 from imagesets.naming import listed
@@ -34,12 +35,15 @@ class Labelling:
     labels, classes, groups: as in Source
     rows:                row of each image in the table, int64 [N], -1 without one; None without a table
     rows_without_image:  ids of the table
+    table, group_table:  what was read, None where none was given
     """
     labels: np.ndarray | None
     classes: list[str] | None
     groups: Sequence[str | None] | None
     rows: np.ndarray | None = None
     rows_without_image: Sequence[str] = ()
+    table: LabelTable | None = None
+    group_table: LabelTable | None = None
 
     @classmethod
     def of_source(cls, source: Source) -> "Labelling":
@@ -47,26 +51,72 @@ class Labelling:
 
     @classmethod
     def of_table(cls, source: Source, table: LabelTable) -> "Labelling":
-        """Look up each image of the source. Raises UserError when no image has a row, or the images are no files."""
-        if not source.has_files:
-            raise UserError(f"--labels: {source.name} ({source.kind}) brings its own labels; leave the option out")
-        names = _names_for(table, source)
-        rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in names], dtype=np.int64)
-        if (rows < 0).all():
-            raise UserError(f"--labels: no image of {source.name} has a row; the images are named as "
-                            f"{source.names[0]}, the rows as {table.ids[0]}: choose the column by --id-column, or "
-                            "another table")
+        """Look up each image of the source. Raises UserError when no image has a row, or the images are no files.
+
+        Groups that the source itself brings stay where the table has none.
+        """
+        names, rows = _find_rows(source, table, "--labels")
         position = {name: index for index, name in enumerate(table.class_names)}
         labels = np.full(len(source), NO_LABEL, dtype=np.int64)
-        groups: list[str | None] = [None] * len(source)
         for index in np.flatnonzero(rows >= 0):
             name = table.class_of(names[index])
             labels[index] = NO_LABEL if name is None else position[name]
-            groups[index] = table.group_of(names[index])
         unused = np.ones(len(table), dtype=bool)
         unused[rows[rows >= 0]] = False
-        return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows,
+        groups = [table.group_of(name) for name in names] if table.group_columns else source.groups
+        return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows, table=table,
                    rows_without_image=[table.ids[row] for row in np.flatnonzero(unused)])
+
+    def with_groups(self, source: Source, table: LabelTable) -> "Labelling":
+        """Add the groups of another table: images that are of one group in either are in one.
+
+        Raises UserError when no image has a row there, or the images are no files.
+        """
+        names, _ = _find_rows(source, table, "--groups")
+        found = [table.group_of(name) for name in names]
+        same = self.table is not None and self.table.group_columns == table.group_columns
+        return replace(self, group_table=table, groups=_unite(self.groups or [None] * len(source), found, same))
+
+
+def _unite(groups: Sequence[str | None], others: Sequence[str | None], same: bool) -> list[str | None]:
+    """Return groups that join what either of two lists joins; named as in the first, else as in the second.
+
+    same:  a text in both names the same patient or lesion
+    """
+    # Texts of other columns are told apart: the patient 7 is not the lesion 7.
+    keys = [f"{0 if same else 1} {other}" if other is not None else None for other in others]
+    known = [f"0 {group}" if group is not None else key if key is not None else f"2 {index}"
+             for index, (group, key) in enumerate(zip(groups, keys))]
+    members: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            members.setdefault(key, []).append(index)
+    units, _ = link_groups(known, [np.array(rows) for rows in members.values()])
+    names: dict[int, str] = {}
+    for texts in (groups, others):
+        for unit, text in zip(units.tolist(), texts):
+            if text is not None and unit not in names:
+                names[unit] = text
+    taken: dict[str, int] = {}
+    for unit, name in names.items():
+        while name in taken:  # by another unit, named after something else
+            name = f"{name} (2)"
+        names[unit] = name
+        taken[name] = unit
+    return [names.get(unit) for unit in units.tolist()]
+
+
+def _find_rows(source: Source, table: LabelTable, option: str) -> tuple[Sequence[str], np.ndarray]:
+    """Return the names to look for, and the row of each image in the table: int64 [N], -1 without one."""
+    if not source.has_files:
+        why = "brings its own labels" if option == "--labels" else "has no file names to look for in a table"
+        raise UserError(f"{option}: {source.name} ({source.kind}) {why}; leave the option out")
+    names = _names_for(table, source)
+    rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in names], dtype=np.int64)
+    if (rows < 0).all():
+        raise UserError(f"{option}: no image of {source.name} has a row; the images are named as {source.names[0]}, "
+                        f"the rows as {table.ids[0]}: choose the column by --id-column, or another table")
+    return names, rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Choose, order and merge classes by name, wherever the names come from: a table, sub-folders or a data set.
 
-LIMIT: names that contain a comma, a semicolon or an equals sign cannot be written in --classes and --merge.
+A name may hold commas, as "Melanoma, NOS" of the ISIC archive does: the longest name that exists is taken.
+
+LIMIT: names that contain a semicolon or an equals sign cannot be written in --merge.
 """
 
 import re
@@ -11,6 +13,7 @@ from decimal import Decimal
 import numpy as np
 
 from dnnlib.cli import UserError
+from imagesets.class_names import split_names
 from imagesets.naming import listed, suggestion
 
 _MERGE_FORM = 'expected "new=a,b;other=c"'
@@ -86,7 +89,7 @@ class ClassChoice:
 def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
     """Return found name -> new name for the classes that are named."""
     new_name: dict[str, str] = {}
-    groups = [_parse_group(merge, text) for text in merge.removesuffix(";").split(";")]
+    groups = [_parse_group(merge, text, found) for text in merge.removesuffix(";").split(";")]
     if twice := _first_repeated([name for name, _ in groups]):
         raise UserError(f"--merge={merge} makes {twice} twice; expected one group of this name, with all its classes")
     for target, members in groups:
@@ -104,7 +107,7 @@ def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
     return new_name
 
 
-def _parse_group(merge: str, text: str) -> tuple[str, list[str]]:
+def _parse_group(merge: str, text: str, found: Sequence[str]) -> tuple[str, list[str]]:
     target, equals, members = (part.strip() for part in text.partition("="))
     if not equals or "=" in members or "," in target:
         raise UserError(f"--merge={merge} has the part {text.strip()!r}; {_MERGE_FORM}")
@@ -112,7 +115,7 @@ def _parse_group(merge: str, text: str) -> tuple[str, list[str]]:
         raise UserError(f"--merge={merge} has a group without a name ({text.strip()!r}); {_MERGE_FORM}")
     if not members:
         raise UserError(f"--merge={merge} has the empty group {target}; {_MERGE_FORM}")
-    names = [name.strip() for name in members.split(",")]
+    names = split_names(members, found)
     if "" in names:
         raise UserError(f"--merge={merge} has an empty name in the group {target}; {_MERGE_FORM}")
     return target, names
@@ -120,7 +123,7 @@ def _parse_group(merge: str, text: str) -> tuple[str, list[str]]:
 
 def _parse_classes(classes: str, members: dict[str, list[str]]) -> list[str]:
     """Return the names in the order wanted."""
-    names = [name.strip() for name in classes.split(",")]
+    names = split_names(classes, list(members))
     if "" in names:
         raise UserError(f"--classes={classes} has an empty name; expected names with commas between them, as nv,mel")
     if twice := _first_repeated(names):

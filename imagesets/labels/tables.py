@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,22 @@ from dnnlib.cli import UserError
 from imagesets.labels.classes import order_classes
 from imagesets.labels.compact import CompactTexts
 from imagesets.labels.delimited import DelimitedFile
-from imagesets.labels.layouts import Layout, layout_of
+from imagesets.labels.layouts import Layout, groups_layout_of, layout_of
 from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes, plain_path
+
+_WHOLE_NUMBER = re.compile(r"([+-]?\d+)(?:\.0*|,0)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelTable:
     """Labels and groups by image. About 50 bytes a row; may be handed to workers.
 
-    kind:           what the table was recognised as, "named columns" when columns were named
+    name:           of the file, without its folder
+    kind:           what the table was recognized as, "named columns" when columns were named, "groups" of a table that
+                    was read for these alone
+    label_columns:  columns that gave the labels; other_levels: those with coarser or finer diagnoses of a known kind
+    group_columns:  columns that gave the groups, the widest first
+    groups_file:    the file that has the groups of this kind of table, which has none itself
     class_names:    one-hot columns in the table's order (all of them, also those that no row has), else the labels by
                     name, or by number when all are numbers
     ids:            the images' names in ascending order, each once (see image_key)
@@ -33,7 +41,12 @@ class LabelTable:
     is the rest of an id has that row, too.
     """
 
+    name: str
     kind: str
+    label_columns: tuple[str, ...]
+    other_levels: tuple[str, ...]
+    group_columns: tuple[str, ...]
+    groups_file: str | None
     class_names: list[str]
     ids: CompactTexts
     num_rows: int
@@ -85,20 +98,38 @@ def image_key(name: str) -> str:
 
 def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
                group_column: str | None = None) -> LabelTable:
-    """Read a table of a known kind (ISIC 2017, 2018 task 3, 2019, 2020 / SIIM, HAM10000), or any by its columns.
+    """Read a table of a known kind (ISIC 2017 to 2020 and 2024, the ISIC archive, HAM10000), or any by its columns.
 
     Columns that are named take the place of those a known kind has. Without group_column the group is patient_id, or
     lesion_id where a row has no patient and none is known of its lesion. An empty label is a row without a label.
+    Whole numbers written with a point are those without: 1.0 is the class 1, and the lesion 12.0 the lesion 12.
 
     Raises UserError, with the line, for rows without an id, labels that cannot be read, and rows of one image that
     contradict each other; see layout_of and DelimitedFile for headers and text.
     """
     file = DelimitedFile(path)
-    layout = layout_of(file.path, file.header, id_column=id_column, label_column=label_column,
-                       group_column=group_column)
+    return _read(file, layout_of(file.path, file.header, id_column=id_column, label_column=label_column,
+                                 group_column=group_column))
+
+
+def read_groups(path: str | os.PathLike, *, id_column: str | None = None, group_column: str | None = None,
+                beside: LabelTable | None = None) -> LabelTable:
+    """Read the groups of a table, as read_table() does, and no labels: all images are without one.
+
+    beside:  a table of labels for which id_column was meant, too: this one need not have that column
+    """
+    file = DelimitedFile(path)
+    if beside is not None and id_column not in file.header:
+        id_column = None
+    return _read(file, groups_layout_of(file.path, file.header, id_column=id_column, group_column=group_column))
+
+
+def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
     rows = _Rows.read(file, layout)
     if not rows.ids:
         raise UserError(f"{file.path} has a header but no rows; expected a row an image")
+    if layout.class_names is None:
+        rows.use_whole_numbers()
     groups = _join_groups(file.path, rows)
     order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
     kept = list(_without_duplicates(file.path, rows, groups, order))
@@ -106,8 +137,10 @@ def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_c
     names = order_classes(rows.labels) if layout.class_names is None else list(layout.class_names)
     position = {name: index for index, name in enumerate(names)}
     code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
-    return LabelTable(kind=layout.kind, class_names=names, ids=ids, num_rows=len(rows.ids),
-                      num_duplicates=len(rows.ids) - len(kept),
+    return LabelTable(name=file.path.name, kind=layout.kind, label_columns=layout.label_columns,
+                      other_levels=layout.other_levels, groups_file=layout.groups_file,
+                      group_columns=tuple(file.header[index] for index in layout.group_index),
+                      class_names=names, ids=ids, num_rows=len(rows.ids), num_duplicates=len(rows.ids) - len(kept),
                       _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
                       _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
                       _has_folders=any("/" in name for name in ids), _common=_common_folder(ids))
@@ -148,7 +181,27 @@ class _Rows:
                                 "--label-column")
             for unit, index in zip(rows.units, layout.group_index):
                 unit.append(cells[index])
+        rows.units = [_without_points(unit) for unit in rows.units]
         return rows
+
+    def use_whole_numbers(self) -> None:
+        """Let labels such as 0.0 be 0, where all labels are whole numbers."""
+        names = list(self.labels)
+        plain = _without_points(names)
+        self.labels = {}
+        new_code = {old: self.labels.setdefault(name, len(self.labels)) for old, name in enumerate(plain)}
+        self.codes = array("h", (new_code.get(code, NO_LABEL) for code in self.codes))
+
+
+def _without_points(texts: Sequence[str]) -> Sequence[str]:
+    """Return 1 for 1.0 where all texts are whole numbers or empty; else they stay.
+
+    pandas writes a column of integers in this way when some are missing, and a spreadsheet may put a comma for the
+    point.
+    """
+    if not all(not text or _WHOLE_NUMBER.fullmatch(text) for text in texts):
+        return texts
+    return CompactTexts(_WHOLE_NUMBER.sub(r"\1", text) for text in texts)
 
 
 def _join_groups(path: Path, rows: _Rows) -> Sequence[str] | None:
