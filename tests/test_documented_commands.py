@@ -105,6 +105,23 @@ def make_isic2020(folder):
     write_table(folder / "ISIC_2020_Training_GroundTruth_v2.csv", rows)
 
 
+def make_isic2019(folder):
+    """Make archives with the names and columns of ISIC 2019 and of a download from the ISIC archive."""
+    names = [f"ISIC_{index + 900:07d}" for index in range(24)]
+    kinds = "MEL NV BCC AK BKL DF VASC SCC UNK".split()
+    make_folder(folder / "ISIC_2019_Training_Input", jpegs(names))
+    write_table(folder / "ISIC_2019_Training_GroundTruth.csv", [
+        {"image": name} | {kind: float(place == index % 8) for place, kind in enumerate(kinds)}
+        for index, name in enumerate(names)])
+    write_table(folder / "ISIC_2019_Training_Metadata.csv", [
+        {"image": name, "age_approx": "50.0", "anatom_site_general": "", "lesion_id": f"BCN_{index // 2:07d}", "sex": ""}
+        for index, name in enumerate(names)])
+    make_folder(folder / "ISIC-images", jpegs(names))
+    write_table(folder / "metadata.csv", [
+        {"isic_id": name, "diagnosis_1": "Benign", "diagnosis_2": "", "lesion_id": "", "patient_id": f"IP_{index:07d}",
+         "diagnosis_3": ("Nevus", "Melanoma, NOS", "")[index % 3]} for index, name in enumerate(names)])
+
+
 def jpegs(names):
     """Return {file name: bytes}, each image another."""
     return {f"{name}.jpg": encode(np.random.RandomState(int(name[5:])).randint(0, 256, (24, 32, 3)), "jpeg")
@@ -142,6 +159,7 @@ def make_files(folder, document):
     if document in ("README.md", "docs/data.md"):
         make_ham10000(folder)
         make_isic2020(folder)
+        make_isic2019(folder)
     if document == "README.md":
         (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
         return
