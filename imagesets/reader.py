@@ -15,7 +15,7 @@ import stat
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,19 @@ def plain_path(name: str) -> str:
     return posixpath.normpath(path).lstrip("/") if "/" in path else path
 
 
+def names_of_files(written: Collection[str], files: Iterable[str]) -> list[str]:
+    """Return each name as the file has it; those of no file as they are."""
+    known = set(files)
+    # A name as it stands comes first: on some systems a file's own name may hold a backslash.
+    if known.issuperset(written):
+        return list(written)
+    by_plain_path: dict[str, str | None] = {}
+    for name in known:
+        path = plain_path(name)
+        by_plain_path[path] = None if path in by_plain_path else name  # of two such files neither is meant
+    return [name if name in known else by_plain_path.get(plain_path(name)) or name for name in written]
+
+
 def _member_path(name: str) -> str:
     """Return a zip member's name with "/" between folders, where some programs of Windows write "\\"; without "./"."""
     path = name.replace("\\", "/")
@@ -309,26 +322,13 @@ def _parse_metadata(path: Path, data: bytes, images: Iterable[str]) -> dict[str,
         raise UserError(f"{path}: {METADATA} holds a {type(metadata).__name__}; expected an object with labels")
     for field, value in metadata.items():
         if field == "labels" and _are_label_rows(value):
-            found = _names_of_files([name for name, _ in value], images)
+            found = names_of_files([name for name, _ in value], images)
             metadata[field] = [[name, label] for name, (_, label) in zip(found, value)]
         elif field in ("groups", "pixel_hashes") and isinstance(value, dict):
-            metadata[field] = dict(zip(_names_of_files(value, images), value.values()))
+            metadata[field] = dict(zip(names_of_files(value, images), value.values()))
             if len(metadata[field]) != len(value):
                 raise UserError(f"{path}: {field} in {METADATA} name a file twice")
     return metadata
-
-
-def _names_of_files(written: Iterable[str], files: Iterable[str]) -> list[str]:
-    """Return each name as the file has it; those of no file as they are."""
-    known = set(files)
-    # A name as it stands comes first: on some systems a file's own name may hold a backslash.
-    if known.issuperset(written):
-        return list(written)
-    by_plain_path: dict[str, str | None] = {}
-    for name in known:
-        path = plain_path(name)
-        by_plain_path[path] = None if path in by_plain_path else name  # of two such files neither is meant
-    return [name if name in known else by_plain_path.get(plain_path(name)) or name for name in written]
 
 
 def _are_label_rows(rows: Any) -> bool:

@@ -114,7 +114,8 @@ def make_isic2019(folder):
         {"image": name} | {kind: float(place == index % 8) for place, kind in enumerate(kinds)}
         for index, name in enumerate(names)])
     write_table(folder / "ISIC_2019_Training_Metadata.csv", [
-        {"image": name, "age_approx": "50.0", "anatom_site_general": "", "lesion_id": f"BCN_{index // 2:07d}", "sex": ""}
+        {"image": name, "age_approx": "50.0", "anatom_site_general": "",
+         "lesion_id": f"BCN_{index // 2:07d}", "sex": ""}
         for index, name in enumerate(names)])
     make_folder(folder / "ISIC-images", jpegs(names))
     write_table(folder / "metadata.csv", [

@@ -74,7 +74,8 @@ class Labelling:
         """
         names, _ = _find_rows(source, table, "--groups")
         found = [table.group_of(name) for name in names]
-        same = self.table is not None and self.table.group_columns == table.group_columns
+        known = [] if self.table is None else [name.lower() for name in self.table.group_columns]
+        same = known == [name.lower() for name in table.group_columns]
         return replace(self, group_table=table, groups=_unite(self.groups or [None] * len(source), found, same))
 
 

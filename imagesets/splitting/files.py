@@ -17,7 +17,7 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.temporary_files import temporary_beside
 from imagesets.class_columns import label_of
-from imagesets.reader import METADATA, ImageSet
+from imagesets.reader import METADATA, ImageSet, names_of_files
 from imagesets.split import LEFT_OUT, Assignment
 from imagesets.splitting.deal import FIRST_CLASS
 from imagesets.splitting.request import SplitRequest
@@ -132,8 +132,9 @@ def _read_table(data: bytes) -> list[list[str]] | None:
 def _filter_table(table: list[list[str]], renamed: dict[str, str]) -> bytes:
     """Return the table's rows of the given files under their new names, in the order of these."""
     column = table[0].index("file")
-    rows = [[*row[:column], renamed[row[column]], *row[column + 1:]] for row in table[1:]
-            if len(row) > column and row[column] in renamed]
+    whole = [row for row in table[1:] if len(row) > column]
+    files = names_of_files([row[column] for row in whole], renamed)
+    rows = [[*row[:column], renamed[file], *row[column + 1:]] for row, file in zip(whole, files) if file in renamed]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([table[0], *sorted(rows, key=lambda row: row[column])])
     return text.getvalue().encode()
