@@ -43,6 +43,7 @@ def test_isic_2024_ground_truth_holds_floats(table):
     assert (found.kind, found.class_names) == ("ISIC 2024", ["benign", "malignant"])
     assert classes(found) == {"ISIC_1": "benign", "ISIC_2": "malignant", "ISIC_3": None}
     assert (found.label_columns, found.group_columns) == (("malignant",), ())
+    assert found.groups_file == "train-metadata.csv from Kaggle"
 
 
 def test_isic_2024_supplement_alone_gives_the_first_diagnosis(table):

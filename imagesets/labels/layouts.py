@@ -223,7 +223,6 @@ def _flag(column: str, text: str) -> bool:
 
 _DIAGNOSES = tuple(f"diagnosis_{level}" for level in range(1, 6))
 _ISIC_2024_DIAGNOSES = tuple(f"iddx_{level}" for level in range(1, 6))
-_ARCHIVE_FILE = "the metadata.csv of the ISIC archive"
 # The first that fits counts: of a table with a target and diagnoses, the target.
 _KNOWN = (
     _Known(kind="ISIC 2020 / SIIM", id_column="image_name", build=_build_target,
@@ -237,7 +236,7 @@ _KNOWN = (
            label_columns=_ONE_HOT_CLASSES - {"ak", "scc", "unk"},
            groups_file="ISIC2018_Task3_Training_LesionGroupings.csv"),
     *(_Known(kind="ISIC 2024", id_column="isic_id", build=build, label_columns=frozenset({column}),
-             levels=_ISIC_2024_DIAGNOSES, groups_file=_ARCHIVE_FILE)
+             levels=_ISIC_2024_DIAGNOSES, groups_file="train-metadata.csv from Kaggle")
       for column, build in (("target", _build_target), ("malignant", _build_target), ("iddx_1", _build_column))),
     *(_Known(kind="ISIC archive", id_column=id_column, build=_build_column, label_columns=frozenset({column}),
              levels=_DIAGNOSES)
