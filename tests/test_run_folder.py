@@ -766,9 +766,9 @@ def test_require_held_after_a_takeover_is_a_line(tmp_path):
         lock.write_text(f"filelock/2\npid=3\nhost=gpu07\nmode=lease\ntoken=ab\nduration={LEASE_SECONDS}\n")
         with pytest.raises(UserError) as error:
             run.require_held()
-        assert re.fullmatch(rf"{re.escape(str(lock))} was taken over by process 3 on gpu07 \(last sign of life \d s ago\); "
-                            "expected the lock of this process, which stops here: the run goes on where the lock is",
-                            str(error.value))
+        message = (rf"{re.escape(str(lock))} was taken over by process 3 on gpu07 \(last sign of life \d s ago\); "
+                   "expected the lock of this process, which stops here: the run goes on where the lock is")
+        assert re.fullmatch(message, str(error.value))
 
 
 # ---- output folders that cannot be used
