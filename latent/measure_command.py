@@ -21,7 +21,7 @@ _HELP = """Measure how good generated images are; print one JSON line for each m
 \b
 python calc_metrics.py --network=runs/00007-isic256/network-snapshot-000200.safetensors --data=isic256.zip
 python calc_metrics.py --run=runs/00007-isic256 --data=heldout.zip --metrics=kid5k_full,pr2k3_full
-python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=fid5k_full --class=melanoma
+python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=kid_full,pr_full --class=melanoma
 """
 _WIDTH = 106
 
@@ -34,7 +34,8 @@ class MetricsCommand(click.Command):
             formatter.write_dl(list(DESCRIPTIONS.items()))
         text = (f"Names are {', '.join(KNOWN_NAMES)}, and the same with other numbers of generated images: {FORMS}. "
                 "With _full all real images are compared with, otherwise as many as generated ones, mirrored ones too "
-                "where the training saw them.")
+                "where the training saw them. fid_full, kid_full and pr_full, without a number, take all images of "
+                "--generated too, and of a network as many as there are real ones; the line says how many.")
         formatter.write_paragraph()
         formatter.write("".join(f"  {line}\n" for line in textwrap.wrap(text, _WIDTH)))
 

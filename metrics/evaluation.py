@@ -80,6 +80,7 @@ class Evaluator:
         Raises UserError when data, class and network do not go together.
         """
         started = time.monotonic()
+        requests = [request.with_fakes(self.reference.num_reals(request)) for request in self.requests]
         labels = self.reference.labels_of_fakes(G.c_dim, info or {})
         if info is not None and self.reference.note not in (None, self._said) and is_main():
             self._said = self.reference.note
@@ -90,15 +91,15 @@ class Evaluator:
         batch = self.batch or choose_batch(G.img_resolution)
         with _measuring(G, self._device):
             self._open_networks()
-            wishes = self._wishes(self._feature_requests())
+            wishes = self._wishes(requests)
             fakes: list[Features] | None = []
             if wishes:
                 source = GeneratedImages(G, labels, count=max(wish.count for wish in wishes), seed=self.seed,
                                          device=self._device)
                 fakes = self._look(source, wishes, batch, "generated images")
-            lengths = {request.name: self._path_length(G, labels, request, batch) for request in self.requests
+            lengths = {request.name: self._path_length(G, labels, request, batch) for request in requests
                        if request.kind == "ppl"}
-            return self._finish(wishes, fakes, lengths, batch, started)
+            return self._finish(requests, wishes, fakes, lengths, batch, started)
 
     def evaluate_images(self, images: SetImages) -> Results:
         """Return the metrics of a set of generated images; {} but on the main process.
@@ -106,21 +107,26 @@ class Evaluator:
         Raises UserError when a metric needs more of them, or a network, or they do not fit the data.
         """
         started = time.monotonic()
-        for request in self.requests:
+        requests = [request.with_fakes(len(images)) for request in self.requests]
+        for request in requests:
+            holds = f"{images.path} holds {len(images)}{self.reference.of_class}; expected more"
             if request.kind == "ppl":
                 raise UserError(f"metric {request.name} needs a network; expected --network in place of --generated")
+            if request.num_fakes < request.fewest:
+                raise UserError(f"metric {request.name} needs at least {request.fewest} generated images and {holds}")
             if len(images) < request.num_fakes:
-                raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {images.path} "
-                                f"holds {len(images)}; expected more, or a smaller number in the metric's name")
+                raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {holds}, or a "
+                                "smaller number in the metric's name")
         self.reference.check_shape(images.shape, f"{images.path} holds {{}} ones")
         self.reference.check_class(images)
         self._device = self._device or torch.device("cpu")
         batch = self.batch or choose_batch(max(images.shape[1:]))
         with _measuring(None, self._device):
             self._open_networks()
-            wishes = self._wishes(self._feature_requests())
+            wishes = self._wishes(requests)
             source = images.select(max(wish.count for wish in wishes), shuffle=True, seed=self.seed)
-            return self._finish(wishes, self._look(source, wishes, batch, "generated images"), {}, batch, started)
+            fakes = self._look(source, wishes, batch, "generated images")
+            return self._finish(requests, wishes, fakes, {}, batch, started)
 
     def _open_networks(self) -> None:
         """Open what looks at images, where it is not open yet. Raises UserError when weights are missing."""
@@ -134,18 +140,19 @@ class Evaluator:
             self._networks[name] = (open_similarity(device=self._device, weights=weights) if name == SIMILARITY
                                     else open_detector(name, device=self._device, weights=weights))
 
-    def _finish(self, wishes: list[Wish], fakes: list[Features] | None, lengths: Mapping[str, float | None],
-                batch: int, started: float) -> Results:
+    def _finish(self, requests: list[MetricRequest], wishes: list[Wish], fakes: list[Features] | None,
+                lengths: Mapping[str, float | None], batch: int, started: float) -> Results:
         """Compare the features of fakes with those of reals, and put records together."""
         self._see_reals(batch)
-        results = on_main_for_long(lambda beat: self._records(wishes, fakes, lengths, batch, started, beat))
+        results = on_main_for_long(lambda beat: self._records(requests, wishes, fakes, lengths, batch, started,
+                                                                   beat))
         return results or {}
 
-    def _records(self, wishes: list[Wish], fakes: list[Features], lengths: Mapping[str, float], batch: int,
-                 started: float, beat: Callable[[], None]) -> Results:
+    def _records(self, requests: list[MetricRequest], wishes: list[Wish], fakes: list[Features],
+                 lengths: Mapping[str, float], batch: int, started: float, beat: Callable[[], None]) -> Results:
         sides = {wish.detector.name: Side(features) for wish, features in zip(wishes, fakes, strict=True)}
         records = {}
-        for request in self.requests:
+        for request in requests:
             network = self._networks[self.detector_names[request.name]]
             choice = self.reference.choice(request)
             selection = self.reference.selections.get(choice)
@@ -156,7 +163,7 @@ class Evaluator:
                 found = self._compare(request, real, sides[network.name].first(request.num_fakes), beat)
             records[request.name] = {
                 **found, "total_time": time.monotonic() - started,
-                "num_real": 0 if selection is None else len(selection), "num_fake": request.num_fakes,
+                "num_real": self.reference.num_reals(request), "num_fake": request.num_fakes,
                 "mirrored_reals": choice is not None and choice.mirror,
                 "detector": network.name, "detector_sha256": network.weights_sha256,
                 "preprocessing": network.preprocessing, "seed": self.seed, "batch": batch, "class": self.chosen,
@@ -170,14 +177,12 @@ class Evaluator:
         with self._showing(num_rows(request, real, fake), f"rows for {request.name}") as advance:
             return compute_results(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
 
-    def _feature_requests(self) -> list[MetricRequest]:
-        return [request for request in self.requests if request.kind != "ppl"]
-
     def _wishes(self, requests: list[MetricRequest]) -> list[Wish]:
         """Return what each detector is to see of the fakes."""
         by_detector: dict[str, list[MetricRequest]] = {}
         for request in requests:
-            by_detector.setdefault(self.detector_names[request.name], []).append(request)
+            if request.kind != "ppl":
+                by_detector.setdefault(self.detector_names[request.name], []).append(request)
         return [Wish(detector=self._networks[name], count=max(request.num_fakes for request in some),
                      classes=any(request.kind == "is" for request in some)) for name, some in by_detector.items()]
 

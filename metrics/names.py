@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dnnlib.cli import UserError
 
@@ -13,7 +13,7 @@ KNOWN_NAMES = (
     "fid50k", "kid50k", "pr50k3",
     "is50k", "ppl2_wend", "ppl_zfull", "ppl_wfull", "ppl_zend", "ppl_wend",
 )  # fmt: skip
-FORMS = "fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend"
+FORMS = "fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend"
 IS_SPLITS = 10
 
 DESCRIPTIONS = {
@@ -34,8 +34,8 @@ DESCRIPTIONS = {
 _DEFAULT_COUNT = 50_000
 _NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 _COUNT = r"([1-9]\d*k|[1-9]\d*)"
-_FEATURE = re.compile(rf"(fid|kid){_COUNT}(_full)?")
-_PR = re.compile(r"pr(?:([1-9]\d*k)([1-9]\d*)?|([1-9]\d*))(_full)?")
+_FEATURE = re.compile(rf"(fid|kid)(?:{_COUNT}(_full)?|_full)")
+_PR = re.compile(r"pr(?:(?:([1-9]\d*k)([1-9]\d*)?|([1-9]\d*))(_full)?|_full)")
 _IS = re.compile(rf"is{_COUNT}")
 _PPL = re.compile(r"ppl(?:([1-9]\d*k)?(2)?|([1-9]\d+))_([zw])(full|end)")
 
@@ -46,7 +46,7 @@ class MetricRequest:
 
     name: str
     kind: str  # fid, kid, pr, is or ppl
-    num_fakes: int  # of ppl: pairs
+    num_fakes: int | None  # of ppl: pairs; None = all images of a set, of a network as many as reals
     num_reals: int | None = None  # at most so many; None = all
     full: bool = False  # all reals, as they are; otherwise mirrored ones count as well where the training saw them
     k: int | None = None  # neighbours of pr
@@ -57,6 +57,10 @@ class MetricRequest:
     @property
     def needs_reals(self) -> bool:
         return self.kind in ("fid", "kid", "pr")
+
+    def with_fakes(self, count: int) -> "MetricRequest":
+        """Return the same with the number of fakes that stands for all, where the name has none."""
+        return self if self.num_fakes is not None else replace(self, num_fakes=count)
 
     @property
     def fewest(self) -> int:
@@ -70,8 +74,9 @@ def parse_metric(name: str) -> MetricRequest:
     if request is None:
         raise UserError(f"metric {name!r} is not known; expected names such as {FORMS}, or one of "
                         f"{', '.join(KNOWN_NAMES)}")
-    if request.num_fakes < request.fewest:
-        raise UserError(f"metric {name} takes {request.num_fakes} images; expected at least {request.fewest}")
+    if request.num_fakes is not None and request.num_fakes < request.fewest:
+        of_all = f", or {request.kind}_full for all there are" if request.full else ""
+        raise UserError(f"metric {name} takes {request.num_fakes} images; expected at least {request.fewest}{of_all}")
     return request
 
 
@@ -89,10 +94,10 @@ def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
 def _parse(name: str) -> MetricRequest | None:
     if match := _FEATURE.fullmatch(name):
         kind, count, full = match.groups()
-        return _with_reals(name, kind, _count(count), full is not None)
+        return _with_reals(name, kind, count, full is not None)
     if match := _PR.fullmatch(name):
         thousands, k, count, full = match.groups()
-        return _with_reals(name, "pr", _count(thousands or count), full is not None, int(k or _NEIGHBOURS))
+        return _with_reals(name, "pr", thousands or count, full is not None, int(k or _NEIGHBOURS))
     if match := _IS.fullmatch(name):
         return MetricRequest(name=name, kind="is", num_fakes=_count(match[1]))
     if match := _PPL.fullmatch(name):
@@ -103,8 +108,11 @@ def _parse(name: str) -> MetricRequest | None:
     return None
 
 
-def _with_reals(name: str, kind: str, count: int, full: bool, k: int | None = None) -> MetricRequest:
-    return MetricRequest(name=name, kind=kind, num_fakes=count, num_reals=None if full else count, full=full, k=k)
+def _with_reals(name: str, kind: str, count: str | None, full: bool, k: int | None = None) -> MetricRequest:
+    if count is None:  # fid_full
+        return MetricRequest(name=name, kind=kind, num_fakes=None, full=True, k=k)
+    size = _count(count)
+    return MetricRequest(name=name, kind=kind, num_fakes=size, num_reals=None if full else size, full=full, k=k)
 
 
 def _count(text: str) -> int:

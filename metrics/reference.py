@@ -35,6 +35,7 @@ class Reference:
                  chosen: str | None, seed: int):
         self.images = None if data is None else SetImages(data, chosen)
         self.mirror, self.chosen, self.seed = mirror, chosen, seed
+        self.of_class = "" if chosen is None else f" of class {chosen}"  # behind numbers of images, in messages
         self.note: str | None = None  # a line on how classes of data set and network were matched
         self.selections: dict[Choice, Selection] = {
             self.choice(request): self._select(request) for request in requests if request.needs_reals}
@@ -42,6 +43,10 @@ class Reference:
     def choice(self, request: MetricRequest) -> Choice | None:
         """Return which reals a metric takes; None where it takes none."""
         return Choice(request.num_reals, self.mirror and not request.full) if request.needs_reals else None
+
+    def num_reals(self, request: MetricRequest) -> int:
+        """Return how many reals a metric takes; 0 where it looks at none."""
+        return len(self.selections.get(self.choice(request), ()))
 
     def check_shape(self, shape: Shape, other: str) -> None:
         """Raise UserError when reals are compared with fakes of another shape.
@@ -112,7 +117,6 @@ class Reference:
         count, mirror = self.choice(request)
         selection = self.images.select(count, mirror=mirror, seed=self.seed)
         if len(selection) < request.fewest:
-            of_class = "" if self.chosen is None else f" of class {self.chosen}"
             raise UserError(f"metric {request.name} needs at least {request.fewest} real images and "
-                            f"{self.images.path} holds {len(selection)}{of_class}; expected more")
+                            f"{self.images.path} holds {len(selection)}{self.of_class}; expected more")
         return selection

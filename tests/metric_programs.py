@@ -19,7 +19,7 @@ def evaluate(processes: Processes, folder: Path) -> dict:
     evaluation.open_similarity = lambda *, device, weights: SquareDistance()
     found = {}
     for count, batch in ((70, 8), (12, 32)):
-        names = f"fid{count}_full,kid{count},pr{count}_full,is{count},ppl{count}_zfull"
+        names = f"fid{count}_full,kid{count},pr{count}_full,pr_full,is{count},ppl{count}_zfull"
         evaluator = Evaluator(names, data=folder / "data.zip", mirror=True, batch=batch, use_cache=False)
         results = evaluator.evaluate(small_generator(resolution=32))
         found[count] = {name: record["results"] for name, record in results.items()}

@@ -158,6 +158,21 @@ def test_generated_set_and_class(capsys, data, tmp_path):
     assert "network_sha256" not in record
 
 
+def test_metrics_without_a_number_take_all_images_and_print_how_many(capsys, data, tmp_path):
+    """As many fakes of a network as there are reals, mirrored ones not counted; all images of a set."""
+    network = save(tmp_path / "net.safetensors")
+    fake = make_set(tmp_path / "fake.zip", 30, size=16)
+    names = ["fid", "kid", "pr"]
+    for measured, fakes in ((f"--network={network}", COUNT), (f"--generated={fake}", 30)):
+        arguments = [measured, f"--data={data}", "--mirror=1"]
+        code, records, _ = measure(capsys, *arguments, "--metrics=fid_full,kid_full,pr_full")
+        assert (code, [record["metric"] for record in records]) == (0, [f"{name}_full" for name in names])
+        assert {(record["num_real"], record["num_fake"]) for record in records} == {(COUNT, fakes)}
+        numbered = measure(capsys, *arguments, f"--metrics={','.join(f'{name}{fakes}_full' for name in names)}")[1]
+        assert [list(record["results"].values()) for record in records] == [
+            list(record["results"].values()) for record in numbered]
+
+
 @pytest.mark.parametrize("hashes", [True, False])
 def test_generated_images_that_are_among_the_real_ones_are_counted_in_a_warning(capsys, data, tmp_path, hashes):
     fake = make_set(tmp_path / "fake.zip", images=[*range(100, 120), 3, 1], size=16, hashes=hashes)
@@ -204,8 +219,8 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
                      "runs/00007-isic256-cond-auto1"),
     (["--generated=none.zip"], "none.zip does not exist; expected a data set: a zip or a folder of images"),
     (["--network=a.pkl", "--metrics=fid"],
-     "metric 'fid' is not known; expected names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or one of "
-     + ", ".join(KNOWN_NAMES)),
+     "metric 'fid' is not known; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, "
+     "or one of " + ", ".join(KNOWN_NAMES)),
     (["--network=a.pkl", "--detector=resnet"],
      "detector 'resnet' is not known; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv"),
     (["--network=a.pkl", "--gpus=0"], "--gpus is 0; expected at least 1"),

@@ -125,6 +125,18 @@ def test_evaluate_mirror_counts_for_metrics_without_full(data):
     assert values == {False: [COUNT, COUNT], True: [2 * COUNT, COUNT]}
 
 
+@pytest.mark.parametrize(("chosen", "count"), [(None, COUNT), ("melanoma", 6)])
+def test_evaluate_without_a_number_makes_as_many_fakes_as_there_are_reals(data, chosen, count):
+    """Of a class, as many as this class has; mirrored reals do not count."""
+    evaluators = [Evaluator(names, data=data, chosen=chosen, mirror=True)
+                  for names in ("kid_full,pr_full", f"kid{count}_full,pr{count}_full")]
+    found, numbered = (list(evaluator.evaluate(small_generator()).values()) for evaluator in evaluators)
+    assert [(record["num_real"], record["num_fake"]) for record in found] == [(count, count)] * 2
+    assert [list(record["results"].values()) for record in found] == [
+        list(record["results"].values()) for record in numbered]
+    assert list(found[1]["results"]) == ["pr_full_precision", "pr_full_recall"]
+
+
 def test_evaluate_leaves_mode_random_state_and_weights_as_they_were(data):
     G = small_generator()
     G.train()
@@ -285,6 +297,17 @@ def test_evaluate_images_refuses_what_cannot_be(data, tmp_path, metrics, message
     fake = make_set(tmp_path / "fake.zip", 30, size=16)
     with pytest.raises(UserError, match=message):
         Evaluator(metrics, data=data).evaluate_images(SetImages(fake))
+
+
+@pytest.mark.parametrize(("metrics", "message"), [
+    ("pr_full", "metric pr_full needs at least 4 generated images and {} holds 2 of class melanoma; expected more"),
+    ("kid3_full", "metric kid3_full needs 3 generated images and {} holds 2 of class melanoma; expected more, or a "
+                  "smaller number in the metric's name")])
+def test_evaluate_images_too_few_of_a_class_raises(data, tmp_path, metrics, message):
+    fake = make_set(tmp_path / "fake.zip", 30, size=16, classes=CLASSES, labels=[1, 1] + 28 * [0])
+    with pytest.raises(UserError) as caught:
+        Evaluator(metrics, data=data, chosen="melanoma").evaluate_images(SetImages(fake, "melanoma"))
+    assert str(caught.value) == message.format(fake)
 
 
 def test_evaluate_images_of_another_size_raises(data, tmp_path):

@@ -16,6 +16,9 @@ def request(name, **fields):
     request("fid500_full", kind="fid", num_fakes=500, full=True),
     request("kid5k_full", kind="kid", num_fakes=5000, full=True),
     request("kid20", kind="kid", num_fakes=20, num_reals=20),
+    request("fid_full", kind="fid", num_fakes=None, full=True),
+    request("kid_full", kind="kid", num_fakes=None, full=True),
+    request("pr_full", kind="pr", num_fakes=None, full=True, k=3),
     request("pr50k3_full", kind="pr", num_fakes=50_000, full=True, k=3),
     request("pr2k5", kind="pr", num_fakes=2000, num_reals=2000, k=5),
     request("pr2k_full", kind="pr", num_fakes=2000, full=True, k=3),
@@ -39,19 +42,21 @@ def test_known_names_are_50k_ones_and_each_kind_is_described():
 
 
 @pytest.mark.parametrize("name", ["", "fid", "fid0", "fid05k", "fid2kk", "fid2k_ful", "FID2k", "fid2k3", "is10k_full",
-                                  "ppl2_xend", "ppl_w", "pr_full", "fid-1", "kid2k_full ", "ppl1k3_wend"])
+                                  "ppl2_xend", "ppl_w", "pr", "is_full", "ppl_full", "kid__full",
+                                  "fid-1", "kid2k_full ", "ppl1k3_wend"])
 def test_parse_metric_unknown_name_gives_a_hint(name):
     with pytest.raises(UserError) as error:
         parse_metric(name)
     assert str(error.value) == (
-        f"metric {name!r} is not known; expected names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or "
-        f"one of {', '.join(KNOWN_NAMES)}")
+        f"metric {name!r} is not known; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, "
+        f"ppl1k2_wend, or one of {', '.join(KNOWN_NAMES)}")
 
 
-@pytest.mark.parametrize(("name", "fewest"), [("fid1", 2), ("kid1_full", 2), ("pr3_full", 4), ("is9", 10),
-                                              ("pr1k1000_full", 1001)])
-def test_parse_metric_too_few_images_raises(name, fewest):
-    with pytest.raises(UserError, match=rf"metric {name} takes \d+ images; expected at least {fewest}$"):
+@pytest.mark.parametrize(("name", "expected"), [
+    ("fid1", "2"), ("kid1_full", "2, or kid_full for all there are"), ("pr3_full", "4, or pr_full for all there are"),
+    ("is9", "10"), ("pr1k1000_full", "1001, or pr_full for all there are")])
+def test_parse_metric_too_few_images_raises(name, expected):
+    with pytest.raises(UserError, match=rf"^metric {name} takes \d+ images; expected at least {expected}$"):
         parse_metric(name)
 
 

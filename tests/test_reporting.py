@@ -175,9 +175,16 @@ def test_start_takes_later_progress_lines_from_the_log_and_keeps_other_words(tmp
 
 # ---- Metrics ----
 
-def report_metric(reporter, tick, value=10.0):
+def report_metric(reporter, tick, value=10.0, **more):
     reporter.metric("pr50k3_full", {"pr50k3_full_precision": value, "pr50k3_full_recall": 0.5}, tick=tick,
-                    nimg=1000 * tick, seconds=65.2, num_gpus=2, snapshot="network-snapshot-000000.safetensors", seed=7)
+                    nimg=1000 * tick, seconds=65.2, num_gpus=2, snapshot="network-snapshot-000000.safetensors", seed=7,
+                    **more)
+
+
+def test_metric_prints_how_many_images_were_compared(tmp_path, capsys):
+    report_metric(Reporter(tmp_path, is_main=True), 4, num_fake=100, num_real=24)
+    assert capsys.readouterr().out == ("pr50k3_full_precision 10  pr50k3_full_recall 0.5  of 100 fakes and 24 reals  "
+                                       "at kimg 4.0, in 1:05\n")
 
 
 def test_metric_writes_line_picture_and_scalars(tmp_path, capsys):

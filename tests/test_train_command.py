@@ -560,8 +560,9 @@ def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
 NETWORK = "a network file: a .safetensors of a run, or a .pkl of the original"
 LICENCE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
            "file: fetch it from NVIDIA under that licence, and give its path, such as --resume={}.pkl")
-METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, kid50k_full, "
-           "pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, ppl_wend")
+METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, "
+           "kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, "
+           "ppl_wend")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -588,7 +589,8 @@ METRICS = ("names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend, or
                   "4: try 8"),
     ("--batch-gpu=6", "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
     ("--metrics=fid", f"metric 'fid' is not known; expected {METRICS}"),
-    ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, pr2k3_full, is10k, ppl1k2_wend"),
+    ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, "
+                   "ppl1k2_wend"),
     ("--metrics=kid1k --detector=vgg", "detector 'vgg' is not known; expected one of inception-v3, vgg16, "
                                        "efficientnet-lite0, random-conv"),
     ("--metrics=is1k --detector=vgg16", "metric is1k needs probabilities of classes, which vgg16 does not give; "

@@ -105,8 +105,9 @@ class Reporter:
         now = time.time()
         record = {"results": results, "metric": name, "total_time": seconds, "total_time_str": format_seconds(seconds),
                   "num_gpus": num_gpus, "snapshot_pkl": snapshot, "timestamp": now, "tick": tick, "nimg": nimg, **more}
+        counts = f"  of {more['num_fake']} fakes and {more['num_real']} reals" if more.get("num_real") else ""
         self.say("  ".join(f"{key} {value:.5g}" for key, value in results.items())
-                 + f"  at kimg {nimg / 1000:.1f}, in {format_seconds(seconds)}")
+                 + f"{counts}  at kimg {nimg / 1000:.1f}, in {format_seconds(seconds)}")
         path = self.folder / f"metric-{name}.jsonl"
         with self._surviving_lines(path.name):
             file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
