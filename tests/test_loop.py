@@ -270,6 +270,25 @@ def test_loop_goes_on_without_scores_of_held_out_images_that_a_disk_cannot_read(
     assert "Loss/scores/valid" not in lines_of(tmp_path / "runs")[0]
 
 
+@pytest.mark.parametrize("options", [{"batch": 16}, {"batch": 24}, {"batch_gpu": 4}, {"batch": 12, "batch_gpu": 12}])
+def test_scores_of_held_out_images_are_the_same_for_each_batch(tmp_path, monkeypatch, options):
+    """Of the same images in the same groups: a discriminator that learns nothing gives the same scores, bit for bit."""
+    found = []
+    for name, changes in (("a", {}), ("b", options)):
+        (folder := tmp_path / name).mkdir()
+        config, settings, dataset = prepared(folder, **changes)
+        config = dataclasses.replace(config, d_adam=dataclasses.replace(config.d_adam, lr=1e-30))
+        make_set(folder / "valid.zip", 10, size=16, images=range(50, 60), labels=[0, 1] * 5,
+                 classes=["benign", "melanoma"])
+        stop_at(monkeypatch, folder / "runs", 1)
+        loop.train(config, dataclasses.replace(settings, valid=str(folder / "valid.zip")), dataset)
+        line = lines_of(folder / "runs")[0]
+        found.append((line["Loss/scores/valid"], line["Loss/signs/valid"]))
+    assert found[0] == found[1]
+    assert found[0][0]["num"] == 10
+    assert found[0][0]["std"] > 0
+
+
 def nearly_done(monkeypatch):
     """Let runs begin one iteration before the end of --kimg=1."""
     create = loop.TrainingState.create

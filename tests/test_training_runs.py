@@ -260,10 +260,11 @@ def test_disk_that_fails_for_one_of_two_processes_stops_both_for_a_requeue(workp
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_two_passes(workplace, tmp_path):
     here, folder = workplace
-    alone = run(here, "--batch-gpu=4")
+    valid = f"--valid={make_phantoms(here / 'valid.zip', count=13, seed=1)}"
+    alone = run(here, "--batch-gpu=4", valid)
     assert alone.returncode == 0, alone.stderr
     shutil.move(folder, tmp_path / "alone")
-    together = run(here, "--batch-gpu=4", "--gpus=2")
+    together = run(here, "--batch-gpu=4", "--gpus=2", valid)
     assert together.returncode == 0, together.stderr
     folders = tmp_path / "alone", next((here / "runs").iterdir())
     first, second = map(state, folders)
@@ -272,6 +273,7 @@ def test_two_processes_train_as_one_with_two_passes(workplace, tmp_path):
     # The first tick is one iteration from equal states. float32 adds up in another order; later that grows.
     ticks = [statistics(folder)[0] for folder in folders]
     assert ticks[0].keys() == ticks[1].keys()
+    assert ticks[0]["Loss/scores/valid"]["num"] == 13  # all of them, which are no multiple of anything
     for name, entry in ticks[0].items():
         assert ticks[1][name]["num"] == entry["num"], name
         assert ticks[1][name]["mean"] == pytest.approx(entry["mean"], rel=1e-3, abs=1e-5), name

@@ -16,18 +16,29 @@ def dataset_of(tmp_path, count):
     return ImageDataset(make_set(tmp_path / "a.zip", count, size=16, labels=labels), use_labels=True)
 
 
-def test_validation_scores_are_those_of_training_passes(tmp_path):
+def logits_of(D, dataset, rows):
+    pixels, labels = (torch.stack([torch.tensor(dataset[row][part]) for row in rows]) for part in (0, 1))
+    return D(to_unit_range(pixels), labels).flatten()
+
+
+def test_validation_scores_all_images_in_groups_of_the_training(tmp_path):
     dataset, D = dataset_of(tmp_path, 10), small_discriminator()
-    scores = Validation(dataset, batch=4, seed=0).score(D, torch.device("cpu"))
-    pixels, labels = (torch.stack([torch.tensor(dataset[row][part]) for row in range(8)]) for part in (0, 1))
-    expected = torch.cat([D(to_unit_range(pixels[start:start + 4]), labels[start:start + 4]).flatten()
-                          for start in (0, 4)])
-    torch.testing.assert_close(scores, expected)
+    valid = Validation(dataset, group=4, seed=0)
+    scores, rows = valid.score(D, torch.device("cpu")), valid.rows.tolist()
+    assert sorted(rows) == list(range(10))
+    assert rows != list(range(10))  # sets may come class by class
+    full = [logits_of(D, dataset, rows[start:start + 4]) for start in (0, 4)]
+    last = logits_of(D, dataset, [*rows[8:], *rows[:2]])[:2]
+    torch.testing.assert_close(scores, torch.cat([*full, last]))
     assert not scores.requires_grad
 
 
-def test_validation_of_fewer_images_than_a_pass_takes_each_alone(tmp_path):
-    assert len(Validation(dataset_of(tmp_path, 3), batch=4, seed=0).score(small_discriminator(), "cpu")) == 3
+def test_validation_of_fewer_images_than_a_group_repeats_them_and_counts_each_once(tmp_path):
+    dataset, D = dataset_of(tmp_path, 3), small_discriminator()
+    valid = Validation(dataset, group=8, seed=0)
+    rows = valid.rows.tolist()
+    torch.testing.assert_close(valid.score(D, "cpu"), logits_of(D, dataset, [*rows, *rows, *rows[:2]])[:3])
+    assert sorted(rows) == [0, 1, 2]
 
 
 def test_validation_labels_are_those_of_the_training_classes_by_name(tmp_path):
@@ -37,10 +48,12 @@ def test_validation_labels_are_those_of_the_training_classes_by_name(tmp_path):
     same = make_set(tmp_path / "same.zip", 6, size=16, labels=labels, classes=train)
     other = make_set(tmp_path / "other.zip", 6, size=16, labels=[2, 0, 1, 2, 0, 1], classes=["mel", "bcc", "nv"])
     part = make_set(tmp_path / "part.zip", 2, size=16, labels=[1, 0], classes=["mel", "nv"])
-    scores = [Validation(ImageDataset(path, use_labels=True, classes=train), batch=2, seed=0).score(D, "cpu")
-              for path in (same, other, part)]
-    assert torch.equal(scores[0], scores[1])
-    assert torch.equal(scores[0][:2], scores[2])
+    scores = []
+    for path in (same, other, part):
+        valid = Validation(ImageDataset(path, use_labels=True, classes=train), group=1, seed=0)
+        scores.append(dict(zip(valid.rows.tolist(), valid.score(D, "cpu").tolist(), strict=True)))
+    assert scores[0] == scores[1]
+    assert scores[2] == {row: scores[0][row] for row in (0, 1)}
 
 
 def test_validation_vectors_are_in_the_order_of_the_training_ones(tmp_path):
@@ -50,8 +63,11 @@ def test_validation_vectors_are_in_the_order_of_the_training_ones(tmp_path):
         ImageDataset(path, use_labels=True, classes=["age", "size"])
 
 
-@pytest.mark.parametrize(("count", "batch", "scored"), [(300, 16, MOST_IMAGES), (300, 48, 240), (20, 8, 16)])
-def test_validation_takes_whole_passes_of_a_limited_choice(tmp_path, count, batch, scored):
-    passes = Validation(dataset_of(tmp_path, count), batch=batch, seed=1).passes
-    assert sum(len(rows) for rows in passes) == scored
-    assert len({row for rows in passes for row in rows.tolist()}) == scored
+@pytest.mark.parametrize("group", [4, 12])
+def test_validation_takes_a_fixed_choice_of_a_large_set(tmp_path, group):
+    dataset = dataset_of(tmp_path, 300)
+    rows, again, other = (Validation(dataset, group=size, seed=seed).rows.tolist()
+                          for size, seed in ((group, 1), (1, 1), (group, 2)))
+    assert rows == again
+    assert len(set(rows)) == len(rows) == MOST_IMAGES
+    assert set(rows) != set(other)

@@ -22,9 +22,9 @@ TIMING = ("Timing/", "Resources/")
 METRIC_TIMING = ("timestamp", "total_time", "total_time_str")
 
 
-def make_phantoms(path, count=24, resolution=32):
+def make_phantoms(path, count=24, resolution=32, seed=0):
     write_phantoms(path, workers=1, count=count, resolution=resolution, classes={"benign": 0.7, "melanoma": 0.3},
-                   seed=0, bias={})
+                   seed=seed, bias={})
     return path
 
 

@@ -109,7 +109,8 @@ class _Loop:
         self.valid = None
         if settings.valid is not None:
             held_out = ImageDataset(settings.valid, use_labels=config.dataset.use_labels, classes=dataset.classes)
-            self.valid = Validation(held_out, batch=config.step.micro_batch, seed=config.seed)
+            group = min(config.discriminator.mbstd_group_size, config.step.micro_batch)
+            self.valid = Validation(held_out, group=group, seed=config.seed)
         self.skipped = SkippedSteps()
         self.checkpoints = CheckpointPair(run.path)
         self.tick = 0  # the next one to end
