@@ -43,7 +43,8 @@ FLAGS = [
 
     Flag(["--zip"], group=SET, type=UserPath(), metavar="FILE",
          help="Write a data set with labels, as dataset_tool.py does. Image i is "
-         "that of seed FIRST + i. The same command continues where it was stopped."),
+         "that of seed FIRST + i. The same command continues where it was stopped; a file that is there is never "
+         "replaced."),
     Flag(["--count"], group=SET, type=int, metavar="INT", help="Number of images; of classes in the shares that the "
          "network was trained with, or those of --classes."),
     Flag(["--classes"], group=SET, metavar="LIST", help="Number of images of each class, such as "

@@ -95,9 +95,10 @@ def make_set(request: Request) -> int:
                 print(plan.note, file=sys.stderr)
             _say_center(request.look)
         painter = Painter(network.G.to(joined.device), request.look, batch=batch)
-        write_labelled_set(request.zip, network, painter, plan, joined)
+        is_new = write_labelled_set(request.zip, network, painter, plan, joined)
         if joined.rank == 0:
-            click.echo(_describe_set(request.zip, network, plan))
+            click.echo(_describe_set(request.zip, network, plan) if is_new else
+                       f"{request.zip} holds these images already")
     return 0
 
 

@@ -30,7 +30,7 @@ SETTINGS, LOCK = "settings.json", "lock"
 
 _OURS = re.compile(r"piece-(\d{6,})\.np[yz]|state-\d{6,}\.pt|" + TEMPORARY.pattern)  # npy: of version 1
 _FORMAT = "stylegan2-ada-pieces"
-_OPERATORS = "operators"  # in settings.json
+OPERATORS = "operators"  # in settings.json, and in the source of a finished set
 
 
 class Pieces:
@@ -150,18 +150,19 @@ class Pieces:
             foreign = sorted(name for name in os.listdir(self.folder) if name != LOCK and not _OURS.fullmatch(name))
             if foreign:
                 raise UserError(f"{self.folder}, where finished pieces go, holds other files ({foreign[0]}); rename it")
-        elif {**found, _OPERATORS: None} == {**self._settings, _OPERATORS: None}:
-            self.operators = found.get(_OPERATORS) if self.is_begun() else None
+        elif {**found, OPERATORS: None} == {**self._settings, OPERATORS: None}:
+            self.operators = found.get(OPERATORS) if self.is_begun() else None
             return
         elif self.is_begun():
-            raise UserError(f"{self.folder} holds the beginning of another set ({self._differences(found)}); repeat "
-                            "its command to complete that one, or remove the folder")
+            different = differences(found, self._settings) or "it was begun by another version of this program"
+            raise UserError(f"{self.folder} holds the beginning of another set ({different}); repeat its command to "
+                            "complete that one, or remove the folder")
         self.remove()  # pieces that nobody knows the origin of
         self.operators = None
         self._write_settings()
 
     def _write_settings(self) -> None:
-        known = {} if self.operators is None else {_OPERATORS: self.operators}
+        known = {} if self.operators is None else {OPERATORS: self.operators}
         with atomic_write(self.folder / SETTINGS, text=True) as file:
             file.write(json.dumps({**self._settings, **known}, indent=1, allow_nan=False) + "\n")
 
@@ -177,9 +178,9 @@ class Pieces:
             raise UserError(f"{self.folder / SETTINGS} is not what this program writes; rename the folder")
         return found
 
-    def _differences(self, found: Mapping[str, Any]) -> str:
-        names = [name for name in {**self._settings, **found}
-                 if name != _OPERATORS and found.get(name) != self._settings.get(name)]
-        texts = [f"{name} is {json.dumps(found.get(name))} there and {json.dumps(self._settings.get(name))} here"
-                 for name in names]
-        return "; ".join(texts[:2]) or "it was begun by another version of this program"
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Say in which settings work that was found differs from what is wanted, "" for none; operators do not count."""
+    names = [name for name in {**wanted, **found} if name != OPERATORS and found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name} is {json.dumps(found.get(name))} there and {json.dumps(wanted.get(name))} here"
+                     for name in names[:2])

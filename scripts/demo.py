@@ -101,6 +101,7 @@ def train(demo: Demo) -> None:
 
 def make_synthetic_set(demo: Demo) -> None:
     """Write a labelled set with the trained network, its classes in the shares of training."""
+    demo.synthetic_set.unlink(missing_ok=True)  # of an earlier end of the run; generate.py replaces no file
     call("generate.py", f"--network={demo.snapshots[-1]}", f"--count={demo.synthetic}", f"--zip={demo.synthetic_set}")
 
 

@@ -275,6 +275,7 @@ def test_set_takes_counts_of_classes(inside, capsys):
     out = make(capsys, "--zip=set.zip", "--classes=mel:2,nv:1")
     assert out == "set.zip: 3 images of 8x8 (nv: 1, mel: 2), seeds 0-2\n"
     assert ImageSet("set.zip").labels.tolist() == [0, 1, 1]
+    assert make(capsys, "--zip=set.zip", "--classes=nv:1,mel:2") == "set.zip holds these images already\n"
 
 
 def test_set_of_classes_without_names_has_their_numbers(inside, capsys):

@@ -17,6 +17,7 @@ from latent.pieces import Pieces
 from latent.sampling import Look, Painter
 from latent.set_plan import SetPlan, piece_size
 from tests.generator_files import save_generator
+from tests.make_sets import make_set
 from torch_utils.distributed import Processes
 from torch_utils.ops import compiled
 from torch_utils.ops.dispatch import auto_implementation, auto_means
@@ -344,12 +345,73 @@ def test_pieces_that_another_process_takes_away_hinder_nobody(tmp_path, monkeypa
     assert not list((tmp_path / "set.zip.parts").iterdir())
 
 
-def test_set_replaces_an_older_one_whole(network, tmp_path):
-    dest = tmp_path / "set.zip"
-    dest.write_bytes(b"older")
-    write(dest, network)
-    with zipfile.ZipFile(dest) as archive:
-        assert len(json.loads(archive.read("dataset.json"))["labels"]) == 7
+def test_finished_set_is_left_alone_by_the_same_request(network, tmp_path, monkeypatch):
+    drawn = SetPlan(first_seed=7, count=3, counts=(2, 1), piece=2, drawn=[0, 1, 0], labels_from="real.zip")
+    for name, chosen, look in (("a.zip", plan(), {}), ("b.zip", drawn, {"truncation": 0.5, "center": "class"})):
+        dest = tmp_path / name
+        painter = Painter(network.G, Look(**look), batch=1)
+        assert write_labelled_set(dest, network, painter, chosen, ALONE)
+        before = dest.read_bytes(), dest.stat().st_mtime_ns
+        with monkeypatch.context() as patch:
+            patch.setattr(Painter, "paint", None)
+            assert not write_labelled_set(dest, network, painter, chosen, ALONE)
+            with auto_means("composed"):  # a set that is there keeps to the operators that made it
+                assert not write_labelled_set(dest, network, painter, chosen, ALONE)
+        assert (dest.read_bytes(), dest.stat().st_mtime_ns) == before
+    assert sorted(os.listdir(tmp_path)) == ["a.zip", "b.zip"]
+
+
+def test_finished_set_whose_pieces_were_not_removed_is_put_together_again(network, tmp_path, monkeypatch):
+    dest, remove = tmp_path / "set.zip", Pieces.remove
+
+    def remove_before_the_set_is_there(self):
+        if dest.exists():
+            raise KeyboardInterrupt
+        remove(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pieces, "remove", remove_before_the_set_is_there)
+        with pytest.raises(KeyboardInterrupt):
+            write(dest, network)
+    expected = dest.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["set.zip", "set.zip.parts"]
+    assert write(dest, network).read_bytes() == expected
+    assert os.listdir(tmp_path) == ["set.zip"]
+
+
+@pytest.mark.parametrize(("changes", "look", "difference"), [
+    ({"first_seed": 8}, {}, "seeds is [7, 13] there and [8, 14] here"),
+    ({"counts": (4, 3)}, {}, 'classes is {"nv": 3, "mel": 4} there and {"nv": 4, "mel": 3} here'),
+    ({}, {"truncation": 0.5}, "truncation is 1.0 there and 0.5 here"),
+    ({}, {"noise_mode": "random"}, 'noise_mode is "const" there and "random" here')])
+def test_finished_set_of_another_request_is_refused_and_stays(network, tmp_path, changes, look, difference):
+    dest = write(tmp_path / "set.zip", network)
+    before = dest.read_bytes()
+    with pytest.raises(UserError) as caught:
+        write(dest, network, plan(**changes), **look)
+    assert str(caught.value) == (f"--zip is {dest}, which exists and holds other images ({difference}); choose another "
+                                 "name, or remove it")
+    assert (dest.read_bytes(), os.listdir(tmp_path)) == (before, ["set.zip"])
+
+
+def test_finished_set_of_another_network_is_refused(network, tmp_path):
+    other = open_network(save_generator(tmp_path / "net.safetensors", INFO | {"kimg": 9}), "cpu")
+    dest = write(tmp_path / "set.zip", network)
+    with pytest.raises(UserError, match=r"holds other images \(network_sha256 is .*; network_kimg is 4.5 there and 9 "):
+        write(dest, other)
+
+
+def test_file_that_is_not_such_a_set_is_refused_and_stays(network, tmp_path):
+    dest = make_set(tmp_path / "set.zip", 7)
+    with pytest.raises(UserError, match=r"set\.zip, which exists and holds other images \(generated is null there "):
+        write(dest, network)
+    assert len(ImageSet(dest)) == 7
+    dest.write_bytes(dest.read_bytes()[:300])
+    with pytest.raises(UserError) as caught:
+        write(dest, network)
+    assert str(caught.value) == (f"--zip is {dest}, which exists and is not a data set; choose another name, or remove "
+                                 "it")
+    assert dest.stat().st_size == 300
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(1, [2]), (2, [4])])

@@ -193,8 +193,8 @@ def test_set_takes_its_labels_from_a_data_set(inside, capsys):
 def test_set_of_drawn_labels_keeps_what_belongs_together_and_follows_the_seed(inside, capsys):
     drawn = {}
     for seed, count in ((0, 15), (0, 8), (1, 15)):
-        make(capsys, "--zip=set.zip", "--labels-from=vectors.zip", f"--count={count}", f"--seeds={seed}")
-        drawn[seed, count] = ImageSet("set.zip").labels.tolist()
+        make(capsys, f"--zip={seed}-{count}.zip", "--labels-from=vectors.zip", f"--count={count}", f"--seeds={seed}")
+        drawn[seed, count] = ImageSet(f"{seed}-{count}.zip").labels.tolist()
     assert drawn[0, 8] == drawn[0, 15][:8]
     assert drawn[0, 15] != drawn[1, 15]
     for labels in drawn.values():
