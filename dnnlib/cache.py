@@ -60,7 +60,8 @@ def fetch(url: str, *, name: str, sha256: str | None) -> Path:
                 return path
     digest = sha256_of(path)
     if sha256 is not None and not digest.startswith(sha256):
-        raise UserError(f"{path} has the sha256 {digest}; expected {sha256}...: remove it, and it is fetched anew")
+        raise UserError(f"{path} has the sha256 {digest}; expected {_wanted(sha256)}: remove it, and it is fetched "
+                        "anew")
     return path
 
 
@@ -87,7 +88,11 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
             file.write(chunk)
             digest.update(chunk)
         if sha256 is not None and not digest.hexdigest().startswith(sha256):
-            raise _failure(url, path, f"what came has the sha256 {digest.hexdigest()}; expected {sha256}...")
+            raise _failure(url, path, f"what came has the sha256 {digest.hexdigest()}; expected {_wanted(sha256)}")
+
+
+def _wanted(sha256: str) -> str:
+    return sha256 if len(sha256) == 64 else f"one that begins with {sha256}"
 
 
 def _chunks(url: str, path: Path) -> Iterator[bytes]:

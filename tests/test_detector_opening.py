@@ -81,7 +81,7 @@ def test_open_similarity_without_network_says_where_to_put_its_files(downloads):
 
 def test_open_detector_damaged_download_is_told_from_a_missing_one(downloads):
     (downloads / INCEPTION_V3.name).write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"expected 6726825d\.\.\.: remove it, and it is fetched anew$"):
+    with pytest.raises(UserError, match=r"expected one that begins with 6726825d: remove it, and it is fetched anew$"):
         open_detector("inception-v3", device="cpu")
 
 
@@ -197,7 +197,17 @@ def test_addresses_are_those_of_the_libraries():
 
 @pytest.mark.parametrize("file", [INCEPTION_V3, VGG16, EFFICIENTNET_LITE0])
 def test_checksums_are_those_in_the_files_names(file):
-    assert file.name.endswith(f"-{file.sha256}.pth")
+    assert file.name.endswith(f"-{file.sha256[:8]}.pth")
+
+
+def test_packaged_weights_of_another_checksum_are_refused(monkeypatch):
+    """All 64 digits count, not only those in the file's name."""
+    monkeypatch.setattr(opening, "sha256_of", lambda path: f"{EFFICIENTNET_LITE0.sha256[:63]}0")
+    for open_it in (open_detector, open_similarity):
+        with pytest.raises(UserError, match=(
+                r"efficientnet-lite0-57934424\.pth has the sha256 579344\w+0; expected 579344\w+b: install its package "
+                r"again, or name the file by --detector-weights to use it all the same$")):
+            open_it("efficientnet-lite0", device="cpu")
 
 
 def test_similarity_takes_its_files_from_downloads(downloads, monkeypatch):

