@@ -23,7 +23,7 @@ INCEPTION_V3 = WeightsFile(
 VGG16 = WeightsFile(name="vgg16-397923af.pth", url="https://download.pytorch.org/models/vgg16-397923af.pth",
                     sha256="397923af")
 # Of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", BSD-2-Clause.
-# LIMIT: no digest is published; the layout is checked, and results carry the digest of what was used.
+# LIMIT: no digest is published; the layout and the values are checked, and results carry the digest of what was used.
 LPIPS_VGG16 = WeightsFile(
     name="weights-vgg16-lpips.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
