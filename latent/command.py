@@ -15,8 +15,8 @@ HELP = """Make images with a trained network: files, a sheet, a labelled data se
 python generate.py --network=network-snapshot-001000.safetensors --seeds=0-63 --class=melanoma --outdir=out
 python generate.py --network=N.safetensors --seeds=0-9 --class=all --trunc=0.7 --grid=sheet.png
 python generate.py --network=N.safetensors --zip=synthetic.zip --count=10000
-python generate.py --network=N.safetensors --zip=synthetic.zip --classes=benign:5000,melanoma:5000
-python generate.py --network=N.safetensors --zip=synthetic.zip --labels-from=set.zip
+python generate.py --network=N.safetensors --zip=balanced.zip --classes=benign:5000,melanoma:5000
+python generate.py --network=N.safetensors --zip=drawn.zip --labels-from=set.zip
 python generate.py --network=N.safetensors --projected-w=projected_w.npz --outdir=out
 python generate.py --network=N.safetensors --style-mix --rows=85,100 --cols=55,821 --outdir=out
 
