@@ -23,6 +23,7 @@ from training.layers import (
     Conv2dLayer,
     FullyConnectedLayer,
     MinibatchStdLayer,
+    choose_fused_modconv,
     memory_format,
     modulated_conv2d,
     normalize_second_moment,
@@ -59,6 +60,43 @@ def test_modulated_conv2d_fused_equals_scaled_activations(fused, scaled):
     weights = randn(*found.shape)
     gradients = [torch.autograd.grad((y.sin() * weights).sum(), inputs) for y in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("resampling", [{}, {"up": 2}, {"down": 2}], ids=str)
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_out", "size"), [(8, 4), (3, 12)])
+def test_modulated_conv2d_chosen_form_equals_either_form(num_out, size, num, resampling, demodulate):
+    x, weight, styles = randn(num, 5, size, size), randn(num_out, 5, 3, 3), randn(num, 5)
+    options = dict(padding=1, resample_filter=setup_filter([1, 3, 3, 1]), demodulate=demodulate, **resampling)
+    chosen = choose_fused_modconv(x, weight, resampling.get("up", 1))
+    assert chosen == (size == 12 and "up" not in resampling)  # 3 * 9 <= 12 * 12, 8 * 9 > 4 * 4
+    found, per_image, shared = (modulated_conv2d(x, weight, styles, fused_modconv=fused, **options)
+                                for fused in (chosen, True, False))
+    torch.testing.assert_close(found, per_image, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found, shared, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("device", "num", "size", "dtype", "options", "expected"), [
+    ("cpu", 1, 5, torch.float32, {}, False),  # 4 * 9 numbers a channel of a kernel, 25 of the activations
+    ("cpu", 16, 5, torch.float32, {}, False),
+    ("cpu", 1, 6, torch.float32, {}, True),  # as many
+    ("cpu", 16, 6, torch.float32, {}, True),
+    ("cpu", 16, 6, torch.float64, {}, True),
+    ("cpu", 1, 64, torch.float32, {"up": 2}, False),
+    ("cpu", 16, 64, torch.float32, {"up": 2}, False),
+    ("cpu", 2, 64, torch.float32, {"training": True}, False),
+    ("cpu", 1, 64, torch.bfloat16, {}, True),
+    ("cpu", 2, 64, torch.bfloat16, {}, False),
+    ("meta", 1, 4, torch.float32, {"up": 2}, True),  # as on a GPU: whatever the shape
+    ("meta", 16, 4, torch.float32, {}, True),
+    ("meta", 1, 4, torch.float16, {}, True),
+    ("meta", 2, 64, torch.float16, {}, False),
+    ("meta", 2, 64, torch.float32, {"training": True}, False),
+])
+def test_modulated_conv2d_form_follows_device_shape_and_dtype(device, num, size, dtype, options, expected):
+    x, weight = torch.empty(num, 3, size, size, dtype=dtype, device=device), torch.empty(4, 3, 3, 3, device=device)
+    assert choose_fused_modconv(x, weight, **options) == expected
 
 
 @pytest.mark.parametrize("fused", [True, False])

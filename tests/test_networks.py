@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.small_networks import random_labels, small_discriminator, small_generator
 from training.generator import Generator
@@ -96,10 +97,40 @@ def test_synthesis_random_noise_is_drawn_per_image():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generator_eval_and_train_forms_agree(architecture):
+@pytest.mark.parametrize("num", [1, 3])
+def test_generator_forms_of_the_modulated_convolutions_agree(num, architecture):
     G = small_generator(architecture=architecture).double()
-    ws = G.mapping(latents(3, G), random_labels(3), skip_w_avg_update=True)
-    torch.testing.assert_close(G.eval().synthesis(ws, noise_mode="const"), G.train().synthesis(ws, noise_mode="const"))
+    ws = G.mapping(latents(num, G), random_labels(num), skip_w_avg_update=True)
+    trained = G.train().synthesis(ws, noise_mode="const")
+    for fused in (None, True, False):
+        torch.testing.assert_close(G.eval().synthesis(ws, noise_mode="const", fused_modconv=fused), trained)
+
+
+class Convolutions(TorchDispatchMode):
+    """A context that lists the groups of convolutions: as many as images where each has a kernel of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and args[1].shape[1] > 1:  # filters take one channel each
+            self.groups.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num", [2, 5])
+@pytest.mark.parametrize(("training", "fused", "own_kernels"), [
+    (True, None, []), (False, False, []), (True, True, None), (False, True, None),
+    # conv1 of 4x4 and 8x8 have kernels of 16 x 3 x 3 numbers a channel, that of 16x16 has 8 x 3 x 3; conv0 doubles
+    (False, None, ["b4.torgb", "b8.torgb", "b16.conv1", "b16.torgb"])])
+def test_generator_takes_a_kernel_per_image_as_asked_or_where_it_is_faster(training, fused, own_kernels, num):
+    G = small_generator(c_dim=0).train(training)
+    layers = [name for name, _module in G.synthesis.named_modules() if name.endswith(("conv0", "conv1", "torgb"))]
+    with Convolutions() as seen:
+        G.synthesis(torch.randn(num, G.num_ws, G.w_dim), fused_modconv=fused)
+    found = dict(zip(layers, seen.groups, strict=True))
+    assert found == {name: num if own_kernels is None or name in own_kernels else 1 for name in layers}
 
 
 def test_generator_image_does_not_depend_on_its_batch():

@@ -13,7 +13,14 @@ from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import NOISE_MODES
 from training.config_networks import ARCHITECTURES, is_power_of_two
-from training.layers import DEFAULT_FILTER, Conv2dLayer, FullyConnectedLayer, memory_format, modulated_conv2d
+from training.layers import (
+    DEFAULT_FILTER,
+    Conv2dLayer,
+    FullyConnectedLayer,
+    choose_fused_modconv,
+    memory_format,
+    modulated_conv2d,
+)
 from training.mapping import MappingNetwork
 from training.precision import compute_dtype, half_dtype_at
 
@@ -60,8 +67,10 @@ class SynthesisLayer(nn.Module):
             self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1,
-                generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", fused_modconv: bool | None = None,
+                gain: float = 1, generator: torch.Generator | None = None) -> Tensor:
+        if fused_modconv is None:
+            fused_modconv = choose_fused_modconv(x, self.weight, self.convolution["up"], self.training)
         x = modulated_conv2d(x, self.weight, self.affine(w), noise=self._noise(len(x), noise_mode, generator),
                              resample_filter=self.resample_filter, fused_modconv=fused_modconv, **self.convolution)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
@@ -91,7 +100,9 @@ class ToRGBLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.style_gain = 1 / math.sqrt(in_channels * kernel_size**2)
 
-    def forward(self, x: Tensor, w: Tensor, fused_modconv: bool = True) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, fused_modconv: bool | None = None) -> Tensor:
+        if fused_modconv is None:
+            fused_modconv = choose_fused_modconv(x, self.weight, training=self.training)
         styles = self.affine(w, gain=self.style_gain)
         x = modulated_conv2d(x, self.weight, styles, padding=self.padding, demodulate=False,
                              fused_modconv=fused_modconv)
@@ -132,7 +143,8 @@ class SynthesisBlock(nn.Module):
         self.num_conv = 1 if self.is_first else 2
 
     def forward(self, x: Tensor | None, img: Tensor | None, ws: Sequence[Tensor], force_fp32: bool = False,
-                noise_mode: str = "random", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+                noise_mode: str = "random", generator: torch.Generator | None = None,
+                fused_modconv: bool | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the activations and image after this block.
 
         x:    [N, I, R / 2, R / 2], None in the first block;  img: [N, C, R / 2, R / 2] or None
@@ -140,9 +152,7 @@ class SynthesisBlock(nn.Module):
         """
         dtype = compute_dtype(self.conv1.weight, self.half_dtype, force_fp32)
         layout = memory_format(self.channels_last and dtype == self.half_dtype)
-        # One kernel per image pays off without gradients; in half precision its products could overflow.
-        fused = not self.training and (dtype != self.half_dtype or len(ws[0]) == 1)
-        options = dict(noise_mode=noise_mode, fused_modconv=fused, generator=generator)
+        options = dict(noise_mode=noise_mode, fused_modconv=fused_modconv, generator=generator)
 
         if self.is_first:
             x = self.const.to(dtype=dtype, memory_format=torch.contiguous_format)
@@ -157,7 +167,7 @@ class SynthesisBlock(nn.Module):
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
-            rgb = self.torgb(x, ws[-1], fused_modconv=fused)
+            rgb = self.torgb(x, ws[-1], fused_modconv=fused_modconv)
             rgb = rgb.to(dtype=self.torgb.weight.dtype, memory_format=torch.contiguous_format)
             img = rgb if img is None else img + rgb
         return x, img
@@ -185,12 +195,14 @@ class SynthesisNetwork(nn.Module):
             in_channels = out_channels
 
     def forward(self, ws: Tensor, noise_mode: str = "random", force_fp32: bool = False,
-                generator: torch.Generator | None = None) -> Tensor:
+                generator: torch.Generator | None = None, fused_modconv: bool | None = None) -> Tensor:
         """Return images, [-1, 1] for what the network was trained on, of the parameters' dtype.
 
         noise_mode:  "random" draws noise per image (from `generator`, None for torch's default one), "const" takes
                      the network's own noise maps, "none" takes no noise
         force_fp32:  compute half precision blocks in float32
+        fused_modconv:  the form of all modulated convolutions; None chooses that of each (`choose_fused_modconv`)
+
         Raises ValueError for ws of another shape, and for an unknown noise_mode.
         """
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
@@ -203,7 +215,8 @@ class SynthesisNetwork(nn.Module):
         for res in self.block_resolutions:
             block = getattr(self, f"b{res}")
             mine = layer_ws[first:first + block.num_conv + 1]  # the last one is shared with the next block's conv0
-            x, img = block(x, img, mine, force_fp32=force_fp32, noise_mode=noise_mode, generator=generator)
+            x, img = block(x, img, mine, force_fp32=force_fp32, noise_mode=noise_mode, generator=generator,
+                           fused_modconv=fused_modconv)
             first += block.num_conv
         return img
 

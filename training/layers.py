@@ -30,11 +30,12 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     weight:  [O, I, kh, kw];  styles: [N, I]
     noise:   broadcastable to the result, added after demodulation
     fused_modconv:  True builds one kernel per image and runs a grouped convolution; False scales the activations
-                    before and after one shared convolution. Both are equal up to rounding.
+                    before and after one shared convolution. Both are equal up to rounding; `choose_fused_modconv`
+                    tells which one suits
 
     Returns [N, O, H * up / down, W * up / down] of x's dtype.
     """
-    if demodulate and x.dtype in (torch.float16, torch.bfloat16):
+    if demodulate and _is_half(x):
         weight, styles = _tamed(weight, styles)
     scale = _demodulation(weight, styles) if demodulate else None  # [N, O]
     options = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight, impl=impl)
@@ -54,6 +55,29 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
         out = conv2d_resample(one_image, kernels.flatten(0, 1).to(x.dtype), groups=num, **options)
         out = out.unflatten(1, (num, -1)).squeeze(0)  # [N, O, H', W']
     return out if noise is None else out + noise.to(x.dtype)
+
+
+def choose_fused_modconv(x: Tensor, weight: Tensor, up: int = 1, training: bool = False) -> bool:
+    """Return whether one kernel per image (True) or one shared convolution (False) suits these inputs.
+
+    Arguments are those of `modulated_conv2d`.
+
+    While training, gradients are cheaper with the shared kernel. In half precision the products of several kernels per
+    image could overflow. Otherwise a GPU takes one kernel per image, as the original does. A CPU takes it where the
+    kernels of an image are no larger than its activations, since scaling either takes time by its size, and never with
+    upsampling, since PyTorch's transposed convolutions are slow in groups (docs/performance.md). On a CPU in float32
+    the choice does not depend on the batch.
+    """
+    if training or (_is_half(x) and len(x) > 1):
+        return False
+    if x.device.type != "cpu":
+        return True
+    num_out, _num_in, *kernel_size = weight.shape
+    return up == 1 and num_out * math.prod(kernel_size) <= math.prod(x.shape[2:])  # of each of the I channels
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _per_channel(factors: Tensor, x: Tensor) -> Tensor:
