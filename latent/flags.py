@@ -65,8 +65,8 @@ FLAGS = [
          "cpu, cuda, or one GPU as cuda:1. [default: auto]"),
     Flag(["--gpus"], group=SPEED, type=int, metavar="INT", help="Processes that share the work of --zip: one a GPU, or "
          "several on a CPU. [default: 1]"),
-    Flag(["--batch"], group=SPEED, type=int, metavar="INT", help="Images of one pass. Larger batches help GPUs and "
-         "tiny networks; they move some pixels by one level. [default: 1 on a CPU, by resolution on a GPU]"),
+    Flag(["--batch"], group=SPEED, type=int, metavar="INT", help="Images of one pass. Larger batches are faster; "
+         "they move some pixels by one level. [default: 1 on a CPU, by resolution on a GPU]"),
     Flag(["--fp32"], group=SPEED, is_flag=True, default=None, help="Compute all in float32, also what the network "
          "computes in half precision on a GPU."),
     Flag(["--tune-malloc"], group=SPEED, type=bool, metavar="BOOL", default=True, help=f"{TUNE_MALLOC_HELP} "

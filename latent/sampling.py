@@ -48,8 +48,8 @@ def styles_of_label(G: nn.Module, label: Tensor) -> Tensor:
 def choose_batch(resolution: int, device: torch.device | str) -> int:
     """Return how many images a pass takes: on a GPU what fits into a few GB for usual networks, on a CPU one.
 
-    On a CPU larger batches gain nothing but for tiny networks, and with one image a pass it is the same one, bit for
-    bit, in a file, on a sheet and in a set.
+    On a CPU larger batches are faster, but with one image a pass it is the same one, bit for bit, in a file, on a sheet
+    and in a set.
     """
     return 1 if torch.device(device).type == "cpu" else min(max(_GPU_PIXELS // resolution**2, 1), _GPU_BATCH)
 

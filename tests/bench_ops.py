@@ -123,7 +123,8 @@ def output_size(work: Work) -> int:
     return y.numel()
 
 
-def measure(works: dict[str, Callable[[], object]], repeats: int, seconds: float = math.inf) -> dict[str, float]:
+def measure(works: dict[str, Callable[[], object]], repeats: int, seconds: float = math.inf,
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Return the median milliseconds of each, taking turns after one warm-up; fewer turns, three at least, in time."""
     times = {name: [] for name in works}
     start = time.perf_counter()
@@ -131,12 +132,12 @@ def measure(works: dict[str, Callable[[], object]], repeats: int, seconds: float
         if turn > 3 and time.perf_counter() - start > seconds:
             break
         for name, work in works.items():
-            begin = time.perf_counter()
+            begin = clock()
             work()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             if turn > 0:
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                times[name].append((clock() - begin) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
