@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,13 +14,15 @@ from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from dnnlib.progress import Progress
 from imagesets.conversion.linking import link
-from imagesets.conversion.options import ConvertOptions, is_usable_side
+from imagesets.conversion.options import ConvertOptions
 from imagesets.conversion.report import ConvertSummary, build_report, check_report, summarise, write_report
-from imagesets.conversion.selection import Labelling, Selection, UnlabelledError, select
-from imagesets.conversion.survey import survey
+from imagesets.conversion.selection import Labelling, LabelsUnclear, Selection, select
+from imagesets.conversion.survey import read_ranges, survey
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.tables import read_groups, read_table
-from imagesets.pixels.decode import BadImage, PixelSpec, decode, decode_array
+from imagesets.pixels.decode import BEYOND_DEPTH, BadImage, PixelSpec, decode, decode_array
+from imagesets.pixels.depth import Values
+from imagesets.resolutions import RESOLUTIONS, is_resolution
 from imagesets.sources.files import refuse_doubtful_folders
 from imagesets.sources.opening import open_sources
 from imagesets.sources.source import Loader, Source
@@ -38,6 +40,7 @@ class Converted:
     pixel_hash: str | None = None
     size: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    values: Values | None = None
     reason: str | None = None
 
 
@@ -54,7 +57,7 @@ class ConvertImage:
         except BadImage as error:
             return Converted(reason=str(error))
         return Converted(digest=hashlib.sha256(image).digest(), png=result.png, size=(result.width, result.height),
-                         pixel_hash=result.pixel_hash, notes=tuple(result.notes))
+                         pixel_hash=result.pixel_hash, notes=tuple(result.notes), values=result.values)
 
 
 def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str | os.PathLike, *,
@@ -82,17 +85,21 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
     for path in sources:
         _check_paths(Path(path), Path(dest), report)
     writer = ImageSetWriter(dest)
-    opened = open_sources(sources, split=options.split)
-    selection = _select(opened, _label(opened, options), options, report)
+    opened = open_sources(sources, split=options.split, include=options.include, exclude=options.exclude)
+    selection = _select(opened, options, report)
     num_wanted = int(selection.wanted.sum())
     tally = Tally(len(opened))
     with writer:
         with Progress(num_wanted, "headers", stream=stream) as progress:
-            spec = survey(opened, selection.wanted, options, workers, progress)
+            spec, deep = survey(opened, selection.wanted, options, workers, progress)
+        if deep.any():
+            with Progress(int(deep.sum()), "values of 32-bit and float images", stream=stream) as progress:
+                ranges = read_ranges(opened, deep, workers, progress)
+            spec = replace(spec, depth=replace(spec.depth, ranges=ranges))
         with Progress(num_wanted, "images", stream=stream) as progress:
             _convert_all(opened, selection, spec, writer, tally, workers, progress)
         linked = link(selection, tally)
-        details = build_report(opened, selection, tally, linked, spec.channels)
+        details = build_report(opened, selection, tally, linked, spec)
         _refuse_bad(tally, num_wanted, options, report, details)
         writer.classes = selection.classes
         writer.set_groups(linked.groups)
@@ -108,7 +115,7 @@ def _label(opened: Source, options: ConvertOptions) -> Labelling:
     else:
         table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
                            group_column=options.group_column if options.groups is None else None)
-        labelling = Labelling.of_table(opened, table)
+        labelling = Labelling.of_table(opened, table, all_meant=bool(options.include))
     if options.groups is None:
         return labelling
     table = read_groups(options.groups, id_column=options.id_column, group_column=options.group_column,
@@ -116,13 +123,12 @@ def _label(opened: Source, options: ConvertOptions) -> Labelling:
     return labelling.with_groups(opened, table)
 
 
-def _select(opened: Source, labelling: Labelling, options: ConvertOptions,
-            report: str | os.PathLike | None) -> Selection:
+def _select(opened: Source, options: ConvertOptions, report: str | os.PathLike | None) -> Selection:
     try:
-        return select(opened, labelling, classes=options.classes, merge=options.merge, unlabelled=options.unlabelled,
-                      max_images=options.max_images)
-    except UnlabelledError as error:
-        write_report(report, {"error": str(error), "found": len(opened), "unlabelled": list(error.names)})
+        return select(opened, _label(opened, options), classes=options.classes, merge=options.merge,
+                      unlabelled=options.unlabelled, max_images=options.max_images)
+    except LabelsUnclear as error:
+        write_report(report, {"error": str(error), "found": len(opened)} | error.details)
         raise
 
 
@@ -135,11 +141,11 @@ def _convert_all(opened: Source, selection: Selection, spec: PixelSpec, writer: 
             tally.add_bad(index, result.reason)
             continue
         width, height = result.size
-        if width != height or not is_usable_side(width) or width != (tally.side or width):
-            raise UserError(f"{opened.names[index]} became {width}x{height}; expected squares of one size with a power "
-                            "of two a side: give --resolution, for example --resolution=256x256")
+        if width != height or not is_resolution(width) or width != (tally.side or width):
+            raise UserError(f"{opened.names[index]} became {width}x{height}; expected squares of one size with a side "
+                            f"of {RESOLUTIONS}: give --resolution, for example --resolution=256x256")
         writer.add(result.png, selection.label(index), pixel_hash=result.pixel_hash)
-        tally.add_kept(index, width, result.digest, result.notes)
+        tally.add_kept(index, width, result.digest, result.notes, result.values)
 
 
 def _results(opened: Source, selection: Selection, spec: PixelSpec, workers: int) -> Iterator[Converted]:
@@ -161,6 +167,8 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
     if count:
         reasons = ", ".join(f"{reason} {number}" for reason, number in unreadable.items())
         limit = f"more than --max-bad={options.max_bad:.3g} allows" if tally.kept else "none is left"
+        if BEYOND_DEPTH in unreadable:
+            advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: choose a larger one, or {advice}"
         message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}; {advice}"
     else:
         message = (f"all {num_wanted} images are {TOO_SMALL} to {options.width}x{options.height}; choose a smaller "
@@ -177,6 +185,8 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
               "converted": {note: entry["count"] for note, entry in details["converted"].items()},
               "decoder_downscaling": any(note == "decoder downscaling" for note, _ in tally.notes()),
               "images_sha256": tally.content_hash}
+    if details["values"]:
+        origin["values"] = details["values"]
     if "sources" in details:
         origin["sources"] = details["sources"]
     if options.labels is not None:

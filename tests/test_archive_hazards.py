@@ -93,7 +93,7 @@ def test_images_of_equal_names_that_share_a_row_are_reported(tmp_path):
         (tmp_path / "set" / folder / "0.png").write_bytes(png(pixels_of(index)))
     (tmp_path / "t.csv").write_text("image,class\n0,a\n")
     summary = convert(tmp_path / "set", tmp_path / "a.zip", labels=tmp_path / "t.csv", id_column="image",
-                      label_column="class", workers=1, report=tmp_path / "r.json")
+                      label_column="class", include=["*"], workers=1, report=tmp_path / "r.json")
     line = "images that share a row of the table, as their names are equal: 2 (one/0.png, two/0.png); are they alike?"
     assert f"  {line}" in summary.lines
     report = json.loads((tmp_path / "r.json").read_text())

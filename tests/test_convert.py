@@ -150,7 +150,8 @@ def test_a_table_gives_labels_and_groups_and_counts_what_is_missing(tmp_path):
 def test_duplicates_join_groups_and_images_of_one_row_share_theirs(tmp_path):
     files = {"a.png": image(1), "b.png": image(2), "c.png": image(1), "d.png": image(4), "x/d.png": image(5)}
     (tmp_path / "truth.csv").write_text(TABLE)
-    summary = run(make_folder(tmp_path / "in", files), tmp_path / "set.zip", labels=str(tmp_path / "truth.csv"))
+    summary = run(make_folder(tmp_path / "in", files), tmp_path / "set.zip", labels=str(tmp_path / "truth.csv"),
+                  include=["*"])
     result = ImageSet(tmp_path / "set.zip")
     # a = c joins p1 and p2; d.png and x/d.png are of the row d, which names no patient.
     assert result.groups == ["p1", "p1", "p1", result.names[3], result.names[3]]
@@ -225,10 +226,10 @@ def test_nothing_readable_raises_whatever_is_allowed(tmp_path):
 @pytest.mark.parametrize(("sizes", "options", "message"), [
     ((8, 16), {}, "images differ in size: a.png is 8x8 but b.png is 16x16; expected one size: give --resolution=8x8, "
                   "with --transform=center-crop if their shapes are not to be stretched"),
-    ((12, 12), {}, "images are 12x12 (a.png for example); expected squares with a power of two a side: give "
-                   "--transform=center-crop --resolution=8x8"),
-    (((8, 16), (8, 16)), {}, "images are 16x8 (a.png for example); expected squares with a power of two a side: give "
-                             "--transform=center-crop --resolution=8x8")])
+    ((12, 12), {}, "images are 12x12 (a.png for example); expected squares with a side of a power of "
+                   "two from 8 to 2048: give --transform=center-crop --resolution=8x8"),
+    (((8, 16), (8, 16)), {}, "images are 16x8 (a.png for example); expected squares with a side of a power of "
+                             "two from 8 to 2048: give --transform=center-crop --resolution=8x8")])
 def test_sizes_that_do_not_fit_raise_and_name_images(sizes, options, message, tmp_path):
     files = {f"{name}.png": encode(noise(1, *(size if isinstance(size, tuple) else (size, size)), 3))
              for name, size in zip("ab", sizes)}
@@ -304,7 +305,7 @@ def test_a_ready_data_set_passes_through(folder, tmp_path):
     (tmp_path / "truth.csv").write_text("name,kind,patient\n" + "".join(
         f"{name},{kind},p{name}\n" for name, kind in zip("abcde", ["x", "y", "y", "z", "z"])))
     run(folder, tmp_path / "first.zip", labels=str(tmp_path / "truth.csv"), id_column="name", label_column="kind",
-        group_column="patient")
+        group_column="patient", include=["*"])
     run(tmp_path / "first.zip", tmp_path / "second.zip")
     first, second = ImageSet(tmp_path / "first.zip"), ImageSet(tmp_path / "second.zip")
     assert second.classes == first.classes == ["x", "y", "z"]
@@ -317,21 +318,21 @@ def test_a_ready_data_set_passes_through(folder, tmp_path):
 def test_a_phantom_stays_one_when_converted(tmp_path):
     metadata = json.dumps({"labels": None, "source": {"phantom": True, "seed": 3}}).encode()
     source = make_zip(tmp_path / "phantom.zip", {"a.png": image(1), "dataset.json": metadata})
-    run(source, tmp_path / "small.zip", width=4, height=4)
+    run(source, tmp_path / "small.zip", width=16, height=16)
     assert ImageSet(tmp_path / "small.zip").source["phantom"] is True
 
 
 def test_source_records_what_was_done_and_no_path(folder, tmp_path):
     (folder / "nv" / "f.png").write_bytes(b"")
-    summary = run(folder, tmp_path / "set.zip", width=4, height=4, resize_filter="box", max_bad=0.2)
+    summary = run(folder, tmp_path / "set.zip", width=16, height=16, resize_filter="box", max_bad=0.2)
     source = ImageSet(tmp_path / "set.zip").source
     assert summary.kept == 6
     content_hash = source.pop("images_sha256")
     assert re.fullmatch("[0-9a-f]{64}", content_hash)
     assert source == {
         "tool": "dataset_tool.py", "kind": "image folder", "name": "lesions", "found": 7, "kept": 6,
-        "dropped": {"unreadable: zero bytes": 1}, "converted": {}, "decoder_downscaling": False,
-        "options": {"unlabelled": "error", "width": 4, "height": 4, "resize_filter": "box", "exact": False,
+        "dropped": {"unreadable: zero bytes": 1}, "converted": {"upscaled": 6}, "decoder_downscaling": False,
+        "options": {"unlabelled": "error", "width": 16, "height": 16, "resize_filter": "box", "exact": False,
                     "max_bad": 0.2}}
 
 
@@ -375,13 +376,14 @@ def test_a_zip_and_a_folder_of_the_same_images_give_the_same_images(folder, tmp_
     ({"report": "/nowhere/r.json"}, "--report=/nowhere/r.json: there is no folder /nowhere; make it first"),
     ({"merge": "bad=nv,scc"}, "--merge=bad=nv,scc takes scc into bad, but there is no class scc; expected some of mel, "
                               "nv, vasc"),
-    ({"width": 8, "height": 4}, "--resolution=8x4 is not square; expected equal sides, such as 4x4, or "
+    ({"width": 8, "height": 4}, "--resolution=8x4 is not square; expected equal sides, such as 8x8, or "
                                 "--transform=center-crop-wide, which pads with black to a square"),
-    ({"width": 100, "height": 100}, "--resolution=100x100: 100 is not a power of two from 4 to 8192; expected for "
-                                    "example 128x128"),
-    ({"width": 2, "height": 2}, "--resolution=2x2: 2 is not a power of two from 4 to 8192; expected for example 4x4"),
+    ({"width": 100, "height": 100}, "--resolution=100x100: 100 is not a power of two from 8 to 2048, as networks "
+                                    "take; expected for example 128x128"),
+    *(({"width": side, "height": side}, f"--resolution={side}x{side}: {side} is not a power of two from 8 to 2048, as "
+       f"networks take; expected for example {near}x{near}") for side, near in ((4, 8), (4096, 2048), (8192, 2048))),
     ({"transform": "center-crop-wide", "width": 100, "height": 75},
-     "--resolution=100x75: 100 is not a power of two from 4 to 8192; expected for example 128x96"),
+     "--resolution=100x75: 100 is not a power of two from 8 to 2048, as networks take; expected for example 128x96"),
     ({"transform": "center-crop-wide", "width": 8, "height": 16},
      "--resolution=8x16 is higher than wide; center-crop-wide expects the width first, such as 8x6")])
 def test_options_that_do_not_fit_raise(options, message, folder, tmp_path):

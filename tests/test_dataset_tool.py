@@ -43,11 +43,12 @@ def call(capsys, *arguments):
 def test_conversion_prints_a_summary(inside, capsys):
     (inside / "lesions/nv/e.png").write_bytes(b"")
     (inside / "lesions/notes.txt").write_text("hello")
-    arguments = "--source=lesions --dest=set.zip --resolution=4x4 --max-bad=20% --report=report.json --workers=1"
+    arguments = "--source=lesions --dest=set.zip --resolution=16x16 --max-bad=20% --report=report.json --workers=1"
     assert call(capsys, *arguments.split()) == (0, """\
-set.zip: 4 images, 4x4 RGB, 4 groups
+set.zip: 4 images, 16x16 RGB, 4 groups
   found 5 in lesions (image folder), kept 4, dropped 1
   dropped: unreadable: zero bytes: 1 (nv/e.png)
+  converted: upscaled: 4 (mel/a.png, mel/b.png, nv/c.png, ...)
   classes: mel 2, nv 2
   other files, not images by name: 1 (notes.txt)
 """, "")
@@ -67,17 +68,17 @@ set.zip: 6 images, 8x8 RGB, 6 groups
 
 
 def test_width_and_height_mean_resolution(inside, capsys):
-    for number, size in enumerate((["--resolution=4x4"], ["--width=4", "--height=4"])):
+    for number, size in enumerate((["--resolution=16x16"], ["--width=16", "--height=16"])):
         assert call(capsys, "--source=lesions", f"--dest={number}.zip", "--workers=1", *size)[0] == 0
     assert (inside / "0.zip").read_bytes() == (inside / "1.zip").read_bytes()
 
 
 def test_exact_and_filter_and_transform_reach_the_data_set(inside, capsys):
-    arguments = ["--source=lesions", "--dest=set.zip", "--resolution=4x4", "--transform=center-crop",
+    arguments = ["--source=lesions", "--dest=set.zip", "--resolution=16x16", "--transform=center-crop",
                  "--resize-filter=box", "--exact", "--workers=1"]
     assert call(capsys, *arguments)[0] == 0
     assert ImageSet("set.zip").source["options"] == {
-        "unlabelled": "error", "transform": "center-crop", "width": 4, "height": 4, "resize_filter": "box",
+        "unlabelled": "error", "transform": "center-crop", "width": 16, "height": 16, "resize_filter": "box",
         "exact": True, "max_bad": 0.01}
 
 
@@ -112,7 +113,7 @@ BOTH = "; give both, such as --source=images/ --dest=isic256.zip, or see --help"
     ("--source=lesions --dest=set.tar", "--dest=set.tar ends in .tar; expected .zip, or a folder"),
     ("--source=lesions --dest=gone/set.zip", "--dest=gone/set.zip: there is no folder gone; make it first"),
     ("--source=lesions --dest=set.zip --resolution=300x300",
-     "--resolution=300x300: 300 is not a power of two from 4 to 8192; expected for example 256x256"),
+     "--resolution=300x300: 300 is not a power of two from 8 to 2048, as networks take; expected for example 256x256"),
     ("--source=lesions --dest=set.zip --resolution=256x128",
      "--resolution=256x128 is not square; expected equal sides, such as 128x128, or --transform=center-crop-wide, "
      "which pads with black to a square"),

@@ -5,8 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from imagesets.pixels.modes import NotFinite, flatten, is_16_bit, is_grey, reduce_16_bit
-from tests.image_files import encode, png_16_bit
+from imagesets.pixels.modes import flatten, is_grey
+from tests.image_files import encode
 
 
 def opened(data):
@@ -18,64 +18,6 @@ def flat(image, *, grey):
     found, notes = flatten(image, grey=grey)
     assert found.mode == ("L" if grey else "RGB")
     return np.asarray(found), notes
-
-
-def test_reduce_16_bit_rounds_to_the_nearest():
-    values = np.array([0, 128, 129, 256, 257, 385, 386, 65406, 65407, 65535])
-    assert reduce_16_bit(values).tolist() == [0, 0, 1, 1, 1, 1, 2, 254, 255, 255]
-    every = np.arange(65536)
-    np.testing.assert_array_equal(reduce_16_bit(every), np.rint(every / 257))
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
-def test_flatten_16_bit_grey_is_scaled_not_truncated(image_format):
-    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    image = opened(encode(values, image_format))
-    assert is_grey(image)
-    pixels, notes = flat(image, grey=True)
-    assert (pixels.tolist(), notes) == ([[0, 1, 128, 255]], {"16-bit scaled"})
-
-
-@pytest.mark.parametrize(("mode", "raw", "order"), [("I;16", "I;16", "<u2"), ("I;16B", "I;16B", ">u2")])
-def test_flatten_16_bit_byte_orders_agree(mode, raw, order):
-    image = PIL.Image.frombytes(mode, (4, 1), np.array([0, 256, 32768, 65535], dtype=order).tobytes(), "raw", raw)
-    assert flat(image, grey=True)[0].tolist() == [[0, 1, 128, 255]]
-
-
-@pytest.mark.parametrize(("channels", "grey"), [(1, True), (2, True), (3, False), (4, False)])
-def test_is_16_bit_png_of_every_kind_is_told(channels, grey):
-    image = opened(png_16_bit(np.full((2, 3, channels), 65535)))
-    assert (is_16_bit(image), is_grey(image)) == (True, grey)
-
-
-def test_is_16_bit_eight_bits_are_not():
-    assert not any(is_16_bit(opened(encode(np.zeros((2, 2, 3), np.uint8), name))) for name in ("PNG", "TIFF", "JPEG"))
-
-
-@pytest.mark.parametrize(("values", "expected", "note"), [
-    ([0, 255, 256, 65535], [0, 1, 1, 255], "16-bit scaled"),
-    ([0, 65536, 131072, 131072], [0, 128, 255, 255], "32-bit scaled"),
-    ([-100, 0, 100, 155], [0, 100, 200, 255], "32-bit scaled"),
-    ([70000, 70000, 70000, 70000], [0, 0, 0, 0], "32-bit scaled")])
-def test_flatten_32_bit_is_16_bit_or_stretched(values, expected, note):
-    image = opened(encode(PIL.Image.fromarray(np.array([values], dtype=np.int32)), "TIFF"))
-    pixels, notes = flat(image, grey=True)
-    assert (image.mode, pixels.tolist(), notes) == ("I", [expected], {note})
-
-
-@pytest.mark.parametrize(("values", "expected"), [
-    ([0, 0.25, 0.5, 1], [0, 64, 128, 255]), ([0, 1.4, 100, 255], [0, 1, 100, 255]),
-    ([0, 257, 32768, 65535], [0, 1, 128, 255]), ([-1, 0, 1, 4], [0, 51, 102, 255]), ([0, 0, 0, 0], [0, 0, 0, 0])])
-def test_flatten_float_is_scaled_by_its_range(values, expected):
-    image = opened(encode(PIL.Image.fromarray(np.array([values], dtype=np.float32)), "TIFF"))
-    pixels, notes = flat(image, grey=True)
-    assert (image.mode, pixels.tolist(), notes) == ("F", [expected], {"float scaled"})
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_flatten_float_not_finite_raises(value):
-    with pytest.raises(NotFinite):
-        flatten(PIL.Image.fromarray(np.array([[0, value]], dtype=np.float32)), grey=True)
 
 
 def on_white(value, alpha):
@@ -110,11 +52,6 @@ def test_flatten_opaque_alpha_changes_nothing():
     pixels, notes = flat(opened(encode(np.dstack([rgb, np.full((3, 4), 255, np.uint8)]))), grey=False)
     np.testing.assert_array_equal(pixels, rgb)
     assert notes == {"opaque alpha dropped"}
-
-
-def test_flatten_16_bit_grey_with_alpha_goes_on_white():
-    image = opened(png_16_bit(np.array([[[0, 0], [0, 65535], [25700, 32896]]])))
-    assert flat(image, grey=True)[0].tolist() == [[255, 0, on_white(100, 128)]]
 
 
 PALETTE = [200, 10, 30, 0, 0, 255, 90, 90, 90]

@@ -11,8 +11,10 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.pixels.decode import REASONS, BadImage, decode
+from imagesets.pixels.depth import Depth
 from imagesets.pixels.resize import PixelSpec
-from latent.projecting.target_image import _REASONS, prepare, read_target, spec_for
+from imagesets.reader import ImageSet
+from latent.projecting.target_image import _REASONS, prepare, read_ranges, read_target, spec_for
 from tests.image_files import encode, lesion_like, png_chunk, read_png
 from tests.tiny_networks import generator
 
@@ -189,6 +191,8 @@ BAD = {
     "too large": (huge_png(), "has more than 178956970 pixels; expected a smaller image"),
     "not-a-number pixels": (encode(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"),
                             "has pixels that are no finite numbers; expected an image without them"),
+    "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values for which --depth has no place; "
+                              "expected 0 to 2^depth - 1: choose a larger one"),
 }
 
 
@@ -196,12 +200,37 @@ BAD = {
 def test_target_bad_file_says_what_it_is(tmp_path, reason, capfd):
     data, text = BAD[reason]
     path = written(tmp_path / "x.txt", data)
-    assert refusal(path) == f"--target is {path}, which {text}"
+    assert refusal(path, depth=Depth(bits=12)) == f"--target is {path}, which {text}"
     assert capfd.readouterr() == ("", "")
 
 
+def test_target_of_12_bits_is_noted_and_takes_a_depth(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 4081, (16, 16)).astype(np.uint16)
+    values[0, 0] = 4080
+    path = written(tmp_path / "x.png", encode(values))
+    assert read_target(path, GREY).max() == 16
+    assert capsys.readouterr().err == (f"--target is {path}: largest value 4080 of 65535 in this 16-bit image: 12-bit "
+                                       "data? --depth=12 makes 4095 white\n")
+    found = read_target(path, GREY, depth=Depth(bits=12))
+    np.testing.assert_array_equal(found[0].numpy(), np.rint(values * (255 / 4095)).astype(np.uint8))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_float_images_of_a_set_to_project_share_one_scale(tmp_path):
+    steps = np.arange(256, dtype=np.float32).reshape(16, 16)
+    for name, values in (("a.tif", steps), ("b.tiff", steps * 4 - 20), ("c.tif", steps * np.nan)):
+        written(tmp_path / name, encode(PIL.Image.fromarray(values), "TIFF"))
+    written(tmp_path / "d.png", encode(pixels(16, 16)))
+    written(tmp_path / "e.tif", b"II*\0")
+    images = ImageSet(tmp_path)
+    ranges = read_ranges(images, shown=False)
+    assert ranges == {"float": (-20, 1000)}
+    found = prepare(images.read("a.tif"), spec_for(GREY, depth=Depth(ranges=ranges)))
+    np.testing.assert_array_equal(found[0].numpy(), np.rint((steps + 20) / 4).astype(np.uint8))
+
+
 def test_target_every_reason_has_its_words():
-    assert set(_REASONS) | {"smaller than the wide crop"} == set(REASONS)
+    assert set(_REASONS) | {"smaller than the wide crop", "32-bit or float, but not named .tif or .pfm"} == set(REASONS)
     assert set(BAD) == set(_REASONS)
 
 

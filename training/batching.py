@@ -7,8 +7,8 @@ micro-batches. The minibatch standard deviation wants at most one group of image
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from imagesets.resolutions import is_power_of_two
 from training.config import ConfigError
-from training.config_networks import is_power_of_two
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,11 @@ Paper: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGA
 from dataclasses import dataclass
 from typing import Any
 
+from imagesets.resolutions import MIN_RESOLUTION, is_power_of_two
 from training.config_base import Config
 
 ARCHITECTURES = ("orig", "skip", "resnet")
 HALF_DTYPES = ("float16", "bfloat16")
-
-
-def is_power_of_two(number: int) -> bool:
-    """Tell whether a whole number is 1, 2, 4, 8, ..."""
-    return number >= 1 and number & (number - 1) == 0
 
 
 def _check_network(config: "GeneratorConfig | DiscriminatorConfig") -> None:
@@ -22,7 +18,8 @@ def _check_network(config: "GeneratorConfig | DiscriminatorConfig") -> None:
     config.require_at_least(0, "c_dim", "num_fp16_res")
     config.require_at_least(1, "img_channels", "channel_base", "channel_max")
     resolution = config.img_resolution
-    config.require(resolution >= 8 and is_power_of_two(resolution), "img_resolution", "a power of two >= 8")
+    config.require(resolution >= MIN_RESOLUTION and is_power_of_two(resolution), "img_resolution",
+                   f"a power of two >= {MIN_RESOLUTION}")
     enough_channels = f"a number >= img_resolution ({resolution}), or no channel is left"
     config.require(config.channel_base >= resolution, "channel_base", enough_channels)
     config.require(config.conv_clamp is None or config.conv_clamp > 0, "conv_clamp", "a number > 0, or none")

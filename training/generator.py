@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from imagesets.resolutions import MIN_RESOLUTION, is_power_of_two
 from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import NOISE_MODES
-from training.config_networks import ARCHITECTURES, is_power_of_two
+from training.config_networks import ARCHITECTURES
 from training.layers import (
     DEFAULT_FILTER,
     Conv2dLayer,
@@ -28,8 +29,9 @@ from training.precision import compute_dtype, half_dtype_at
 def check_image_format(network: str, img_resolution: int, img_channels: int, architecture: str,
                        channel_base: int) -> None:
     """Raise ValueError unless a network of this architecture can make or judge such images."""
-    if img_resolution < 8 or not is_power_of_two(img_resolution):
-        raise ValueError(f"{network}: img_resolution is {img_resolution}; expected a power of two from 8 on")
+    if img_resolution < MIN_RESOLUTION or not is_power_of_two(img_resolution):
+        raise ValueError(f"{network}: img_resolution is {img_resolution}; expected a power of two from "
+                         f"{MIN_RESOLUTION} on")
     if img_channels < 1:
         raise ValueError(f"{network}: img_channels is {img_channels}; expected at least 1")
     if channel_base < img_resolution:

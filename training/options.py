@@ -5,15 +5,12 @@ Contradictions between flags are found here; whether a flag suits the data set o
 
 from dataclasses import dataclass
 
+from imagesets.resolutions import RESOLUTIONS, is_resolution
 from training.config import RESUME_CLASSES, ConfigError
 from training.config_base import Config
-from training.config_networks import is_power_of_two
 
 AUGMENT_MODES = ("noaug", "ada", "fixed")
 PRECISIONS = ("fp16", "bf16", "fp32")
-
-# A discriminator has a block with an RGB input from 8 on; at 4096 auto would pass one image at a time.
-MIN_RESOLUTION, MAX_RESOLUTION = 8, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +138,10 @@ class DatasetFacts(Config):
         """Raise ConfigError where the networks cannot take the images."""
         if not self.name or "/" in self.name or "\\" in self.name:
             raise ConfigError(f"the data set's name is {self.name!r}; expected a name without path separators")
-        if not (is_power_of_two(self.resolution) and MIN_RESOLUTION <= self.resolution <= MAX_RESOLUTION):
+        if not is_resolution(self.resolution):
             raise ConfigError(
-                f"data set {self.name} has resolution {self.resolution}; expected a power of two from {MIN_RESOLUTION} "
-                f"to {MAX_RESOLUTION}: convert it with dataset_tool.py"
+                f"data set {self.name} has resolution {self.resolution}; expected {RESOLUTIONS}: "
+                "convert it with dataset_tool.py"
             )
         if self.channels not in (1, 3):
             raise ConfigError(

@@ -9,6 +9,7 @@ from dnnlib.cli import UserError, UserPath
 from imagesets.conversion.options import FILTERS, TRANSFORMS, parse_resolution, parse_share
 from imagesets.conversion.selection import UNLABELLED
 from imagesets.convert import convert
+from imagesets.pixels.depth import MAX_DEPTH, MIN_DEPTH
 from imagesets.sources.opening import SPLITS
 
 _OPTIONS = [
@@ -24,6 +25,10 @@ _OPTIONS = [
                  "that is padded to a square; without it images are stretched."),
     click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
     click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by source and name."),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Take only files whose names fit, such as "
+                 "'*.jpg'; may be repeated."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names fit, such as "
+                 "'*_mask.png', or a folder, such as 'masks/*'; may be repeated."),
     click.option("--labels", type=UserPath(), metavar="FILE",
                  help="Table of labels: ISIC 2017 to 2020 and 2024, metadata.csv of the ISIC archive, HAM10000, or any "
                  "with the columns named below. Without it labels come from dataset.json or sub-folders."),
@@ -44,6 +49,8 @@ _OPTIONS = [
     click.option("--report", type=UserPath(), metavar="FILE",
                  help="JSON file that names the images dropped, changed, or doubtful."),
     click.option("--exact", is_flag=True, help="Decode JPEG files at full size: slower, slightly different pixels."),
+    click.option("--depth", type=int, metavar="BITS", help="Bits of the numbers in images of more than 8 "
+                 f"bits, {MIN_DEPTH} to {MAX_DEPTH}: 12 makes 4095 white. Otherwise 16, or by the values of the set."),
     click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given."),
 ]
 

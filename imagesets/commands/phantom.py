@@ -5,8 +5,9 @@ import click
 from dnnlib.cli import UserPath
 from imagesets.conversion.options import parse_resolution
 from imagesets.phantom import TABLE, write_phantoms
-from imagesets.phantoms.options import check_square, parse_bias, parse_classes
+from imagesets.phantoms.options import MAX_SIDE, check_square, parse_bias, parse_classes
 from imagesets.phantoms.scene import ARTEFACT_RATES
+from imagesets.resolutions import MIN_RESOLUTION
 
 
 @click.command()
@@ -14,7 +15,7 @@ from imagesets.phantoms.scene import ARTEFACT_RATES
               help="The data set to write: a name ending in .zip, or a new folder.")
 @click.option("--count", type=int, default=2000, show_default=True, metavar="INT", help="Number of images.")
 @click.option("--resolution", default="64x64", show_default=True, metavar="WxH",
-              help="Square, a power of two from 8 to 1024.")
+              help=f"Square, a power of two from {MIN_RESOLUTION} to {MAX_SIDE}.")
 @click.option("--classes", default="benign:0.87,melanoma:0.13", show_default=True, metavar="NAME:SHARE,...",
               help="Classes and their shares of the images, which add up to 1; exact to one image.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="INT", help="Equal seeds give equal images.")

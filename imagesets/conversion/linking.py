@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagesets.conversion.selection import Selection
+from imagesets.conversion.selection import Selection, images_of_rows
 from imagesets.conversion.tally import Tally
 from imagesets.duplicates import identical_sets, link_groups
 from imagesets.writer import image_name
@@ -32,7 +32,9 @@ def link(selection: Selection, tally: Tally) -> Linked:
     texts = [image_name(position) if known is None or known[index] is None else known[index]
              for position, index in enumerate(kept)]
     duplicates = identical_sets(tally.digests)
-    units, merged = link_groups(texts, duplicates + _same_row(selection.labelling.rows, kept))
+    rows = selection.labelling.rows
+    of_one_row = [] if rows is None else list(images_of_rows(rows[kept]).values())
+    units, merged = link_groups(texts, duplicates + of_one_row)
     sizes = np.bincount(units)
     # A unit is named by the first patient or lesion in it, else by its first image.
     name_of: dict[int, str] = {}
@@ -43,16 +45,6 @@ def link(selection: Selection, tally: Tally) -> Linked:
     groups = [None if sizes[unit] == 1 and name_of[unit] == image_name(position) else name_of[unit]
               for position, unit in enumerate(units.tolist())]
     return Linked(groups=groups, num_groups=len(sizes), num_merged=merged, duplicates=duplicates)
-
-
-def _same_row(rows: np.ndarray | None, kept: np.ndarray) -> list[np.ndarray]:
-    """Return the positions of images that share a row of the table."""
-    if rows is None:
-        return []
-    chosen = rows[kept]
-    order = np.argsort(chosen, kind="stable")
-    runs = np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1)
-    return [run for run in runs if len(run) > 1 and chosen[run[0]] >= 0]
 
 
 def contradictions(selection: Selection, tally: Tally, linked: Linked) -> list[list[int]]:

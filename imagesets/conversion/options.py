@@ -1,32 +1,39 @@
 """The choices of a conversion, checked before any image is read."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dnnlib.cli import UserError
+from imagesets.pixels.depth import Depth
+from imagesets.resolutions import RESOLUTIONS, is_resolution, nearest_resolution
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 FILTERS = ("box", "lanczos")
-MIN_SIDE, MAX_SIDE = 4, 8192
-_RECORDED = ("split", "labels", "groups", "id_column", "label_column", "group_column", "classes", "merge", "unlabelled",
-             "max_images", "transform", "width", "height", "resize_filter", "exact", "max_bad")
+_RECORDED = ("split", "include", "exclude", "labels", "groups", "id_column", "label_column", "group_column", "classes",
+             "merge", "unlabelled", "max_images", "transform", "width", "height", "resize_filter", "exact", "depth",
+             "max_bad")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """What convert() is asked to do; the fields are named as the options of the command, with None for "not given".
 
+    include, exclude: patterns of file names
     unlabelled:    "error", "drop" or "keep"
     transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
     width, height: of the result (of its content for center-crop-wide); both or none
     max_bad:       share of images, 0 to 1, that may be unreadable
     exact:         decode JPEG files at full size
+    depth:         bits of the numbers in images of more than 8 bits
 
     Raises UserError for values that do not fit.
     """
     split: str | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     labels: str | None = None
     groups: str | None = None
     id_column: str | None = None
@@ -41,6 +48,7 @@ class ConvertOptions:
     height: int | None = None
     resize_filter: str = "lanczos"
     exact: bool = False
+    depth: int | None = None
     max_bad: float = 0.01
 
     def __post_init__(self):
@@ -50,6 +58,10 @@ class ConvertOptions:
             raise UserError(f"--resize-filter={self.resize_filter}; expected {' or '.join(FILTERS)}")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"--max-bad={self.max_bad}; expected a share from 0 to 1, or from 0% to 100%")
+        for name in ("include", "exclude"):
+            if not all(getattr(self, name)):
+                raise UserError(f'--{name} is empty; expected a pattern of file names, such as --{name}="*.png"')
+        Depth(bits=self.depth)  # checks
         tables = {"id_column": self.labels or self.groups, "label_column": self.labels,
                   "group_column": self.labels or self.groups}
         for name, table in tables.items():
@@ -69,7 +81,7 @@ class ConvertOptions:
         for name in ("labels", "groups"):
             if given[name] is not None:
                 given[name] = Path(given[name]).name
-        return {name: given[name] for name in _RECORDED if given[name] is not None}
+        return {name: given[name] for name in _RECORDED if given[name] not in (None, (), [])}
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -92,7 +104,7 @@ def parse_share(text: str) -> float:
 def check_resolution(width: int, height: int, transform: str | None) -> None:
     """Raise UserError when images of this size would not become squares with a power of two a side."""
     given = f"--resolution={width}x{height}"
-    near = nearest_power(width)
+    near = nearest_resolution(width)
     if transform == "center-crop-wide":
         if height > width:
             raise UserError(f"{given} is higher than wide; center-crop-wide expects the width first, such as "
@@ -100,21 +112,10 @@ def check_resolution(width: int, height: int, transform: str | None) -> None:
         if height < 1:
             raise UserError(f"{given} has no height; expected for example {near}x{near * 3 // 4}")
     elif width != height:
-        near = nearest_power(min(width, height))
+        near = nearest_resolution(min(width, height))
         raise UserError(f"{given} is not square; expected equal sides, such as {near}x{near}, or "
                         "--transform=center-crop-wide, which pads with black to a square")
-    if not is_usable_side(width):
+    if not is_resolution(width):
         other = near if transform != "center-crop-wide" else max(1, near * height // max(width, 1))
-        raise UserError(f"{given}: {width} is not a power of two from {MIN_SIDE} to {MAX_SIDE}; expected for example "
+        raise UserError(f"{given}: {width} is not {RESOLUTIONS}, as networks take; expected for example "
                         f"{near}x{other}")
-
-
-def is_usable_side(side: int) -> bool:
-    """Return whether networks can be built for images of this side."""
-    return nearest_power(side) == side
-
-
-def nearest_power(side: int) -> int:
-    """Return the power of two in the allowed range that is nearest."""
-    powers = [1 << exponent for exponent in range(MIN_SIDE.bit_length() - 1, MAX_SIDE.bit_length())]
-    return min(powers, key=lambda power: abs(power - side))

@@ -16,7 +16,10 @@ from imagesets.conversion.selection import REASONS, Labelling, Selection
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.classes import names_of_numbers
 from imagesets.naming import listed
+from imagesets.pixels.depth import depth_remark
+from imagesets.pixels.resize import PixelSpec
 from imagesets.sources.joining import repeated_names
+from imagesets.sources.patterns import masks_among
 from imagesets.sources.source import Source
 
 _SHOWN = 3
@@ -40,10 +43,10 @@ def write_report(path: str | os.PathLike | None, report: Mapping[str, Any]) -> N
         file.write("\n")
 
 
-def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked, channels: int) -> dict[str, Any]:
+def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked, spec: PixelSpec) -> dict[str, Any]:
     """Return the report. found = kept + the counts under dropped.
 
-    channels: 3 or 1, of the images written
+    spec: of the images written
     """
     def named(indices: Iterable[int], listed: bool = True) -> dict[str, Any]:
         indices = list(indices)
@@ -55,8 +58,10 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                 for reason, indices in tally.bad()}
     rows = selection.labelling.rows
     report = {"source": source.name, "kind": source.kind, "found": len(source), "kept": len(tally.kept),
-              "resolution": tally.side, "channels": channels, "dropped": dropped,
+              "resolution": tally.side, "channels": spec.channels, "depth": spec.depth.bits, "dropped": dropped,
               "converted": {note: named(indices, note not in _UNLISTED) for note, indices in tally.notes()},
+              "values": {kind: {"images": found.count, "black": found.black, "white": found.white,
+                                "largest": found.largest} for kind, found in sorted(tally.values.items())},
               "classes": _count_classes(selection, tally.kept),
               "num_groups": linked.num_groups,
               "duplicates": [named_set(source, tally, positions) for positions in linked.duplicates],
@@ -64,6 +69,8 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                                  for indices in contradictions(selection, tally, linked)],
               "ignored_files": {"count": len(source.ignored), "names": list(source.ignored)},
               "left_out_splits": dict(source.left_out)}
+    if source.not_chosen:
+        report["files_not_chosen"] = {"count": len(source.not_chosen), "names": list(source.not_chosen)}
     if source.parts:
         ends = np.cumsum([len(part) for part in source.parts])
         kept = np.diff(np.searchsorted(tally.kept, ends), prepend=0)
@@ -154,6 +161,17 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
         yield f"  dropped: {reason}: {_count_and_names(entry)}"
     for note, entry in report["converted"].items():
         yield f"  converted: {note}: {_count_and_names(entry)}"
+    for kind, found in report["values"].items():
+        if found["black"] == found["white"]:
+            yield f"  note: all {kind} images have the one value {found['white']:g}, and became black"
+            continue
+        yield (f"  values of {kind} images: {found['black']:g} became black, {found['white']:g} white; the largest is "
+               f"{found['largest']:g}")
+        remark = depth_remark(f"all {kind} images", found["white"], found["largest"])
+        if remark is not None:
+            yield f"  note: {remark}"
+    if report["depth"] is not None and not report["values"]:
+        yield f"  note: --depth={report['depth']} changed nothing: no image has more than 8 bits a channel"
     if report["classes"] is not None:
         yield "  classes: " + ", ".join(f"{name} {count}" for name, count in report["classes"].items())
         empty = [name for name, count in report["classes"].items() if not count]
@@ -204,10 +222,12 @@ def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
                "are kept")
     if report["ignored_files"]["count"]:
         yield f"  other files, not images by name: {_count_and_names(report['ignored_files'])}"
+    if "files_not_chosen" in report:
+        yield f"  left out by --include and --exclude: {_count_and_names(report['files_not_chosen'])}"
     if report["left_out_splits"]:
         yield "  other splits, left out: " + ", ".join(f"{k} {v}" for k, v in report["left_out_splits"].items())
     if "images_without_a_row" not in report:  # no table was given
-        for hint in source.hints:
+        for hint in (*source.hints, *filter(None, [masks_among(source.names)])):
             yield f"  note: {hint}"
 
 

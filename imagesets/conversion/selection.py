@@ -1,7 +1,8 @@
 """Decide which images of a source are wanted, and with which label and group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from imagesets.labels.classes import ClassChoice, names_of_numbers
 from imagesets.labels.tables import LabelTable
 from imagesets.naming import listed
 from imagesets.reader import NO_LABEL
+from imagesets.sources.patterns import file_ending, patterns_of
 from imagesets.sources.source import Source, missing_labels
+from imagesets.text_table import plural
 
 UNLABELLED = ("error", "drop", "keep")
 WANTED = ""
@@ -20,12 +23,15 @@ REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, BEYOND_MAX)
 _SHOWN = 5
 
 
-class UnlabelledError(UserError):
-    """Images without a label, which the user has not yet decided on."""
+class LabelsUnclear(UserError):
+    """Images without a label, or rows of a table that several images match, which the user has not yet decided on.
 
-    def __init__(self, message: str, names: Sequence[str]):
+    details: what the report lists
+    """
+
+    def __init__(self, message: str, details: Mapping[str, Any]):
         super().__init__(message)
-        self.names = names
+        self.details = dict(details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +56,17 @@ class Labelling:
         return cls(labels=source.labels, classes=source.classes, groups=source.groups)
 
     @classmethod
-    def of_table(cls, source: Source, table: LabelTable) -> "Labelling":
-        """Look up each image of the source. Raises UserError when no image has a row, or the images are no files.
+    def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labelling":
+        """Look up each image of the source. Groups that the source itself brings stay where the table has none.
 
-        Groups that the source itself brings stay where the table has none.
+        all_meant: the user chose these files, so that several may share a row
+
+        Raises UserError when no image has a row, or the images are no files; LabelsUnclear when a row matches several
+        files, which may be an image and its mask.
         """
         names, rows = _find_rows(source, table, "--labels")
+        if not all_meant:
+            _refuse_shared_rows(source, table, rows)
         position = {name: index for index, name in enumerate(table.class_names)}
         labels = np.full(len(source), NO_LABEL, dtype=np.int64)
         for index in np.flatnonzero(rows >= 0):
@@ -156,7 +167,7 @@ def select(source: Source, labelling: Labelling, *, classes: str | None, merge: 
            max_images: int | None) -> Selection:
     """Apply --classes, --merge, --unlabelled and --max-images.
 
-    Raises UserError when an option does not fit the labels or nothing is left, UnlabelledError when some images have
+    Raises UserError when an option does not fit the labels or nothing is left, LabelsUnclear when some images have
     no label and unlabelled is "error".
     """
     if unlabelled not in UNLABELLED:
@@ -207,9 +218,47 @@ def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
     return [name if name in table else inner for name, inner in zip(source.names, inside)]
 
 
-def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> UnlabelledError:
+def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> None:
+    """Raise LabelsUnclear when a row matches several files of one source, or files of different endings.
+
+    The same name in two sources stays: these may overlap.
+    """
+    part_of = np.repeat(np.arange(len(source.parts)), [len(part) for part in source.parts]) if source.parts else None
+    shared = {}
+    for row, files in images_of_rows(rows).items():
+        endings = {file_ending(source.names[index]) for index in files}
+        if len(endings) > 1 or part_of is None or len(set(part_of[files])) < len(files):
+            shared[table.ids[row]] = [source.names[index] for index in files]
+    if not shared:
+        return
+    examples = "; ".join(" and ".join(files[:_SHOWN]) for files in list(shared.values())[:2])
+    first, second = max(shared.values(), key=lambda files: len(set(map(file_ending, files))))[:2]
+    if file_ending(first) != file_ending(second):
+        advice = f'--include="*{file_ending(first)}" or --exclude="*{file_ending(second)}"'
+    else:
+        folders = [name.split("/")[:-1] for name in (first, second)]
+        own = [[folder for folder in folders[one] if folder not in folders[1 - one]][:1] for one in (0, 1)]
+        advice = " or ".join(f'--exclude="{folder}/*"' for folder in own[0] + own[1]) or f'--exclude="{second}"'
+    of_rows, more = f"of the table's {len(table)} rows", "; ..." if len(shared) > 2 else ""
+    raise LabelsUnclear(f"--labels: {plural(len(shared), f'{of_rows} matches', f'{of_rows} match')} several files "
+                        f"({examples}{more}); expected one image a row: say which files are meant, such as by "
+                        f'{advice}, or take all by --include="*"', {"rows_of_several_files": shared})
+
+
+def images_of_rows(rows: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the images, in order, of each row that has several. rows: int64 [N], -1 without one"""
+    order = np.argsort(rows, kind="stable")
+    runs = np.split(order, np.flatnonzero(np.diff(rows[order])) + 1)
+    return {int(rows[run[0]]): run for run in runs if len(run) > 1 and rows[run[0]] >= 0}
+
+
+def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> LabelsUnclear:
     names = [source.names[index] for index in np.flatnonzero(missing)]
     shown = listed(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     in_table = "" if labelling.rows is None else f", {int((labelling.rows < 0).sum())} of them no row in the table"
-    return UnlabelledError(f"{len(names)} of {len(source)} images have no label{in_table} ({shown}); expected a label "
-                           "for each: add them, or give --unlabelled=drop or --unlabelled=keep", names)
+    others = patterns_of(names, [source.names[index] for index in np.flatnonzero(~missing)]) if source.has_files else []
+    patterns = " ".join(f'--exclude="{pattern}"' for pattern in others)
+    leave_out = f", leave them out ({patterns})" if others else ""
+    return LabelsUnclear(f"{len(names)} of {len(source)} images have no label{in_table} ({shown}); expected a label "
+                         f"for each: add them{leave_out}, or give --unlabelled=drop or "
+                         "--unlabelled=keep", {"unlabelled": names})

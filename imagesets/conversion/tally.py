@@ -3,10 +3,12 @@
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from imagesets.duplicates import DIGEST_SIZE
+from imagesets.pixels.depth import Values
 
 TOO_SMALL = "smaller than the wide crop"  # as it is called where images are decoded; such an image is readable
 _UNSEEN = -1
@@ -21,15 +23,21 @@ class Tally:
         self._digests = bytearray()
         self._hash = hashlib.sha256()
         self.kept = array("q")
+        self.values: dict[str, Values] = {}  # kind -> what the kept images of more than 8 bits held
         self.side: int | None = None  # pixels of the kept images, which are squares of one size
 
-    def add_kept(self, index: int, side: int, digest: bytes, notes: tuple[str, ...]) -> None:
+    def add_kept(self, index: int, side: int, digest: bytes, notes: tuple[str, ...],
+                 values: Values | None = None) -> None:
         """digest: sha256 of the source's bytes"""
         self.side = side
         self._codes[index] = self._code(None, notes)
         self._digests += digest
         self._hash.update(digest)
         self.kept.append(index)
+        if values is not None:
+            so_far = self.values.get(values.kind, replace(values, count=0))
+            self.values[values.kind] = replace(so_far, largest=max(so_far.largest, values.largest),
+                                               count=so_far.count + 1)
 
     def add_bad(self, index: int, reason: str) -> None:
         self._codes[index] = self._code(reason, ())

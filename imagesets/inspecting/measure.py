@@ -29,6 +29,7 @@ class Measures:
     bytes:   int64 [N]
     sizes:   int64 [N, 2], width and height; 0 where faulty
     modes:   int64 [N], index into mode_names, Pillow's "RGB", "L", ...; meaningless where faulty
+    largest: int64 [N], the largest value of any pixel and channel; 0 where faulty
     faults:  row -> why the image cannot be used
     """
 
@@ -37,6 +38,7 @@ class Measures:
     sizes: np.ndarray
     modes: np.ndarray
     mode_names: list[str]
+    largest: np.ndarray
     faults: dict[int, str]
 
     @property
@@ -51,38 +53,39 @@ def measure(images: ImageSet, *, workers: int = 1, on_image: Callable[[], None] 
     """Read and decode all images; a fault is noted, not raised."""
     digests, numbers, mode_names, faults = bytearray(), array("q"), {}, {}
     with closing(ordered_map(partial(_measure_one, images), images.names, workers, chunk=_CHUNK)) as results:
-        for row, (digest, num_bytes, width, height, mode, fault) in enumerate(results):
+        for row, (digest, num_bytes, width, height, mode, largest, fault) in enumerate(results):
             digests += digest
-            numbers.extend((num_bytes, width, height, mode_names.setdefault(mode, len(mode_names))))
+            numbers.extend((num_bytes, width, height, mode_names.setdefault(mode, len(mode_names)), largest))
             if fault is not None:
                 faults[row] = fault
             on_image()
-    table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 4)
+    table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 5)
     return Measures(digests=np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE), bytes=table[:, 0],
-                    sizes=table[:, 1:3], modes=table[:, 3], mode_names=list(mode_names), faults=faults)
+                    sizes=table[:, 1:3], modes=table[:, 3], mode_names=list(mode_names), largest=table[:, 4],
+                    faults=faults)
 
 
-def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str, str | None]:
-    """Return digest, number of bytes, width, height, mode, and what is wrong or None."""
+def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str, int, str | None]:
+    """Return digest, number of bytes, width, height, mode, largest value, and what is wrong or None."""
     try:
         data = images.read(name)
     except UserError as error:
-        return bytes(DIGEST_SIZE), 0, 0, 0, "", f"damaged: {error.__cause__}"
+        return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, f"damaged: {error.__cause__}"
     except OSError as error:
-        return bytes(DIGEST_SIZE), 0, 0, 0, "", f"unreadable: {error.strerror}"
+        return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, f"unreadable: {error.strerror}"
     digest = hashlib.sha256(data).digest()
     try:
-        width, height, mode = _decode(data)
+        width, height, mode, largest = _decode(data)
     except _BadImage as error:
-        return digest, len(data), 0, 0, "", str(error)
-    return digest, len(data), width, height, mode, None
+        return digest, len(data), 0, 0, "", 0, str(error)
+    return digest, len(data), width, height, mode, largest, None
 
 
 class _BadImage(ValueError):
     """The reason is the message."""
 
 
-def _decode(data: bytes) -> tuple[int, int, str]:
+def _decode(data: bytes) -> tuple[int, int, str, int]:
     if not data:
         raise _BadImage("zero bytes")
     try:
@@ -97,4 +100,10 @@ def _decode(data: bytes) -> tuple[int, int, str]:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Warning) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise _BadImage("truncated" if "truncated" in text else text) from error
-    return image.width, image.height, image.mode
+    return image.width, image.height, image.mode, _largest_value(image)
+
+
+def _largest_value(image: PIL.Image.Image) -> int:
+    extrema = image.getextrema()
+    largest = max(high for _, high in extrema) if isinstance(extrema[0], tuple) else extrema[1]
+    return int(largest) if np.isfinite(largest) else 0

@@ -1,21 +1,24 @@
 """Find what is wrong with a data set, and what that stops."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from imagesets.class_columns import are_findings, class_columns, class_names, label_of, label_text
 from imagesets.inspecting.measure import Measures
+from imagesets.pixels.depth import MAX_DEPTH, MIN_DEPTH, depth_remark
 from imagesets.reader import METADATA, ImageSet
+from imagesets.resolutions import MAX_RESOLUTION, MIN_RESOLUTION
 from imagesets.text_table import plural
 
 TRAINING, LABELS = "training", "labels"  # what a problem blocks: all training, or only training with --cond
-SMALLEST, LARGEST = 8, 2048  # resolutions of the networks
 
 MAX_LISTED = 1000  # names in a list; counts are always of all
 _MAX_IN_SET = 5  # names of a set of identical images
+_DARK = 64  # of 255: what the largest number of 14 bits becomes when it is taken for one of 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ def find_problems(images: ImageSet, measures: Measures, duplicates: Sequence[np.
     metadata_fault: why dataset.json was not read
     """
     found = [*_metadata_problems(images, metadata_fault), *_damaged(images, measures),
-             *_size_problems(images, measures), *_mode_problems(images, measures), *_label_problems(images),
-             *_duplicate_problems(images, duplicates)]
+             *_size_problems(images, measures), *_mode_problems(images, measures),
+             *_depth_problems(images, measures), *_label_problems(images), *_duplicate_problems(images, duplicates)]
     return sorted(found, key=lambda problem: [TRAINING, LABELS, None].index(problem.blocks))
 
 
@@ -92,10 +95,11 @@ def _size_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
         files = files_where(wrong)
         yield _problem("not a power of two", TRAINING, f"{plural(len(files), 'image has', 'images have')} sides that "
                        "are no power of two: convert with --resolution=256x256, say", files)
-    if (wrong := (width == height) & (width & (width - 1) == 0) & ((width < SMALLEST) | (width > LARGEST))).any():
+    beyond = (width < MIN_RESOLUTION) | (width > MAX_RESOLUTION)
+    if (wrong := (width == height) & (width & (width - 1) == 0) & beyond).any():
         files = files_where(wrong)
         yield _problem("size out of range", TRAINING, f"{plural(len(files), 'image is', 'images are')} not of "
-                       f"{SMALLEST} to {LARGEST} pixels a side: convert with --resolution", files)
+                       f"{MIN_RESOLUTION} to {MAX_RESOLUTION} pixels a side: convert with --resolution", files)
 
 
 def _mode_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
@@ -110,6 +114,32 @@ def _mode_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
     if grey and colour:
         yield _problem("mixed modes", TRAINING, f"{plural(len(grey), 'grey image')} and {len(colour)} in colour; "
                        "expected one kind: convert the set", [images.names[row] for row in min(grey, colour, key=len)])
+
+
+def _depth_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
+    """Tell sets that are nearly black, as numbers of 12 bits in 16-bit files become."""
+    recorded = _recorded_values(images.source)
+    for kind, white, largest in recorded:
+        if (remark := depth_remark(f"all {kind} images", white, largest)) is not None:
+            yield _problem("depth", None, f"{remark}: convert the source again", [], len(images))
+    is_16_bit = np.array([name.startswith("I;16") for name in measures.mode_names], dtype=bool)[measures.modes]
+    deep, flat = measures.usable & is_16_bit, measures.usable & ~is_16_bit
+    if deep.any():
+        remark = depth_remark("all 16-bit images", (1 << MAX_DEPTH) - 1, int(measures.largest[deep].max()))
+        if remark is not None:
+            yield _problem("depth", None, f"{remark}: convert the set", [], int(deep.sum()))
+    if flat.any() and not recorded and 0 < (largest := int(measures.largest[flat].max())) <= _DARK:
+        bits = next(bits for bits in range(MIN_DEPTH, MAX_DEPTH + 1) if ((1 << bits) - 1) / 257 > largest - 0.5)
+        yield _problem("dark", None, f"largest value {largest} of 255 in all images: {bits}-bit data in 16-bit files? "
+                       f"convert the source again with --depth={bits}", [], int(flat.sum()))
+
+
+def _recorded_values(source: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return kind, white and largest value of images of more than 8 bits, as the conversion has recorded them."""
+    values = source.get("values")
+    entries = values.items() if isinstance(values, dict) else ()
+    return [(kind, found["white"], found["largest"]) for kind, found in entries if isinstance(found, dict)
+            and all(isinstance(found.get(key), (int, float)) for key in ("white", "largest"))]
 
 
 def _label_problems(images: ImageSet) -> Iterator[Problem]:

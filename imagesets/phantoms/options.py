@@ -8,8 +8,9 @@ from dnnlib.cli import UserError
 from imagesets.naming import listed, suggestion
 from imagesets.phantoms.looks import check_looks_differ
 from imagesets.phantoms.scene import ARTEFACT_RATES
+from imagesets.resolutions import MIN_RESOLUTION, is_power_of_two, nearest_resolution
 
-MIN_SIDE, MAX_SIDE = 8, 1024
+MAX_SIDE = 1024  # pixels; the details of a phantom are drawn for no more
 DEFAULT_CLASSES: Mapping[str, float] = MappingProxyType({"benign": 0.87, "melanoma": 0.13})
 _ROUNDING = 0.02  # by which shares may miss 1: seven of two decimals do so easily
 _CLASSES_SYNTAX = "expected NAME:SHARE,NAME:SHARE,..., such as benign:0.87,melanoma:0.13"
@@ -50,7 +51,7 @@ class PhantomOptions:
 def check_square(width: int, height: int) -> None:
     """Raise UserError when --resolution is not square."""
     if width != height:
-        side = _nearest_side(max(width, height))
+        side = nearest_resolution(max(width, height), MAX_SIDE)
         raise UserError(f"--resolution={width}x{height} is not square; expected for example {side}x{side}")
 
 
@@ -91,15 +92,10 @@ def _number(text: str) -> float | None:
 
 
 def _check_side(side: int) -> None:
-    if not MIN_SIDE <= side <= MAX_SIDE or side & (side - 1):
-        near = _nearest_side(side)
-        raise UserError(f"--resolution={side}x{side} is not a power of two from {MIN_SIDE} to {MAX_SIDE}; "
+    if not (is_power_of_two(side) and MIN_RESOLUTION <= side <= MAX_SIDE):
+        near = nearest_resolution(side, MAX_SIDE)
+        raise UserError(f"--resolution={side}x{side} is not a power of two from {MIN_RESOLUTION} to {MAX_SIDE}; "
                         f"expected for example {near}x{near}")
-
-
-def _nearest_side(side: int) -> int:
-    powers = [1 << exponent for exponent in range(MIN_SIDE.bit_length() - 1, MAX_SIDE.bit_length())]
-    return min(powers, key=lambda power: abs(power - side))
 
 
 def _check_classes(classes: Mapping[str, float]) -> None:

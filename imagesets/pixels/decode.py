@@ -1,18 +1,35 @@
 """Read an image file of any kind and make it what a data set wants, or say in a few words why that cannot be done."""
 
 import io
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from imagesets.member_pixels import channels_first
 from imagesets.pixel_hashes import hash_pixels
-from imagesets.pixels.modes import NotFinite, flatten, is_16_bit, is_grey, reduce_16_bit
+from imagesets.pixels.depth import (
+    BeyondDepth,
+    Deep,
+    Depth,
+    NotFinite,
+    NotSurveyed,
+    Unsupported,
+    Values,
+    check_readable,
+    deep_header,
+    read_values,
+    reduce_values,
+    split_bytes,
+    value_range,
+)
+from imagesets.pixels.modes import flatten, is_grey
 from imagesets.pixels.png import encode_png
 from imagesets.pixels.profiles import to_srgb
 from imagesets.pixels.quiet import pillow_silenced, stderr_silenced
@@ -20,8 +37,13 @@ from imagesets.pixels.resize import PixelSpec, Size, crop_and_resize, crop_box, 
 
 # Pillow's own limit against files that claim to be huge, about 13,000 x 13,000; written here so that it cannot move.
 MAX_PIXELS = 178_956_970
+BEYOND_DEPTH = "values beyond --depth"
+_NOT_SURVEYED = "32-bit or float, but not named .tif or .pfm"
 REASONS = ("zero bytes", "not an image", "unsupported format", "truncated", "corrupt", "too large",
-           "not-a-number pixels", "smaller than the wide crop")
+           "not-a-number pixels", BEYOND_DEPTH, _NOT_SURVEYED, "smaller than the wide crop")
+
+_REASON_OF = {NotFinite: "not-a-number pixels", BeyondDepth: BEYOND_DEPTH, NotSurveyed: _NOT_SURVEYED,
+              Unsupported: "unsupported format"}
 
 # Formats that are told by their content. Not the ones that start another program (EPS) or that match nearly anything.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -49,6 +71,7 @@ class Decoded:
     source_size: width and height of the image as it is looked at, after its EXIF rotation
     source_mode: Pillow's name for its pixels, such as "RGB"
     pixel_hash:  of the picture, see imagesets.pixel_hashes
+    values:      what an image of more than 8 bits a channel held, see imagesets.pixels.depth
     notes:       sorted: "1-bit", "16-bit scaled", "32-bit scaled", "CMYK", "HSV", "LAB", "RGB to grey", "YCbCr",
                  "alpha on white", "colour profile ignored", "colour profile to sRGB", "decoder downscaling",
                  "first frame of N" or "of several", "float scaled", "grey to RGB", "opaque alpha dropped", "palette",
@@ -62,14 +85,45 @@ class Decoded:
     source_mode: str
     pixel_hash: str
     notes: tuple[str, ...]
+    values: Values | None = None
 
 
-def probe(data: bytes) -> tuple[int, int, int]:
-    """Return width, height (after EXIF rotation) and channels (1 or 3) from the header. Raises BadImage."""
+class Header(NamedTuple):
+    """Size after EXIF rotation, 1 or 3 channels, and whether the scale follows from the values of the whole set."""
+
+    width: int
+    height: int
+    channels: int
+    needs_range: bool = False
+
+
+def probe(data: bytes) -> Header:
+    """Read the header of an image file. Raises BadImage."""
     with _failures_named():
         image = _open(data)
-        channels = 1 if is_grey(image) else 3
-        return *_upright_size(image, _orientation(image, data)), channels
+        deep = deep_header(image)
+        width, height = _upright_size(image, _orientation(image, data))
+        return Header(width, height, 1 if is_grey(image) else 3, deep is not None and deep.needs_range)
+
+
+def probe_range(data: bytes) -> tuple[str, float, float] | None:
+    """Return the kind, the smallest and the largest value of an image whose scale follows from all of its set.
+
+    None for any other, told by its header. Raises BadImage.
+    """
+    with _failures_named():
+        image = _open(data)
+        deep = deep_header(image)
+        if deep is None or not deep.needs_range:
+            return None
+        with _libtiff_silenced(image):
+            image.load()
+        return deep.kind, *value_range(read_values([image], deep))
+
+
+def may_need_range(name: str) -> bool:
+    """Tell by the name of an image file whether it may be one of those that probe_range reads."""
+    return PIL.Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in ("TIFF", "PPM")
 
 
 def decode(data: bytes, spec: PixelSpec) -> Decoded:
@@ -77,21 +131,28 @@ def decode(data: bytes, spec: PixelSpec) -> Decoded:
     # LIMIT: JPEG has no checksum; bytes flipped inside one may give stripes of a wrong colour, and nobody is told.
     with _failures_named():
         image = _open(data)
-        grey, mode = is_grey(image), image.mode
-        notes = {"16-bit scaled"} if is_16_bit(image) else set()
+        check_readable(image)
+        grey, mode, deep, notes = is_grey(image), image.mode, deep_header(image), set()
         orientation = _orientation(image, data)
         if (frames := _frame_count(image)) != 1:
             notes.add(f"first frame of {frames or 'several'}")
         size = _upright_size(image, orientation)
         reduction = _reduce_in_decoder(image, size, spec)
+        layers = [image] if deep is None else split_bytes(image, _open(data))
         with _libtiff_silenced(image):
-            image.load()
+            for layer in layers:
+                layer.load()
         if orientation != 1:
             notes.add("rotated by EXIF")
-            image = _turn_upright(image, data)
+            layers = [_turn_upright(layer, data) for layer in layers]
+        image, values = layers[0], None
+        if deep is not None:
+            image, values = _to_8_bits(layers, deep, spec.depth)
+            notes.add(f"{deep.kind} scaled")
         profile = None if mode == "CMYK" else image.info.get("icc_profile")
         flat, more = flatten(image, grey=grey)
-    return _finish(flat, spec, size=size, mode=mode, notes=notes | more, reduction=reduction, profile=profile)
+    return _finish(flat, spec, size=size, mode=mode, notes=notes | more, values=values, reduction=reduction,
+                   profile=profile)
 
 
 def decode_array(pixels: np.ndarray, spec: PixelSpec) -> Decoded:
@@ -105,17 +166,32 @@ def decode_array(pixels: np.ndarray, spec: PixelSpec) -> Decoded:
     if not fits or pixels.dtype not in (np.uint8, np.uint16) or not pixels.size:
         raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8 or uint16, [H, W] or "
                          "[H, W, 1, 3 or 4]")
-    notes = set()
+    notes, values = set(), None
     if pixels.dtype == np.uint16:
-        pixels = reduce_16_bit(pixels)
+        with _failures_named():
+            pixels, values = reduce_values(pixels, Deep(kind="16-bit"), spec.depth)
         notes.add("16-bit scaled")
     image = PIL.Image.fromarray(np.ascontiguousarray(pixels))
     flat, more = flatten(image, grey=pixels.ndim == 2)
-    return _finish(flat, spec, size=image.size, mode=image.mode, notes=notes | more)
+    return _finish(flat, spec, size=image.size, mode=image.mode, notes=notes | more, values=values)
 
 
-def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, notes: set[str], reduction: int = 1,
-            profile: bytes | None = None) -> Decoded:
+def _to_8_bits(layers: Sequence[PIL.Image.Image], deep: Deep,
+               depth: Depth) -> tuple[PIL.Image.Image, Values | None]:
+    pixels = read_values(layers, deep)
+    transparent = layers[0].info.get("transparency")
+    if transparent is not None and deep.kind == "16-bit":  # one color of 16 bits; several would share its 8
+        opaque = (pixels.reshape(*pixels.shape[:2], -1) != np.atleast_1d(transparent)).any(axis=2)
+    reduced, values = reduce_values(pixels, deep, depth)
+    image = PIL.Image.fromarray(reduced)
+    image.info = {key: value for key, value in layers[0].info.items() if key != "transparency"}
+    if transparent is not None and deep.kind == "16-bit":
+        image.putalpha(PIL.Image.fromarray(opaque.astype(np.uint8) * 255))
+    return image, values
+
+
+def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, notes: set[str],
+            values: Values | None = None, reduction: int = 1, profile: bytes | None = None) -> Decoded:
     """Crop, resize and encode an L or RGB image whose sides the decoder has divided by `reduction`."""
     box = crop_box(size, spec)
     if box is None:
@@ -135,7 +211,8 @@ def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, no
         picture = picture.convert(wanted)
     pixels = np.asarray(picture)
     return Decoded(png=encode_png(pixels), width=picture.width, height=picture.height, source_size=size,
-                   source_mode=mode, notes=tuple(sorted(notes)), pixel_hash=hash_pixels(channels_first(pixels)))
+                   source_mode=mode, notes=tuple(sorted(notes)), pixel_hash=hash_pixels(channels_first(pixels)),
+                   values=values)
 
 
 def _open(data: bytes) -> PIL.Image.Image:
@@ -229,8 +306,8 @@ def _failures_named() -> Iterator[None]:
         raise
     except PIL.Image.DecompressionBombError as error:
         raise BadImage("too large") from error
-    except NotFinite as error:
-        raise BadImage("not-a-number pixels") from error
+    except (NotFinite, BeyondDepth, NotSurveyed, Unsupported) as error:
+        raise BadImage(_REASON_OF[type(error)]) from error
     except Exception as error:  # damaged files make Pillow raise nearly every kind of exception
         text = str(error).lower()
         raise BadImage("truncated" if "truncated" in text or "end of file" in text else "corrupt") from error

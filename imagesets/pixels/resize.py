@@ -1,12 +1,13 @@
 """Crop and resize to the data set's pixels, equal to the original's transforms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Literal
 
 import PIL.Image
 
 from dnnlib.cli import UserError
+from imagesets.pixels.depth import Depth
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Size = tuple[int, int]  # width, height
@@ -24,6 +25,7 @@ class PixelSpec:
     transform:     None stretches; center-crop takes the largest square; center-crop-wide takes full rows around the
                    middle and puts the picture into a black square of `width`
     exact:         do without the JPEG decoder's own downscaling
+    depth:         how images of more than 8 bits become 8 bits
 
     Raises UserError when the sizes do not fit the transform.
     """
@@ -34,6 +36,7 @@ class PixelSpec:
     resize_filter: Literal["box", "lanczos"]
     channels: Literal[1, 3]
     exact: bool
+    depth: Depth = field(default_factory=Depth)
 
     def __post_init__(self):
         if self.transform not in (None, "center-crop", "center-crop-wide"):

@@ -66,6 +66,7 @@ def join(sources: Sequence[Source], names: Sequence[str]) -> Source:
         load=_JoinedLoader([source.load for source in sources]), labels=labels, classes=classes,
         groups=_join_groups(sources, names), has_files=True,
         ignored=[f"{name}/{file}" for source, name in zip(sources, names) for file in source.ignored],
+        not_chosen=[f"{name}/{file}" for source, name in zip(sources, names) for file in source.not_chosen],
         origin=({"sources": origins} if origins else {}) | ({"phantom": True} if phantom else {}),
         hints=[*(f"{name}: {hint}" for source, name in zip(sources, names) for hint in source.hints),
                *_hints_on_folders(sources, labels)],

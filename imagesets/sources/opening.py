@@ -14,6 +14,7 @@ from imagesets.sources.arrays import open_mnist, open_npz
 from imagesets.sources.cifar import open_cifar
 from imagesets.sources.files import open_folder, open_zip
 from imagesets.sources.joining import join
+from imagesets.sources.patterns import choose_files
 from imagesets.sources.source import Source
 
 SPLITS = ("train", "val", "test", "all")
@@ -22,19 +23,22 @@ _EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-1
              "images (-images-idx3-ubyte.gz)")
 
 
-def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None) -> Source:
+def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None, include: Sequence[str] = (),
+                 exclude: Sequence[str] = ()) -> Source:
     """Open an archive of images, or several folders and zips of one set, one after the other, as one source.
 
-    Raises UserError as open_source() does, and when a folder or an archive would be read twice.
+    include, exclude: patterns of file names, see choose_files
+
+    Raises UserError as open_source() and choose_files() do, and when a folder or an archive would be read twice.
     """
     paths = [Path(path) for path in paths]
     sources = [open_source(path, split=split) for path in paths]
     if len(sources) == 1:
-        return sources[0]
+        return choose_files(sources, include, exclude)[0]
     for index, path in enumerate(paths):
         for earlier in paths[:index]:
             _refuse_repeated(path, earlier)
-    return join(sources, _short_names(paths))
+    return join(choose_files(sources, include, exclude), _short_names(paths))
 
 
 def _refuse_repeated(path: Path, earlier: Path) -> None:

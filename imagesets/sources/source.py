@@ -40,6 +40,7 @@ class Source:
     shape:     (width, height, channels) of all images where the archive says so
     has_files: its images are files, which a table may name
     ignored:   other members, which are no images by their names
+    not_chosen: images that --include and --exclude leave out
     left_out:  images of other splits, by split
     origin:    what a ready data set says of its own origin
     hints:     advice on what was found beside the images
@@ -58,6 +59,7 @@ class Source:
     shape: tuple[int, int, int] | None = None
     has_files: bool = False
     ignored: Sequence[str] = ()
+    not_chosen: Sequence[str] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     hints: Sequence[str] = ()

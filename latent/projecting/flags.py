@@ -54,6 +54,8 @@ FLAGS = [
     Flag(["--resize-filter"], group=IMAGES, type=click.Choice(FILTERS), default="lanczos", metavar="NAME",
          help="lanczos or box. [default: lanczos]"),
     Flag(["--exact"], group=IMAGES, is_flag=True, default=False, help="Decode JPEG files at full size."),
+    Flag(["--depth"], group=IMAGES, type=int, metavar="BITS", help="Bits of the numbers in images of more than 8 bits, "
+         "as in dataset_tool.py: 12 makes 4095 white. [default: 16, or by the values]"),
 
     Flag(["--device"], group=SPEED, metavar="NAME", default="auto", help="auto (a CUDA device where there is one), "
          "cpu, cuda, or one GPU as cuda:1. [default: auto]"),

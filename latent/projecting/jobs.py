@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dnnlib.cli import UserError
 from dnnlib.disk_failures import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
 from imagesets.class_names import VECTOR
+from imagesets.pixels.depth import Depth
 from imagesets.reader import ImageSet
 from latent.network import OpenNetwork, open_network, require_same
 from latent.pictures import make_outdir
@@ -30,7 +32,7 @@ from latent.projecting.set_results import FAILED, STYLES, SUMMARY, TABLE, ZIP, N
 from latent.projecting.set_targets import choose_targets, count_left_out, fingerprint
 from latent.projecting.set_work import ProjectionPlan, SetWorker
 from latent.projecting.start_class import parse_start, starts_of_target
-from latent.projecting.target_image import read_target, spec_for
+from latent.projecting.target_image import read_ranges, read_target, spec_for
 from latent.sampling import choose_batch
 from latent.sharing import memory_advice, settle_device
 from metrics.detectors.similarity import Similarity
@@ -52,7 +54,7 @@ def project_target(request: ProjectRequest) -> int:
     device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, device)
     target = read_target(request.target, network.G, transform=request.transform, resize_filter=request.resize_filter,
-                         exact=request.exact)
+                         exact=request.exact, depth=Depth(bits=request.depth))
     candidates = starts_of_target(network.classes, request.class_, request.label)
     size = request.batch or min(len(candidates), choose_pass(network.G.img_resolution, device))
     similarity = choose_similarity(request.detector, request.detector_weights,
@@ -101,8 +103,10 @@ def project_set(request: ProjectRequest) -> int:
                     "left_out_by_class": left_out, "class": request.class_,
                     **({} if request.label is None else {"label": request.label}),
                     "group_by_class": bool(request.group_by_class)}
+        depth = Depth(bits=request.depth, ranges=read_ranges(images, shown=place.rank == 0))
         _project_set(request, settings, images, network, joined, plan,
-                     SetWorker(images, spec, network, Projector(network.G, similarity, request.settings), plan))
+                     SetWorker(images, replace(spec, depth=depth), network,
+                               Projector(network.G, similarity, request.settings), plan))
     return 0
 
 
@@ -179,6 +183,7 @@ def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similar
             "detector": similarity.name, "detector_weights_sha256": similarity.weights_sha256,
             "detector_preprocessing": similarity.preprocessing, "transform": request.transform,
             "resize_filter": request.resize_filter, "exact": request.exact, "batch": size,
+            **({} if request.depth is None else {"depth": request.depth}),
             "device": torch.device(device).type, **phantom, **network.training}
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dnnlib.cli import UserError
+from imagesets.pixels.depth import Depth
 from latent.projecting.projection import ProjectionSettings
 from latent.sharing import check_counts, count_processes
 from torch_utils.distributed import Place
@@ -36,6 +37,7 @@ class ProjectRequest:
     transform: str
     resize_filter: str
     exact: bool
+    depth: int | None
     device: str
     gpus: int | None
     batch: int | None
@@ -55,6 +57,7 @@ class ProjectRequest:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is given, which belongs to {owner}; leave {flag} out")
         check_counts(batch=self.batch, gpus=self.gpus)
+        Depth(bits=self.depth)  # checks
         self._check_pti(self.settings)
 
     @property

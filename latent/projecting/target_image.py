@@ -3,6 +3,8 @@
 import io
 import os
 import stat
+import sys
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import PIL.Image
@@ -11,10 +13,21 @@ from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.progress import Progress
 from imagesets.conversion.options import TRANSFORMS
-from imagesets.pixels.decode import MAX_PIXELS, BadImage, decode, probe
+from imagesets.pixels.decode import (
+    BEYOND_DEPTH,
+    MAX_PIXELS,
+    BadImage,
+    Decoded,
+    decode,
+    may_need_range,
+    probe,
+    probe_range,
+)
+from imagesets.pixels.depth import Depth, depth_remark, widen
 from imagesets.pixels.resize import PixelSpec
-from imagesets.reader import MAX_FILE_BYTES
+from imagesets.reader import MAX_FILE_BYTES, ImageSet
 
 STRETCH = "none"  # what dataset_tool.py does without --transform
 TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
@@ -29,18 +42,19 @@ _REASONS = {
     "truncated": "ends too early; expected a whole image: copy or download it again",
     "corrupt": "is damaged; expected a whole image: copy or download it again",
     "too large": f"has more than {MAX_PIXELS} pixels; expected a smaller image",
+    BEYOND_DEPTH: "has values for which --depth has no place; expected 0 to 2^depth - 1: choose a larger one",
     "not-a-number pixels": "has pixels that are no finite numbers; expected an image without them",
 }
 
 
 def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: str = "lanczos",
-             exact: bool = False) -> PixelSpec:
+             exact: bool = False, depth: Depth | None = None) -> PixelSpec:
     """Return what makes pictures into images of a generator.
 
     G:             with img_resolution and img_channels
     transform:     "center-crop" takes the largest square, "center-crop-wide" the middle in the proportions 4:3, put
                    between black bars, "none" stretches
-    resize_filter, exact:  as in PixelSpec
+    resize_filter, exact, depth:  as in PixelSpec
 
     Raises UserError for unknown values, and for networks whose images are no pictures.
     """
@@ -52,7 +66,7 @@ def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: st
     side = G.img_resolution
     return PixelSpec(width=side, height=side * 3 // 4 if transform == "center-crop-wide" else side,
                      transform=None if transform == STRETCH else transform, resize_filter=resize_filter,
-                     channels=G.img_channels, exact=exact)
+                     channels=G.img_channels, exact=exact, depth=depth or Depth())
 
 
 def prepare(data: bytes, spec: PixelSpec) -> Tensor:
@@ -60,26 +74,49 @@ def prepare(data: bytes, spec: PixelSpec) -> Tensor:
 
     Raises BadImage where that cannot be done.
     """
-    with PIL.Image.open(io.BytesIO(decode(data, spec).png)) as picture:
+    return _as_tensor(decode(data, spec))
+
+
+def _as_tensor(found: Decoded) -> Tensor:
+    with PIL.Image.open(io.BytesIO(found.png)) as picture:
         pixels = torch.from_numpy(np.array(picture))  # [R, R] or [R, R, 3]
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAULT_TRANSFORM,
-                resize_filter: str = "lanczos", exact: bool = False) -> Tensor:
+                resize_filter: str = "lanczos", exact: bool = False, depth: Depth | None = None) -> Tensor:
     """Return the picture of --target as an image of the network: uint8 [C, R, R].
 
-    transform, resize_filter, exact:  see spec_for
+    transform, resize_filter, exact, depth:  see spec_for
 
-    Raises UserError, one line, when there is no such file, or it is no picture that can be used.
+    Prints a note where the picture's numbers need fewer bits than its file has. Raises UserError, one line, when there
+    is no such file, or it is no picture that can be used.
     """
-    spec = spec_for(G, transform, resize_filter, exact)
+    spec = spec_for(G, transform, resize_filter, exact, depth)
     data = retrying(lambda: _read_file(path), path)
     try:
-        return prepare(data, spec)
+        found = decode(data, spec)
     except BadImage as error:
         problem = _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason]
         raise UserError(f"--target is {path}, which {problem}") from error
+    values = found.values
+    if values and (remark := depth_remark(f"this {values.kind} image", values.white, values.largest)):
+        print(f"--target is {path}: {remark}", file=sys.stderr)
+    return _as_tensor(found)
+
+
+def read_ranges(images: ImageSet, *, shown: bool) -> dict[str, tuple[float, float]]:
+    """Return the smallest and largest value of each kind of images that are scaled alike in a whole set, see Depth."""
+    ranges: dict[str, tuple[float, float]] = {}
+    names = [name for name in images.names if may_need_range(name)]
+    with Progress(len(names), "values of 32-bit and float images") if shown else nullcontext() as progress:
+        for name in names:
+            with suppress(BadImage, UserError):  # told when it is projected
+                if (found := probe_range(images.read(name))) is not None:
+                    widen(ranges, *found)
+            if progress is not None:
+                progress.advance()
+    return ranges
 
 
 def _read_file(path: str | os.PathLike) -> bytes:
@@ -101,6 +138,6 @@ def _read_file(path: str | os.PathLike) -> bytes:
 
 
 def _too_small(data: bytes, spec: PixelSpec) -> str:
-    width, height, _ = probe(data)
+    width, height = probe(data)[:2]
     return (f"is {width}x{height}; expected at least {spec.width} pixels of width, and no more than 4:3 of its height, "
             "for --transform=center-crop-wide: use --transform=center-crop")
