@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ _CHUNK_BYTES = 1 << 20  # of pixels that travel together
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """digest: sha256 of the source's bytes; reason: why there is no png"""
+    """digest: sha256 of the source's bytes; reason: why there is no png; detail: see BadImage"""
     digest: bytes = b""
     png: bytes = b""
     pixel_hash: str | None = None
@@ -42,6 +42,7 @@ class Converted:
     notes: tuple[str, ...] = ()
     values: Values | None = None
     reason: str | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class ConvertImage:
             image = self.load(item)
             result = decode(image, self.spec) if isinstance(image, bytes) else decode_array(image, self.spec)
         except BadImage as error:
-            return Converted(reason=str(error))
+            return Converted(reason=error.reason, detail=error.detail)
         return Converted(digest=hashlib.sha256(image).digest(), png=result.png, size=(result.width, result.height),
                          pixel_hash=result.pixel_hash, notes=tuple(result.notes), values=result.values)
 
@@ -109,9 +110,12 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
 
 
 def _label(opened: Source, options: ConvertOptions) -> Labelling:
+    if options.folders is not None and not (opened.has_files and not all(
+            part.is_ready for part in opened.parts or [opened])):
+        raise UserError(f"--folders: {opened.name} ({opened.kind}) brings its own labels; leave the option out")
     if options.labels is None:
-        refuse_doubtful_folders(opened)
-        labelling = Labelling.of_source(opened)
+        refuse_doubtful_folders(opened, are_classes=options.folders is not None)
+        labelling = Labelling.of_source(opened, ignore_folders=options.folders == "ignore")
     else:
         table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
                            group_column=options.group_column if options.groups is None else None)
@@ -126,7 +130,7 @@ def _label(opened: Source, options: ConvertOptions) -> Labelling:
 def _select(opened: Source, options: ConvertOptions, report: str | os.PathLike | None) -> Selection:
     try:
         return select(opened, _label(opened, options), classes=options.classes, merge=options.merge,
-                      unlabelled=options.unlabelled, max_images=options.max_images)
+                      unlabelled=options.unlabelled, max_images=options.max_images, seed=options.seed or 0)
     except LabelsUnclear as error:
         write_report(report, {"error": str(error), "found": len(opened)} | error.details)
         raise
@@ -138,7 +142,7 @@ def _convert_all(opened: Source, selection: Selection, spec: PixelSpec, writer: 
     for index, result in zip(indices, _results(opened, selection, spec, workers), strict=True):
         progress.advance()
         if result.reason is not None:
-            tally.add_bad(index, result.reason)
+            tally.add_bad(index, result.reason, result.detail)
             continue
         width, height = result.size
         if width != height or not is_resolution(width) or width != (tally.side or width):
@@ -169,12 +173,19 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
         limit = f"more than --max-bad={options.max_bad:.3g} allows" if tally.kept else "none is left"
         if BEYOND_DEPTH in unreadable:
             advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: choose a larger one, or {advice}"
-        message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}; {advice}"
+        example = next(iter(_details(details["dropped"])), "")
+        message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}{example}; {advice}"
     else:
         message = (f"all {num_wanted} images are {TOO_SMALL} to {options.width}x{options.height}; choose a smaller "
                    "--resolution")
     write_report(report, {"error": message} | details)
     raise UserError(message)
+
+
+def _details(dropped: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is to be said of single images, such as how large they are."""
+    for entry in dropped.values():
+        yield from (f"; {name} {detail}" for name, detail in entry.get("details", {}).items())
 
 
 def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, details: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Decode the members of a data set to pixels: 8-bit, grey or RGB, of one shape."""
 
 import io
+import re
 
 import numpy as np
 import PIL.Image
@@ -26,6 +27,8 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
     except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
         # Pillow's own words for what it cannot identify hold the address of our buffer, another one each time.
         reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+        if isinstance(error, PIL.Image.DecompressionBombError):
+            raise UserError(f"{images.path}: {name} {describe_excess(error)}") from error
         raise UserError(f"{images.path}: {name} cannot be decoded ({reason}); make or copy it again") from error
     if image.mode not in ("L", "RGB"):
         raise UserError(f"{images.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
@@ -35,6 +38,14 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
         raise UserError(f"{images.path}: {name} is {describe_shape(pixels.shape)}, the first image "
                         f"{describe_shape(shape)}; expected one size: convert it with dataset_tool.py")
     return pixels
+
+
+def describe_excess(error: Exception) -> str:
+    """Return what Pillow's refusal of an image with too many pixels says, to go on from the image's name."""
+    match = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
+    if match is None:  # in the words of another version
+        return f"has too many pixels ({error}): save it smaller"
+    return f"has {int(match[1]):,} pixels; at most {int(match[2]):,} are read: save it smaller"
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import PIL.Image
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.packed_files import packed_names, unpack_advice
 from imagesets.class_names import CLASS, VECTOR, class_order
 from imagesets.naming import listed
 
@@ -72,7 +73,7 @@ class ImageSet:
         suffixes = image_suffixes()
         self.names = sorted(name for name in members if _is_image(name, suffixes))
         if not self.names:
-            raise UserError(f"{self.path} holds no images; expected files such as .png or .jpg")
+            raise UserError(f"{self.path} holds no images; {_what_else(members)}")
         found = _find_metadata(self.path, members, self.names) if with_metadata else None
         if found not in (None, METADATA):
             members = self._enter_folder_of(found, members)
@@ -125,7 +126,7 @@ class ImageSet:
         try:
             if not self.is_zip:
                 return _read_file(self.path / self.locate(name))
-            return self._zip().read(self.locate(name))
+            return _read_member(self._zip(), self.locate(name), self.path)
         except (KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -269,9 +270,25 @@ def _files_below(path: Path) -> list[str]:
 def _read_file(path: Path) -> bytes:
     """Return the bytes of a file. Raises UserError for what is none: opening a pipe would wait for ever."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-        raise UserError(f"{path} is no file of an image's size; expected one of at most {MAX_FILE_BYTES >> 20} MiB")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is a pipe or a device; expected a file")
+    if excess := excess_of(status.st_size):
+        raise UserError(f"{path} {excess}")
     return path.read_bytes()
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    """Return the bytes of a zip's member. Raises UserError for one that would fill the memory."""
+    if excess := excess_of(archive.getinfo(name).file_size):
+        raise UserError(f"{path}: {name} {excess}")
+    return archive.read(name)
+
+
+def excess_of(size: int) -> str | None:
+    """Return why a file of so many bytes is too large, to go on from its name; None for one that is not."""
+    if size <= MAX_FILE_BYTES:
+        return None
+    return f"has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read: save it smaller, or leave it out"
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -282,8 +299,18 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        if (advice := unpack_advice(path)) is not None:
+            raise UserError(f"{path} {advice}") from error
         raise UserError(f"{path} cannot be read as a zip ({error}): it is cut off or no zip; make or copy it "
                         "again") from error
+
+
+def _what_else(members: Sequence[str]) -> str:
+    """Say what to do with a folder or zip without images."""
+    packed = packed_names(sorted(name for name in members if not _is_hidden(name)))
+    if not packed:
+        return "expected files such as .png or .jpg"
+    return f"expected files such as .png or .jpg, not packed ones: take or unpack what lies in it ({listed(packed)})"
 
 
 def _is_image(name: str, suffixes: set[str]) -> bool:

@@ -33,7 +33,10 @@ def do_job(request: Request) -> int:
 
 def make_images(request: Request) -> int:
     """Write an image a seed, and a sheet of them."""
-    seeds = parse_seeds("--seeds", request.seeds)
+    named = parse_seeds("--seeds", request.seeds)
+    seeds = list(dict.fromkeys(named))  # a seed has one file, and one image
+    if len(seeds) < len(named):
+        print(f"--seeds names {len(named)} seeds, {len(seeds)} of them different; each is made once", file=sys.stderr)
     with _painting(request) as (network, painter):
         classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1 and request.outdir and request.grid != BESIDE_FILES:
@@ -173,7 +176,9 @@ def _write(request: Request, batches: Iterable[Tensor], files: Sequence[str], sh
         for image, name in zip(pixels, names) if outdir is not None else ():  # a sheet alone has no names
             save_picture(outdir / name, image)
     if outdir is not None and files:
-        click.echo(f"{request.outdir}: {len(files)} images, {files[0]} to {files[-1]}")
+        named = sorted(files, key=lambda name: (len(name), name))  # 70000 has a digit more than 0005
+        click.echo(f"{request.outdir}: " + (f"{len(named)} images, {named[0]} to {named[-1]}" if len(named) > 1 else
+                                            f"1 image, {named[0]}"))
     if sheet is not None:
         path = Path(outdir) / "grid.png" if request.grid == BESIDE_FILES else Path(request.grid)
         sheet.save(path)

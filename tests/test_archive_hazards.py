@@ -1,7 +1,9 @@
 """Archives that once gave wrong labels, or no end."""
 
+import io
 import json
 import os
+import struct
 import zipfile
 
 import numpy as np
@@ -9,9 +11,13 @@ import pytest
 
 from dnnlib.cli import UserError
 from imagesets.convert import convert
+from imagesets.inspecting.measure import measure
 from imagesets.labels.tables import read_table
+from imagesets.member_pixels import load_pixels
 from imagesets.reader import MAX_CLASSES, ImageSet
 from imagesets.sources.opening import open_source
+from tests.image_files import png_chunk
+from tests.make_archives import encode, make_folder, make_zip, noise
 from tests.make_sets import pixels_of, png
 
 
@@ -59,8 +65,49 @@ def test_class_names_that_repeat_are_refused(tmp_path):
 
 def test_pipe_among_images_is_refused_when_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match=r"pipe\.png is no file of an image's size; expected one of at most 1024 MiB$"):
+    with pytest.raises(UserError, match=r"pipe\.png is a pipe or a device; expected a file$"):
         ImageSet(tmp_path).read("pipe.png")
+
+
+HUGE = encode(np.zeros((1, 1)))[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 13400, 13400, 8, 0, 0, 0, 0)) + \
+    png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+MANY_PIXELS = "has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"
+MANY_BYTES = "has 5,000 bytes; at most 1,000 are read: save it smaller, or leave it out"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_that_are_too_large_name_size_and_limit(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("imagesets.reader.MAX_FILE_BYTES", 1000)
+    files = {"a.png": encode(noise(1, 8, 8)), "huge.png": HUGE, "long.png": bytes(5000)}
+    source = make_zip(tmp_path / "a.zip", files) if packed else make_folder(tmp_path / "a", files)
+    options = {"workers": 1, "stream": io.StringIO(), "report": tmp_path / "r.json"}
+    done = convert(source, tmp_path / "set.zip", max_bad=1, **options)
+    assert done.dropped == {"unreadable: too large": 2}
+    assert f"  dropped: unreadable: too large: 2 (huge.png {MANY_PIXELS}, long.png {MANY_BYTES})" in done.lines
+    found = json.loads((tmp_path / "r.json").read_text())["dropped"]["unreadable: too large"]
+    assert found == {"count": 2, "names": ["huge.png", "long.png"], "details": {"huge.png": MANY_PIXELS,
+                                                                                "long.png": MANY_BYTES}}
+    with pytest.raises(UserError) as caught:
+        convert(source, tmp_path / "set.zip", **options)
+    assert str(caught.value) == ("2 of 3 images are unreadable (too large 2), more than --max-bad=0.01 allows; "
+                                 f"huge.png {MANY_PIXELS}; see {tmp_path / 'r.json'}")
+    with pytest.raises(UserError) as caught:
+        load_pixels(ImageSet(source), "huge.png")
+    assert str(caught.value) == f"{source}: huge.png {MANY_PIXELS}"
+    with pytest.raises(UserError) as caught:
+        ImageSet(source).read("long.png")
+    assert str(caught.value) == f"{f'{source}: ' if packed else f'{source}/'}long.png {MANY_BYTES}"
+    faults = measure(ImageSet(source)).faults
+    assert faults[1] == f"too large: {MANY_PIXELS}"
+    assert faults[2].endswith(MANY_BYTES)
+
+
+def test_table_cell_without_end_names_its_limit(tmp_path):
+    (tmp_path / "t.csv").write_text("image_id,dx\na,\"" + "nv\nb,nv\n" * 30_000)
+    with pytest.raises(UserError) as caught:
+        read_table(tmp_path / "t.csv")
+    assert str(caught.value) == (f"{tmp_path / 't.csv'}, line 2: a cell has more than 131,072 characters; expected "
+                                 "short ones: is a quote in this row not closed?")
 
 
 def test_npz_labels_that_are_no_numbers_or_too_large_are_refused(tmp_path):

@@ -37,6 +37,10 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+def read_json_of(data_set):
+    return json.loads(ImageSet(data_set).read("dataset.json"))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Six 8x8 images of three classes; b is the same file twice, in two classes."""
@@ -77,6 +81,13 @@ def test_byte_identical_images_are_kept_in_one_group_and_contradictions_named(fo
     assert "  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv" in summary.lines
 
 
+def test_a_set_that_is_there_twice_is_asked_about(tmp_path):
+    files = {f"{folder}_part_{part}/{part}.png": image(part) for folder in ("HAM", "ham") for part in (1, 2)}
+    summary = run(make_folder(tmp_path / "in", files), tmp_path / "set.zip", folders="ignore")
+    assert ("  byte-identical: 4 images in 2 sets, kept in one group each (HAM_part_1/1.png = ham_part_1/1.png); does "
+            "the source hold the set twice? Give each of its folders once") in summary.lines
+
+
 def test_an_unlabelled_duplicate_is_no_contradiction(folder, tmp_path):
     (folder / "nv/b.png").unlink()
     (folder / "b.png").write_bytes(image(2))
@@ -93,11 +104,75 @@ def test_classes_and_merge_choose_and_order(folder, tmp_path):
     assert read_json(tmp_path / "r.json")["dropped"]["class not chosen"]["names"] == ["mel/a.png", "mel/b.png"]
 
 
-def test_max_images_takes_the_first_wanted_and_counts_the_rest(folder, tmp_path):
+def test_max_images_draws_from_the_classes_chosen_and_counts_the_rest(folder, tmp_path):
     summary = run(folder, tmp_path / "set.zip", classes="nv", max_images=2, report=tmp_path / "r.json")
     assert (summary.found, summary.kept) == (6, 2)
-    assert summary.dropped == {"class not chosen": 3, "beyond --max-images": 1}
-    assert read_json(tmp_path / "r.json")["dropped"]["beyond --max-images"]["names"] == ["nv/d.png"]
+    assert summary.dropped == {"class not chosen": 3, "not drawn for --max-images": 1}
+    assert "  sample: 2 of 3 images, drawn at random (--max-images, --seed): nv 2 of 3" in summary.lines
+    report = read_json(tmp_path / "r.json")
+    assert report["sample"] == {"drawn": 2, "of": 3, "classes": {"nv": [2, 3]}}
+    assert len(report["dropped"]["not drawn for --max-images"]["names"]) == 1
+    source = ImageSet(tmp_path / "set.zip").source
+    assert (source["options"]["max_images"], source["options"]["seed"]) == (2, 0)
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """One set of 40 images of class a, 16 of b and 4 of c in every kind of archive: a list of paths for each."""
+    place = tmp_path_factory.mktemp("archives")
+    files = {f"{name}/{index:02d}.png": image(100 * code + index)
+             for code, (name, count) in enumerate((("a", 40), ("b", 16), ("c", 4))) for index in range(count)}
+    folder, packed = make_folder(place / "folder", files), make_zip(place / "packed.zip", files)
+    run(folder, place / "ready.zip")
+    halves = [make_folder(place / half, {name: data for name, data in files.items() if int(name[2:4]) % 2 == odd})
+              for odd, half in enumerate(("even", "odd"))]
+    (place / "flat").mkdir()
+    for name, data in files.items():
+        (place / "flat" / name.replace("/", "")).write_bytes(data)
+    table = place / "t.csv"
+    rows = [f"{name[0]}{name[2:4]},{name[0]},{name[0]}{int(name[2:4]) // 4}\n" for name in files]
+    table.write_text("image,class,lesion\n" + "".join(rows))
+    np.savez(place / "set.npz", train_images=noise(0, 60, 8, 8), train_labels=[[0]] * 40 + [[1]] * 16 + [[2]] * 4)
+    columns = {"labels": table, "id_column": "image", "label_column": "class", "group_column": "lesion"}
+    return {"folder": (folder, {}), "zip": (packed, {}), "data set": (place / "ready.zip", {}), "halves": (halves, {}),
+            "table": (place / "flat", columns), "npz": (place / "set.npz", {})}
+
+
+def drawn_by(path, dest, **options):
+    """Return the images' hashes, in order, and the counts of the classes."""
+    summary = run(path, dest, max_images=15, **options)
+    found = ImageSet(dest)
+    return [hash(found.read(name)) for name in found.names], list(summary.class_counts.values())
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "data set", "halves", "table", "npz"])
+def test_max_images_is_a_seeded_sample_of_all_classes_in_proportion(kind, archives, tmp_path):
+    path, options = archives[kind]
+    first, counts = drawn_by(path, tmp_path / "0.zip", **options)
+    assert counts == [10, 4, 1]
+    assert drawn_by(path, tmp_path / "1.zip", seed=0, workers=2, **options) == (first, counts)
+    assert (tmp_path / "0.zip").read_bytes() == (tmp_path / "1.zip").read_bytes()
+    other, counts = drawn_by(path, tmp_path / "2.zip", seed=1, **options)
+    assert counts == [10, 4, 1]
+    assert set(other) != set(first)
+    run(path, tmp_path / "all.zip", **options)
+    everything = ImageSet(tmp_path / "all.zip")
+    places = {hash(everything.read(name)): place for place, name in enumerate(everything.names)}
+    assert [places[one] for one in first] == sorted(places[one] for one in first)  # in the order of the set
+    assert max(places[one] for one in first[:10]) > 20  # and not its first ones
+
+
+def test_max_images_of_a_set_without_classes_is_a_sample_and_of_enough_images_all(archives, tmp_path):
+    plain = make_folder(tmp_path / "plain", {f"{index:02d}.png": image(index) for index in range(30)})
+    summary = run(plain, tmp_path / "set.zip", max_images=6)
+    assert "  sample: 6 of 30 images, drawn at random (--max-images, --seed)" in summary.lines
+    names = read_json_of(tmp_path / "set.zip")["pixel_hashes"]
+    assert len(names) == 6
+    first = [ImageSet(plain).read(f"{index:02d}.png") for index in range(6)]
+    assert [ImageSet(tmp_path / "set.zip").read(name) for name in names] != first
+    summary = run(archives["folder"][0], tmp_path / "all.zip", max_images=60)
+    assert summary.dropped == {}
+    assert not [line for line in summary.lines if "sample" in line]
 
 
 def test_an_unlabelled_image_is_an_error_until_decided(folder, tmp_path):
@@ -367,6 +442,8 @@ def test_a_zip_and_a_folder_of_the_same_images_give_the_same_images(folder, tmp_
     ({"resize_filter": "cubic"}, "--resize-filter=cubic; expected box or lanczos"),
     ({"max_bad": 1.5}, "--max-bad=1.5; expected a share from 0 to 1, or from 0% to 100%"),
     ({"max_images": 0}, "--max-images=0; expected at least 1"),
+    ({"seed": 3}, "--seed=3 draws the images of --max-images, which is not given; add it, or leave --seed out"),
+    ({"seed": -1, "max_images": 3}, "--seed=-1; expected a number from 0 to 4294967295"),
     ({"unlabelled": "skip"}, "--unlabelled=skip; expected one of error, drop, keep"),
     ({"workers": 0}, "--workers=0; expected at least 1"),
     ({"width": 8}, "--height is missing; expected both, or --resolution=WIDTHxHEIGHT"),
@@ -553,6 +630,39 @@ def test_class_folders_of_several_sources_are_joined_by_name(tmp_path, first, se
     assert found.classes == classes
     assert (None if found.labels is None else found.labels.tolist()) == labels
     assert (classes is None) == any("x, y are not taken as classes" in line for line in summary.lines)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_folders_that_look_like_parts_wait_for_a_word_of_the_user(tmp_path, several):
+    files = {f"images_part_{part}/{name}.png": image(ord(name)) for part, name in ((1, "a"), (1, "b"), (2, "c"))}
+    source = make_folder(tmp_path / "in", files)
+    if several:
+        source = [source, make_folder(tmp_path / "more", {"images_part_1/d.png": image(9), "images_part_2/e.png":
+                                                          image(10)})]
+    with pytest.raises(UserError, match=r"the folders images_part_1, images_part_2 look like parts of a data set, not"):
+        run(source, tmp_path / "set.zip")
+    assert not (tmp_path / "set.zip").exists()
+    counts = run(source, tmp_path / "set.zip", folders="classes").class_counts
+    assert counts == ({"images_part_1": 3, "images_part_2": 2} if several else {"images_part_1": 2, "images_part_2": 1})
+    assert ImageSet(tmp_path / "set.zip").source["options"]["folders"] == "classes"
+    run(source, tmp_path / "none.zip", folders="ignore")
+    assert ImageSet(tmp_path / "none.zip").labels is None
+    (tmp_path / "t.csv").write_text("image,dx\n" + "".join(f"{name},{name in 'ab'}\n" for name in "abcde"))
+    table = {"labels": tmp_path / "t.csv", "id_column": "image", "label_column": "dx"}
+    assert run(source, tmp_path / "table.zip", **table).class_counts["True"] == 2
+    with pytest.raises(UserError, match=r"^--folders=ignore and --labels are both given, and a table takes the place"):
+        run(source, tmp_path / "x.zip", folders="ignore", **table)
+
+
+def test_folders_of_archives_that_bring_labels_are_not_asked_about(folder, tmp_path):
+    run(folder, tmp_path / "ready.zip")
+    np.savez(tmp_path / "set.npz", train_images=noise(0, 2, 8, 8), train_labels=[[0], [1]])
+    for name, kind in (("ready.zip", "zip of images with dataset.json"), ("set.npz", "MedMNIST npz")):
+        with pytest.raises(UserError) as caught:
+            run(tmp_path / name, tmp_path / "x.zip", folders="ignore")
+        assert str(caught.value) == f"--folders: {name} ({kind}) brings its own labels; leave the option out"
+    run([tmp_path / "ready.zip", folder], tmp_path / "both.zip", folders="ignore", unlabelled="keep")
+    assert ImageSet(tmp_path / "both.zip").labels.tolist() == [0, 0, 1, 1, 1, 2, *[NO_LABEL] * 6]
 
 
 def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabelled(tmp_path):

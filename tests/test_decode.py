@@ -3,6 +3,7 @@ import logging
 import pickle
 import struct
 import warnings
+import zlib
 from random import Random
 
 import numpy as np
@@ -213,9 +214,20 @@ def test_decode_bad_file_has_its_reason_and_is_silent(name, capfd):
     with warnings.catch_warnings(record=True, action="always") as caught, pytest.raises(BadImage) as error:
         decode(data, spec_with())
     assert (error.value.reason, str(error.value)) == (reason, reason)
+    assert error.value.detail == ("has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"
+                                  if name == "huge" else "")
     assert reason in REASONS
     assert not caught
     assert capfd.readouterr() == ("", "")
+
+
+def test_decode_png_with_a_profile_that_is_too_long_says_so():
+    profile = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2 << 20)))
+    with pytest.raises(BadImage) as error:
+        decode(PNG[:33] + profile + PNG[33:], spec_with())
+    assert (error.value.reason, error.value.detail) == (
+        "too large", "has a text or a color profile inside that is longer than the 1,048,576 bytes that are read (all "
+        "together 67,108,864): save it without")
 
 
 @pytest.mark.parametrize("name", ["empty", "text", "heic", "jpeg start only", "huge"])

@@ -106,6 +106,22 @@ def test_images_follow_seed_class_and_look(inside, capsys, flags, look):
     assert np.array_equal(pixels_in("a/b/seed70000.png"), expected[1])
 
 
+def test_a_seed_named_twice_is_made_once_and_the_files_are_counted(inside, capsys):
+    assert run(generate.main, ["--network=net.safetensors", "--seeds=3,0-1,0", "--class=nv", "--outdir=out",
+                               "--grid=sheet.png"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out: 3 images, seed0000.png to seed0003.png\nsheet.png: 2 x 2 images\n"
+    assert captured.err == "--seeds names 4 seeds, 3 of them different; each is made once\n"
+    assert sorted(os.listdir("out")) == ["seed0000.png", "seed0001.png", "seed0003.png"]
+    assert make(capsys, "--seeds=7", "--class=nv", "--outdir=one") == "one: 1 image, seed0007.png\n"
+
+
+def test_style_mix_of_seeds_named_twice_counts_its_files(inside, capsys):
+    out = make(capsys, "--style-mix", "--rows=1,1", "--cols=2,2", "--class=nv", "--outdir=out")
+    assert out.startswith("out: 3 images and grid.png, ")
+    assert sorted(os.listdir("out")) == ["1-1.png", "1-2.png", "2-2.png", "grid.png"]
+
+
 def test_images_are_alike_in_batches(inside, capsys):
     make(capsys, "--seeds=0-4", "--class=nv", "--outdir=out", "--batch=3")
     found = np.stack([pixels_in(f"out/seed{seed:04d}.png") for seed in range(5)])

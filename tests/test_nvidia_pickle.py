@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_read_many_tensors_of_one_storage_are_refused_before_they_take_memory(tm
     for index in range(100):
         buffers[f"copy{index}"] = large
     (tmp_path / "a.pkl").write_bytes(dumps(snapshot(content)))
-    assert refused(tmp_path / "a.pkl").endswith("and what precedes it hold more bytes than the file")
+    assert re.search(r"and what precedes it hold [\d,]+ bytes more than the file$", refused(tmp_path / "a.pkl"))
 
 
 def test_read_module_in_itself_is_refused(tmp_path):
@@ -229,7 +230,8 @@ def test_read_module_in_itself_is_refused(tmp_path):
     fill = b"h\x63(" + fields + flat("state") + state + b"u"
     stream = b"\x80\x02}(" + flat("G_ema") + make + flat("training_set_kwargs") + fill + b"u."
     (tmp_path / "a.pkl").write_bytes(stream)
-    assert refused(tmp_path / "a.pkl").endswith(f": G_ema{'.child' * 17} is nested too deep or in too many modules")
+    expected = f": G_ema{'.child' * 17} is nested more than 16 modules deep; no network is"
+    assert refused(tmp_path / "a.pkl").endswith(expected)
 
 
 @pytest.mark.parametrize(("content", "expected"), [

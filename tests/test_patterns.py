@@ -52,6 +52,15 @@ def test_patterns_fit_names_or_ends_of_paths_in_any_case(lesions, include, exclu
     assert names_left(lesions, include, exclude) == [NAMES[index] for index in left]
 
 
+@pytest.mark.parametrize(("pattern", "left"), [
+    ("ham_1/*", [0, 2, 3]), ("HAM_1/", [1, 2, 3]), ("Ham_1/*", [2, 3]), ("*.JPG", [1]),
+    ("a.jpg", [0, 2, 3]), ("A.jpg", [2, 3])])
+def test_case_decides_between_files_that_nothing_else_tells_apart(pattern, left, tmp_path):
+    names = ("HAM_1/a.JPG", "ham_1/a.jpg", "ham_2/b.jpg", "ham_2/c.jpg")
+    source = make_zip(tmp_path / "twice.zip", {name: image(seed) for seed, name in enumerate(names)})
+    assert names_left(source, exclude=[pattern]) == [names[index] for index in left]
+
+
 def test_files_left_out_are_neither_classes_nor_found_but_named(lesions, tmp_path):
     summary = run(lesions, tmp_path / "set.zip", exclude=["masks/*", "*_mask.png"], report=tmp_path / "r.json")
     found = ImageSet(tmp_path / "set.zip")
@@ -133,6 +142,27 @@ def test_a_row_of_several_files_is_an_error_until_patterns_say_which(files, mess
         chosen = {advice[0]: [advice[1]]}
         summary = run(source, tmp_path / "set.zip", labels=labels, unlabelled="drop", **chosen)
         assert summary.kept == (len(files) if advice[1] == "*" else len(names_left(source, **chosen)))
+
+
+def test_a_set_that_a_zip_holds_twice_is_refused_with_a_table_until_one_is_left_out(tmp_path):
+    folders = [f"{name}_images_part_{part}" for name in ("HAM10000", "ham10000") for part in (1, 2)]
+    source = make_zip(tmp_path / "kaggle.zip", {f"{folder}/{int(folder[-1]) * 10 + number}.jpg": image(number)
+                                                for folder in folders for number in (0, 1)})
+    labels = table(tmp_path, "10", "11", "20", "21")
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "set.zip", labels=labels)
+    assert str(caught.value) == (
+        "--labels: 4 of the table's 4 rows match several files (HAM10000_images_part_1/10.jpg and "
+        "ham10000_images_part_1/10.jpg; HAM10000_images_part_1/11.jpg and ham10000_images_part_1/11.jpg; ...); "
+        'expected one image a row: say which files are meant, such as by --exclude="HAM10000_images_part_1/*" '
+        '--exclude="HAM10000_images_part_2/*" or --exclude="ham10000_images_part_1/*" '
+        '--exclude="ham10000_images_part_2/*", or take all by --include="*"')
+    for name in ("HAM10000", "ham10000"):
+        patterns = [f"{name}_images_part_{part}/*" for part in (1, 2)]
+        summary = run(source, tmp_path / "set.zip", labels=labels, exclude=patterns)
+        assert (summary.found, summary.kept, summary.rows_without_an_image) == (4, 4, 0)
+    lines = run(source, tmp_path / "set.zip", labels=labels, include=["*"]).lines
+    assert [line for line in lines if line.endswith("hold the set twice? Give each of its folders once")]
 
 
 def test_an_image_and_its_mask_in_two_sources_are_told_by_their_endings(tmp_path):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from dnnlib.cli import UserError
+from imagesets.convert import convert
+from imagesets.reader import ImageSet
 from imagesets.sources.opening import open_source
 from tests.make_archives import CIFAR_CLASSES, cifar_pickle, make_cifar, make_idx, make_zip, noise
 
@@ -173,7 +175,8 @@ def test_cifar_pickle_that_asks_for_more_is_refused(content, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("replaced", "message"), [
     ({"data_batch_3": None},
-     "has no member data_batch_3; expected the CIFAR-10 python archive, cifar-10-python.tar.gz"),
+     "has no member data_batch_3; expected the CIFAR-10 python archive, cifar-10-python.tar.gz; any "
+     "other has to be unpacked"),
     ({"data_batch_3": b"\x80\x02]."}, ": data_batch_3 holds a list; expected the dict of a CIFAR-10 batch"),
     ({"data_batch_3": cifar_pickle(noise(0, 2, 3072), [1])},
      ": data_batch_3 does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of CIFAR-10"),
@@ -264,3 +267,70 @@ def test_mnist_cut_off_raises(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"is damaged \(Compressed file ended before the end-of-stream marker was"):
         load_all(open_source(path))
+
+
+HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
+
+
+def make_medmnist(path, classes, *channels, **changed):
+    """Write a file of which the training part has all classes, val and test two and three."""
+    arrays = {f"{part}_images": noise(count, count, 6, 8, *channels)
+              for part, count in (("train", classes), ("val", 2), ("test", 3))}
+    labels = {"train_labels": np.arange(classes)[::-1, None], "test_labels": np.arange(3)[:, None] % classes}
+    return make_npz(path, **arrays | labels | changed)
+
+
+@pytest.mark.parametrize(("name", "classes", "channels", "expected"), [
+    ("dermamnist.npz", 7, (3,), {0: "akiec", 3: "df", 4: "mel", 5: "nv", 6: "vasc"}),
+    ("dermamnist_224.npz", 7, (3,), {2: "bkl"}), ("DermaMNIST (1).npz", 7, (3,), {1: "bcc"}),
+    ("bloodmnist_64.npz", 8, (3,), {0: "basophil", 7: "platelet"}),
+    ("pathmnist_128.npz", 9, (3,), {0: "adipose", 8: "colorectal adenocarcinoma epithelium"}),
+    ("octmnist.npz", 4, (), {3: "normal"}), ("pneumoniamnist.npz", 2, (), {1: "pneumonia"}),
+    ("breastmnist.npz", 2, (), {0: "malignant", 1: "normal or benign"}),
+    ("organcmnist.npz", 11, (), {0: "bladder", 10: "spleen"}), ("tissuemnist.npz", 8, (), {4: "Leukocytes"}),
+    ("retinamnist.npz", 5, (3,), {4: "4"})])
+def test_medmnist_classes_have_their_names(name, classes, channels, expected, tmp_path):
+    make_medmnist(tmp_path / name, classes, *channels)
+    source = open_source(tmp_path / name, split="test")
+    assert source.labels.tolist() == [0, 1, 2 % classes]
+    assert len(source.classes) == len(set(source.classes)) == classes
+    assert {number: source.classes[number] for number in expected} == expected
+    assert not source.hints
+
+
+def test_medmnist_findings_of_the_chest_are_named_columns(tmp_path):
+    labels = {f"{part}_labels": np.eye(14)[:count] for part, count in (("train", 14), ("val", 2), ("test", 3))}
+    make_medmnist(tmp_path / "chestmnist.npz", 14, **labels)
+    source = open_source(tmp_path / "chestmnist.npz")
+    assert (source.labels.shape, len(source.classes), source.classes[7]) == ((14, 14), 14, "pneumothorax")
+    done = convert(tmp_path / "chestmnist.npz", tmp_path / "set.zip", width=8, height=8, workers=1,
+                   stream=io.StringIO())
+    assert any(line.startswith("  labels: lists of 14 numbers (atelectasis, cardiomegaly, ") for line in done.lines)
+    assert ImageSet(tmp_path / "set.zip").classes == source.classes
+
+
+@pytest.mark.parametrize(("name", "changed", "why"), [
+    ("dermamnist_corrected_28.npz", {}, "dermamnist_corrected_28.npz is not named as a file of MedMNIST v2, such as "
+                                        "dermamnist.npz or dermamnist_64.npz"),
+    ("dermamnist.npz", {"train_labels": np.arange(7)[:, None] % 2}, None),  # two classes, numbered anew
+    ("dermamnist.npz", {"train_labels": np.arange(7)[:, None] + 1}, None),
+    ("dermamnist.npz", {"test_labels": None}, None),
+    ("dermamnist.npz", {"train_labels": np.eye(7)}, None),
+    ("dermamnist.npz", {f"{part}_images": noise(0, count, 6, 8) for part, count in
+                        (("train", 7), ("val", 2), ("test", 3))}, None)])
+def test_medmnist_file_that_does_not_fit_keeps_its_numbers_and_says_so(name, changed, why, tmp_path):
+    make_medmnist(tmp_path / name, 7, 3, **changed)
+    source = open_source(tmp_path / name)
+    assert source.classes is None
+    why = why or "dermamnist.npz does not hold the 7 classes of dermamnist"
+    assert source.hints == [f'{why}: its classes are known by number alone; --merge "nevus=0;..." gives them names']
+
+
+def test_medmnist_class_names_are_in_the_data_set(tmp_path):
+    make_medmnist(tmp_path / "dermamnist.npz", 7, 3)
+    options = {"width": 8, "height": 8, "workers": 1, "stream": io.StringIO()}
+    done = convert(tmp_path / "dermamnist.npz", tmp_path / "set.zip", classes="nv,mel", **options)
+    assert done.class_counts == {"nv": 1, "mel": 1}
+    convert(tmp_path / "dermamnist.npz", tmp_path / "all.zip", split="val", **options)
+    result = ImageSet(tmp_path / "all.zip")
+    assert (result.classes, result.labels.tolist()) == (HAM10000, [0, 1])

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,8 +166,8 @@ def test_target_of_more_bytes_than_any_image_is_not_read(tmp_path):
     path = tmp_path / "x.png"
     with open(path, "wb") as file:
         file.truncate((1 << 30) + 1)
-    assert refusal(path) == (f"--target is {path}, which has more than 1024 MiB; expected an image file, such as a "
-                             "PNG or JPEG")
+    assert refusal(path) == (f"--target is {path}, which has 1,073,741,825 bytes; at most 1,073,741,824 are read: "
+                             "save it smaller, or leave it out")
 
 
 def test_target_below_a_file_cannot_be_read(tmp_path):
@@ -188,7 +189,7 @@ BAD = {
                                                             "another: save it as PNG or JPEG"),
     "truncated": (encode(WIDE)[:500], "ends too early; expected a whole image: copy or download it again"),
     "corrupt": (b"\x89PNG" + bytes(50), "is damaged; expected a whole image: copy or download it again"),
-    "too large": (huge_png(), "has more than 178956970 pixels; expected a smaller image"),
+    "too large": (huge_png(), "has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"),
     "not-a-number pixels": (encode(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"),
                             "has pixels that are no finite numbers; expected an image without them"),
     "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values for which --depth has no place; "
@@ -230,8 +231,18 @@ def test_float_images_of_a_set_to_project_share_one_scale(tmp_path):
 
 
 def test_target_every_reason_has_its_words():
-    assert set(_REASONS) | {"smaller than the wide crop", "32-bit or float, but not named .tif or .pfm"} == set(REASONS)
-    assert set(BAD) == set(_REASONS)
+    assert set(_REASONS) | {"smaller than the wide crop", "too large",
+                            "32-bit or float, but not named .tif or .pfm"} == set(REASONS)
+    assert set(BAD) == set(_REASONS) | {"too large"}
+
+
+def test_target_tar_is_to_be_unpacked(tmp_path):
+    path = tmp_path / "lesions.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    folder = tmp_path / "lesions"
+    assert refusal(path) == (f"--target is {path}, which is a tar archive; unpack it: "
+                             f"mkdir -p {folder} && tar -xf {path} -C {folder}")
 
 
 @pytest.mark.parametrize(("width", "height"), [(12, 9), (40, 20)])

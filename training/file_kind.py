@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.packed_files import unpack_advice
 
 # What an option that names a network file takes besides its path; for help texts.
 OTHER_NAMES = "a pattern that matches one file, or the folder of a run, which stands for its newest network"
@@ -22,7 +23,6 @@ class FileKind(Enum):
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive (a data set, or a checkpoint of torch.save)",
     b"version https://git-lfs": "a git-lfs pointer, not the file itself: fetch it with `git lfs pull`",
-    b"\x1f\x8b": "a gzip archive",
     b"\x89HDF": "an HDF5 file",
     b"\x89PNG": "a PNG image",
 }
@@ -99,11 +99,16 @@ def recognise(path: str | os.PathLike) -> FileKind:
         raise ValueError(f"{path} is a folder; expected a network file (.safetensors or NVIDIA .pkl)")
     start = retrying(lambda: _read_start(path), path)
     # safetensors: header size (8 bytes, little-endian), then JSON. Before pickles: a size may begin with 80.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header <= _MAX_HEADER:
         return FileKind.SAFETENSORS
+    if start[8:10] == b'{"':
+        raise ValueError(f"{path} promises a safetensors header of {header:,} bytes; expected at most {_MAX_HEADER:,}: "
+                         "it is damaged, copy it again")
     if start[:1] == b"\x80":
         return FileKind.PICKLE
-    raise ValueError(f"{path} is {_describe(start)}; expected a network file (.safetensors or NVIDIA .pkl)")
+    what = unpack_advice(path) or f"is {_describe(start)}"
+    raise ValueError(f"{path} {what}; expected a network file (.safetensors or NVIDIA .pkl)")
 
 
 def _read_start(path: str | os.PathLike) -> bytes:

@@ -192,8 +192,10 @@ def _read_network(key: str, content: object, file_size: int) -> PickledModule | 
 def _walk_module(where: str, content: object, walk: _Walk, prefix: str, depth: int) -> tuple[str, dict[str, object]]:
     """Collect a module and its children; return its class name and constructor arguments."""
     walk.num_modules += 1
-    if depth > _MAX_DEPTH or walk.num_modules > _MAX_MODULES:
-        raise PickleRefused(f"{where} is nested too deep or in too many modules")
+    if depth > _MAX_DEPTH:
+        raise PickleRefused(f"{where} is nested more than {_MAX_DEPTH} modules deep; no network is")
+    if walk.num_modules > _MAX_MODULES:
+        raise PickleRefused(f"{where} is beyond {_MAX_MODULES:,} modules; no network has so many")
     class_name, source, state = _read_meta(where, content)
     walk.sources[hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()] = None
     arguments = named_arguments(where, class_name, state.get("_init_args", ()), state.get("_init_kwargs", {}))
@@ -206,7 +208,8 @@ def _walk_module(where: str, content: object, walk: _Walk, prefix: str, depth: i
                 tensor = _tensor_of(f"{where}.{name}", kind, value)
                 walk.free_bytes -= tensor.numel() * tensor.element_size()
                 if walk.free_bytes < 0:
-                    raise PickleRefused(f"{where}.{name} and what precedes it hold more bytes than the file")
+                    raise PickleRefused(f"{where}.{name} and what precedes it hold {-walk.free_bytes:,} bytes more "
+                                        "than the file")
                 walk.tensors[prefix + name] = tensor.clone(memory_format=torch.contiguous_format)
                 walk.kinds[prefix + name] = kind
     for name, child in _children(where, state, "_modules").items():

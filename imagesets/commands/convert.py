@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import UserError, UserPath
-from imagesets.conversion.options import FILTERS, TRANSFORMS, parse_resolution, parse_share
+from imagesets.conversion.options import FILTERS, FOLDERS, TRANSFORMS, parse_resolution, parse_share
 from imagesets.conversion.selection import UNLABELLED
 from imagesets.convert import convert
 from imagesets.pixels.depth import MAX_DEPTH, MIN_DEPTH
@@ -24,7 +24,9 @@ _OPTIONS = [
     click.option("--transform", type=click.Choice(TRANSFORMS), help="Cut a square from the centre, or a wide rectangle "
                  "that is padded to a square; without it images are stretched."),
     click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
-    click.option("--max-images", type=int, metavar="INT", help="Stop after that many images, by source and name."),
+    click.option("--max-images", type=int, metavar="INT",
+                 help="Convert a random sample of at most that many images: of each class its share."),
+    click.option("--seed", type=int, metavar="INT", help="Random seed of --max-images. [default: 0]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Take only files whose names fit, such as "
                  "'*.jpg'; may be repeated."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names fit, such as "
@@ -39,6 +41,9 @@ _OPTIONS = [
     click.option("--label-column", metavar="NAME", help="Column with their classes."),
     click.option("--group-column", metavar="NAME", help="Column with patient or lesion: what split keeps together; of "
                  "--groups where that is given."),
+    click.option("--folders", type=click.Choice(FOLDERS), metavar="|".join(FOLDERS),
+                 help="Whether names of sub-folders are classes. Without it they are, unless they look like parts of a "
+                 "set, such as images_part_1 or train: then say so."),
     click.option("--classes", metavar="A,B,...", help="Classes wanted, in this order."),
     click.option("--merge", metavar='"NEW=A,B;..."', help="Join classes under a new name."),
     click.option("--unlabelled", type=click.Choice(UNLABELLED), default="error", show_default=True,

@@ -12,9 +12,10 @@ from imagesets.resolutions import RESOLUTIONS, is_resolution, nearest_resolution
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 FILTERS = ("box", "lanczos")
-_RECORDED = ("split", "include", "exclude", "labels", "groups", "id_column", "label_column", "group_column", "classes",
-             "merge", "unlabelled", "max_images", "transform", "width", "height", "resize_filter", "exact", "depth",
-             "max_bad")
+FOLDERS = ("classes", "ignore")
+_RECORDED = ("split", "include", "exclude", "labels", "groups", "id_column", "label_column", "group_column", "folders",
+             "classes", "merge", "unlabelled", "max_images", "seed", "transform", "width", "height", "resize_filter",
+             "exact", "depth", "max_bad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,9 @@ class ConvertOptions:
     """What convert() is asked to do; the fields are named as the options of the command, with None for "not given".
 
     include, exclude: patterns of file names
+    folders:       what names of sub-folders are: "classes", or nothing ("ignore"); None for classes where they look so
     unlabelled:    "error", "drop" or "keep"
+    seed:          of the sample of max_images, 0 where not given
     transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
     width, height: of the result (of its content for center-crop-wide); both or none
     max_bad:       share of images, 0 to 1, that may be unreadable
@@ -39,10 +42,12 @@ class ConvertOptions:
     id_column: str | None = None
     label_column: str | None = None
     group_column: str | None = None
+    folders: str | None = None
     classes: str | None = None
     merge: str | None = None
     unlabelled: str = "error"
     max_images: int | None = None
+    seed: int | None = None
     transform: str | None = None
     width: int | None = None
     height: int | None = None
@@ -67,6 +72,16 @@ class ConvertOptions:
         for name, table in tables.items():
             if getattr(self, name) is not None and table is None:
                 raise UserError(f"--{name.replace('_', '-')} names a column, but there is no table; add --labels=FILE")
+        if self.seed is not None and self.max_images is None:
+            raise UserError(f"--seed={self.seed} draws the images of --max-images, which is not given; add it, or "
+                            "leave --seed out")
+        if not 0 <= (self.seed or 0) < 2**32:
+            raise UserError(f"--seed={self.seed}; expected a number from 0 to {2**32 - 1}")
+        if self.folders is not None and self.folders not in FOLDERS:
+            raise UserError(f"--folders={self.folders}; expected {' or '.join(FOLDERS)}")
+        if self.folders is not None and self.labels is not None:
+            raise UserError(f"--folders={self.folders} and --labels are both given, and a table takes the place of "
+                            "folders; expected one of the two")
         if (self.width is None) != (self.height is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
@@ -81,6 +96,8 @@ class ConvertOptions:
         for name in ("labels", "groups"):
             if given[name] is not None:
                 given[name] = Path(given[name]).name
+        if self.max_images is not None:
+            given["seed"] = self.seed or 0
         return {name: given[name] for name in _RECORDED if given[name] not in (None, (), [])}
 
 

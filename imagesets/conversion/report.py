@@ -12,7 +12,7 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from imagesets.conversion.linking import Linked, contradictions
-from imagesets.conversion.selection import REASONS, Labelling, Selection
+from imagesets.conversion.selection import NOT_DRAWN, REASONS, Labelling, Selection
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.classes import names_of_numbers
 from imagesets.naming import listed
@@ -48,9 +48,11 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
 
     spec: of the images written
     """
-    def named(indices: Iterable[int], listed: bool = True) -> dict[str, Any]:
+    def named(indices: Iterable[int], by_name: bool = True) -> dict[str, Any]:
         indices = list(indices)
-        return {"count": len(indices)} | ({"names": [source.names[index] for index in indices]} if listed else {})
+        details = {source.names[index]: tally.details[index] for index in indices if index in tally.details}
+        return ({"count": len(indices)} | ({"names": [source.names[index] for index in indices]} if by_name else {})
+                | ({"details": details} if details else {}))
 
     dropped = {reason: named(np.flatnonzero(selection.reasons == code))
                for code, reason in enumerate(REASONS) if code and (selection.reasons == code).any()}
@@ -71,6 +73,10 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
               "left_out_splits": dict(source.left_out)}
     if source.not_chosen:
         report["files_not_chosen"] = {"count": len(source.not_chosen), "names": list(source.not_chosen)}
+    undrawn = selection.reasons == REASONS.index(NOT_DRAWN)
+    if undrawn.any():
+        report["sample"] = {"drawn": int(selection.wanted.sum()), "of": int((selection.wanted | undrawn).sum()),
+                            "classes": _count_sample(selection, undrawn)}
     if source.parts:
         ends = np.cumsum([len(part) for part in source.parts])
         kept = np.diff(np.searchsorted(tally.kept, ends), prepend=0)
@@ -108,6 +114,15 @@ def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] 
     counts = {name: int((chosen == number).sum()) for number, name in enumerate(names)}
     without = int((chosen < 0).sum())
     return counts | ({"(none)": without} if without else {})
+
+
+def _count_sample(selection: Selection, undrawn: np.ndarray) -> dict[str, list[int]] | None:
+    """Return [images drawn, images there are] of each class, as `_count_classes` does. undrawn: bool [N]"""
+    drawn = _count_classes(selection, np.flatnonzero(selection.wanted))
+    if drawn is None:
+        return None
+    there = _count_classes(selection, np.flatnonzero(selection.wanted | undrawn))
+    return {name: [drawn.get(name, 0), count] for name, count in there.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +174,8 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
         yield f"  from {part['name']} ({part['kind']}): found {part['found']}, kept {part['kept']}"
     for reason, entry in report["dropped"].items():
         yield f"  dropped: {reason}: {_count_and_names(entry)}"
+    if "sample" in report:
+        yield "  " + _describe_sample(report["sample"])
     for note, entry in report["converted"].items():
         yield f"  converted: {note}: {_count_and_names(entry)}"
     for kind, found in report["values"].items():
@@ -180,7 +197,8 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
     elif selection.labels is None:
         yield "  labels: none"
     else:
-        yield f"  labels: lists of {selection.labels.shape[1]} numbers"
+        names = f" ({listed(selection.classes)})" if selection.classes else ""
+        yield f"  labels: lists of {selection.labels.shape[1]} numbers{names}"
     yield from _tables(selection.labelling)
     yield from _remarks(source, report)
 
@@ -200,6 +218,12 @@ def _tables(labelling: Labelling) -> Iterable[str]:
                f"{table.groups_file}")
 
 
+def _describe_sample(sample: Mapping[str, Any]) -> str:
+    of_each = ", ".join(f"{name} {drawn} of {count}" for name, (drawn, count) in (sample["classes"] or {}).items())
+    return (f"sample: {sample['drawn']} of {sample['of']} images, drawn at random (--max-images, --seed)"
+            + (f": {of_each}" if of_each else ""))
+
+
 def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
     for key, what in (("images_without_a_row", "images without a row"),
                       ("rows_without_an_image", "rows without an image"),
@@ -208,8 +232,10 @@ def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
             yield f"  {what}: {_count_and_names(report[key])}"
     if report["duplicates"]:
         examples = " = ".join(report["duplicates"][0][:_SHOWN])
-        yield (f"  byte-identical: {sum(map(len, report['duplicates']))} images in {len(report['duplicates'])} sets, "
-               f"kept in one group each ({examples})")
+        count = sum(map(len, report["duplicates"]))
+        twice = "; does the source hold the set twice? Give each of its folders once" if count == report["kept"] else ""
+        yield (f"  byte-identical: {count} images in {len(report['duplicates'])} sets, kept in one group each "
+               f"({examples}){twice}")
     for entry in report["contradictions"][:_SHOWN]:
         yield "  contradiction among byte-identical images: " + ", ".join(f"{n} is {c}" for n, c in entry.items())
     if len(report["contradictions"]) > _SHOWN:
@@ -235,4 +261,6 @@ def _count_and_names(entry: Mapping[str, Any]) -> str:
     names = entry.get("names", [])
     if not names:
         return str(entry["count"])
-    return f"{entry['count']} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+    details = entry.get("details", {})
+    shown = [f"{name} {details[name]}" if name in details else name for name in names[:_SHOWN]]
+    return f"{entry['count']} ({', '.join(shown)}{', ...' if len(names) > _SHOWN else ''})"

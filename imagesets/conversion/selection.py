@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
+from imagesets.class_shares import class_counts
 from imagesets.duplicates import link_groups
 from imagesets.labels.classes import ClassChoice, names_of_numbers
 from imagesets.labels.tables import LabelTable
@@ -18,8 +19,8 @@ from imagesets.text_table import plural
 
 UNLABELLED = ("error", "drop", "keep")
 WANTED = ""
-NO_CLASS, NOT_CHOSEN, BEYOND_MAX = "no label", "class not chosen", "beyond --max-images"
-REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, BEYOND_MAX)
+NO_CLASS, NOT_CHOSEN, NOT_DRAWN = "no label", "class not chosen", "not drawn for --max-images"
+REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, NOT_DRAWN)
 _SHOWN = 5
 
 
@@ -52,8 +53,16 @@ class Labelling:
     group_table: LabelTable | None = None
 
     @classmethod
-    def of_source(cls, source: Source) -> "Labelling":
-        return cls(labels=source.labels, classes=source.classes, groups=source.groups)
+    def of_source(cls, source: Source, ignore_folders: bool = False) -> "Labelling":
+        """ignore_folders: labels come from dataset.json alone"""
+        if not ignore_folders or source.labels is None:
+            return cls(labels=source.labels, classes=source.classes, groups=source.groups)
+        is_ready = np.concatenate([np.full(len(part), part.is_ready) for part in source.parts or [source]])
+        if not is_ready.any():
+            return cls(labels=None, classes=None, groups=source.groups)
+        labels = source.labels.copy()
+        labels[~is_ready] = NO_LABEL if labels.ndim == 1 else np.nan
+        return cls(labels=labels, classes=source.classes, groups=source.groups)
 
     @classmethod
     def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labelling":
@@ -164,8 +173,8 @@ class Selection:
 
 
 def select(source: Source, labelling: Labelling, *, classes: str | None, merge: str | None, unlabelled: str,
-           max_images: int | None) -> Selection:
-    """Apply --classes, --merge, --unlabelled and --max-images.
+           max_images: int | None, seed: int) -> Selection:
+    """Apply --classes, --merge, --unlabelled and --max-images, whose sample follows from `seed`.
 
     Raises UserError when an option does not fit the labels or nothing is left, LabelsUnclear when some images have
     no label and unlabelled is "error".
@@ -181,8 +190,8 @@ def select(source: Source, labelling: Labelling, *, classes: str | None, merge: 
             raise _unlabelled_error(source, labelling, missing)
         reasons[missing] = REASONS.index(NO_CLASS)
     labels, names = _choose(source, labelling, classes, merge, missing, reasons)
-    if max_images is not None:
-        reasons[np.flatnonzero(reasons == 0)[max_images:]] = REASONS.index(BEYOND_MAX)
+    if max_images is not None and np.count_nonzero(reasons == 0) > max_images:
+        reasons[_not_drawn(np.flatnonzero(reasons == 0), labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
     if reasons.all():
         raise UserError(f"{source.name}: none of its {len(source)} images is left by --unlabelled and --classes; "
                         "expected at least one")
@@ -208,6 +217,19 @@ def _choose(source: Source, labelling: Labelling, classes: str | None, merge: st
     labels = np.where(missing, NO_LABEL, new_index[labelling.labels])
     reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
     return labels, list(choice.names)
+
+
+def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
+    """Return those of `rows` that are not in a random sample of `count`: of each class its share, to one image.
+
+    Images without a label are a class here, and so are all together where labels are lists. Groups do not count: a
+    sample of a lesion's images is one of that lesion.
+    """
+    kinds = np.zeros(len(rows)) if labels is None or labels.ndim == 2 else labels[rows]
+    members = [rows[kinds == kind] for kind in np.unique(kinds)]
+    counts = class_counts([len(some) for some in members], count)
+    random = np.random.RandomState(seed)
+    return np.concatenate([random.permutation(some)[number:] for some, number in zip(members, counts, strict=True)])
 
 
 def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
@@ -236,13 +258,20 @@ def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> 
     if file_ending(first) != file_ending(second):
         advice = f'--include="*{file_ending(first)}" or --exclude="*{file_ending(second)}"'
     else:
-        folders = [name.split("/")[:-1] for name in (first, second)]
-        own = [[folder for folder in folders[one] if folder not in folders[1 - one]][:1] for one in (0, 1)]
-        advice = " or ".join(f'--exclude="{folder}/*"' for folder in own[0] + own[1]) or f'--exclude="{second}"'
+        ways = [dict.fromkeys(_own_folder(name, files[kept]) for files in shared.values() for name in files
+                              if name != files[kept]) for kept in (-1, 0)]
+        advice = " or ".join(" ".join(f'--exclude="{folder}/*"' for folder in list(way)[:_SHOWN])
+                             for way in ways if None not in way) or f'--exclude="{second}"'
     of_rows, more = f"of the table's {len(table)} rows", "; ..." if len(shared) > 2 else ""
     raise LabelsUnclear(f"--labels: {plural(len(shared), f'{of_rows} matches', f'{of_rows} match')} several files "
                         f"({examples}{more}); expected one image a row: say which files are meant, such as by "
                         f'{advice}, or take all by --include="*"', {"rows_of_several_files": shared})
+
+
+def _own_folder(name: str, other: str) -> str | None:
+    """Return the outermost folder that one file lies in and the other does not."""
+    around = other.split("/")[:-1]
+    return next((folder for folder in name.split("/")[:-1] if folder not in around), None)
 
 
 def images_of_rows(rows: np.ndarray) -> dict[int, np.ndarray]:

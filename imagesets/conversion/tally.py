@@ -24,6 +24,7 @@ class Tally:
         self._hash = hashlib.sha256()
         self.kept = array("q")
         self.values: dict[str, Values] = {}  # kind -> what the kept images of more than 8 bits held
+        self.details: dict[int, str] = {}  # of bad images whose reason does not say all, see BadImage
         self.side: int | None = None  # pixels of the kept images, which are squares of one size
 
     def add_kept(self, index: int, side: int, digest: bytes, notes: tuple[str, ...],
@@ -39,8 +40,10 @@ class Tally:
             self.values[values.kind] = replace(so_far, largest=max(so_far.largest, values.largest),
                                                count=so_far.count + 1)
 
-    def add_bad(self, index: int, reason: str) -> None:
+    def add_bad(self, index: int, reason: str, detail: str = "") -> None:
         self._codes[index] = self._code(reason, ())
+        if detail:
+            self.details[index] = detail
 
     @property
     def digests(self) -> np.ndarray:

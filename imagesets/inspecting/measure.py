@@ -15,6 +15,7 @@ import PIL.Image
 
 from dnnlib.cli import UserError
 from imagesets.duplicates import DIGEST_SIZE
+from imagesets.member_pixels import describe_excess
 from imagesets.reader import ImageSet
 from imagesets.workers import ordered_map
 
@@ -70,7 +71,8 @@ def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str
     try:
         data = images.read(name)
     except UserError as error:
-        return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, f"damaged: {error.__cause__}"
+        why = f"damaged: {error.__cause__}" if error.__cause__ is not None else str(error)
+        return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, why
     except OSError as error:
         return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, f"unreadable: {error.strerror}"
     digest = hashlib.sha256(data).digest()
@@ -96,7 +98,7 @@ def _decode(data: bytes) -> tuple[int, int, str, int]:
     except PIL.UnidentifiedImageError as error:
         raise _BadImage("not an image") from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise _BadImage("too large") from error
+        raise _BadImage(f"too large: {describe_excess(error)}") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Warning) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise _BadImage("truncated" if "truncated" in text else text) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import iterate_retrying, retrying
+from dnnlib.packed_files import unpack_advice
 
 _DELIMITERS = ",;\t"
 _CHUNK = 1 << 20
@@ -73,6 +74,10 @@ class DelimitedFile:
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
+                    if "field limit" in str(error):  # Python's own
+                        raise UserError(f"{self.path}, line {line}: a cell has more than {csv.field_size_limit():,} "
+                                        "characters; expected short ones: is a quote in this row not closed?"
+                                        ) from error
                     raise UserError(f"{self.path}, line {line}: the quotes of this row do not fit ({error}); expected "
                                     'cells such as "text", and "" for a quote inside one') from error
                 if cells is None:
@@ -97,7 +102,8 @@ def _encoding_of(path: Path) -> str:
         encoding = "utf-8-sig"
         while chunk := file.read(_CHUNK):
             if b"\x00" in chunk:
-                raise UserError(f"{path} is no text file; expected a table as CSV (a workbook: save it as CSV)")
+                what = unpack_advice(path) or "is no text file"
+                raise UserError(f"{path} {what}; expected a table as CSV (a workbook: save it as CSV)")
             if encoding == "utf-8-sig" and not _decodes(decoder, chunk):
                 encoding = "latin-1"
         return encoding if encoding == "latin-1" or _decodes(decoder, b"", final=True) else "latin-1"

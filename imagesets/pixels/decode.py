@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 
-from imagesets.member_pixels import channels_first
+from imagesets.member_pixels import channels_first, describe_excess
 from imagesets.pixel_hashes import hash_pixels
 from imagesets.pixels.depth import (
     BeyondDepth,
@@ -56,11 +57,16 @@ _UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTAT
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; `reason` is a few words, from this module one of REASONS."""
+    """An image that cannot be used; `reason` is a few words, from this module one of REASONS.
 
-    def __init__(self, reason: str):
+    detail: what was found, what the limit is and what to do, to go on from the image's name; "" where the reason says
+            all
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +229,9 @@ def _open(data: bytes) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(data), formats=_formats())
     except PIL.UnidentifiedImageError as error:
         raise BadImage(_why_unidentified(data)) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too large")
+    if image.width * image.height > MAX_PIXELS:  # where a program has moved Pillow's own limit
+        raise BadImage("too large", f"is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are read: save it "
+                                    "smaller")
     return image
 
 
@@ -305,9 +312,13 @@ def _failures_named() -> Iterator[None]:
     except (BadImage, MemoryError):  # the second is not the file's fault
         raise
     except PIL.Image.DecompressionBombError as error:
-        raise BadImage("too large") from error
+        raise BadImage("too large", describe_excess(error)) from error
     except (NotFinite, BeyondDepth, NotSurveyed, Unsupported) as error:
         raise BadImage(_REASON_OF[type(error)]) from error
     except Exception as error:  # damaged files make Pillow raise nearly every kind of exception
         text = str(error).lower()
+        if "max_text_" in text:
+            raise BadImage("too large", "has a text or a color profile inside that is longer than the "
+                           f"{PIL.PngImagePlugin.MAX_TEXT_CHUNK:,} bytes that are read (all together "
+                           f"{PIL.PngImagePlugin.MAX_TEXT_MEMORY:,}): save it without") from error
         raise BadImage("truncated" if "truncated" in text or "end of file" in text else "corrupt") from error

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -21,6 +22,30 @@ _SPLITS = ("train", "val", "test")
 # What reading a damaged file raises: OSError for a place outside of it, too.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
 _MAX_RATIO = 1032  # what gzip can shorten data by at most (zlib's technical notes)
+# The classes of MedMNIST's 2D sets by number (Yang et al. 2023, "MedMNIST v2"), in the words of the package medmnist,
+# but for commas, which options take for the end of a name; DermaMNIST's, which are HAM10000's, in those of its table.
+_ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left",
+           "lung-right", "pancreas", "spleen")
+_MEDMNIST = {
+    "bloodmnist": ("basophil", "eosinophil", "erythroblast", "immature granulocytes", "lymphocyte", "monocyte",
+                   "neutrophil", "platelet"),
+    "breastmnist": ("malignant", "normal or benign"),
+    "chestmnist": ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia",
+                   "pneumothorax", "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia"),
+    "dermamnist": ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"),
+    "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal"),
+    "organamnist": _ORGANS, "organcmnist": _ORGANS, "organsmnist": _ORGANS,
+    "pathmnist": ("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+                  "cancer-associated stroma", "colorectal adenocarcinoma epithelium"),
+    "pneumoniamnist": ("normal", "pneumonia"),
+    "retinamnist": ("0", "1", "2", "3", "4"),
+    "tissuemnist": ("Collecting Duct and Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
+                    "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
+                    "Thick Ascending Limb"),
+}
+_MEDMNIST_COLOR = {"bloodmnist", "dermamnist", "pathmnist", "retinamnist"}
+_MEDMNIST_FINDINGS = {"chestmnist"}  # several of an image, or none
+_MEDMNIST_FILE = re.compile(r"([a-z]+)(?:_(?:64|128|224))?(?: ?\(\d+\))?\.npz")  # (1): of a browser, downloaded twice
 _IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # uint8, three dimensions and one
 
 
@@ -64,9 +89,11 @@ def open_npz(path: Path, split: str) -> Source:
     left_out = {name: members[f"{name}_images"].shape[0] for name in present if name not in chosen}
     height, width = images[0].shape[1:3]
     names = [name for part, member in zip(chosen, images) for name in numbered_names(part, member.shape[0])]
+    labels = retrying(lambda: _read_labels(path, members, chosen), path)
+    classes = None if labels is None else retrying(lambda: _known_classes(path, members, present), path)
     return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
-                  items=_NpzItems(path=path, members=images),
-                  labels=retrying(lambda: _read_labels(path, members, chosen), path),
+                  items=_NpzItems(path=path, members=images), labels=labels, classes=classes,
+                  hints=[] if labels is None or classes is not None else [_why_unnamed(path)],
                   shape=(width, height, _channels(images[0].shape[1:])),
                   left_out=left_out)
 
@@ -176,6 +203,41 @@ def _tidy_labels(path: Path, labels: np.ndarray) -> np.ndarray:
     if values.max(initial=0) >= MAX_CLASSES:
         raise UserError(f"{path}: labels go up to {values.max():g}; expected class numbers less than {MAX_CLASSES}")
     return values.astype(np.int64)
+
+
+def _known_classes(path: Path, members: dict[str, _Member], present: Sequence[str]) -> list[str] | None:
+    """Return the names of the classes of a file of MedMNIST; None where file name, channels and labels do not all fit.
+
+    present: the splits; all their labels count, since a part may lack a class, and others may have been numbered anew
+    """
+    name = _medmnist_name(path)
+    if name is None or {_channels(members[f"{split}_images"].shape[1:]) for split in present} != {
+            3 if name in _MEDMNIST_COLOR else 1}:
+        return None
+    try:
+        labels = _read_labels(path, members, present)
+    except UserError:  # of a split that nobody asked for
+        return None
+    found = np.unique(labels)
+    if name in _MEDMNIST_FINDINGS:
+        fits = labels.ndim == 2 and labels.shape[1] == len(_MEDMNIST[name]) and set(found) <= {0, 1}
+    else:
+        fits = labels.ndim == 1 and found.tolist() == list(range(len(_MEDMNIST[name])))
+    return list(_MEDMNIST[name]) if fits else None
+
+
+def _medmnist_name(path: Path) -> str | None:
+    match = _MEDMNIST_FILE.fullmatch(path.name.lower())
+    return match[1] if match is not None and match[1] in _MEDMNIST else None
+
+
+def _why_unnamed(path: Path) -> str:
+    name = _medmnist_name(path)
+    if name is None:
+        what = f"{path.name} is not named as a file of MedMNIST v2, such as dermamnist.npz or dermamnist_64.npz"
+    else:
+        what = f"{path.name} does not hold the {len(_MEDMNIST[name])} classes of {name}"
+    return f'{what}: its classes are known by number alone; --merge "nevus=0;..." gives them names'
 
 
 def open_mnist(path: Path) -> Source:

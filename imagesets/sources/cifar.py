@@ -3,6 +3,7 @@
 import gzip
 import io
 import math
+import os
 import pickle
 import tarfile
 import zlib
@@ -15,6 +16,8 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.packed_files import unpack_advice
+from imagesets.reader import image_suffixes
 from imagesets.sources.arrays import ArrayLoader, numbered_names
 from imagesets.sources.source import Source
 
@@ -69,7 +72,7 @@ def _read_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | None, 
     missing = [name for batches in _MEMBERS.values() for name in batches if name not in counts]
     if missing:
         raise UserError(f"{path} has no member {missing[0]}; expected the CIFAR-10 python archive, "
-                        "cifar-10-python.tar.gz")
+                        "cifar-10-python.tar.gz; any other has to be unpacked")
     return classes, np.concatenate([labels[name] for name in members]), counts
 
 
@@ -80,14 +83,18 @@ def _read_member(path: Path, wanted: str) -> bytes:
 def _walk(path: Path, wanted: str | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield (name without folders, content) of the files in the archive, or of the wanted one."""
     known = {"batches.meta", *(name for batches in _MEMBERS.values() for name in batches)}
+    suffixes = image_suffixes()
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 name = member.name.rsplit("/", 1)[-1]
+                if member.isfile() and os.path.splitext(name)[1].lower() in suffixes:  # CIFAR's archive has none
+                    raise UserError(f"--source={path} {unpack_advice(path)}")
                 if not member.isfile() or name not in known or wanted not in (None, name):
                     continue
                 if member.size > _MAX_BATCH_BYTES:
-                    raise UserError(f"{path}: {member.name} has {member.size} bytes; expected about 31 million")
+                    raise UserError(f"{path}: {member.name} has {member.size:,} bytes; expected about 31 million, and "
+                                    f"at most {_MAX_BATCH_BYTES:,}: is it CIFAR-10's archive? Download it again")
                 file = archive.extractfile(member)
                 yield name, file.read()
     except _DAMAGED as error:

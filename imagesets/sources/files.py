@@ -1,6 +1,7 @@
 """Folders and zips of images as sources: labels from dataset.json, else from sub-folders."""
 
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -16,12 +17,18 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
 from imagesets.labels.classes import order_classes
+from imagesets.naming import listed
 from imagesets.pixels.decode import BadImage
-from imagesets.reader import MAX_FILE_BYTES, METADATA, NO_LABEL, NUMBERED_NAME, ImageSet, MisplacedMetadata
+from imagesets.reader import METADATA, NO_LABEL, NUMBERED_NAME, ImageSet, MisplacedMetadata, excess_of
 from imagesets.sources.source import Source
 
 _TABLES = (".csv", ".tsv", ".xlsx")
-_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# Words of folder names that divide a set rather than name a class: alone, or with a number behind them.
+_PARTS = {"dev", "part", "parts", "test", "testing", "train", "training", "val", "valid", "validation"}
+_CONTENTS = {"annotations", "archive", "batch", "chunk", "data", "dataset", "folder", "fold", "image", "images", "img",
+             "imgs", "input", "jpeg", "jpg", "masks", "photos", "pictures", "png", "segmentations", "set", "shard",
+             "split", "vol", "volume"}
+_UNITS = {"case", "lesion", "patient", "subject"}
 
 
 def open_folder(path: Path) -> Source:
@@ -83,8 +90,8 @@ class FolderLoader:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                 raise BadImage("not a file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise BadImage("too large")
+            if excess := excess_of(status.st_size):
+                raise BadImage("too large", excess)
             with open(path, "rb") as file:
                 return file.read() if limit is None else file.read(limit)
         except OSError as error:
@@ -111,8 +118,8 @@ class ZipLoader:
             raise BadImage("encrypted in the zip")
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadImage("unknown compression in the zip")
-        if max(size, packed_size) > MAX_FILE_BYTES:
-            raise BadImage("too large")
+        if excess := excess_of(max(size, packed_size)):
+            raise BadImage("too large", excess)
         try:
             packed = self._read(place, packed_size if limit is None else min(packed_size, limit))
             unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
@@ -195,10 +202,32 @@ def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
     return next((count for count, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
-def refuse_doubtful_folders(source: Source) -> None:
-    """Raise UserError where sub-folders are parts of a data set rather than classes, or hold its dataset.json."""
+def refuse_doubtful_folders(source: Source, are_classes: bool = False) -> None:
+    """Raise UserError where sub-folders are parts of a data set rather than classes, or hold its dataset.json.
+
+    are_classes: the user says so
+    """
     if source.fault is not None:
         raise UserError(source.fault)
-    if source.classes and {name.lower() for name in source.classes} <= _PARTS:
-        raise UserError(f"{source.name}: the folders {', '.join(source.classes)} look like parts of a data set, not "
-                        "like classes; give one of them as --source, or labels by --labels")
+    if not are_classes and source.has_files and not source.is_ready and look_like_parts(source.classes or []):
+        tables = [name for name in source.ignored if name.lower().endswith(_TABLES)]
+        there = f" ({tables[0]} lies there)" if tables else ""
+        raise UserError(f"{source.name}: the folders {listed(source.classes)} look like parts of a data set, not like "
+                        f"classes; give labels by --labels=FILE{there}, or each of them as --source, or say what they "
+                        "are: --folders=classes, or --folders=ignore for images without labels")
+
+
+def look_like_parts(folders: Sequence[str]) -> bool:
+    """Return whether names differ by nothing but what tells parts of a set: "images_part_1", "images_part_2".
+
+    So do train and test, images and masks, patient_1 and patient_2; not 0 and 1, stage_1 and stage_2.
+    """
+    return len(folders) > 1 and len(set(map(_without_part, folders))) == 1
+
+
+def _without_part(folder: str) -> tuple[str, ...]:
+    words = re.findall(r"[^\W\d_]+|\d+", folder.lower())
+    counted = _PARTS | _CONTENTS | _UNITS
+    kept = [word for before, word in zip(["", *words], words)
+            if word not in _PARTS and not (word.isdigit() and before in counted)]
+    return () if set(kept) <= _CONTENTS else tuple(kept)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.packed_files import unpack_advice
 from imagesets.sources.arrays import open_mnist, open_npz
 from imagesets.sources.cifar import open_cifar
 from imagesets.sources.files import open_folder, open_zip
@@ -86,7 +87,7 @@ def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
         return open_cifar(path, split or "train")
     if start.startswith(_ZIP) or name.endswith(".zip"):
         return _without_split(open_zip(path), split)
-    raise UserError(f"--source={path} is of no known kind; {_EXPECTED}")
+    raise UserError(f"--source={path} {unpack_advice(path) or f'is of no known kind; {_EXPECTED}'}")
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -32,8 +32,9 @@ class _ChosenItems:
 def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Sequence[str]) -> list[Source]:
     """Return the sources with those of their images that fit a pattern of `include`, if any, and none of `exclude`.
 
-    Patterns are the shell's (* ? [...]), and upper and lower case are the same. One without "/" is compared with the
-    name of a file; one with "/" with the end of its path below the source, from any folder on; "masks/" takes a folder.
+    Patterns are the shell's (* ? [...]). One without "/" is compared with the name of a file; one with "/" with the end
+    of its path below the source, from any folder on; "masks/" takes a folder. Upper and lower case are the same, but
+    for files that nothing else tells apart: where HAM/1.jpg lies beside ham/1.jpg, "ham/*" is the second.
 
     Raises UserError for a pattern that fits no image, when a source keeps none, and for archives of arrays.
     """
@@ -47,7 +48,7 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
     chosen = np.full(len(names), not include)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            fits = _matches(pattern, names)
+            fits = np.concatenate([_matches(pattern, source.names) for source in sources])
             if not fits.any():
                 raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(sources, names)}'
                                 f"{_advice(pattern, names)}")
@@ -100,16 +101,19 @@ def _tail(name: str) -> str:
 
 
 def _matches(pattern: str, names: Sequence[str]) -> np.ndarray:
-    """Return bool [N]: which names fit."""
+    """Return bool [N]: which names of a source fit."""
     whole = pattern.replace("\\", "/")
     if whole.endswith("/"):
         whole += "*"
-    if "/" in whole:
-        regex = re.compile("(?:.*/)?" + translate(whole), re.IGNORECASE)
-    else:
-        regex = re.compile(translate(whole), re.IGNORECASE)
-        names = [name.rpartition("/")[2] for name in names]
-    return np.array([regex.match(name) is not None for name in names], dtype=bool)
+    regex = ("(?:.*/)?" if "/" in whole else "") + translate(whole)
+    compared = names if "/" in whole else [name.rpartition("/")[2] for name in names]
+    in_any_case, as_given = (np.array([re.match(regex, name, flags) is not None for name in compared], dtype=bool)
+                             for flags in (re.IGNORECASE, 0))
+    if not (in_any_case & ~as_given).any() or not as_given.any():
+        return in_any_case
+    lower = [name.lower() for name in names]
+    meant = {name for name, fits in zip(lower, as_given) if fits}  # the others of such a name are not
+    return as_given | (in_any_case & np.array([name not in meant for name in lower]))
 
 
 def _keep(source: Source, chosen: np.ndarray) -> Source:

@@ -126,7 +126,7 @@ class SetWorker:
         try:
             return prepare(self._images.read(target.name), self._spec)
         except BadImage as error:
-            return error.reason
+            return f"{error.reason}: it {error.detail}" if error.detail else error.reason
         except UserError as error:  # a damaged member of a zip, a file without permission
             return str(error)
 

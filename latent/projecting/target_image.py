@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from dnnlib.disk_failures import retrying
+from dnnlib.packed_files import unpack_advice
 from dnnlib.progress import Progress
 from imagesets.conversion.options import TRANSFORMS
 from imagesets.pixels.decode import (
     BEYOND_DEPTH,
-    MAX_PIXELS,
     BadImage,
     Decoded,
     decode,
@@ -27,7 +27,7 @@ from imagesets.pixels.decode import (
 )
 from imagesets.pixels.depth import Depth, depth_remark, widen
 from imagesets.pixels.resize import PixelSpec
-from imagesets.reader import MAX_FILE_BYTES, ImageSet
+from imagesets.reader import ImageSet, excess_of
 
 STRETCH = "none"  # what dataset_tool.py does without --transform
 TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
@@ -41,7 +41,6 @@ _REASONS = {
     "unsupported format": "is an image of a format that is not read here; expected another: save it as PNG or JPEG",
     "truncated": "ends too early; expected a whole image: copy or download it again",
     "corrupt": "is damaged; expected a whole image: copy or download it again",
-    "too large": f"has more than {MAX_PIXELS} pixels; expected a smaller image",
     BEYOND_DEPTH: "has values for which --depth has no place; expected 0 to 2^depth - 1: choose a larger one",
     "not-a-number pixels": "has pixels that are no finite numbers; expected an image without them",
 }
@@ -97,7 +96,8 @@ def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAU
     try:
         found = decode(data, spec)
     except BadImage as error:
-        problem = _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason]
+        problem = error.detail or (unpack_advice(path) if error.reason == "not an image" else None) or (
+            _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason])
         raise UserError(f"--target is {path}, which {problem}") from error
     values = found.values
     if values and (remark := depth_remark(f"this {values.kind} image", values.white, values.largest)):
@@ -127,8 +127,8 @@ def _read_file(path: str | os.PathLike) -> bytes:
                             "--data)")
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise UserError(f"--target is {path}, which is a pipe or a device; {_EXPECTED}")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UserError(f"--target is {path}, which has more than {MAX_FILE_BYTES >> 20} MiB; {_EXPECTED}")
+        if excess := excess_of(status.st_size):
+            raise UserError(f"--target is {path}, which {excess}")
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:

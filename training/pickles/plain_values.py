@@ -22,8 +22,10 @@ class _Copier:
 
     def copy(self, value: object, depth: int) -> object:
         self.num_values += 1
-        if depth > _MAX_DEPTH or self.num_values > _MAX_VALUES:
-            raise PickleRefused(f"{self.where} is nested too deep or holds too many values")
+        if depth > _MAX_DEPTH:
+            raise PickleRefused(f"{self.where} is nested more than {_MAX_DEPTH} levels deep; no network's file is")
+        if self.num_values > _MAX_VALUES:
+            raise PickleRefused(f"{self.where} holds more than {_MAX_VALUES:,} values; no network's file does")
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float and math.isfinite(value):
