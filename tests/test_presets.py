@@ -158,6 +158,9 @@ FLAG_EFFECTS = [
     ({"resume": "old.pkl", "resume_classes": "new"}, {
         "run_name": "ds256-auto1-resumecustom", "resume": "old.pkl", "resume_classes": "new", "step.ema.rampup": None,
         "step.ada.kimg": 100, "augment.ada.kimg": 100}),
+    ({"resume": "old.pkl", "resume_partial": True}, {
+        "run_name": "ds256-auto1-resumecustom", "resume": "old.pkl", "resume_partial": True, "step.ema.rampup": None,
+        "step.ada.kimg": 100, "augment.ada.kimg": 100}),
     ({"freezed": 0}, {"run_name": "ds256-auto1-freezed0", "discriminator.freeze_layers": 0}),
     ({"fp32": True}, {
         "generator.num_fp16_res": 0, "generator.conv_clamp": None, "discriminator.num_fp16_res": 0,

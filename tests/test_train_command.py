@@ -119,7 +119,10 @@ CONFIG_FLAGS = [
     ("--augpipe=blit", "augment.strengths", {"xflip": 1, "rotate90": 1, "xint": 1}),
     ("--resume=noresume", "resume", None),
     ("--resume-classes=same", "resume_classes", "same"),
-    ("--freezed=2", "discriminator.freeze_layers", 2),
+    ("--cfg=tiny --resume=network.safetensors --resume-partial=1", "resume_partial", True),
+    ("--cfg=tiny --resume=network.safetensors --resume-partial=0", "resume_partial", False),
+    ("--cfg=tiny --resume=network.safetensors --freezed=2", "discriminator.freeze_layers", 2),
+    ("--freezed=0", "discriminator.freeze_layers", 0),
     ("--fp32=1", "generator.num_fp16_res", 0),
     ("--fp32=0", "generator.num_fp16_res", 4),
     ("--fp32=0", "generator.half_dtype", "float16"),
@@ -151,6 +154,8 @@ def look_up(config, path):
 
 @pytest.mark.parametrize(("flags", "path", "value"), CONFIG_FLAGS)
 def test_flag_reaches_the_configuration(flags, path, value, inside, capsys):
+    if "--resume=network" in flags:
+        save_tiny_network("network.safetensors")
     trainer, _ = start(capsys, *flags.split())
     assert look_up(trainer.config, path) == value
 
@@ -275,7 +280,7 @@ def test_resume_of_other_classes_names_both_and_new_classes_start_anew(inside, c
     assert found["resume_takes"][0] == (
         "classes: the embedding starts anew; the network was trained with the classes nv, mel, bkl, and this run "
         "trains with the classes nv, mel, bcc")
-    assert "; 2 start anew (mapping.embed.weight, mapping.embed.bias)" in found["resume_takes"][1]
+    assert found["resume_takes"][1].endswith("; 2 begin anew (mapping.embed)")
     assert start(capsys, *flags, "--resume-classes=new")[0].config.resume_classes == "new"
     unconditional, _ = dry_run(capsys, *flags[:2], "--resume-classes=new")
     assert "this run trains without classes" in unconditional["resume_takes"][0]
@@ -634,6 +639,10 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                                       "its path"),
     ("--resume-classes=new", "--resume-classes is new without --resume; expected a network to start from: add it, or "
                              "leave --resume-classes out"),
+    ("--resume-partial=1", "--resume-partial is true without --resume; expected a network to start from: add it, or "
+                           "leave --resume-partial out"),
+    ("--freezed=3 --resume=noresume", "--freezed is 3 without --resume; expected a network to start from: add it, or "
+                                      "leave --freezed out"),
     ("--resume=gone.pkl", f"--resume is gone.pkl, which does not exist; expected {NETWORK}"),
     ("--resume=mixed", "--resume is mixed, a folder without network-snapshot-*.safetensors; expected a network file (a "
                        ".safetensors of a run, or a .pkl of the original), or the folder of a run"),
@@ -662,11 +671,71 @@ def test_mistyped_flag_gives_one_line(argument, message, inside, capsys):
     assert refuse(capsys, *BASE, argument).startswith(message)
 
 
-def test_resume_of_another_shape_names_the_layer(inside, capsys):
+PARTIAL = "--resume-partial=1 takes the layers that are the same and lets the others begin anew"
+
+
+@pytest.mark.parametrize(("made", "flags", "message"), [
+    ({"resolution": 32}, "--cfg=tiny",
+     "32x32 RGB images, and this run 16x16 RGB images; expected the same: a data set of 32x32 RGB images "
+     f"(dataset_tool.py --resolution=32x32) fits; or {PARTIAL}"),
+    ({"cfg": "stylegan2"}, "--cfg=auto",
+     "8 mapping layers, and this run 2 mapping layers; expected the same: --cfg=stylegan2 or --cfg=paper256 or "
+     f"--cfg=paper512 or --cfg=paper1024 fits; or {PARTIAL}"),
+    ({"cfg": "auto"}, "--cfg=paper256",
+     "2 mapping layers, and this run 8 mapping layers; expected the same: --cfg=auto fits; or " + PARTIAL),
+    ({"cfg": "cifar"}, "--cfg=auto",
+     "a discriminator of the orig architecture, and this run a discriminator of the resnet architecture; expected the "
+     f"same: --cfg=cifar fits; or {PARTIAL}"),
+    ({"resolution": 32}, "--cfg=auto",
+     "32x32 RGB images, latents of 64 and styles of 64 numbers, 64 channels at 4x4, and this run 16x16 RGB images, "
+     "latents of 512 and styles of 512 numbers, 512 channels at 4x4, so that no layer of it fits; expected the same: "
+     "--cfg=tiny with a data set of 32x32 RGB images (dataset_tool.py --resolution=32x32) fits")])
+def test_resume_of_networks_that_do_not_fit_names_the_setting_that_does(made, flags, message, inside, capsys):
+    save_tiny_network("network.safetensors", **made)
+    assert refuse(capsys, *BASE, flags, "--resume=network.safetensors") == (
+        f"--resume=network.safetensors: the network has {message}")
+
+
+def test_setting_that_is_named_for_resume_fits(inside, capsys):
+    save_tiny_network("network.safetensors", cfg="stylegan2")
+    for cfg in ("stylegan2", "paper256", "paper512", "paper1024"):
+        start(capsys, f"--cfg={cfg}", "--resume=network.safetensors")
+
+
+def test_resume_of_grey_images_names_the_data(inside, capsys):
+    make_set("grey.zip", size=16, channels=1)
+    save_tiny_network("network.safetensors")
+    assert refuse(capsys, *replaced(BASE, ["--data=grey.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (
+        "--resume=network.safetensors: the network has 16x16 RGB images, and this run 16x16 grey images; expected the "
+        f"same: a data set of 16x16 RGB images fits; or {PARTIAL}")
+
+
+def test_partial_resume_says_what_is_taken(inside, capsys):
     save_tiny_network("network.safetensors", 32)
-    found = refuse(capsys, *BASE, "--cfg=auto", "--resume=network.safetensors")
-    assert found.startswith("--resume=network.safetensors: G.synthesis.b4.const is [64, 4, 4] in the file and "
-                            "[512, 4, 4] in this run; expected networks of one resolution")
+    flags = ["--cfg=tiny", "--resume=network.safetensors", "--resume-partial=1"]
+    found, _ = dry_run(capsys, *flags)
+    assert found["resume_partial"] is True
+    layers = found["resume_layers"]
+    assert list(layers) == ["G", "D", "G_ema"]
+    assert layers["G"]["taken"]["layers"] == layers["G_ema"]["taken"]["layers"] == [
+        "synthesis.b4", "synthesis.b8", "synthesis.b16", "mapping"]
+    assert layers["G"]["ignored"]["layers"] == ["synthesis.b32"]
+    assert layers["D"]["begun_anew"] == {"tensors": 3, "layers": ["b16.fromrgb"]}
+    assert layers["D"]["ignored"]["layers"] == ["b32"]
+    counts = {what: part["tensors"] for what, part in layers["D"].items()}
+    assert found["resume_takes"][1] == (
+        f"D: {counts['taken']} tensors taken; 3 begin anew (b16.fromrgb); {counts['ignored']} of the file are not used "
+        "(b32)")
+    without, _ = dry_run(capsys, "--cfg=tiny")
+    assert (without["resume_partial"], without["resume_layers"], without["resume_takes"]) == (False, None, [])
+
+
+def test_more_frozen_layers_than_the_discriminator_has_are_refused(inside, capsys):
+    save_tiny_network("network.safetensors")
+    flags = ["--cfg=tiny", "--resume=network.safetensors"]
+    assert refuse(capsys, *BASE, *flags, "--freezed=8") == (
+        "--freezed is 8; expected at most 7, the layers of this run's discriminator that can be frozen")
+    start(capsys, *flags, "--freezed=7")
 
 
 def test_resume_of_a_cut_file_is_refused(inside, capsys):

@@ -29,6 +29,7 @@ from training.input_checks import (
 from training.options import TrainOptions
 from training.presets import resolve
 from training.run_settings import RunSettings
+from training.transfer import Transferred
 
 HELP = """Train a StyleGAN2 generator with adaptive discriminator augmentation (ADA).
 
@@ -60,7 +61,7 @@ class Plan:
     device: Choice
     warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
     alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
-    taken: tuple[str, ...] = ()  # what --resume gives, a line a network
+    transferred: Transferred | None = None  # what --resume gives; None without it
 
 
 def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
@@ -76,7 +77,8 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
             for line in plan.alerts:
                 click.echo(line, err=True)
         if dry_run:
-            found = describe_run(plan.config, plan.settings, plan.dataset, device=plan.device, taken=plan.taken)
+            found = describe_run(plan.config, plan.settings, plan.dataset, device=plan.device,
+                                 transferred=plan.transferred)
             for line in (*plan.warnings, *found["warnings"]):
                 if line not in plan.alerts:
                     click.echo(line, err=True)
@@ -116,16 +118,16 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
         path, resume_note = choose_resume(resume, files, config, settings)
         config = replace(config, resume=path)
     dataset, valid_note = _open_data(config, settings, thorough=is_main)
-    alerts, taken = [], []
+    alerts, transferred = [], None
     if is_main:
-        taken = check_resume_weights(config, dataset)
+        transferred = check_resume_weights(config, dataset)
         alerts = _look_at_pixels(config, settings, dataset, compute=not look_only)
 
     warnings = tuple(line for line in (metrics_note, resume_note, valid_note, *alerts) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
     settings = replace(settings, device=device.name, notes=notes)
     return Plan(config=config, settings=settings, dataset=dataset, device=device, warnings=warnings,
-                alerts=tuple(alerts), taken=tuple(taken))
+                alerts=tuple(alerts), transferred=transferred)
 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,

@@ -177,6 +177,7 @@ class TrainConfig(Config):
     step: StepConfig
     augment: AugmentConfig
     resume_classes: str = "same"  # "same": those of the network are taken; "new": their embedding starts anew
+    resume_partial: bool = False  # layers that do not fit the network of resume begin anew; else it is refused
     num_workers: int = 3  # processes that read images, per training process
     allow_tf32: bool = True
     cudnn_benchmark: bool = True

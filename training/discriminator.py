@@ -135,6 +135,11 @@ class Discriminator(nn.Module):
         self.b4 = DiscriminatorEpilogue(channels[4], img_channels if architecture == "skip" else None, cmap_dim,
                                         conv_clamp=conv_clamp, **epilogue_kwargs)
 
+    def freezable_layers(self) -> list[str]:
+        """Return the names of the layers that `freeze_layers` counts, in its order: convolutions, from the image on."""
+        return [f"b{res}.{name}" for res in self.block_resolutions
+                for name, _ in getattr(self, f"b{res}").named_children()]
+
     def forward(self, img: Tensor, c: Tensor | None, force_fp32: bool = False) -> Tensor:
         """Return logits [N, 1] of the parameters' dtype. Raises ValueError for images of another shape."""
         channels, res = self.img_channels, self.img_resolution

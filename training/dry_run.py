@@ -1,6 +1,5 @@
 """What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from training.balance import image_weights
@@ -12,13 +11,14 @@ from training.presets import describe
 from training.run_content import content_of
 from training.run_folder import plan_run
 from training.run_settings import RunSettings
+from training.transfer import Transferred
 
 
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,
-                 taken: Sequence[str] = ()) -> dict[str, Any]:
+                 transferred: Transferred | None = None) -> dict[str, Any]:
     """Return the settings under the names of `presets.describe`, and beside them what is known before the start.
 
-    taken:  lines on what --resume gives
+    transferred:  what --resume gives
 
     "warnings" are lines that the user should see. Raises UserError where the run would not start.
     """
@@ -41,7 +41,9 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "fp16_channels_last": config.generator.fp16_channels_last,
         "resume": config.resume,
         "resume_classes": config.resume_classes,
-        "resume_takes": list(taken),
+        "resume_partial": config.resume_partial,
+        "resume_takes": [] if transferred is None else transferred.lines(),
+        "resume_layers": None if transferred is None else transferred.to_dict(),
         "max_hours": settings.max_hours,
         "new": settings.new,
         "data": _describe_data(settings, dataset),

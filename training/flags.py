@@ -104,8 +104,11 @@ FLAGS = [
     _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network's classes are those of --data, "
           "by name, in any order. new: the class embedding starts anew and all else is taken, for other classes, for "
           "an unconditional network with --cond=1, or a conditional one without.", "same"),
-    _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn.",
-          "0", "INT"),
+    _flag("--resume-partial", bool, START, "Where resolutions, mapping layers or numbers of channels differ, take the "
+          "layers that are the same, and let the others begin anew; without it such a network is refused.", "false",
+          "BOOL"),
+    _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn; "
+          "for --resume.", "0", "INT"),
 
     _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", "auto",
           "NAME", default="auto"),

@@ -20,7 +20,7 @@ from training.file_kind import find_network, network_files
 from training.preset_table import TRANSFER_NAMES
 from training.run_folder import began_from
 from training.run_settings import RunSettings
-from training.transfer import transfer_for
+from training.transfer import Transferred, transfer_for
 
 _CHANNELS = {"L": 1, "RGB": 3}
 _PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog": "dogs of LSUN"}
@@ -140,9 +140,16 @@ def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: 
     return begun.network, f"--resume: {begun.network}, which {begun.run} began from"
 
 
-def check_resume_weights(config: TrainConfig, dataset: ImageDataset) -> list[str]:
-    """Raise UserError unless the file of --resume can be read and suits this run; return lines on what it gives."""
-    return [] if config.resume is None else transfer_for(meta_state(config), config, dataset).lines()
+def check_resume_weights(config: TrainConfig, dataset: ImageDataset) -> Transferred | None:
+    """Raise UserError unless the file of --resume can be read and suits this run; return what it gives.
+
+    Frozen layers have to come from a network; the original freezes random ones too, and so does `presets.resolve`.
+    """
+    frozen = config.discriminator.freeze_layers
+    if config.resume is None and frozen:
+        raise UserError(f"--freezed is {frozen} without --resume; expected a network to start from: add it, or leave "
+                        "--freezed out")
+    return None if config.resume is None else transfer_for(meta_state(config), config, dataset)
 
 
 def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:

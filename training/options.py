@@ -35,6 +35,7 @@ class TrainOptions(Config):
     augpipe: str | None = None
     resume: str | None = None
     resume_classes: str | None = None
+    resume_partial: bool | None = None
     freezed: int | None = None
     fp32: bool | None = None
     precision: str | None = None
@@ -83,9 +84,12 @@ class TrainOptions(Config):
         self.require(self.resume != "", "resume", "a network's name, path or URL, or noresume")
         self.require(self.resume_classes in (None, *RESUME_CLASSES), "resume_classes",
                      f"one of {', '.join(RESUME_CLASSES)}")
-        if self.resume_classes == "new" and not self.resumes:
-            raise ConfigError("--resume-classes is new without --resume; expected a network to start from: add it, or "
-                              "leave --resume-classes out")
+        for name in ("resume_classes", "resume_partial"):
+            value = getattr(self, name)
+            if value not in (None, "same", False) and not self.resumes:
+                flag = self.label(name)
+                raise ConfigError(f"{flag} is {str(value).lower()} without --resume; expected a network to start from: "
+                                  f"add it, or leave {flag} out")
         for metric in self.metrics or ():
             if self.metrics.count(metric) > 1:
                 times = self.metrics.count(metric)

@@ -32,7 +32,8 @@ from training.preset_table import (
 )
 
 __all__ = [
-    "AUGMENT_GROUPS", "AUGPIPES", "CFG_NAMES", "TRANSFER_NAMES", "DatasetFacts", "TrainOptions", "describe", "resolve",
+    "AUGMENT_GROUPS", "AUGPIPES", "CFG_NAMES", "TRANSFER_NAMES", "DatasetFacts", "TrainOptions", "describe",
+    "network_configs", "resolve",
 ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
     rules = BatchRules(cfg=cfg, batch=preset.batch, reference_gpus=preset.reference_gpus, group=preset.mbstd)
     sizes = split_batch(rules, gpus, options.batch, options.batch_gpu)
     augment = _augment_config(options)
-    generator, discriminator = _network_configs(options, preset, dataset)
+    generator, discriminator = network_configs(options, preset, dataset)
     snapshot_ticks = _given(options.snap, 50)
     return TrainConfig(
         run_name=_run_name(options, facts, cfg, gpus),
@@ -67,6 +68,7 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
         metrics=_given(options.metrics, ("fid50k_full",)),
         resume=options.resume if options.resumes else None,
         resume_classes=_given(options.resume_classes, "same"),
+        resume_partial=bool(options.resume_partial),
         dataset=dataset,
         generator=generator,
         discriminator=discriminator,
@@ -148,7 +150,7 @@ def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig
     )
 
 
-def _network_configs(
+def network_configs(
     options: TrainOptions, preset: Preset, dataset: DatasetConfig
 ) -> tuple[GeneratorConfig, DiscriminatorConfig]:
     """Size both networks for the data set, in the precision asked for."""

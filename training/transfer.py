@@ -1,25 +1,36 @@
 """Start a run from the weights of a trained network: --resume.
 
 Classes are compared by name. A class is a column of the embeddings mapping.embed.weight, [E, c_dim], of G, D and G_ema.
+A layer is taken as a whole, where the file has its tensors under the same names and in the same shapes.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from imagesets.class_names import VECTOR, class_order, label_kind_of, named_classes
+from imagesets.member_pixels import describe_shape
 from imagesets.naming import listed
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.dataset import ImageDataset, history_of
-from training.snapshot import load_network, read_info
+from training.discriminator import Discriminator
+from training.generator import Generator
+from training.options import TrainOptions
+from training.preset_table import CFG_NAMES, choose_preset
+from training.presets import network_configs
+from training.snapshot import Networks, load_network, read_info
 from training.state import TrainingState
 
 _EMBED, _FIRST = "mapping.embed.", "mapping.fc0.weight"  # the first layer takes z beside the embedded class
+_FIRST_Z, _FIRST_CLASSES = f"{_FIRST}[z]", f"{_FIRST}[classes]"  # its columns
+_W_AVG = "mapping.w_avg"  # the mean of what the whole mapping network gives
+_ALONE = ("const", "w_avg")  # tensors that belong to no layer
+_FILTER = "resample_filter"  # a constant, which is not worth a name in messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,46 +55,78 @@ class Labels:
         return f"with the classes{named}" if named else f"with {self.c_dim} classes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Which tensors of a network in the file go into the run's network, by name."""
+
+    taken: list[str]
+    anew: list[str]  # of the run: they keep their random start
+    ignored: list[str]  # of the file: the run's network does not have them
+    # Tensors of layers that differ -> their shapes there and here, None where they are not; classes do not count.
+    differing: dict[str, tuple[list[int] | None, list[int] | None]]
+
+    @property
+    def fits(self) -> bool:
+        return not self.differing
+
+    def layers(self, names: Sequence[str]) -> list[str]:
+        """Name the largest modules that lie within `names` as a whole; constants are left out."""
+        every = [name for name in (*self.taken, *self.anew, *self.ignored) if not name.endswith(_FILTER)]
+        split = {module for name in set(every) - set(names) for module in _modules_of(name)}
+        found = [next((module for module in _modules_of(name) if module not in split), name)
+                 for name in every if name in names]
+        return list(dict.fromkeys(found))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return numbers of tensors and names of layers, as plain JSON types."""
+        return {what: {"tensors": len(names), "layers": self.layers(names)}
+                for what, names in (("taken", self.taken), ("begun_anew", self.anew), ("ignored", self.ignored))}
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.taken)} tensors taken"]
+        for names, what in ((self.anew, "begin anew"), (self.ignored, "of the file are not used")):
+            if names:
+                parts.append(f"{len(names)} {what} ({', '.join(self.layers(names))})")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transferred:
     """What was taken from a network file."""
 
-    taken: dict[str, int]  # network -> number of tensors
-    kept: dict[str, list[str]]  # network -> tensors that the file has not: they keep their random start
-    unused: dict[str, list[str]]  # network -> tensors of the file that the run's network has not
-    anew: dict[str, list[str]] = field(default_factory=dict)  # network -> those of classes that keep their random start
-    note: str | None = None  # on the classes
+    networks: dict[str, Comparison]  # G, D and G_ema
+    notes: tuple[str, ...] = ()  # on classes, and on networks that the file does not have
 
     def lines(self) -> list[str]:
-        """Say it, a line on classes where there is something to say, and a line a network."""
-        lines = [] if self.note is None else [self.note]
-        for role, count in self.taken.items():
-            line = f"{role}: {count} tensors taken"
-            for names, what in ((self.anew.get(role), "start anew"),
-                                (self.kept[role], "not in the file, start at random"), (self.unused[role], "not used")):
-                if names:
-                    line += f"; {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            lines.append(line)
-        return lines
+        """Return the notes, and a line a network."""
+        return [*self.notes, *(f"{role}: {comparison}" for role, comparison in self.networks.items())]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {role: comparison.to_dict() for role, comparison in self.networks.items()}
 
 
 def transfer_for(state: TrainingState, config: TrainConfig, dataset: ImageDataset) -> Transferred:
-    """Do what `transfer_weights` does for a run. Raises UserError."""
+    """Do what `transfer_weights` does for a run, and name the settings that would fit. Raises UserError."""
     labels = Labels(c_dim=config.dataset.c_dim, names=dataset.label_names, kind=dataset.label_kind)
-    return transfer_weights(state, config.resume, labels, new_classes=config.resume_classes == "new")
+    return transfer_weights(state, config.resume, labels, new_classes=config.resume_classes == "new",
+                            partial=config.resume_partial, advise=lambda networks: _settings_for(networks, config))
 
 
 def transfer_weights(state: TrainingState, path: str | os.PathLike, labels: Labels | None = None, *,
-                     new_classes: bool = False) -> Transferred:
+                     new_classes: bool = False, partial: bool = False,
+                     advise: Callable[[Networks], str | None] = lambda networks: None) -> Transferred:
     """Copy parameters and buffers of equal names into the networks of `state`: weights only, from image 0 on.
 
     labels:       of the run; classes of the same names keep their weights, whatever their numbers. None: by number
     new_classes:  let what belongs to classes keep its random start, however many there are here and in the file
+    partial:      let layers keep their random start that are not in the file, or have other shapes there
+    advise:       names the settings with which all layers of a network file would fit, for messages
 
-    A file without G or D gives its G_ema to G, and leaves D at random.
-    Raises UserError, with the state as it was, when the file cannot be read, its classes are others, or a tensor has
-    another shape.
+    A file without G gives its G_ema to G.
+    Raises UserError, with the state as it was, when the file cannot be read, its classes are others, frozen layers of
+    the discriminator would keep their random start, or, unless `partial`, a layer is missing on one side.
     """
+    _check_frozen(state.D)
     try:
         networks = load_network(path, device="cpu")
     except (ValueError, FileNotFoundError) as error:
@@ -91,33 +134,28 @@ def transfer_weights(state: TrainingState, path: str | os.PathLike, labels: Labe
     theirs = Labels.of_network(networks.G_ema.c_dim, networks.config.get("info") or {})
     mine = Labels(c_dim=state.G_ema.c_dim) if labels is None else labels
     order = None if new_classes else class_order(theirs.names, mine.names)
-    sources = {"G": networks.G if networks.G is not None else networks.G_ema, "D": networks.D, "G_ema": networks.G_ema}
-    found = Transferred({}, {}, {}, {}, _note(theirs, mine, new=new_classes, compared=labels is not None))
+    notes = [_note(theirs, mine, new=new_classes, compared=labels is not None),
+             "G: the file has none, and gives its G_ema in its place" if networks.G is None else None,
+             "D: the file has none, and it begins anew" if networks.D is None else None]
+    sources = {"G": networks.G_ema if networks.G is None else networks.G, "D": networks.D, "G_ema": networks.G_ema}
+    comparisons: dict[str, Comparison] = {}
     copies: list[tuple[Tensor, Tensor]] = []
     for role, source in sources.items():
-        if source is None:
-            continue
-        given, target = source.state_dict(), getattr(state, role).state_dict()
         of_classes = _class_tensors(role, theirs, mine, new=new_classes)
-        shared = [name for name in target if name in given and not name.startswith(of_classes)]
-        pairs = {name: (target[name], given[name]) for name in shared}
-        if _FIRST in given and _FIRST in target and _FIRST not in pairs and role != "D":
-            # The columns of z come first. With classes the sum has twice as many terms and half their weight, so that
-            # it keeps its spread.
-            pairs[f"{_FIRST}[z]"] = target[_FIRST][:, :state.G.z_dim], given[_FIRST][:, :source.z_dim]
-        for name, (tensor, value) in pairs.items():
-            _check_shape(path, role, name, value, tensor)
-            copies.append((tensor, value[:, order] if order is not None and name == f"{_EMBED}weight" else value))
-        found.taken[role] = len(pairs)
-        found.anew[role] = [f"{name} but for z" if name == _FIRST else name for name in target if name in given
-                            and name.startswith(of_classes) and not (name == _FIRST and mine.c_dim == 0)]
-        found.kept[role] = [name for name in target if name not in given]
-        found.unused[role] = [name for name in given if name not in target]
+        splits = _FIRST_CLASSES in of_classes
+        given, target = (_tensors_of(network, splits=splits) for network in (source, getattr(state, role)))
+        found = comparisons[role] = _compare(given, target, of_classes)
+        for name in found.taken:
+            value = given[name]
+            copies.append((target[name],
+                           value[:, order] if order is not None and name == f"{_EMBED}weight" else value))
+    _check_fits(path, networks, state, comparisons, partial=partial, advise=advise)
     _check_classes(path, theirs, mine, new_classes)
+    _check_frozen(state.D, comparisons["D"])
     with torch.no_grad():
         for tensor, value in copies:
             tensor.copy_(value)
-    return found
+    return Transferred(networks=comparisons, notes=tuple(note for note in notes if note is not None))
 
 
 def read_history(path: str | os.PathLike | None) -> list[Any]:
@@ -130,13 +168,148 @@ def read_history(path: str | os.PathLike | None) -> list[Any]:
         raise UserError(f"--resume={path}: {error}") from error
 
 
+def _tensors_of(network: nn.Module | None, *, splits: bool) -> dict[str, Tensor]:
+    """Return a network's tensors by name; with `splits` the first layer's columns of z and of classes as two."""
+    tensors = {} if network is None else network.state_dict()
+    if splits and _FIRST in tensors:
+        weight = tensors.pop(_FIRST)
+        # The columns of z come first. With classes the sum has twice as many terms and half their weight, so that it
+        # keeps its spread.
+        tensors[_FIRST_Z] = weight[:, :network.z_dim]
+        if weight.shape[1] > network.z_dim:
+            tensors[_FIRST_CLASSES] = weight[:, network.z_dim:]
+    return tensors
+
+
 def _class_tensors(role: str, theirs: Labels, mine: Labels, *, new: bool) -> tuple[str, ...]:
     """Return how the names of tensors begin that are not taken since they belong to classes."""
     if not new and theirs.c_dim == mine.c_dim:
         return ()
     if (theirs.c_dim == 0) == (mine.c_dim == 0):
         return (_EMBED,)
-    return (_EMBED, "b4.out.") if role == "D" else (_EMBED, _FIRST)
+    return ("mapping.", "b4.out.") if role == "D" else (_EMBED, _FIRST_CLASSES)
+
+
+def _compare(given: Mapping[str, Tensor], target: Mapping[str, Tensor], of_classes: tuple[str, ...]) -> Comparison:
+    """Tell what goes from the tensors of a file into those of a run; a layer is taken as a whole or not at all."""
+    def shapes_by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, torch.Size]]:
+        layers: dict[str, dict[str, torch.Size]] = {}
+        for name, tensor in tensors.items():
+            if not name.startswith(of_classes):
+                layers.setdefault(_layer_of(name), {})[name] = tensor.shape
+        return layers
+
+    theirs, mine = shapes_by_layer(given), shapes_by_layer(target)
+    differing = {name: tuple(list(layers[name]) if name in layers else None for layers in (there, here))
+                 for there, here in ((theirs.get(layer, {}), mine.get(layer, {})) for layer in {**theirs, **mine})
+                 for name in {**there, **here} if there.get(name) != here.get(name)}
+    odd = {_layer_of(name) for name in differing}
+    if any(layer.startswith("mapping.") for layer in odd):
+        odd.add(_W_AVG)
+    taken = [name for name in target if not name.startswith(of_classes) and _layer_of(name) not in odd]
+    return Comparison(taken=taken, anew=[name for name in target if name not in taken],
+                      ignored=[name for name in given if name not in target], differing=differing)
+
+
+def _layer_of(name: str) -> str:
+    """Return the layer that a tensor belongs to, with the affine map of its styles; its own name where there is none.
+
+    Constants of a whole block count as such a layer.
+    """
+    module, _, tensor = name.rpartition(".")
+    return name if tensor in _ALONE else module.removesuffix(".affine")
+
+
+def _modules_of(name: str) -> list[str]:
+    """Return the modules that a tensor is in, the largest first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _check_fits(path: str | os.PathLike, networks: Networks, state: TrainingState,
+                comparisons: Mapping[str, Comparison], *, partial: bool,
+                advise: Callable[[Networks], str | None]) -> None:
+    """Raise UserError where layers are missing on one side and are not to be, or where no layer fits."""
+    if all(comparison.fits for comparison in comparisons.values()):
+        return
+    takes_none = not any(comparison.layers(comparison.taken) for comparison in comparisons.values())
+    if partial and not takes_none:
+        return
+    there, here = zip(*_differences(networks, state, comparisons), strict=True)
+    settings = advise(networks)
+    ways = [f"{settings} fits"] if settings is not None else []
+    if not takes_none:
+        ways.append("--resume-partial=1 takes the layers that are the same and lets the others begin anew")
+    result = ", so that no layer of it fits" if takes_none else ""
+    raise UserError(f"--resume={path}: the network has {', '.join(there)}, and this run {', '.join(here)}{result}; "
+                    f"expected the same: {'; or '.join(ways) or 'give another network'}")
+
+
+def _differences(networks: Networks, state: TrainingState,
+                 comparisons: Mapping[str, Comparison]) -> list[tuple[str, str]]:
+    """Say how the networks of a file and of a run differ: (there, here) for each difference, at least one."""
+    theirs, mine = networks.G_ema, state.G_ema
+    pairs = [tuple(describe(network) for network in (theirs, mine)) for describe in (
+        lambda G: f"{describe_shape((G.img_channels, G.img_resolution, G.img_resolution))} images",
+        lambda G: f"{G.mapping.num_layers} mapping layers",
+        lambda G: f"latents of {G.z_dim} and styles of {G.w_dim} numbers")]
+    channels = [tuple(f"{len(getattr(G.synthesis, f'b{res}').conv1.weight)} channels at {res}x{res}"
+                      for G in (theirs, mine))
+                for res in mine.synthesis.block_resolutions if res in theirs.synthesis.block_resolutions]
+    pairs += [pair for pair in channels if pair[0] != pair[1]][:1]
+    pairs.append(("no discriminator", "one") if networks.D is None else tuple(
+        f"a discriminator of the {D.init_kwargs['architecture']} architecture" for D in (networks.D, state.D)))
+    found = [pair for pair in pairs if pair[0] != pair[1]]
+    if found:
+        return found
+    role, name, shapes = next((role, name, shapes) for role, comparison in comparisons.items()
+                              for name, shapes in comparison.differing.items())
+    there, here = (f"no {role}.{name}" if shape is None else f"{role}.{name} of {shape}" for shape in shapes)
+    return [(there, here)]
+
+
+def _settings_for(networks: Networks, config: TrainConfig) -> str | None:
+    """Name the settings with which a run of `config` would have networks of these shapes; None where none would."""
+    G, D = networks.G_ema, networks.D
+    images = replace(config.dataset, resolution=G.img_resolution, channels=G.img_channels, c_dim=G.c_dim,
+                     use_labels=G.c_dim > 0)
+    fitting = []
+    for cfg in CFG_NAMES:
+        try:
+            preset = choose_preset(cfg, images.resolution, config.gpus)
+            generator, discriminator = network_configs(TrainOptions(precision="fp32"), preset, images)
+        except ConfigError:  # the preset does not reach up to the resolution
+            continue
+        with torch.device("meta"):
+            pairs = [(G, Generator(**generator.init_kwargs()))]
+            if D is not None:
+                pairs.append((D, Discriminator(**discriminator.init_kwargs())))
+        if all(_shapes(network) == _shapes(other) for network, other in pairs):
+            fitting.append(cfg)
+    settings = [] if config.cfg in fitting else [" or ".join(f"--cfg={cfg}" for cfg in fitting)]
+    if (images.resolution, images.channels) != (config.dataset.resolution, config.dataset.channels):
+        shape = describe_shape((images.channels, images.resolution, images.resolution))
+        made = "" if images.resolution == config.dataset.resolution else (
+            f" (dataset_tool.py --resolution={images.resolution}x{images.resolution})")
+        settings.append(f"a data set of {shape} images{made}")
+    return " with ".join(settings) if fitting and settings else None
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _check_frozen(D: nn.Module, comparison: Comparison | None = None) -> None:
+    """Raise UserError where more layers are frozen than there are, or, given what is taken, ones that begin anew."""
+    frozen, layers = D.init_kwargs["block_kwargs"].get("freeze_layers") or 0, D.freezable_layers()
+    if frozen > len(layers):
+        raise UserError(f"--freezed is {frozen}; expected at most {len(layers)}, the layers of this run's "
+                        "discriminator that can be frozen")
+    for index, layer in enumerate(layers[:frozen] if comparison is not None else []):
+        if f"{layer}.weight" not in comparison.taken:
+            raise UserError(f"--freezed is {frozen}, but layer {index + 1} of the discriminator, {layer}, begins anew "
+                            "and would never learn; expected layers that the network of --resume gives: "
+                            + (f"--freezed={index}" if index else "leave --freezed out"))
 
 
 def _check_classes(path: str | os.PathLike, theirs: Labels, mine: Labels, new_classes: bool) -> None:
@@ -164,9 +337,3 @@ def _note(theirs: Labels, mine: Labels, *, new: bool, compared: bool) -> str | N
     if list(theirs.names) != list(mine.names):
         return f"classes: taken by name; {listed(mine.names)} are {listed(theirs.names)} in the network file"
     return None
-
-
-def _check_shape(path: str | os.PathLike, role: str, name: str, given: Tensor, mine: Tensor) -> None:
-    if given.shape != mine.shape:
-        raise UserError(f"--resume={path}: {role}.{name} is {list(given.shape)} in the file and {list(mine.shape)} in "
-                        "this run; expected networks of one resolution, size (--cfg) and number of channels")
