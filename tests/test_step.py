@@ -145,6 +145,59 @@ def test_step_skipped_phase_leaves_w_avg_alone():
     assert torch.isfinite(state.G_ema.mapping.w_avg).all()
 
 
+def adam_of(values, device, dtype=torch.float32):
+    """Return a fused Adam as TrainingState makes it, of one matrix and one vector."""
+    parameters = [torch.nn.Parameter(value.to(device, dtype, copy=True)) for value in values]
+    return torch.optim.Adam(parameters, lr=0.1, betas=(0.0, 0.9), eps=1e-8, fused=True), parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam(device, dtype):
+    """`train_step` leaves steps out by it. Where this fails, a new PyTorch needs another way before it can be used."""
+    rng = torch.Generator().manual_seed(0)
+    values, *gradients = ([torch.randn(5, 3, generator=rng), torch.randn(7, generator=rng)] for _ in range(4))
+    adam, parameters = adam_of(values, device, dtype)
+
+    def step(some, found_inf):
+        for parameter, gradient in zip(parameters, some):
+            parameter.grad = gradient.to(device, dtype)
+        if found_inf is not None:
+            adam.found_inf = torch.tensor(found_inf, device=device)
+        adam.step()
+
+    def everything():
+        return [tensor.clone() for parameter in parameters
+                for tensor in (parameter.detach(), *(adam.state[parameter][name]
+                                                     for name in ("step", "exp_avg", "exp_avg_sq")))]
+
+    step(gradients[0], 0.0)
+    before = everything()
+    assert not torch.equal(before[0], values[0].to(device, dtype)), "found_inf = 0 has to let Adam take its step"
+    for odd in (gradients[1], [torch.full_like(value, torch.nan) for value in values],
+                [torch.full_like(value, torch.inf) for value in values]):
+        step(odd, 1.0)
+        for now, then in zip(everything(), before):
+            assert torch.equal(now, then), f"PyTorch {torch.__version__} takes a step although found_inf is 1"
+    step(gradients[2], 0.0)
+    after = everything()
+
+    adam, parameters = adam_of(values, device, dtype)  # the steps that were left out never were, nor their number
+    step(gradients[0], None)
+    step(gradients[2], None)
+    for now, then in zip(after, everything()):
+        assert torch.equal(now, then)
+
+
+def test_pytorch_still_starts_a_fused_adam_with_a_step_that_found_inf_leaves_out():
+    values = [torch.ones(4)]
+    adam, (parameter,) = adam_of(values, "cpu")
+    parameter.grad, adam.found_inf = torch.full((4,), torch.nan), torch.ones([])
+    adam.step()
+    assert torch.equal(parameter.detach(), values[0])
+    assert [adam.state[parameter][name].abs().sum().item() for name in ("step", "exp_avg", "exp_avg_sq")] == [0, 0, 0]
+
+
 def test_step_path_lengths_take_half_the_micro_batch_and_update_the_mean():
     config = small_config(batch=8, micro_batch=4)
     state = small_state(config)

@@ -87,7 +87,9 @@ def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config
         _join_processes(processes, parameters, total, work, signs)
     norms = torch.stack([*_norms([parameter.grad for parameter in parameters]), total.abs()])
     finite = norms.amax() < math.inf  # not so for NaN
-    optimizer.found_inf = (~finite).float()  # Adam's own way to leave a step out without waiting for the device
+    # The fused Adam leaves its step out where this is 1, without waiting for the device. torch.amp.GradScaler uses it,
+    # and no documentation promises it: test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam.
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
     work.commit(finite, 1 if processes is None else processes.count)
     if signs is not None:
