@@ -170,7 +170,7 @@ class ImageSet:
                        if order[index] == NO_LABEL and (self.labels == index).any()]
         if missing:
             raise UserError(f"{self.path} has labels of {listed(missing)}; expected those of {listed(wanted)}: convert "
-                            "it with the same --classes")
+                            "it with dataset_tool.py and the same --classes")
         # NO_LABEL is -1, and so takes the last one.
         self.labels = self.labels[:, order] if self.label_kind == VECTOR else np.array([*order, NO_LABEL])[self.labels]
         self.classes = list(wanted)

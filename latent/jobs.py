@@ -97,7 +97,7 @@ def make_set(request: Request) -> int:
             if plan.note is not None:
                 print(plan.note, file=sys.stderr)
             _say_center(request.look)
-        painter = Painter(network.G.to(joined.device), request.look, batch=batch)
+        painter = Painter(network.G.to(joined.device), request.look, batch=batch, fp32_flag="--fp32")
         is_new = write_labelled_set(request.zip, network, painter, plan, joined)
         if joined.rank == 0:
             click.echo(_describe_set(request.zip, network, plan) if is_new else
@@ -120,7 +120,8 @@ def _painting(request: Request) -> Iterator[tuple[OpenNetwork, Painter]]:
     device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, device)
     check_look(request.look, network.G)
-    painter = Painter(network.G, request.look, batch=request.batch or choose_batch(network.G.img_resolution, device))
+    painter = Painter(network.G, request.look, batch=request.batch or choose_batch(network.G.img_resolution, device),
+                      fp32_flag="--fp32")
     _say_center(request.look)
     with memory_advice(painter.batch):
         yield network, painter

@@ -67,15 +67,16 @@ class Look:
 class Painter:
     """Makes images with a generator. Nothing random is left: equal arguments give equal images.
 
-    G:      the averaged generator, in eval mode, on the device that is to compute
-    batch:  images of a pass
+    G:          the averaged generator, in eval mode, on the device that is to compute
+    batch:      images of a pass
+    fp32_flag:  the program's option for `Look.fp32`, for messages; None where it has none
 
     An image is the same in batches of any size, and with any number of threads, up to the order of sums: in float32
     one value in some 10,000 moves by one level.
     """
 
-    def __init__(self, G: nn.Module, look: Look, *, batch: int):
-        self.G, self.look, self.batch = G, look, batch
+    def __init__(self, G: nn.Module, look: Look, *, batch: int, fp32_flag: str | None = None):
+        self.G, self.look, self.batch, self.fp32_flag = G, look, batch, fp32_flag
         self.device = next(G.parameters()).device
         # Half precision is what makes a GPU fast; most CPUs are slower with it.
         self.fp32 = look.fp32 or self.device.type == "cpu"
@@ -137,7 +138,7 @@ class Painter:
         images = self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,
                                   generator=generator)
         if not images.isfinite().all():  # they would become pixels all the same
-            other = "" if self.fp32 else ", or --fp32"
+            other = "" if self.fp32 or self.fp32_flag is None else f", or {self.fp32_flag}"
             raise UserError("the network of --network makes images that are no finite numbers, perhaps since its "
                             f"training diverged; expected a sound one: try an earlier snapshot{other}")
         return images

@@ -100,7 +100,7 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
         raise UserError(f"{flag} has {found}; expected {wanted}, as the network learned from")
     if images.num_unlabelled:
         raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
-                        "convert it with --unlabelled=drop")
+                        "convert it with dataset_tool.py --unlabelled=drop")
     if is_vector:
         if classes.names is not None:
             images.use_classes(classes.names)
@@ -123,7 +123,8 @@ def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
     missing = [class_names(images)[label] for label, own in found.items() if own is None]
     if missing:
         raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
-                        f"{known_classes(classes.names, classes.count)}: convert it with --classes")
+                        f"{known_classes(classes.names, classes.count)}: convert it with dataset_tool.py "
+                        "--classes")
     return [found[label] for label in images.labels.tolist()]
 
 

@@ -75,7 +75,7 @@ class Reference:
         if c_dim == 0:
             if self.chosen is not None:
                 raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
-                                "out, or take a network that was trained with --cond=1")
+                                "out, or take a network that was trained with train.py --cond=1")
             return FakeLabels(torch.zeros(1, 0))
         names, counts = named_classes(info, c_dim), info.get("class_counts")
         counts = counts if counts and len(counts) == c_dim else None

@@ -116,7 +116,7 @@ class SetImages:
         missing = int((np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL).sum())
         if missing:
             raise UserError(f"{self.path}: {missing} of {len(labels)} images have no label; expected one each: convert "
-                            "it with --unlabelled=drop")
+                            "it with dataset_tool.py --unlabelled=drop")
         return torch.from_numpy(label_vectors(labels, c_dim))
 
     def close(self) -> None:

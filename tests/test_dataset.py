@@ -230,9 +230,9 @@ def test_dataset_labels_that_are_missing_are_counted(tmp_path):
     none = make_set(tmp_path / "none.zip", 3)
     assert refused(lambda: ImageDataset(some, use_labels=True)) == (
         f"{some}: 2 of 3 images have no label (00000/img00000001.png, ...); expected one each: convert with "
-        "--unlabelled=drop, or leave --cond out")
+        "dataset_tool.py --unlabelled=drop, or leave --cond out")
     assert refused(lambda: ImageDataset(none, use_labels=True)) == (
-        f"{none} has no labels; expected them: convert it with --labels, or leave --cond out")
+        f"{none} has no labels; expected them: convert it with dataset_tool.py --labels, or leave --cond out")
     assert len(ImageDataset(some)) == 3
 
 

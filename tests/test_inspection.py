@@ -212,7 +212,7 @@ def test_find_problems_missing_entries_and_nulls_are_counted(tmp_path):
     rewrite_metadata(path, lambda metadata: {"labels": metadata["labels"][:3]})
     problem = problems_of(path)["unlabelled"]
     assert problem.message == ("2 images without a label (1 not named in dataset.json): convert with "
-                               "--unlabelled=drop, or train without --cond")
+                               "--unlabelled=drop, or run train.py without --cond")
     assert (problem.files, problem.blocks) == (NAMES[2:4], "labels")
     assert (inspect(path).ready, inspect(path).ready_with_labels) == (True, False)
 

@@ -167,7 +167,7 @@ def test_architectures_of_another_form_raise():
     with pytest.raises(BuildError) as error:
         architectures("8.0;Ampere", "13.0", [])
     assert str(error.value) == ("the architectures are '8.0;Ampere'; expected for example '8.0;9.0+PTX': correct "
-                                "--archs or TORCH_CUDA_ARCH_LIST")
+                                "TORCH_CUDA_ARCH_LIST, or what torch_utils.ops.build --archs says")
 
 
 def test_gencode_adds_code_for_later_gpus_where_it_is_asked_for():

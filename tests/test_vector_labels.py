@@ -226,11 +226,13 @@ def test_set_of_vectors_without_names_takes_its_labels_by_position_and_says_so(i
 
 @pytest.mark.parametrize(("data", "message"), [
     ({"labels": [0, 1], "classes": ["nv", "wart"]}, "--labels-from=other.zip has images of wart, which the network "
-     "does not know; expected one of nv, mel, bcc, or a number from 0 to 2: convert it with --classes"),
+     "does not know; expected one of nv, mel, bcc, or a number from 0 to 2: convert it with "
+     "dataset_tool.py --classes"),
     ({"labels": [[0, 1, 0.5], [0, 0, 0]]}, "--labels-from=other.zip has lists of numbers as labels (3 each); expected "
                                            "numbers of classes, as the network learned from"),
     ({"labels": [0, None], "classes": ["nv", "mel"]}, "--labels-from=other.zip: 1 of 2 images have no label; expected "
-                                                      "one each: convert it with --unlabelled=drop"),
+                                                      "one each: convert it with dataset_tool.py "
+                                                      "--unlabelled=drop"),
     ({}, "--labels-from=other.zip has no labels; expected numbers of classes, as the network learned from"),
 ])
 def test_labels_that_are_none_of_the_network_give_one_line(inside, capsys, data, message):

@@ -200,13 +200,15 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _check_labels(self) -> None:
         if not self.has_labels:
-            raise UserError(f"{self.path} has no labels; expected them: convert it with --labels, or leave --cond out")
+            raise UserError(f"{self.path} has no labels; expected them: convert it with dataset_tool.py --labels, or "
+                            "leave --cond out")
         labels = self._set.labels[self._chosen]
         missing = np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL
         if missing.any():
             first = self._set.names[self._chosen[int(missing.argmax())]]
             raise UserError(f"{self.path}: {int(missing.sum())} of {self.num_images} images have no label ({first}, "
-                            "...); expected one each: convert with --unlabelled=drop, or leave --cond out")
+                            "...); expected one each: convert with dataset_tool.py --unlabelled=drop, or leave --cond "
+                            "out")
 
     def _check_first_image(self) -> Shape:
         name = self._set.names[self._chosen[0]]

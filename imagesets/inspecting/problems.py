@@ -148,7 +148,8 @@ def _label_problems(images: ImageSet) -> Iterator[Problem]:
     missing = [name for row, name in enumerate(images.names) if label_of(images, row) is None]
     if missing:
         yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({images.num_unnamed} "
-                       f"not named in {METADATA}): convert with --unlabelled=drop, or train without --cond", missing)
+                       f"not named in {METADATA}): convert with --unlabelled=drop, or run train.py without --cond",
+                       missing)
     is_empty = are_findings(images) & ~class_columns(images).any(axis=0)
     empty = [name for name, empty in zip(class_names(images), is_empty, strict=True) if empty]
     if empty:

@@ -69,7 +69,7 @@ def architectures(text: str, torch_cuda: str, devices: list[tuple[int, int]]) ->
     for word in words:
         if not _ARCH.fullmatch(word):
             raise BuildError(f"the architectures are {text!r}; expected for example '8.0;9.0+PTX': "
-                             "correct --archs or TORCH_CUDA_ARCH_LIST")
+                             "correct TORCH_CUDA_ARCH_LIST, or what torch_utils.ops.build --archs says")
     if words:
         return tuple(dict.fromkeys(words))
     if devices:
