@@ -63,6 +63,9 @@ class UserPath(click.Path):
             if separator:
                 before, text = f"{name}=", path
         option = "the path" if param is None else _shown_name(param)
+        # An unset variable of a shell is an empty text, and Path("") the folder in which the program was started.
+        if not text and getattr(param, "flag_value", None) != "":
+            raise UserError(f"{option} is {before or 'empty'}; expected {before}PATH")
         return super().convert(before + expand_user(text, option), param, ctx)
 
 

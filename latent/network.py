@@ -56,9 +56,6 @@ def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNet
     try:
         networks = load_network(path, device)
         sha256 = sha256_of(path)
-    except FileNotFoundError as error:
-        raise UserError(f"--network is {path}, which does not exist; expected a network file: a .safetensors of a run, "
-                        "or a .pkl of the original") from error
     except OSError as error:
         raise UserError(f"--network is {path}, which cannot be read ({error.strerror}); expected a network "
                         "file") from error

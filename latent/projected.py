@@ -37,6 +37,10 @@ def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
 
 
 def _read_array(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
+    with open(path, "rb") as file:
+        start = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):  # numpy would advise to unpickle it
+        raise UserError(f"{flag} is not an npz file; {expected}")
     arrays = np.load(path, allow_pickle=False)
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise UserError(f"{flag} is a single array; {expected}")

@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 DEST=$(realpath -m "${1:-gpu-acceptance}")
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-mkdir -p "$DEST"
+mkdir -p "$DEST" && touch "$DEST/page.md" || { echo "error: $DEST is not a writable folder; choose another" >&2; exit 2; }
+command -v "$PYTHON" >/dev/null || { echo "error: PYTHON is $PYTHON, which is not there; expected an interpreter" >&2; exit 2; }
 PAGE=$DEST/page.md
 failed=()
 

@@ -5,6 +5,8 @@
 
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +39,13 @@ def main() -> int:
                 failed += 1
                 continue
             started = time.perf_counter()
-            measurements = list(check(folder))
+            try:
+                measurements = list(check(folder))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                reason = " ".join(str(error).split())
+                print(f"{title:38} UNREADABLE, or of another version: {type(error).__name__}: {reason}", flush=True)
+                failed += 1
+                continue
             worst = max(measurements, key=badness)
             ok = bool(measurements) and badness(worst) <= 1
             failed += not ok

@@ -232,8 +232,9 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
 ])
 def test_bad_arguments_give_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Path("a.pkl").touch()
     assert refused(capsys, *arguments) == message
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pkl"]
 
 
 @pytest.mark.parametrize(("network", "arguments", "message"), [
@@ -241,7 +242,7 @@ def test_bad_arguments_give_one_line(capsys, tmp_path, monkeypatch, arguments, m
                                "from 0 to 1"),
     ({}, ["--class=2"], "--class names the class '2'; expected one of benign, melanoma, or a number from 0 to 1"),
     ({"c_dim": 0}, ["--class=1"], "--class is 1, but the network was trained without classes; leave --class out, or "
-                                  "take a network that was trained with --cond=1"),
+                                  "take a network that was trained with train.py --cond=1"),
     ({"resolution": 32}, [], "{data} holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the same: "
                              "convert the data set with dataset_tool.py"),
     ({"channels": 1}, [], "{data} holds 16x16 RGB images and the network makes 16x16 grey ones; expected the same: "

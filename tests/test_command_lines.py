@@ -120,6 +120,32 @@ def test_every_path_of_every_program_expands_the_home_folder(tmp_path, monkeypat
                 assert parameter.type.convert("~/a=~b", parameter, context) == f"{tmp_path}/a=~b"
 
 
+@pytest.mark.parametrize(("program", "parameter"), [
+    pytest.param(program, parameter, id=f"{program} {parameter.opts[-1]}") for program, command in COMMANDS.items()
+    for parameter in command.params if isinstance(parameter.type, UserPath)])
+def test_empty_path_is_refused_and_never_the_folder_of_the_program(program, parameter, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_set("set.zip")
+    if isinstance(parameter, click.Argument):
+        name, given_path = parameter.human_readable_name, [""]
+    else:
+        name, given_path = max(parameter.opts, key=len), [f"{parameter.opts[-1]}="]
+        if program in ("dataset_tool.py inspect", "dataset_tool.py split"):
+            given_path.append("set.zip")
+    if (program, name) == ("generate.py", "--grid"):  # its empty value is that of --grid without a name
+        return
+    if (program, name) == ("training/nvidia_pickle.py", "OUT.safetensors"):
+        given_path.insert(0, "set.zip")
+    code, err = given(program, *given_path, capsys=capsys)
+    assert (code, err) == (2, f"error: {name} is empty; expected PATH\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_named_path_that_is_empty_is_refused(capsys):
+    assert given("train.py", "--detector-weights=vgg16=", capsys=capsys) == (
+        2, "error: --detector-weights is vgg16=; expected vgg16=PATH\n")
+
+
 def test_outdir_in_the_home_folder_makes_no_folder_named_tilde(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home/sets").mkdir(parents=True)

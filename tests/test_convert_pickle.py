@@ -63,6 +63,23 @@ def test_convert_takes_a_pattern_or_a_folder_of_the_original_and_says_the_file(t
         assert capsys.readouterr().err == f"IN: {folder}/network-snapshot-{number:06d}.pkl\n"
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("gone.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
+                 "the original"),
+    ("file.txt/in.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a "
+                        ".pkl of the original"),
+    ("folder", "IN is {path}, a folder without network-snapshot-*.safetensors; expected a network file (a .safetensors "
+               "of a run, or a .pkl of the original), or the folder of a run"),
+    ("file.txt", "{path} is of an unknown kind (it starts with 74 65 78 74); expected a network file (.safetensors or "
+                 "NVIDIA .pkl)")])
+def test_convert_of_what_is_no_network_file_gives_a_sentence(tmp_path, capsys, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("text")
+    path = tmp_path / name
+    assert failure(capsys, path, tmp_path / "out.safetensors") == message.format(path=path)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
 def test_convert_existing_output_needs_force(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     target.write_bytes(b"precious")

@@ -34,13 +34,14 @@ def runs(tmp_path, monkeypatch):
     ("theirs", "theirs/network-snapshot-000400.pkl"),
     (f"{RUN}/network-snapshot-001000.safetensors", f"{RUN}/network-snapshot-001000.safetensors"),
     ("odd[1].pkl", "odd[1].pkl"),  # a file of that name comes first
-    ("gone.pkl", "gone.pkl"),  # whoever opens it says so
 ])
 def test_text_stands_for_a_network_file(text, path):
     assert find_network(text, "--network") == path
 
 
 @pytest.mark.parametrize(("text", "message"), [
+    *((gone, f"--network is {gone}, which does not exist; expected a network file: a .safetensors of a run, or a .pkl "
+             "of the original") for gone in ("gone.pkl", "runs/gone/n.pkl", "odd1.pkl/n.pkl")),
     ("runs/00009-*", "--network is runs/00009-*, which matches nothing; expected a pattern that matches a network file "
                      "or the folder of a run"),
     ("runs/*/network-snapshot-000200.safetensors",

@@ -421,6 +421,16 @@ def test_network_of_a_diverged_training_gives_one_line(inside, capsys, flags):
         "expected a sound one: try an earlier snapshot")
 
 
+def test_advice_against_a_diverged_network_names_the_option_of_the_program_or_none():
+    G = generator(c_dim=0)
+    torch.nn.init.constant_(G.synthesis.b8.conv1.weight, torch.nan)
+    for flag, ending in (("--fp32", "an earlier snapshot, or --fp32"), (None, "an earlier snapshot")):
+        painter = Painter(G, Look(), batch=1, fp32_flag=flag)
+        painter.fp32 = False  # as on a GPU
+        with pytest.raises(UserError, match=f"; expected a sound one: try {ending}$"):
+            painter.pixels(painter.styles([0], torch.zeros(1, 0)), [0])
+
+
 def test_truncation_without_a_mean_gives_one_line(inside, capsys):
     G = generator(c_dim=0, mapping_kwargs={"num_layers": 2, "w_avg_beta": None})
     save_network("flat.safetensors", Networks(G=None, D=None, G_ema=G))
@@ -435,6 +445,8 @@ W = "expected an .npz file with an array w of shape [M, 4, 8], as a projector wr
 @pytest.mark.parametrize(("arrays", "message"), [
     (None, f"--projected-w=w.npz does not exist; {W}"),
     (b"", f"--projected-w=w.npz cannot be read as an npz file (No data left in file); {W}"),
+    (b"\x80\x04N.", f"--projected-w=w.npz is not an npz file; {W}"),
+    (b"text", f"--projected-w=w.npz is not an npz file; {W}"),
     (b"PK\x03\x04 and so on", f"--projected-w=w.npz cannot be read as an npz file (File is not a zip file); {W}"),
     ({"x": np.zeros(3)}, f"--projected-w=w.npz has no array w (it holds x); {W}"),
     ({"w": np.zeros((1, 5, 8))}, "--projected-w=w.npz has w of shape [1, 5, 8]; expected [M, 4, 8] for this network"),

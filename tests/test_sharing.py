@@ -66,6 +66,8 @@ def test_programs_have_the_flag(program, wanted, tuning, tmp_path, capsys):
     where = ["--metrics=kid5_full"] if program is calc_metrics else [f"--outdir={tmp_path / 'out'}"]
     more = ["--seeds=0"] if program is generate else []
     flags = [] if wanted else ["--tune-malloc=0"]  # by default it is wanted
-    assert run(program.main, ["--network=gone.safetensors", *data, *where, *more, *flags]) == 2
+    network = tmp_path / "odd.safetensors"
+    network.write_text("no network")
+    assert run(program.main, [f"--network={network}", *data, *where, *more, *flags]) == 2
     assert tuning == [wanted]
     assert capsys.readouterr().err.startswith(FOREIGN.note + "\nerror: --network")

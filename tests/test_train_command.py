@@ -300,7 +300,8 @@ def test_dry_run_says_that_classes_are_taken_by_name_or_number(inside, capsys):
 def test_valid_with_other_classes_is_refused_and_with_others_numbers_is_not(inside, capsys):
     make_set("valid.zip", images=[8, 9], size=16, labels=[0, 1], classes=["mel", "bkl"])
     assert refuse(capsys, *BASE, "--cond=1", "--valid=valid.zip") == (
-        "valid.zip has labels of bkl; expected those of nv, mel, bcc: convert it with the same --classes")
+        "valid.zip has labels of bkl; expected those of nv, mel, bcc: convert it with dataset_tool.py and "
+        "the same --classes")
     make_set("valid.zip", images=[8, 9], size=16, labels=[0, 1], classes=["mel", "nv"])
     start(capsys, "--cond=1", "--valid=valid.zip")
 
@@ -622,13 +623,16 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', a letter or digit first"),
     ("--balance=gone.csv", "--balance=gone.csv cannot be read ([Errno 2] No such file or directory: 'gone.csv'); "
                            "expected none, classes, or a CSV file"),
+    ("--balance=set.zip/w.csv", "--balance=set.zip/w.csv cannot be read ([Errno 20] Not a directory: 'set.zip/w.csv'); "
+                                "expected none, classes, or a CSV file"),
+    ("--resume=set.zip/net.pkl", f"--resume is set.zip/net.pkl, which does not exist; expected {NETWORK}"),
     ("--data=plain.zip --balance=classes", "--balance=classes: plain.zip has no classes; expected integer labels"),
     ("--valid=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
     ("--valid=./set.zip", "--valid=set.zip is the data set of --data itself; expected images that are not learned "
                           "from"),
     ("--valid=odd.zip", "--valid=odd.zip is 24x24 RGB; expected 16x16 RGB, as --data"),
-    ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with the "
-                                 "same --classes"),
+    ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with "
+                                 "dataset_tool.py and the same --classes"),
     ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is no folder; expected a folder, new or not"),
     ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is no folder; expected a folder, new or "
                               "not"),

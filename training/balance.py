@@ -72,7 +72,7 @@ def _read_rows(path: Path, flag: str) -> dict[str, dict[str, float]]:
 
     try:
         table = retrying(read, path)
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag} cannot be read ({error}); expected none, classes, or a CSV file") from error
     header = [name.strip() for name in table[0]] if table else []
     if header not in (["class", "weight"], ["file", "weight"]):

@@ -2,6 +2,7 @@
 import glob
 import os
 import re
+import stat
 from enum import Enum
 from pathlib import Path
 
@@ -34,14 +35,20 @@ _SHOWN = 5  # of the files that a pattern matches
 def find_network(text: str, option: str) -> str:
     """Return the path of the network file that an option stands for.
 
-    text:    a path, whether it exists or not; a pattern such as runs/00000-*/network-snapshot-025000.safetensors that
-             matches one file; or a run's folder, or a pattern that matches one: its newest network file
+    text:    a path; a pattern such as runs/00000-*/network-snapshot-025000.safetensors that matches one file; or a
+             run's folder, or a pattern that matches one: its newest network file
     option:  for messages, such as "--network"
 
-    Raises UserError, naming what is there, where a pattern matches none or several, or a folder holds none.
+    Raises UserError, naming what is there, where there is no such file, a pattern matches none or several, or a folder
+    holds none.
     """
     path = find_path(text, option, "a network file or the folder of a run")
-    if not os.path.isdir(path):
+    try:
+        is_folder = stat.S_ISDIR(retrying(lambda: os.stat(path), path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{option} is {text}, which does not exist; expected a network file: a .safetensors of a run, "
+                        "or a .pkl of the original") from error
+    if not is_folder:
         return path
     found = run_snapshots(path)
     if not found:

@@ -58,7 +58,7 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
                         f"{describe_shape(dataset.image_shape)}, as --data")
     if dataset.use_labels and valid.label_dim != dataset.label_dim:
         raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as --data: "
-                        "convert both with the same --classes")
+                        "convert both with dataset_tool.py and the same --classes")
     if dataset.use_labels and valid.label_kind != dataset.label_kind:
         raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as --data")
     check_images(valid)
@@ -116,11 +116,8 @@ def resume_files(resume: str | None) -> list[str]:
     if "://" in resume:
         raise UserError(f"--resume is {resume}; expected a file: download it first, and give its path")
     files = network_files(resume)
-    if not files:
-        find_network(resume, "--resume")  # says what is there
-    if not os.path.exists(files[-1]):
-        raise UserError(f"--resume is {resume}, which does not exist; expected a network file: a .safetensors of a "
-                        "run, or a .pkl of the original")
+    if not files or files == [resume]:
+        find_network(resume, "--resume")  # says what is there, or not
     return files
 
 
