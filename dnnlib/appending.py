@@ -62,7 +62,8 @@ class AppendFile:
 
     def _write(self) -> None:
         # Opened once the lock is held: another process may have put another file in its place.
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # else Windows writes line ends of its own
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             # A process that was killed may have left half a line; ours must not become the rest of it.

@@ -12,14 +12,14 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from dnnlib.cli import UserError
 from torch_utils.distributed import LOST_EXIT_CODE
 from torch_utils.parent_death import LAUNCHER_VARIABLE
+from training.stopping import SIGNALS
 
 # After one process failed the others notice and end by themselves; those that have not by then are killed.
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.1
-
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def launch(count: int, command: Sequence[str] | None = None) -> int:
@@ -28,7 +28,11 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     The code is 0, or that of the first process that failed (128 + the signal that killed it, as in a shell). It has
     said itself what was wrong; for one that was killed a line is printed here. SIGTERM, SIGINT and SIGUSR1 are handed
     on. Nothing is left running, whatever ends this process (on other systems than Linux: SIGKILL excepted).
+    Raises UserError where the system has no process groups, as Windows.
     """
+    if not hasattr(os, "killpg"):
+        raise UserError(f"--gpus is {count}; expected 1 on this system, which does not have process groups: leave "
+                        "--gpus out, or use Linux")
     command = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
     listener = socket.create_server(("127.0.0.1", 0))  # reached from this machine alone
     port = listener.getsockname()[1]
@@ -54,7 +58,7 @@ class _Family:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "_Family":
-        for number in _FORWARDED:
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._forward)
         return self
 

@@ -12,6 +12,7 @@ from dnnlib.cli import UserError
 from dnnlib.disk_failures import DiskFailure
 from training.dataset import ImageDataset
 from training.sampling import TrainingOrder
+from training.stopping import SIGNALS
 
 
 class _Share(torch.utils.data.Sampler):
@@ -55,7 +56,7 @@ def _leave_stopping_to_the_parent(_: int) -> None:
 
     SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -96,8 +96,10 @@ class Tick:
             (f"time {format_seconds(times.total)}", 14),
             (f"left {'-' if times.left is None else format_seconds(times.left)}", 14),
             (f"sec/tick {times.tick:.1f}", 16), (f"sec/kimg {_pace(times):.2f}", 17),
-            (f"maintenance {times.maintenance:.1f}", 18), (f"cpumem {self.cpu_memory / _GB:.2f}", 13),
+            (f"maintenance {times.maintenance:.1f}", 18),
         ]
+        if self.cpu_memory:
+            fields.append((f"cpumem {self.cpu_memory / _GB:.2f}", 13))
         if self.gpu_memory:
             fields.append((f"gpumem {self.gpu_memory / _GB:.2f}", 13))
         fields += [(f"augment {self.augment_p:.3f}", 14), (f"G {_mean(stats, 'Loss/G/loss')}", 8),
@@ -110,13 +112,15 @@ class Tick:
 
 
 def process_memory() -> float:
-    """Return the bytes that this process holds; where the system does not say, the most it held so far."""
+    """Return the bytes that this process holds; else the most it held so far, or 0 where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource  # POSIX has it, and no other system
-
+        try:
+            import resource  # POSIX has it, and no other system
+        except ImportError:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -182,7 +182,7 @@ def _jobs() -> int:
     """Return how many compilers may run at once: $MAX_JOBS, as PyTorch's own builds read it, else the CPUs."""
     text = os.environ.get("MAX_JOBS", "")
     if not text:
-        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not (text.isdecimal() and int(text)):
         raise BuildError(f"MAX_JOBS is {text!r}; expected how many compilers may run at once: set it to 1 or more")
     return int(text)
