@@ -116,13 +116,18 @@ class ProcessLock:
         filelock takes over what it cannot read, but neither empty files, which a process leaves that is killed as it
         starts, nor those of zombies, of which a container without an init process is full.
         """
-        with suppress(FileNotFoundError), open(self.path, "r+b") as file:  # whoever takes over makes another file
-            values = dict(line.partition("=")[::2] for line in file.read().decode(errors="replace").splitlines())
-            pid = values.get("pid", "")
-            if not pid.isdecimal() or values.get("host") != _host() or start_of_process(int(pid)) is not None:
+        try:
+            with open(self.path, "r+b") as file:  # whoever takes over makes another file
+                values = dict(line.partition("=")[::2] for line in file.read().decode(errors="replace").splitlines())
+                pid = values.get("pid", "")
+                if pid.isdecimal() and values.get("host") == _host() and start_of_process(int(pid)) is None:
+                    file.write(b"gone\n")
+                    return True
                 return self._lease.owner is None and file.write(b"\n") > 0
-            file.write(b"gone\n")
-        return True
+        except FileNotFoundError:
+            return True
+        except PermissionError:  # of a system where its owner alone may write it
+            return False
 
     def _describe_holder(self) -> str:
         owner = self._lease.owner

@@ -147,7 +147,8 @@ class Pieces:
         """Check what lies in the folder, and leave in it the settings and pieces that belong to them."""
         found = self._read_settings()
         if found is None:
-            foreign = sorted(name for name in os.listdir(self.folder) if name != LOCK and not _OURS.fullmatch(name))
+            foreign = sorted(name for name in os.listdir(self.folder)
+                             if name.split(".")[0] != LOCK and not _OURS.fullmatch(name))  # lock.break.*: of a takeover
             if foreign:
                 raise UserError(f"{self.folder}, where finished pieces go, holds other files ({foreign[0]}); rename it")
         elif {**found, OPERATORS: None} == {**self._settings, OPERATORS: None}:
