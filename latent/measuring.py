@@ -76,11 +76,14 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
         return
     # A run may write another one meanwhile: all processes measure those that the main process found.
     snapshots = broadcast_object([Path(settings.network)] if settings.run is None else _snapshots(settings.run))
-    network = open_network(snapshots[0], processes.device)
+    network = open_network(snapshots[-1], processes.device)
     evaluator = _evaluator(settings, processes, mirror=_mirror(settings, network.info))
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
     for number, path in enumerate(snapshots):
-        network = network if number == 0 else open_network(path, processes.device)
+        if not broadcast_object(path.exists()):
+            _say(settings, f"{path.name} is gone, as --keep of train.py removes network files; it is not measured")
+            continue
+        network = network if len(snapshots) == 1 else open_network(path, processes.device)
         _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
         kimg = _kimg(network)
         for record in _records(evaluator.evaluate(network.G, network.info), processes, snapshot=network.name, kimg=kimg,

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +24,14 @@ from metrics.record import software_versions
 from metrics.reference import Choice, Reference
 from metrics.results import Side, compute_results, num_rows
 from metrics.sources import FakeLabels, GeneratedImages, Selection, SetImages, Source
-from torch_utils.distributed import is_main
+from torch_utils.distributed import any_process, is_main
 
 Results = dict[str, dict[str, Any]]  # metric -> {"results": {key: value}, further fields of its record}
 _LARGEST_SEED = 2**32 - 1
+
+
+class Stopped(Exception):
+    """The work was given up, since the caller's `stop` said so."""
 
 
 class Evaluator:
@@ -64,22 +68,26 @@ class Evaluator:
             raise UserError(f"--batch is {batch}; expected at least 1")
         self._weights, self._progress, self._say = dict(weights or {}), progress, say
         self._said: str | None = None  # of classes
+        self._stop: Callable[[], bool] | None = None
         self._cache = FeatureCache(cache_folder() / "features" if use_cache else None, say)
         self._networks: dict[str, nn.Module] = {}
         self._device = None if device is None else torch.device(device)
         self.reference = Reference(self.requests, data, mirror=mirror, chosen=chosen, seed=seed)
         self._sides: dict[tuple[str, Choice], Side | None] = {}  # of reals; None but on the main process
 
-    def evaluate(self, G: nn.Module, info: Mapping[str, Any] | None = None) -> Results:
+    def evaluate(self, G: nn.Module, info: Mapping[str, Any] | None = None, *,
+                 stop: Callable[[], bool] | None = None) -> Results:
         """Return the metrics of a generator; {} but on the main process.
 
         G:     with mapping, synthesis, z_dim, c_dim, img_resolution and img_channels; it comes back in its mode, and
                the random state stays as it is
         info:  what its file says: "classes" and "class_counts" serve where there is no data set
+        stop:  is asked after each block of images; once it says yes, in any process, the work is given up
 
-        Raises UserError when data, class and network do not go together.
+        Raises UserError when data, class and network do not go together, and Stopped, which may be an
+        OtherProcessFailed where another process was the first to stop.
         """
-        started = time.monotonic()
+        started, self._stop = time.monotonic(), stop
         requests = [request.with_fakes(self.reference.num_reals(request)) for request in self.requests]
         labels = self.reference.labels_of_fakes(G.c_dim, info or {})
         if info is not None and self.reference.note not in (None, self._said) and is_main():
@@ -106,7 +114,7 @@ class Evaluator:
 
         Raises UserError when a metric needs more of them, or a network, or they do not fit the data.
         """
-        started = time.monotonic()
+        started, self._stop = time.monotonic(), None
         requests = [request.with_fakes(len(images)) for request in self.requests]
         for request in requests:
             holds = f"{images.path} holds {len(images)}{self.reference.of_class}; expected more"
@@ -174,7 +182,7 @@ class Evaluator:
     def _compare(self, request: MetricRequest, real: Side | None, fake: Side,
                  beat: Callable[[], None]) -> Mapping[str, Any]:
         beat()
-        with self._showing(num_rows(request, real, fake), f"rows for {request.name}") as advance:
+        with self._showing(num_rows(request, real, fake), f"rows for {request.name}", is_alone=True) as advance:
             return compute_results(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
 
     def _wishes(self, requests: list[MetricRequest]) -> list[Wish]:
@@ -227,12 +235,16 @@ class Evaluator:
         return None if found is None else path_length(found[0][:, 0])
 
     @contextmanager
-    def _showing(self, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-        if not (self._progress and is_main()):
-            yield lambda count: None
-            return
-        with Progress(total, unit) as progress:
-            yield progress.advance
+    def _showing(self, total: int | None, unit: str, *, is_alone: bool = False) -> Iterator[Callable[[int], None]]:
+        """Give what is told of items that were done, by all processes together unless this one `is_alone`."""
+        with Progress(total, unit) if self._progress and is_main() else nullcontext() as progress:
+            def advance(count: int) -> None:
+                if progress is not None:
+                    progress.advance(count)
+                if self._stop is not None and (self._stop() if is_alone else any_process(self._stop())):
+                    raise Stopped("metrics were given up")
+
+            yield advance
 
 
 def _cache_key(source: Selection, wish: Wish, batch: int, device: torch.device) -> dict[str, object]:

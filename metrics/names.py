@@ -31,6 +31,8 @@ DESCRIPTIONS = {
            "their ends (end). Lower is smoother. Looks at no reals. ppl2 takes whole images, ppl the middle where FFHQ "
            "has its faces. 10,000 pairs of images and more.",
 }
+LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
+_KEY_ENDINGS = {"pr": ("_precision", "_recall"), "is": ("_mean", "_std")}  # of metrics that give several values
 _DEFAULT_COUNT = 50_000
 _NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 _COUNT = r"([1-9]\d*k|[1-9]\d*)"
@@ -61,6 +63,11 @@ class MetricRequest:
     def with_fakes(self, count: int) -> "MetricRequest":
         """Return the same with the number of fakes that stands for all, where the name has none."""
         return self if self.num_fakes is not None else replace(self, num_fakes=count)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of its values."""
+        return tuple(self.name + ending for ending in _KEY_ENDINGS.get(self.kind, ("",)))
 
     @property
     def fewest(self) -> int:

@@ -69,9 +69,9 @@ def compute_results(request: MetricRequest, real: Side | None, fake: Side, seed:
         return {"results": {name: float(distances.mean())}, "subsets": len(distances), "subset_size": size, **spread}
     if request.kind == "pr":
         found = precision_recall(real.values, fake.values, request.k, on_rows)
-        return {"results": {f"{name}_precision": float(found.precision), f"{name}_recall": float(found.recall)}}
+        return {"results": dict(zip(request.keys, (float(found.precision), float(found.recall)), strict=True))}
     score = inception_score(fake.features.probabilities, IS_SPLITS)
-    return {"results": {f"{name}_mean": float(score.mean), f"{name}_std": float(score.std)}}
+    return {"results": dict(zip(request.keys, (float(score.mean), float(score.std)), strict=True))}
 
 
 def _rank_note(num_real: int, num_fake: int, num_features: int) -> dict[str, str]:

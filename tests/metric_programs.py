@@ -1,12 +1,13 @@
 """Programs on metrics that tests run as several processes: `python -m tests.metric_programs NAME+NAME FOLDER`."""
 
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 
 from metrics import blocks, evaluation
-from metrics.blocks import compute_rows, from_main, on_main, on_main_for_long, together
+from metrics.blocks import OtherProcessFailed, compute_rows, from_main, on_main, on_main_for_long, together
 from metrics.evaluation import Evaluator
 from tests.metric_networks import MeanDetector, SquareDistance
 from tests.small_networks import small_generator
@@ -24,6 +25,20 @@ def evaluate(processes: Processes, folder: Path) -> dict:
         results = evaluator.evaluate(small_generator(resolution=32))
         found[count] = {name: record["results"] for name, record in results.items()}
     return found
+
+
+def give_up(processes: Processes, folder: Path) -> dict:
+    """Give metrics up: after the second block of fakes where one process wishes so, and while the main one compares."""
+    failures = []
+    for name, rank, most in (("fid70_full", 1, 2), ("pr70_full", 0, 8)):  # pr: five rounds of fakes, two of reals
+        evaluator = Evaluator(name, data=folder / "data.zip", batch=8, use_cache=False)
+        asked = itertools.count(1)
+        try:
+            evaluator.evaluate(small_generator(resolution=32), stop=lambda rank=rank, most=most, asked=asked: (
+                next(asked) >= most and processes.rank == rank))
+        except (evaluation.Stopped, OtherProcessFailed) as error:
+            failures.append((type(error).__name__, next(asked) - 1))
+    return {"failures": failures, "after": evaluator.evaluate(small_generator(resolution=32)).keys() == {"pr70_full"}}
 
 
 def exchange(processes: Processes, folder: Path) -> dict:

@@ -12,6 +12,7 @@ import pytest
 from dnnlib.cli import run
 from dnnlib.files import sha256_of
 from latent.measure_command import make_command
+from latent.network import open_network
 from metrics.names import DESCRIPTIONS, KNOWN_NAMES
 from metrics.sources import GeneratedImages
 from tests.make_sets import enclose, make_set, pixels_of, png
@@ -136,6 +137,21 @@ def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):
             assert picture.size == (720, 400)
     assert (folder / "metric-kid20.png").read_bytes() == b"the run's own"
     assert not (folder / "metric-fid20_full.png").exists()
+
+
+def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(capsys, data, tmp_path, monkeypatch):
+    folder = save_run(tmp_path / "run")
+
+    def remove_and_open(*arguments):
+        (folder / "network-snapshot-000000.safetensors").unlink(missing_ok=True)
+        return open_network(*arguments)
+
+    monkeypatch.setattr("latent.measuring.open_network", remove_and_open)
+    code, records, err = measure(capsys, f"--run={folder}", f"--data={data}", "--metrics=kid20", "--verbose=1")
+    assert code == 0
+    assert [record["snapshot_pkl"] for record in records] == ["network-snapshot-000200.safetensors"]
+    assert ("network-snapshot-000000.safetensors is gone, as --keep of train.py removes network files; it is not "
+            "measured\n") in err
 
 
 def test_mirror_is_as_in_the_training_unless_given(capsys, data, tmp_path):

@@ -316,6 +316,27 @@ def test_evaluate_images_of_another_size_raises(data, tmp_path):
         Evaluator("fid30_full", data=data).evaluate_images(SetImages(fake))
 
 
+@pytest.mark.parametrize(("metrics", "asked"), [
+    ("fid40_full", 1), ("fid40_full", 2), ("fid40_full", 3), ("pr40_full", 4), ("kid40_full", 4)])
+def test_evaluate_is_given_up_after_the_block_that_stop_says(data, metrics, asked):
+    """Two blocks of fakes, one of reals or more, and the rows of tables of pairs."""
+    evaluator, whole = (Evaluator(metrics, data=data, batch=32, use_cache=False) for _ in range(2))
+    calls, G = [], small_generator().train()
+    random_state = torch.get_rng_state()
+
+    def stop():
+        calls.append(0)
+        return len(calls) >= asked
+
+    with pytest.raises(evaluation.Stopped):
+        evaluator.evaluate(G, stop=stop)
+    assert len(calls) == asked
+    assert G.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    found = evaluator.evaluate(G)  # as if nothing had been given up
+    assert found[metrics]["results"] == whole.evaluate(small_generator())[metrics]["results"]
+
+
 def test_evaluate_shows_how_far_each_part_of_the_work_is(data, monkeypatch):
     shown = []
 

@@ -301,7 +301,7 @@ def nearly_done(monkeypatch):
     monkeypatch.setattr(loop.TrainingState, "create", created)
 
 
-def measured(G):
+def measured(G, *, stop):
     return {"kid20_full": {"results": {"kid20_full": 0.5}}}
 
 
@@ -314,7 +314,7 @@ def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, m
     snapshot = "network-snapshot-000001.safetensors"
     with monkeypatch.context() as patch:
         refuse(patch, "network-snapshot")
-        assert loop.train(*prepared(tmp_path), measured) == 75
+        assert loop.train(*prepared(tmp_path, metrics=("kid20_full",)), measured) == 75
     line, = metric_lines(tmp_path / "runs")
     assert (line["results"], line["snapshot_pkl"], line["network_sha256"]) == ({"kid20_full": 0.5}, None, None)
     assert line["snapshot_note"] == f"{snapshot} could not be written (No space left on device)"
@@ -324,7 +324,7 @@ def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, m
         "not finished after 1000 images: its last network file could not be written (No space left on device); once "
         "it can be, the same command continues at image 1000")
     assert not read_record(run_in(tmp_path / "runs")).finished
-    assert loop.train(*prepared(tmp_path), measured) == loop.EXIT_DONE
+    assert loop.train(*prepared(tmp_path, metrics=("kid20_full",)), measured) == loop.EXIT_DONE
     assert (run_in(tmp_path / "runs") / snapshot).exists()
     assert read_record(run_in(tmp_path / "runs")).finished
     assert len(metric_lines(tmp_path / "runs")) == 1
@@ -332,7 +332,7 @@ def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, m
 
 def test_metric_line_names_the_network_file_that_was_written(tmp_path, monkeypatch):
     nearly_done(monkeypatch)
-    assert loop.train(*prepared(tmp_path), measured) == loop.EXIT_DONE
+    assert loop.train(*prepared(tmp_path, metrics=("kid20_full",)), measured) == loop.EXIT_DONE
     line, = metric_lines(tmp_path / "runs")
     assert line["snapshot_pkl"] == "network-snapshot-000001.safetensors"
     assert len(line["network_sha256"]) == 64
@@ -406,8 +406,8 @@ def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_th
         tmp_path / "chain/runs/00000-set-cond-tiny-kimg1-batch200-blit"
     assert [path.name for path in chain.parent.iterdir()] == [chain.name]
     ended, continued = state(whole), state(chain)
-    assert (continued.pop("reported_ticks"), continued.pop("extra_ticks")) == (7, 2)
-    assert (ended.pop("reported_ticks"), ended.pop("extra_ticks")) == (6, 1)
+    assert [continued.pop(name) for name in ("reported_ticks", "extra_ticks", "ends")] == [7, 2, [1000, 2000, 3000]]
+    assert [ended.pop(name) for name in ("reported_ticks", "extra_ticks", "ends")] == [6, 1, [3000]]
     assert ended.keys() == continued.keys()
     assert ended["training/augment/p"] > 0
     for name, value in ended.items():

@@ -16,7 +16,7 @@ from training.launch import launch
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     make_set(folder / "data.zip", 21, size=32, labels=[index % 2 for index in range(21)])
-    assert launch(2, [sys.executable, "-m", "tests.metric_programs", "evaluate+exchange", str(folder)]) == 0
+    assert launch(2, [sys.executable, "-m", "tests.metric_programs", "evaluate+give_up+exchange", str(folder)]) == 0
     return folder
 
 
@@ -33,6 +33,13 @@ def test_evaluate_two_processes_give_the_bits_of_one(folder, one_thread, monkeyp
     assert main == alone
     assert [len(found) for found in main.values()] == [6, 6]
     assert other == {70: {}, 12: {}}
+
+
+def test_evaluate_is_given_up_by_all_processes_when_one_wishes_so(folder):
+    main, other = results(folder, "give_up")
+    assert main == {"failures": [("Stopped", 2), ("Stopped", 8)], "after": True}
+    # All compute features, and are asked; the main process compares them alone.
+    assert other == {"failures": [("Stopped", 2), ("OtherProcessFailed", 7)], "after": False}
 
 
 def test_exchange_gathers_rows_and_shares_failures(folder):

@@ -214,6 +214,62 @@ def test_start_cuts_metrics_and_keeps_lines_of_others(tmp_path):
     assert [record.get("tick") for record in records(path)] == [1, None]
 
 
+def test_metric_of_an_earlier_tick_stands_where_it_would_have(tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.setattr("training.reporting.save_curves", lambda path, found: curves.append(found))
+    path = tmp_path / "metric-pr50k3_full.jsonl"
+    reporter = Reporter(tmp_path, is_main=True)
+    for tick in (1, 5):
+        report_metric(reporter, tick)
+    with open(path, "a", encoding="ascii") as file:
+        file.write('{"results": {"pr50k3_full_precision": 1}, "metric": "pr50k3_full"}\n')
+    before = path.read_bytes().splitlines()
+    report_metric(reporter, 3)
+    found = path.read_bytes().splitlines()
+    assert [json.loads(line).get("tick") for line in found] == [1, 3, 5, None]
+    assert [found[0], *found[2:]] == before
+    assert [kimg for kimg, _ in curves[-1]["pr50k3_full_recall"]] == [1.0, 3.0, 5.0]
+
+
+def test_metric_of_an_earlier_tick_that_a_full_disk_refuses_follows_later(tmp_path, full_disk):
+    full_disk["has_room"] = True
+    reporter = Reporter(tmp_path, is_main=True)
+    report_metric(reporter, 5)
+    full_disk["has_room"] = False
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        report_metric(reporter, 3)
+    full_disk["has_room"] = True
+    reporter.write_waiting()
+    assert [record["tick"] for record in records(tmp_path / "metric-pr50k3_full.jsonl")] == [5, 3]
+
+
+# ---- Event files ----
+
+def test_event_file_is_a_new_one_whichever_was_removed(tmp_path):
+    for number in range(3):
+        a_run(tmp_path, [number], start=number)
+    names = [f"events.out.tfevents.{number:05d}" for number in range(3)]
+    assert sorted(path.name for path in tmp_path.glob("events*")) == names
+    for removed, written in (("00000", "00003"), ("00002", "00004"), ("00004", "00004")):
+        (tmp_path / f"events.out.tfevents.{removed}").unlink()
+        before = {path: path.read_bytes() for path in tmp_path.glob("events*")}
+        a_run(tmp_path, [5], start=5)
+        assert {path: path.read_bytes() for path in before} == before
+        new, = set(tmp_path.glob("events*")) - before.keys()
+        assert new.name == f"events.out.tfevents.{written}"
+    for path in tmp_path.glob("events*"):
+        path.unlink()
+    (tmp_path / "events.out.tfevents.1700000000.host.7.0").touch()  # as other programs name theirs
+    a_run(tmp_path, [0])
+    assert (tmp_path / names[0]).stat().st_size > 0
+    assert events(tmp_path)["Progress/tick"] == [(8, 0.0)]
+
+
 # ---- Trouble ----
 
 @pytest.fixture

@@ -164,6 +164,8 @@ SETTINGS_FLAGS = [
     ("", "outdir", "runs"), ("", "data", "set.zip"), ("", "device", "cpu"), ("--device=cpu", "device", "cpu"),
     ("", "balance", "none"), ("--balance=classes", "balance", "classes"), ("--valid=other.zip", "valid", "other.zip"),
     ("", "max_hours", None), ("--max-hours=1.5", "max_hours", 1.5), ("", "new", False), ("--new", "new", True),
+    ("", "keep", None), ("--keep=3", "keep", 3), ("", "keep_best", None), ("--keep=3", "num_newest", 3),
+    ("", "num_newest", None), ("--keep=2", "keep_flags", "--keep=2"),
     ("", "name", None), ("--name=a.b_c-1", "name", "a.b_c-1"),
     ("", "tune_malloc", True), ("--tune-malloc=0", "tune_malloc", False),
     ("", "precision", "auto"), ("--precision=auto", "precision", "auto"), ("--precision=bf16", "precision", "bf16"),
@@ -177,6 +179,45 @@ def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
     make_set("other.zip", images=[8, 9], size=16, labels=[0, 1])
     trainer, _ = start(capsys, *flags.split())
     assert getattr(trainer.settings, name) == value
+
+
+@pytest.mark.parametrize(("text", "metric", "key", "lower"), [
+    ("fid2k_full", "fid2k_full", "fid2k_full", True), ("kid500", "kid500", "kid500", True),
+    ("pr2k3_full_recall", "pr2k3_full", "pr2k3_full_recall", False),
+    ("pr2k3_full_precision", "pr2k3_full", "pr2k3_full_precision", False),
+    ("is10k", "is10k", "is10k_mean", False), ("is10k_mean", "is10k", "is10k_mean", False),
+    ("ppl2_wend", "ppl2_wend", "ppl2_wend", True)])
+def test_keep_best_takes_a_value_of_the_metrics_and_knows_which_is_better(text, metric, key, lower, inside, capsys):
+    names = "fid2k_full,kid500,pr2k3_full,is10k,ppl2_wend"
+    settings = start(capsys, f"--metrics={names}", f"--keep-best={text}")[0].settings
+    assert settings.keep_best.to_dict() == {"metric": metric, "key": key, "lower_is_better": lower}
+    assert (settings.keep, settings.num_newest, settings.keep_flags) == (None, 1, f"--keep-best={key}")
+
+
+def test_what_is_kept_is_no_part_of_a_runs_identity(inside, capsys):
+    flags = ["--metrics=kid5", "--detector=random-conv"]
+    all_kept, some = (start(capsys, *flags, *more)[0] for more in ([], ["--keep=2", "--keep-best=kid5"]))
+    assert all_kept.config == some.config
+
+
+def test_dry_run_counts_network_files_and_their_bytes(inside, capsys):
+    flags = ["--cfg=tiny", "--batch=32", "--kimg=10", "--tick=0.5", "--snap=4", "--detector=random-conv"]
+    size = save_tiny_network(inside / "a.safetensors", cond=False).stat().st_size
+    found, _ = dry_run(capsys, *flags, "--metrics=kid5")
+    # An iteration, then each 2,048 images, and the end at 10,016: 0, 2, 4, 6, 8 and 10 thousand
+    snapshots = found["snapshots"]
+    assert (snapshots["written"], snapshots["kept"], found["keep"], found["keep_best"]) == (6, 6, None, None)
+    assert snapshots["bytes_each"] == pytest.approx(size, rel=0.02)
+    assert snapshots["bytes_written"] == snapshots["bytes_kept"] == 6 * snapshots["bytes_each"]
+    assert found["files"]["network-snapshot-KKKKKK.safetensors"] == (
+        "every 4 ticks (2 kimg); 2.9 MB each; 6 in all, 17 MB")
+    found, _ = dry_run(capsys, *flags, "--metrics=kid5", "--keep=2", "--keep-best=kid5")
+    assert (found["keep"], found["keep_best"], found["snapshots"]["kept"]) == (2, "kid5", 4)
+    assert found["snapshots"]["bytes_kept"] == 4 * snapshots["bytes_each"]
+    assert found["files"]["network-snapshot-KKKKKK.safetensors"] == (
+        "every 4 ticks (2 kimg); 2.9 MB each; 6 in all, 17 MB; --keep=2 --keep-best=kid5 keeps 4 at a time, 11 MB")
+    found, _ = dry_run(capsys, *flags, "--metrics=kid5", "--keep-best=kid5")
+    assert (found["keep"], found["snapshots"]["kept"]) == (1, 3)
 
 
 def test_allocator_is_tuned_on_a_cpu_alone(inside, capsys, monkeypatch):
@@ -197,7 +238,7 @@ def test_allocator_is_no_part_of_a_runs_identity(inside, capsys):
 
 def test_every_flag_has_a_test_of_its_effect(inside):
     tested = " ".join(flags for flags, *_ in CONFIG_FLAGS + SETTINGS_FLAGS)
-    elsewhere = {"outdir", "data", "metrics", "detector", "detector_weights", "dry_run"}
+    elsewhere = {"outdir", "data", "metrics", "detector", "detector_weights", "keep_best", "dry_run"}
     names = {parameter.name for parameter in make_command(None, choose_metrics).params}
     assert {name for name in names if f"--{name.replace('_', '-')}" not in tested} == elsewhere
 
@@ -620,6 +661,14 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--kimg=0", "--kimg is 0; expected a number >= 1"),
     ("--tick=0", "--tick is 0.0; expected a number > 0"),
     ("--max-hours=-1", "--max-hours is -1.0; expected a number > 0"),
+    ("--keep=0", "--keep is 0; expected a number >= 1"),
+    ("--keep-best=kid5k", "--keep-best is kid5k, which is not among --metrics (none); expected a metric that is "
+                          "computed with each network file: name it in --metrics too"),
+    ("--metrics=kid5k,is5k --keep-best=fid5k", "--keep-best is fid5k, which is not among --metrics (kid5k, is5k); "
+     "expected one of kid5k, is5k_mean, or another one that is computed with each network file: name it in --metrics "
+     "too"),
+    ("--metrics=pr5k3_full --keep-best=pr5k3_full", "--keep-best is pr5k3_full, which gives 2 values; expected one of "
+     "them: pr5k3_full_precision or pr5k3_full_recall"),
     ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', a letter or digit first"),
     ("--balance=gone.csv", "--balance=gone.csv cannot be read ([Errno 2] No such file or directory: 'gone.csv'); "
                            "expected none, classes, or a CSV file"),

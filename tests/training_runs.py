@@ -108,6 +108,7 @@ def state(run_folder):
     """Return the newest state, flat, without what may differ."""
     saved = torch.load(run_folder / "training-state.pt", weights_only=True)
     saved.pop("seconds")
+    saved.pop("missing_metrics")  # those that are made up with a network are so after its state is saved
     return flattened(saved)
 
 

@@ -28,7 +28,7 @@ from training.input_checks import (
 )
 from training.options import TrainOptions
 from training.presets import resolve
-from training.run_settings import RunSettings
+from training.run_settings import BestValue, RunSettings
 from training.transfer import Transferred
 
 HELP = """Train a StyleGAN2 generator with adaptive discriminator augmentation (ADA).
@@ -42,13 +42,15 @@ The same command again continues its run where it was stopped, and leaves it alo
 larger --kimg it continues a finished one. BOOL is 1 or 0, true or false, yes or no.
 
 \b
-Exit codes: 0 finished; 2 a mistake in the command or its data; 3 steps kept failing; 4 out of memory (the
-message says which --batch-gpu continues the run); 75 stopped with a state, the same command continues;
-76 another process of the run failed.
+Exit codes: 0 finished; 1 a fault of the program or a GPU; 2 a mistake in the command or its data; 3 steps
+kept failing; 4 out of memory (the message says which --batch-gpu continues the run); 75 stopped with a
+state, the same command continues; 76 another process of the run failed.
 """
 
-# --metrics (None where it was not given), --detector and --detector-weights -> names, and a note for the user or None
-ChooseMetrics = Callable[[str | None, str | None, Sequence[str]], tuple[tuple[str, ...], str | None]]
+# --metrics (None where it was not given), --detector, --detector-weights and --keep-best -> names, a note for the user
+# or None, and what --keep-best means: the fields of a BestValue, or None
+ChooseMetrics = Callable[[str | None, str | None, Sequence[str], str | None],
+                         tuple[tuple[str, ...], str | None, tuple[str, str, bool] | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +138,14 @@ def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
     for name in ("outdir", "data"):
         if not flags.get(name):
             raise UserError(f"--{name} is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help")
-    metrics, note = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"])
+    metrics, note, best = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"],
+                                         flags["keep_best"])
     started = place.processes(flags["gpus"]) if place.is_started else flags["gpus"]
     changed = {"metrics": metrics, "gpus": started,
                "precision": None if flags["precision"] == "auto" else flags["precision"]}
     options = TrainOptions(**{name: changed.get(name, flags[name]) for name in _names(TrainOptions)})
-    given = {**flags, "precision": _asked_precision(options)}
+    best = None if best is None else BestValue(**dict(zip(_names(BestValue), best, strict=True)))
+    given = {**flags, "precision": _asked_precision(options), "keep_best": best}
     settings = RunSettings(**{name: given[name] for name in _names(RunSettings) if name in given})
     return options, settings, note
 

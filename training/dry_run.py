@@ -6,7 +6,7 @@ from training.balance import image_weights
 from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.device import Choice, choose_precision
-from training.estimate import count_parameters, estimate_memory, meta_state, state_bytes
+from training.estimate import count_parameters, count_snapshots, estimate_memory, meta_state, state_bytes
 from training.presets import describe
 from training.run_content import content_of
 from training.run_folder import plan_run
@@ -45,6 +45,8 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "resume_takes": [] if transferred is None else transferred.lines(),
         "resume_layers": None if transferred is None else transferred.to_dict(),
         "max_hours": settings.max_hours,
+        "keep": settings.num_newest,
+        "keep_best": None if settings.keep_best is None else settings.keep_best.key,
         "new": settings.new,
         "data": _describe_data(settings, dataset),
         "device": {"name": device.name, "reason": device.reason},
@@ -54,7 +56,8 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "run_folder": str(run.path),
         "continues": run.continues,
         "already_finished": run.left_alone is not None,
-        "files": _describe_files(config, state_bytes(state)),
+        "snapshots": _count_snapshots(config, settings, state_bytes(state)["network-snapshot"]),
+        "files": _describe_files(config, settings, state_bytes(state)),
         "notes": [*settings.notes, *run.notes],
         "warnings": [line for line in warnings if line is not None],
     }
@@ -75,12 +78,25 @@ def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, An
     }
 
 
-def _describe_files(config: TrainConfig, sizes: dict[str, int]) -> dict[str, str]:
+def _count_snapshots(config: TrainConfig, settings: RunSettings, size: int) -> dict[str, int]:
+    """Return how many network files a whole run writes and keeps, and how many bytes they take."""
+    written = kept = count_snapshots(config)
+    if settings.num_newest is not None:  # the oldest goes once a newer one is written
+        kept = min(written, settings.num_newest + (settings.keep_best is not None) + 1)
+    return {"written": written, "bytes_each": size, "bytes_written": written * size, "kept": kept,
+            "bytes_kept": kept * size}
+
+
+def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str, int]) -> dict[str, str]:
     """Return when each file of the run's folder is written; KKKKKK stands for thousands of images."""
     snapshot = f"every {config.network_snapshot_ticks} ticks ({_kimg(config, config.network_snapshot_ticks)} kimg)"
     images = f"every {config.image_snapshot_ticks} ticks ({_kimg(config, config.image_snapshot_ticks)} kimg)"
-    state = f"with each network, and every {config.state_minutes:g} minutes; {_megabytes(sizes['training-state'])}"
+    state = f"with each network, and every {config.state_minutes:g} minutes; {_in_units(sizes['training-state'])}"
     tick = f"a line every {config.kimg_per_tick:g} kimg"
+    count = _count_snapshots(config, settings, sizes["network-snapshot"])
+    networks = f"{count['written']} in all, {_in_units(count['bytes_written'])}"
+    if settings.num_newest is not None:
+        networks += f"; {settings.keep_flags} keeps {count['kept']} at a time, {_in_units(count['bytes_kept'])}"
     return {
         "training_options.json": "at the start",
         "log.txt": tick,
@@ -89,7 +105,7 @@ def _describe_files(config: TrainConfig, sizes: dict[str, int]) -> dict[str, str
         "reals.png": "at the start",
         "fakes_init.png": "at the start",
         "fakesKKKKKK.png": images,
-        "network-snapshot-KKKKKK.safetensors": f"{snapshot}; {_megabytes(sizes['network-snapshot'])} each",
+        "network-snapshot-KKKKKK.safetensors": f"{snapshot}; {_in_units(sizes['network-snapshot'])} each; {networks}",
         "training-state.pt": state,
         "training-state.prev.pt": "the state before",
         **{f"metric-{name}.jsonl": "a line with each network" for name in config.metrics},
@@ -100,5 +116,7 @@ def _kimg(config: TrainConfig, ticks: int) -> str:
     return f"{ticks * config.kimg_per_tick:g}"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"
+def _in_units(size: int) -> str:
+    if size >= 10e9:
+        return f"{size / 1e9:.0f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"

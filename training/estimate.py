@@ -4,6 +4,7 @@ The phases of an iteration are run as they are on PyTorch's meta device, where t
 what is alive at a time is added up, forward and backward.
 """
 
+import math
 import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,6 +105,17 @@ def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> 
         weights=_bytes(state.G) + _bytes(state.D), averaged_generator=_bytes(state.G_ema),
         adam=2 * (gradients["G"] + gradients["D"]), gradients=gradients[phase[0]],
         activations=peaks[phase] + augment_bytes(config), phase=phase)
+
+
+def count_snapshots(config: TrainConfig) -> int:
+    """Return how many network files a whole run writes: every so many ticks, and at its end.
+
+    Those of one thousand of images have one name, and replace each other.
+    """
+    batch = config.batch
+    end = math.ceil(config.kimg * 1000 / batch) * batch
+    tick = math.ceil(config.kimg_per_tick * 1000 / batch) * batch  # the first one is an iteration
+    return len({nimg // 1000 for nimg in (*range(batch, end, tick * config.network_snapshot_ticks), end)})
 
 
 def state_bytes(state: TrainingState) -> dict[str, int]:

@@ -6,22 +6,26 @@ takes with it everything that comes later. TensorBoard's own encoding of records
 
 import io
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from dnnlib.appending import AppendFile
 
 _PREFIX = "events.out.tfevents."  # TensorBoard finds files by it, and reads them in the order of their names
+_NUMBERED = re.compile(re.escape(_PREFIX) + r"(\d{5,})")
 
 
 class EventFile:
-    """The events of one process; those of a continued run are in several files.
+    """The events of one process; those of a continued run are in several files, whichever of them were removed.
 
     purge_step: steps from here on in files before this one no longer count; None keeps all
     """
 
     def __init__(self, folder: str | os.PathLike, *, purge_step: int | None = None):
-        number = len(list(Path(folder).glob(f"{_PREFIX}*")))
+        # One more than the last: a count would name a file that is there where an earlier one was removed.
+        found = (_NUMBERED.fullmatch(path.name) for path in Path(folder).glob(f"{_PREFIX}*"))
+        number = max((int(match[1]) for match in found if match), default=-1) + 1
         self.path = Path(folder) / f"{_PREFIX}{number:05d}"
         self._file = AppendFile(self.path, durable=False)
         self._purge_step = purge_step

@@ -37,6 +37,25 @@ def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -
         return _cut(path, keep)
 
 
+def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str, Any]], bool]) -> bool:
+    """Put a line in front of the first record that `before` accepts; return False, and do nothing, where none is.
+
+    Other processes may add lines meanwhile, as with `cut_lines`. Raises OSError, and DiskFailure.
+    """
+    with only_writer(path):
+        try:
+            lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return False
+        for index, found in enumerate(lines):
+            record = _parse(found)
+            if record is not None and before(record):
+                with atomic_write(path) as file:
+                    file.write(b"".join([*lines[:index], line, *lines[index:]]))
+                return True
+    return False
+
+
 def _cut(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
     try:
         lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)

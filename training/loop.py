@@ -21,9 +21,10 @@ from training.loading import iterate_batches, to_unit_range
 from training.reporting import describe
 from training.run_content import content_of
 from training.run_folder import RunFolder, choose_run
-from training.run_output import Evaluate, RunOutput
+from training.run_output import RunOutput
 from training.run_settings import RunSettings
 from training.sampling import LabelLaw, TrainingOrder
+from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
 from training.step import StepResult, train_step
 from training.step_inputs import StepInputs, draw_phases
@@ -43,7 +44,8 @@ LOOP_VERSION = 1
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, evaluate: Evaluate | None = None) -> int:
     """Train or continue a run; return its exit code.
 
-    evaluate:  computes metrics of the averaged generator at snapshots; a failure of it is reported, and no more
+    evaluate:  computes metrics of the averaged generator at snapshots; a failure of it is reported, and no more, as
+               long as the device works
 
     A run that did what is asked for is left alone, which is said in a line.
     Raises UserError when the processes that joined are not as many as config.gpus, or the run cannot be chosen or
@@ -115,10 +117,10 @@ class _Loop:
         self.checkpoints = CheckpointPair(run.path)
         self.tick = 0  # the next one to end
         self.extra_ticks = 0  # among those before: cut short by the end of a run that was continued later
-        self.end_nimg: int | None = None  # images seen when the run was last at its end, with a network file of it
+        self.ends: list[int] = []  # images seen at each end that the run reached, with a network file of it
         self.tick_start_nimg = 0
         self.has_begun = self.has_stepped = False  # in this process: the state is there; an iteration was done
-        self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate)
+        self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate, stop)
 
     def train(self) -> int:
         """Train to the end, or until the run is to stop."""
@@ -145,7 +147,8 @@ class _Loop:
             batch, failure = self._read_batch(batches)
             stops, saves, fails = any_process_each([self.stop.wanted(), self.output.state_is_due(),
                                                     failure is not None])
-            if stops or saves or fails:
+            # A state of this moment may be there: one is written before metrics, which end early where the run stops.
+            if (stops or saves or fails) and any_process(self.output.state_is_older()):
                 self._save_state()
             if fails:
                 return self._stop_for_failure(failure)
@@ -219,7 +222,9 @@ class _Loop:
         self.skipped.load_state_dict(saved["skipped"])
         self.tick, self.tick_start_nimg = saved["reported_ticks"], saved["tick_start_nimg"]
         self.extra_ticks = saved.get("extra_ticks", 0)  # states of earlier programs have none
-        self.end_nimg = saved.get("end_nimg")
+        end = saved.get("end_nimg")  # of earlier programs, which remember the last one
+        self.ends = saved.get("ends", [] if end is None else [end])
+        self.output.metrics.load_state_dict(saved.get("missing_metrics", {}))
 
     def _step(self, pixels: torch.Tensor, labels: torch.Tensor) -> str | None:
         """Run one iteration; return a message when the run had better stop."""
@@ -275,22 +280,26 @@ class _Loop:
             self.output.save_images()
         saves = is_done or number % self.config.network_snapshot_ticks == 0
         if saves and is_named_anew:
+            self.output.metrics.make_up_replaced(self.state.nimg)
             self.output.save_networks()
-            self.output.evaluate(self.tick)
+            self.output.metrics.expect(self.tick, self.state.nimg)
         if self._tick_is_full():
             self.tick_start_nimg = self.state.nimg
         else:
             self.extra_ticks += 1
         self.tick += 1
-        if is_done:
-            self.end_nimg = self.state.nimg if self.output.network_failure is None else None
+        if is_done and self.output.network_failure is None and self.state.nimg not in self.ends:
+            self.ends.append(self.state.nimg)
         if saves:
             self._save_state()
+        if saves and is_named_anew:
+            self.output.evaluate()
+            self.output.remove_networks(self.ends)
         self.output.begin_tick()
 
     def _is_named_as_the_end(self) -> bool:
         """Tell whether files that are written now would have the names of those of an end that the run reached."""
-        return self.end_nimg is not None and self.run.snapshot(self.end_nimg) == self.run.snapshot(self.state.nimg)
+        return self.run.snapshot(self.state.nimg) in map(self.run.snapshot, self.ends)
 
     def _score_valid(self) -> None:
         """Report D's scores on images that are never learned from; the main process computes them."""
@@ -310,14 +319,19 @@ class _Loop:
         state = {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
                  "training": self.state.state_dict(),
                  "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
-                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "end_nimg": self.end_nimg,
-                 "tick_start_nimg": self.tick_start_nimg,
+                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "ends": list(self.ends),
+                 "missing_metrics": self.output.metrics.state_dict(), "tick_start_nimg": self.tick_start_nimg,
                  "seconds": self.output.seconds()}
         self.output.save_state(self.checkpoints, state)
 
     def _finish(self) -> int:
         """Mark the run as finished, once its last files are on the disk: what is not there has to be made again."""
         self.output.complete_networks()
+        if not self.has_stepped:  # otherwise they were computed, as far as there was time, with the last network
+            self.output.metrics.make_up()
+        if self._metrics_go_on_later():
+            return EXIT_STOPPED
+        self.output.remove_networks(self.ends)
         missing = self._mark_finished() if self.processes.rank == 0 else None
         if any_process(missing is not None):
             self.output.say(f"not finished after {self.state.nimg} images: {missing}; once it can be, "
@@ -325,6 +339,25 @@ class _Loop:
             return EXIT_STOPPED
         self.output.say(f"finished after {self.state.nimg} images")
         return EXIT_DONE
+
+    def _metrics_go_on_later(self) -> bool:
+        """Tell, and say, whether the same command computes metrics that there was no time for; else the run is over.
+
+        Those that do not end within the whole time of a command are left to calc_metrics.py, and so those that fail.
+        """
+        metrics = self.output.metrics
+        is_signal = any_process(self.stop.wanted() and self.stop.seconds_left() != 0)
+        if not metrics.missing:
+            return False
+        kimg = ", ".join(f"{missing.nimg / 1000:.1f}" for missing in metrics.missing)
+        if metrics.left_out is not None and (is_signal or self.has_stepped or metrics.has_computed):
+            self.output.say(f"stopped after {self.state.nimg} images ({metrics.left_out}); {self.same_command} "
+                            f"computes the metrics at kimg {kimg}")
+            self._save_state()
+            return True
+        self.output.say(f"warning: the metrics at kimg {kimg} are not computed; calc_metrics.py --run={self.run.path} "
+                        "computes them")
+        return False
 
     def _mark_finished(self) -> str | None:
         """Return what could not be written; the run is marked as finished where that is nothing."""

@@ -16,7 +16,7 @@ from dnnlib.files import atomic_write
 from dnnlib.progress import format_seconds
 from torch_utils.plots import save_curves
 from training.event_file import EventFile
-from training.json_lines import cut_lines, read_lines, to_line
+from training.json_lines import cut_lines, insert_line, read_lines, to_line
 from training.tick import Tick
 
 LOG, STATS = "log.txt", "stats.jsonl"
@@ -94,6 +94,8 @@ class Reporter:
                snapshot: str | None, **more: Any) -> None:
         """Report the results of a metric: say them, add a line to metric-NAME.jsonl, and draw metric-NAME.png anew.
 
+        The line stands in front of those of later ticks, so that the file is that of a run that computed it in time.
+
         results:   by key, such as pr50k3_full_precision
         tick:      number of the tick that it belongs to
         seconds:   that it took;  num_gpus: processes that computed it
@@ -111,7 +113,11 @@ class Reporter:
         path = self.folder / f"metric-{name}.jsonl"
         with self._surviving_lines(path.name):
             file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
-            file.append(to_line(record))
+            is_there = False
+            with suppress(OSError, DiskFailure):  # behind the others then, where it waits for room
+                is_there = insert_line(path, to_line(record), lambda other: other.get("tick", -1) > tick)
+            if not is_there:
+                file.append(to_line(record))
             save_curves(path.with_suffix(".png"), _curves(read_lines(path)))
         self._show({f"Metrics/{key}": value for key, value in results.items()}, nimg, now)
 

@@ -4,7 +4,7 @@ The main process writes; the others make the same calls, which then do nothing.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,26 +21,28 @@ from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.device import choose_precision
 from training.grids import choose_grid, save_fakes, save_reals, screen_for
-from training.reporting import METRIC_FIELDS, Reporter, describe
+from training.kept_snapshots import snapshots_to_remove
+from training.reporting import Reporter, describe
 from training.run_folder import RunFolder
 from training.run_settings import RunSettings
 from training.snapshot import Networks, save_network
+from training.snapshot_metrics import Evaluate, SnapshotMetrics
 from training.state import TrainingState
+from training.stopping import StopRequest
 from training.tick import Tick, TickClock, process_memory, take_peak_gpu_memory
 from training.transfer import read_history
-
-# generator -> {metric: {"results": {key: value}, **further fields of its line}}; called by all processes of a run
-Evaluate = Callable[[torch.nn.Module], Mapping[str, Mapping[str, Any]]]
 
 
 class RunOutput:
     """The files of one run, as far as this process writes them."""
 
     def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset, state: TrainingState,
-                 processes: Processes, run: RunFolder, evaluate: Evaluate | None):
+                 processes: Processes, run: RunFolder, evaluate: Evaluate | None, stop: StopRequest):
         self.config, self.settings, self.dataset, self.state = config, settings, dataset, state
-        self.run, self.is_main, self._evaluate, self._processes = run, processes.rank == 0, evaluate, processes
+        self.run, self.is_main = run, processes.rank == 0
         self.reporter = Reporter(run.path, is_main=self.is_main)
+        self.metrics = SnapshotMetrics(config.metrics, evaluate, run=run, reporter=self.reporter, processes=processes,
+                                       stop=stop)
         self.clock = TickClock(total_nimg=config.kimg * 1000)
         self._grid = None
         self._saved_at = time.monotonic()
@@ -137,32 +139,37 @@ class RunOutput:
         if self.is_main and (self.network_failure is not None or not self.run.snapshot(self.state.nimg).exists()):
             self.save_networks()
 
-    def evaluate(self, tick: int) -> None:
-        """Compute metrics. Whatever goes wrong there is said, and training goes on."""
-        if self._evaluate is None:
+    def evaluate(self) -> None:
+        """Compute metrics of the network that was written last, and of others that are missing theirs."""
+        self.metrics.compute(self.state.G_ema, self._network_sha256, self.network_failure)
+
+    def remove_networks(self, ends: Collection[int]) -> None:
+        """Remove network files that --keep and --keep-best do not let stay, once a newer one and a state are written.
+
+        ends:  images seen at each end that the run reached: other runs and sets of images may have begun from these
+        """
+        if not self.is_main or self.network_failure is not None or self.state_failure is not None:
             return
-        started = time.monotonic()
-        try:
-            found = self._evaluate(self.state.G_ema)
-        except Exception as error:  # a metric never ends a training run
-            reason = " ".join(str(error).split())
-            self.say(f"warning: metrics failed ({type(error).__name__}: {reason}); training goes on")
-            return
-        if not self.is_main:
-            return
-        snapshot, note = self.run.snapshot(self.state.nimg).name, {}
-        if self.network_failure is not None:
-            snapshot, note = None, {"snapshot_note": f"{snapshot} could not be written ({self.network_failure})"}
-        for name, record in found.items():
-            seconds = record.get("total_time", time.monotonic() - started)
-            more = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
-            self.reporter.metric(name, record["results"], tick=tick, nimg=self.state.nimg, seconds=seconds,
-                                 num_gpus=self._processes.count, snapshot=snapshot,
-                                 **{**more, "network_sha256": self._network_sha256, **note})
+        best, removed = self.settings.keep_best, []
+        needed = {self.run.snapshot(nimg) for nimg in (*ends, *(each.nimg for each in self.metrics.missing))}
+        with self.reporter.surviving("the removal of network files"):
+            values = {} if best is None else self.metrics.values(best)
+            for path in snapshots_to_remove(self.run.snapshot(self.state.nimg), self.settings, values, needed):
+                self.run.require_held()
+                path.unlink(missing_ok=True)
+                removed.append(path.name)
+        if removed:
+            names = removed if len(removed) < 3 else [removed[0], "...", removed[-1]]
+            self.say(f"removed {len(removed)} network files ({self.settings.keep_flags}): {', '.join(names)}"
+                     if len(removed) > 1 else f"removed {removed[0]} ({self.settings.keep_flags})")
 
     def state_is_due(self) -> bool:
         """Tell the main process whether states were not saved for too long."""
         return self.is_main and time.monotonic() - self._saved_at >= self.config.state_minutes * 60
+
+    def state_is_older(self) -> bool:
+        """Tell the main process whether the newest state on the disk does not know all of this moment."""
+        return self.is_main and (self.saved_nimg != self.state.nimg or self.metrics.has_given_up)
 
     def save_state(self, checkpoints: CheckpointPair, state: dict[str, Any]) -> None:
         """Save a state; when the disk is full or fails, that is said, and the one before stays."""

@@ -35,6 +35,10 @@ class StopRequest:
             self.reason = f"--max-hours={self._max_hours:g} are over"
         return self.reason is not None
 
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the time is over, None where there is no limit."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt

@@ -16,6 +16,10 @@ MOST_SKIPPED_IN_A_ROW = 10
 _SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
           "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
           "Cannot allocate memory")
+# What CUDA calls failures after which a process can compute nothing more on the GPU.
+_SIGNS_OF_LOSS = ("an illegal memory access was encountered", "device-side assert triggered",
+                  "unspecified launch failure", "misaligned address", "an illegal instruction was encountered",
+                  "uncorrectable ECC error", "the launch timed out and was terminated")
 _SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # of a DataLoader's worker
 
 
@@ -60,6 +64,21 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in (*_SIGNS, *_SIGNS_OF_READERS))
+
+
+def lost_device(error: BaseException, device: torch.device) -> bool:
+    """Tell whether every later call on the device fails after an error, as after an illegal access in a kernel."""
+    # Errors of other kinds may tell of another process's GPU.
+    if type(error) in (RuntimeError, torch.AcceleratorError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+        return True
+    if device.type != "cuda":
+        return False
+    try:  # Libraries have other words for it, or none.
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError as found:
+        return not ran_out_of_memory(found)
+    return False
 
 
 def smaller_batch_gpu(config: TrainConfig) -> int | None:

@@ -1,0 +1,249 @@
+"""Compute metrics of network files within the time that a run has, and make up for those that it had no time for."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dnnlib.disk_failures import DiskFailure
+from dnnlib.files import sha256_of
+from dnnlib.progress import format_seconds
+from torch_utils.distributed import Processes, ProcessLost, any_process, any_process_each, broadcast_object, first_text
+from training.json_lines import read_lines
+from training.reporting import METRIC_FIELDS, Reporter
+from training.run_folder import RunFolder
+from training.run_settings import BestValue
+from training.snapshot import load_network, read_info
+from training.stopping import StopRequest
+from training.trouble import lost_device
+
+# Fields of a line that say how a network was measured: lines of equal ones hold values that compare.
+_HOW = ("num_real", "num_fake", "mirrored_reals", "detector", "detector_sha256", "preprocessing", "seed", "batch",
+        "class", "data_sha256")
+
+
+class Evaluate(Protocol):
+    """Computes metrics of a generator; called by all processes of a run."""
+
+    def __call__(self, G: torch.nn.Module, *, stop: Callable[[], bool]) -> Mapping[str, Mapping[str, Any]]:
+        """Return {metric: {"results": {key: value}, **further fields of its line}}.
+
+        stop:  once it says yes, in any process, the work is given up with an error, in all
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """Metrics of a network file that are still to be computed."""
+
+    tick: int  # with which it was written
+    nimg: int  # images seen then
+
+
+class SnapshotMetrics:
+    """The metrics of a run's network files.
+
+    metrics:   their names
+    evaluate:  None computes none
+    stop:      tells when the run is to stop
+
+    All processes make the same calls; the main one decides what there is time for, and writes.
+    """
+
+    def __init__(self, metrics: tuple[str, ...], evaluate: Evaluate | None, *, run: RunFolder, reporter: Reporter,
+                 processes: Processes, stop: StopRequest):
+        self._metrics, self._evaluate = metrics, evaluate
+        self._run, self._reporter, self._processes, self._stop = run, reporter, processes, stop
+        self._is_main = processes.rank == 0
+        self.missing: list[Missing] = []  # the oldest first; the same in all processes
+        self.left_out: str | None = None  # why the last ones were, None where they were not
+        self.has_computed = False  # some, in this process
+        self.has_given_up = False  # those that had begun, in this process
+        self._given_up_after: float | None = None  # seconds in which they did not end; None once they did
+        self._seconds: float | None = None  # that they took the last time; known to the main process
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": [[missing.tick, missing.nimg] for missing in self.missing],
+                "given_up_after": self._given_up_after}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take up what was to be computed when a state was saved, and is not on the disk by now."""
+        networks = saved.get("networks", []) if self._evaluate is not None else []
+        missing = [Missing(tick=tick, nimg=nimg) for tick, nimg in networks]
+        self.missing = broadcast_object([each for each in missing if self._names(each)] if self._is_main else None)
+        self._given_up_after = saved.get("given_up_after")
+        found = [self._given_up_after, self._recorded_seconds() if self._is_main else None]
+        self._seconds = max((seconds for seconds in found if seconds is not None), default=None)
+
+    def expect(self, tick: int, nimg: int) -> None:
+        """Note that metrics are to be computed of a network: a state that is saved from here on counts on them."""
+        if self._evaluate is not None:
+            self.missing.append(Missing(tick=tick, nimg=nimg))
+
+    def compute(self, G: torch.nn.Module, sha256: str | None, failure: str | None) -> None:
+        """Compute those of the newest network, and make up for others as far as there is time.
+
+        G:        its generator
+        sha256:   of its file;  failure: why there is none
+        """
+        if not self.missing:
+            return
+        newest, snapshot, more = self.missing[-1], self._run.snapshot(self.missing[-1].nimg).name, {}
+        if failure is not None:
+            snapshot, more = None, {"snapshot_note": f"{snapshot} could not be written ({failure})"}
+        if self._measure(newest, G, snapshot=snapshot, network_sha256=sha256, **more):
+            self.make_up()
+        elif newest in self.missing and failure is not None:
+            self._give_up(newest, "its network file could not be written")
+        elif newest in self.missing:
+            self._say_left_out(newest)
+
+    def make_up(self) -> None:
+        """Compute those that are missing of networks on the disk, the newest first, until there is no more time."""
+        for missing in self.missing[::-1]:
+            if not self._measure_file(missing):
+                if missing in self.missing:
+                    self._say_left_out(missing)
+                return
+
+    def make_up_replaced(self, nimg: int) -> None:
+        """Compute what is missing of networks whose file that of `nimg` images takes the name of, or give it up."""
+        for missing in [each for each in self.missing if self._run.snapshot(each.nimg) == self._run.snapshot(nimg)]:
+            if not self._measure_file(missing) and missing in self.missing:
+                self._give_up(missing, f"another network takes the place of {self._run.snapshot(nimg).name}")
+
+    def values(self, best: BestValue) -> dict[str, float | None]:
+        """Return the value of each network file, by name, that was measured as this run does; None where it is NaN."""
+        path = self._run.metric(best.metric)
+        return {line["snapshot_pkl"]: line["results"].get(best.key) for line in _measured_alike(read_lines(path))
+                if best.key in line.get("results", {})}
+
+    def _measure_file(self, missing: Missing) -> bool:
+        """Compute the metrics of a network on the disk, as far as no line has them; return as `_measure` does."""
+        path = self._run.snapshot(missing.nimg)
+        there = broadcast_object((self._is_file_of(path, missing), bool(self._names(missing)))
+                                 if self._is_main else None)
+        if there != (True, True):  # removed, replaced by a later one, or measured by calc_metrics.py
+            self.missing.remove(missing)
+            return True
+        if self._is_left_out():  # before it takes memory
+            return False
+        G, digest, error = None, None, None
+        try:
+            G = load_network(path, self._processes.device).G_ema
+            digest = sha256_of(path) if self._is_main else None
+        except Exception as found:  # as below
+            error = found
+        if any_process(error is not None):
+            reason = first_text("" if error is None else " ".join(str(error).split()))
+            self.missing.remove(missing)
+            self._reporter.say(f"warning: metrics at kimg {missing.nimg / 1000:.1f} cannot be computed ({reason}); "
+                               "training goes on")
+            return True
+        return self._measure(missing, G, snapshot=path.name, network_sha256=digest)
+
+    def _measure(self, missing: Missing, G: torch.nn.Module, *, snapshot: str | None, **more: Any) -> bool:
+        """Compute metrics and write their lines; tell whether to go on with others.
+
+        Where there is no time they stay missing, and `left_out` says why. What fails is said, and not tried again.
+        """
+        if self._is_left_out():
+            return False
+        started = time.monotonic()
+        try:
+            found = self._evaluate(G, stop=self._stop.wanted)
+        except Exception as error:  # no ordinary failure of a metric ends a training run
+            return self._has_failed(missing, error, time.monotonic() - started)
+        self.missing.remove(missing)
+        self.has_computed, self._given_up_after = True, None
+        if self._is_main:
+            seconds = {name: record.get("total_time", time.monotonic() - started) for name, record in found.items()}
+            self._seconds = max(seconds.values(), default=None)
+            for name in self._names(missing):
+                record = found[name]
+                fields = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
+                self._reporter.metric(name, record["results"], tick=missing.tick, nimg=missing.nimg,
+                                      seconds=seconds[name], num_gpus=self._processes.count, snapshot=snapshot,
+                                      **{**fields, **more})
+        return True
+
+    def _is_left_out(self) -> bool:
+        """Tell whether there is no time for metrics."""
+        self.left_out = "another process was asked to stop" if any_process(self._stop.wanted()) else None
+        if self._is_main:
+            left = self._stop.seconds_left()
+            if self._stop.wanted():
+                self.left_out = self._stop.reason
+            elif self.left_out is None and None not in (left, self._seconds) and self._seconds > left:
+                self.left_out = (f"they took {format_seconds(self._seconds)} or more the last time, and "
+                                 f"{format_seconds(left)} of --max-hours are left")
+        self.left_out = broadcast_object(self.left_out)
+        return self.left_out is not None
+
+    def _has_failed(self, missing: Missing, error: Exception, seconds: float) -> bool:
+        """Decide what an error means: metrics that were given up, a GPU that is lost, or a metric that fails."""
+        is_lost = lost_device(error, self._processes.device)
+        stops, is_lost_somewhere = any_process_each([self._stop.wanted(), is_lost])
+        reason = first_text(f"{type(error).__name__}: {error}")
+        if is_lost_somewhere:
+            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); the last state is on "
+                               "the disk, and the same command continues")
+            if is_lost:
+                raise error
+            raise ProcessLost(f"the GPU of another process fails ({reason})") from error
+        if stops:
+            self.left_out = broadcast_object(self._stop.reason or "another process was asked to stop")
+            self.has_given_up, self._given_up_after = True, max(seconds, self._given_up_after or 0)
+            return False
+        self.missing.remove(missing)
+        self._reporter.say(f"warning: metrics failed ({reason}); training goes on")
+        return False
+
+    def _say_left_out(self, missing: Missing) -> None:
+        self._reporter.say(f"metrics at kimg {missing.nimg / 1000:.1f} are left out ({self.left_out}); they are "
+                           f"computed with the next network file, or by calc_metrics.py --run={self._run.path}")
+
+    def _give_up(self, missing: Missing, reason: str) -> None:
+        self.missing.remove(missing)
+        self._reporter.say(f"metrics at kimg {missing.nimg / 1000:.3f} are not computed ({self.left_out}): {reason}")
+
+    def _names(self, missing: Missing) -> list[str]:
+        """Return the metrics that no line has of a network."""
+        snapshot = self._run.snapshot(missing.nimg).name
+        return [name for name in self._metrics if not any(
+            (line.get("tick"), line.get("nimg")) == (missing.tick, missing.nimg)
+            or (line.get("snapshot_pkl") == snapshot and line.get("kimg") == missing.nimg / 1000)
+            for line in _measured_alike(read_lines(self._run.metric(name)), any_snapshot=True))]
+
+    def _is_file_of(self, path: Path, missing: Missing) -> bool:
+        """Tell whether a network file is there, and not that of other images with the same name."""
+        try:
+            return read_info(path).get("kimg") == missing.nimg / 1000
+        except (OSError, ValueError, DiskFailure):
+            return False
+
+    def _recorded_seconds(self) -> float | None:
+        """Return how long the run's metrics took in the last process that computed them as this one does."""
+        found = []
+        for name in self._metrics:
+            lines = [line for line in read_lines(self._run.metric(name)) if "tick" in line
+                     and line.get("num_gpus") == self._processes.count
+                     and line.get("device", self._processes.device.type) == self._processes.device.type]
+            found += [line["total_time"] for line in lines[-1:] if isinstance(line.get("total_time"), (int, float))]
+        return max(found, default=None)
+
+
+def _measured_alike(lines: list[dict[str, Any]], *, any_snapshot: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the training, and those of calc_metrics.py that were computed alike.
+
+    any_snapshot:  also those of a network without a file
+    """
+    own = [line for line in lines if "tick" in line]
+    for line in lines:
+        if (line.get("snapshot_pkl") is not None or any_snapshot) and (
+                "tick" in line or (own and all(line.get(name) == own[-1].get(name) for name in _HOW))):
+            yield line
