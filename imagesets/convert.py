@@ -21,7 +21,7 @@ from imagesets.conversion.survey import read_ranges, survey
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.tables import read_groups, read_table
 from imagesets.pixels.decode import BEYOND_DEPTH, BadImage, PixelSpec, decode, decode_array
-from imagesets.pixels.depth import Values
+from imagesets.pixels.depth import MAX_DEPTH, Values
 from imagesets.resolutions import RESOLUTIONS, is_resolution
 from imagesets.sources.files import refuse_doubtful_folders
 from imagesets.sources.opening import open_sources
@@ -119,7 +119,7 @@ def _label(opened: Source, options: ConvertOptions) -> Labelling:
     else:
         table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
                            group_column=options.group_column if options.groups is None else None)
-        labelling = Labelling.of_table(opened, table, all_meant=bool(options.include))
+        labelling = Labelling.of_table(opened, table, all_meant="*" in options.include)
     if options.groups is None:
         return labelling
     table = read_groups(options.groups, id_column=options.id_column, group_column=options.group_column,
@@ -169,10 +169,11 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
         return
     advice = f"see {report}" if report is not None else "list them by --report=FILE"
     if count:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in unreadable.items())
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in unreadable.items())
         limit = f"more than --max-bad={options.max_bad:.3g} allows" if tally.kept else "none is left"
         if BEYOND_DEPTH in unreadable:
-            advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: choose a larger one, or {advice}"
+            larger = "choose a larger one or leave it out" if options.depth < MAX_DEPTH else "leave it out"
+            advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: {larger}, or {advice}"
         example = next(iter(_details(details["dropped"])), "")
         message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}{example}; {advice}"
     else:

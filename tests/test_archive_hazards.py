@@ -89,7 +89,7 @@ def test_images_that_are_too_large_name_size_and_limit(tmp_path, monkeypatch, pa
                                                                                 "long.png": MANY_BYTES}}
     with pytest.raises(UserError) as caught:
         convert(source, tmp_path / "set.zip", **options)
-    assert str(caught.value) == ("2 of 3 images are unreadable (too large 2), more than --max-bad=0.01 allows; "
+    assert str(caught.value) == ("2 of 3 images are unreadable (too large: 2), more than --max-bad=0.01 allows; "
                                  f"huge.png {MANY_PIXELS}; see {tmp_path / 'r.json'}")
     with pytest.raises(UserError) as caught:
         load_pixels(ImageSet(source), "huge.png")

@@ -79,6 +79,10 @@ def test_byte_identical_images_are_kept_in_one_group_and_contradictions_named(fo
     assert report["contradictions"] == [{"mel/b.png": "mel", "nv/b.png": "nv"}]
     assert (summary.num_duplicates, summary.num_contradictions) == (2, 1)
     assert "  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv" in summary.lines
+    for name in ("mel/c", "mel/d", "nv/c"):
+        (folder / f"{name}.png").write_bytes((folder / "nv/b.png").read_bytes())
+    assert ("  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv, and 3 more"
+            in run(folder, tmp_path / "more.zip").lines)
 
 
 def test_a_set_that_is_there_twice_is_asked_about(tmp_path):
@@ -267,7 +271,7 @@ def bad_folder(tmp_path, num_good=6):
 
 def test_more_bad_images_than_allowed_leave_only_the_report(tmp_path):
     report = tmp_path / "r.json"
-    message = (f"3 of 9 images are unreadable (not an image 1, truncated 1, zero bytes 1), more than --max-bad=0.3 "
+    message = (f"3 of 9 images are unreadable (not an image: 1, truncated: 1, zero bytes: 1), more than --max-bad=0.3 "
                f"allows; see {report}")
     source = bad_folder(tmp_path)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):

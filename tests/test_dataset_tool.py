@@ -154,7 +154,7 @@ def test_a_damaged_destination_keeps_its_old_content(inside, capsys):
     (inside / "set.zip").write_bytes(b"old")
     (inside / "lesions/mel/a.png").write_bytes(b"")
     code, _, err = call(capsys, "--source=lesions", "--dest=set.zip", "--workers=1")
-    assert (code, err) == (2, "error: 1 of 4 images are unreadable (zero bytes 1), more than --max-bad=0.01 allows; "
+    assert (code, err) == (2, "error: 1 of 4 images are unreadable (zero bytes: 1), more than --max-bad=0.01 allows; "
                               "list them by --report=FILE\n")
     assert (inside / "set.zip").read_bytes() == b"old"
     assert sorted(os.listdir(inside)) == ["lesions", "set.zip"]

@@ -268,11 +268,19 @@ def test_arrays_of_12_bits_take_a_depth_too(tmp_path):
 
 
 def test_values_beyond_the_depth_are_counted_named_and_limited(source_12_bit, tmp_path):
-    message = ("2 of 2 images are unreadable (values beyond --depth 2), none is left; --depth=10 takes 0 to 1023: "
-               "choose a larger one, or list them by --report=FILE")
+    message = ("2 of 2 images are unreadable (values beyond --depth: 2), none is left; --depth=10 takes 0 to 1023: "
+               "choose a larger one or leave it out, or list them by --report=FILE")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run_convert(source_12_bit, tmp_path / "set.zip", depth=10)
     assert not (tmp_path / "set.zip").exists()
+
+
+def test_values_beyond_the_largest_depth_are_read_without_it(tmp_path):
+    (tmp_path / "in").mkdir()
+    PIL.Image.fromarray(np.full((8, 8), 65536, np.int32)).save(tmp_path / "in" / "a.tif")
+    with pytest.raises(UserError, match=r"; --depth=16 takes 0 to 65535: leave it out, or list them by --report=FILE$"):
+        run_convert(tmp_path / "in", tmp_path / "set.zip", depth=16)
+    assert run_convert(tmp_path / "in", tmp_path / "set.zip").kept == 1
 
 
 @pytest.mark.parametrize("bits", [7, 17, 0, -1])

@@ -102,7 +102,7 @@ THERE = "the 5 images of lesions (.jpg 3, .png 2; images/A.JPG, images/A_mask.pn
                              'or of a folder, such as "masks/*"'),
     ({"include": ["MASKS"]}, f'--include="MASKS" fits none of {THERE}; the folder of that name is "MASKS/"'),
     ({"exclude": ["*.jpg", "*.png"]}, f"--include and --exclude leave none of {THERE}; expected patterns that leave "
-                                      "images in each source, or without this source"),
+                                      "some: change them"),
     ({"exclude": ["*.png", ""]}, '--exclude is empty; expected a pattern of file names, such as --exclude="*.png"')])
 def test_patterns_that_fit_nothing_or_everything_are_refused(lesions, tmp_path, options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
@@ -125,6 +125,10 @@ def test_archives_of_arrays_have_no_files_to_choose(tmp_path):
     (["1.jpg", "2.jpg", "2.png", "3.jpg"],
      "--labels: 1 of the table's 3 rows matches several files (2.jpg and 2.png); expected one image a row: say which "
      'files are meant, such as by --include="*.jpg" or --exclude="*.png", or take all by --include="*"'),
+    (["annotations/1.png", "images/1.JPG", "images/2.jpg"],  # the photograph, whichever comes first
+     "--labels: 1 of the table's 3 rows matches several files (annotations/1.png and images/1.JPG); expected one image "
+     'a row: say which files are meant, such as by --include="*.jpg" or --exclude="*.png", or take all by '
+     '--include="*"'),
     (["images/1.png", "images/2.png", "images/3.png", "masks/1.png", "masks/3.png"],
      "--labels: 2 of the table's 3 rows match several files (images/1.png and masks/1.png; images/3.png and "
      'masks/3.png); expected one image a row: say which files are meant, such as by --exclude="images/*" or '
@@ -159,6 +163,8 @@ def test_a_set_that_a_zip_holds_twice_is_refused_with_a_table_until_one_is_left_
         '--exclude="ham10000_images_part_2/*", or take all by --include="*"')
     for name in ("HAM10000", "ham10000"):
         patterns = [f"{name}_images_part_{part}/*" for part in (1, 2)]
+        with pytest.raises(UserError, match=r"^--labels: 4 of the table's 4 rows match several files \(HAM10000_ima"):
+            run(source, tmp_path / "set.zip", labels=labels, include=["*.jpg"])  # tells nothing of the two
         summary = run(source, tmp_path / "set.zip", labels=labels, exclude=patterns)
         assert (summary.found, summary.kept, summary.rows_without_an_image) == (4, 4, 0)
     lines = run(source, tmp_path / "set.zip", labels=labels, include=["*"]).lines
@@ -169,8 +175,12 @@ def test_an_image_and_its_mask_in_two_sources_are_told_by_their_endings(tmp_path
     one = make_folder(tmp_path / "one", {"1.jpg": image(1), "2.jpg": image(2)})
     two = make_folder(tmp_path / "two", {"1.png": image(3)})
     labels = table(tmp_path, "1", "2")
-    with pytest.raises(UserError, match=r"^--labels: 1 of the table's 2 rows matches several files \(one/1\.jpg and "):
+    with pytest.raises(UserError, match=r"^--labels: 1 of the table's 2 rows matches several files \(one/1\.jpg and "
+                       r".* are meant, such as by leaving out the --source of two, or take all by"):
         run([one, two], tmp_path / "set.zip", labels=labels)
+    with pytest.raises(UserError, match=r"^--include and --exclude leave none of the 1 image of two .*; expected "
+                       r"patterns that leave some: change them, or leave this --source out$"):
+        run([one, two], tmp_path / "set.zip", labels=labels, include=["*.jpg"])
     make_folder(two, {"1.jpg": image(1)})
     (two / "1.png").unlink()  # overlapping parts of one set
     assert run([one, two], tmp_path / "set.zip", labels=labels).kept == 3

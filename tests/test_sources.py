@@ -12,7 +12,7 @@ import pytest
 from dnnlib.cli import UserError
 from imagesets.pixels.decode import BadImage
 from imagesets.reader import ImageSet
-from imagesets.sources.files import labels_of_folders, look_like_parts, refuse_doubtful_folders
+from imagesets.sources.files import labels_of_folders, parts_among, refuse_doubtful_folders
 from imagesets.sources.opening import open_source
 from tests.make_archives import encode, make_folder, make_zip, noise
 from tests.make_sets import enclose
@@ -178,6 +178,10 @@ def test_a_zip_with_a_name_twice_raises(tmp_path):
      "set: the folders HAM10000_images_part_1, HAM10000_images_part_2 look like parts of a data set, not like classes; "
      "give labels by --labels=FILE (HAM10000_metadata.csv lies there), or each of them as --source, or say what they "
      "are: --folders=classes, or --folders=ignore for images without labels"),
+    ({f"{folder}/a.png": b"1" for folder in ("HAM_images_part_1", "HAM_images_part_2", "HAM_segmentations", "Test")},
+     "set: the folders HAM_images_part_1, HAM_images_part_2 look like parts of a data set, not like classes; give "
+     "labels by --labels=FILE, or each of them as --source, or say what they are: --folders=classes, or "
+     "--folders=ignore for images without labels"),
     ({"set/x/a.png": b"1", "b.png": b"2", "set/dataset.json": b"{}"},
      "{path}: dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder (b.png); "
      "expected it at the top: give that folder, or zip its content without the folder")])
@@ -191,15 +195,15 @@ def test_doubtful_folders_raise(files, message, tmp_path):
     "train test", "Training valid", "images masks", "images_001 images_002 images_012", "data1 data2", "fold-1 fold-2",
     "ISIC_2019_Training_Input ISIC_2019_Test_Input", "patient_1 patient_23", "train_images test_images", "images test",
     "HAM10000_images_part_1 HAM10000_images_part_2 ham10000_images_part_1 ham10000_images_part_2"])
-def test_folders_that_divide_a_set_look_like_parts(names):
-    assert look_like_parts(names.split())
+def test_folders_that_divide_a_set_are_parts(names):
+    assert parts_among(names.split()) == names.split()
 
 
 @pytest.mark.parametrize("names", [
     "0 1", "mel nv", "stage_1 stage_2", "class1 class2", "grade 1,grade 2", "label_0 label_1", "images_mel images_nv",
     "test_positive test_negative", "train mel", "lesion skin", "ISIC2018 ISIC2019", "type-2 type-4", "train"])
-def test_folders_that_may_be_classes_do_not_look_like_parts(names):
-    assert not look_like_parts(names.split("," if "," in names else None))
+def test_folders_that_may_be_classes_are_no_parts(names):
+    assert not parts_among(names.split("," if "," in names else None))
 
 
 @pytest.mark.parametrize("kind", ["folder", "ZIP_STORED"])

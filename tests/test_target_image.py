@@ -193,7 +193,7 @@ BAD = {
     "not-a-number pixels": (encode(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"),
                             "has pixels that are no finite numbers; expected an image without them"),
     "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values for which --depth has no place; "
-                              "expected 0 to 2^depth - 1: choose a larger one"),
+                              "expected 0 to 2^depth - 1: choose a larger one, or leave --depth out"),
 }
 
 

@@ -237,7 +237,11 @@ def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
         yield (f"  byte-identical: {count} images in {len(report['duplicates'])} sets, kept in one group each "
                f"({examples}){twice}")
     for entry in report["contradictions"][:_SHOWN]:
-        yield "  contradiction among byte-identical images: " + ", ".join(f"{n} is {c}" for n, c in entry.items())
+        first_of = {label: name for name, label in reversed(entry.items())}
+        shown = [name for name in entry if name in first_of.values()][:_SHOWN]
+        more = f", and {len(entry) - len(shown)} more" if len(entry) > len(shown) else ""
+        yield ("  contradiction among byte-identical images: "
+               + ", ".join(f"{name} is {entry[name]}" for name in shown) + more)
     if len(report["contradictions"]) > _SHOWN:
         yield f"  ... {len(report['contradictions']) - _SHOWN} more contradictions; list them by --report=FILE"
     if report.get("images_that_share_a_row", {}).get("count"):

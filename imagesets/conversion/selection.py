@@ -68,7 +68,7 @@ class Labelling:
     def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labelling":
         """Look up each image of the source. Groups that the source itself brings stay where the table has none.
 
-        all_meant: the user chose these files, so that several may share a row
+        all_meant: the user says that several files may share a row
 
         Raises UserError when no image has a row, or the images are no files; LabelsUnclear when a row matches several
         files, which may be an image and its mask.
@@ -254,18 +254,27 @@ def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> 
     if not shared:
         return
     examples = "; ".join(" and ".join(files[:_SHOWN]) for files in list(shared.values())[:2])
-    first, second = max(shared.values(), key=lambda files: len(set(map(file_ending, files))))[:2]
-    if file_ending(first) != file_ending(second):
-        advice = f'--include="*{file_ending(first)}" or --exclude="*{file_ending(second)}"'
-    else:
-        ways = [dict.fromkeys(_own_folder(name, files[kept]) for files in shared.values() for name in files
-                              if name != files[kept]) for kept in (-1, 0)]
-        advice = " or ".join(" ".join(f'--exclude="{folder}/*"' for folder in list(way)[:_SHOWN])
-                             for way in ways if None not in way) or f'--exclude="{second}"'
     of_rows, more = f"of the table's {len(table)} rows", "; ..." if len(shared) > 2 else ""
     raise LabelsUnclear(f"--labels: {plural(len(shared), f'{of_rows} matches', f'{of_rows} match')} several files "
                         f"({examples}{more}); expected one image a row: say which files are meant, such as by "
-                        f'{advice}, or take all by --include="*"', {"rows_of_several_files": shared})
+                        f'{_choice_advice(source, list(shared.values()))}, or take all by --include="*"',
+                        {"rows_of_several_files": shared})
+
+
+def _choice_advice(source: Source, shared: Sequence[Sequence[str]]) -> str:
+    """Return how to choose among files of one row. shared: the names of each such row"""
+    # The first is taken to be the image: no mask is saved as JPEG, which blurs its edge.
+    first, second = sorted(max(shared, key=lambda files: len(set(map(file_ending, files)))),
+                           key=lambda name: file_ending(name) not in (".jpg", ".jpeg"))[:2]
+    if (ending := file_ending(second)) != file_ending(first):
+        emptied = [part.name for part in source.parts if all(file_ending(name) == ending for name in part.names)]
+        if emptied:
+            return f"leaving out the --source of {listed(emptied)}"
+        return f'--include="*{file_ending(first)}" or --exclude="*{ending}"'
+    ways = [dict.fromkeys(_own_folder(name, files[kept]) for files in shared for name in files
+                          if name != files[kept]) for kept in (-1, 0)]
+    return " or ".join(" ".join(f'--exclude="{folder}/*"' for folder in list(way)[:_SHOWN])
+                       for way in ways if None not in way) or f'--exclude="{second}"'
 
 
 def _own_folder(name: str, other: str) -> str | None:

@@ -93,7 +93,7 @@ def open_npz(path: Path, split: str) -> Source:
     classes = None if labels is None else retrying(lambda: _known_classes(path, members, present), path)
     return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
                   items=_NpzItems(path=path, members=images), labels=labels, classes=classes,
-                  hints=[] if labels is None or classes is not None else [_why_unnamed(path)],
+                  hints=[] if labels is None or classes is not None else [_why_unnamed(path, labels.ndim == 1)],
                   shape=(width, height, _channels(images[0].shape[1:])),
                   left_out=left_out)
 
@@ -231,13 +231,15 @@ def _medmnist_name(path: Path) -> str | None:
     return match[1] if match is not None and match[1] in _MEDMNIST else None
 
 
-def _why_unnamed(path: Path) -> str:
+def _why_unnamed(path: Path, are_classes: bool) -> str:
     name = _medmnist_name(path)
     if name is None:
         what = f"{path.name} is not named as a file of MedMNIST v2, such as dermamnist.npz or dermamnist_64.npz"
     else:
-        what = f"{path.name} does not hold the {len(_MEDMNIST[name])} classes of {name}"
-    return f'{what}: its classes are known by number alone; --merge "nevus=0;..." gives them names'
+        colors = "color" if name in _MEDMNIST_COLOR else "gray"
+        what = f"{path.name} does not hold the {len(_MEDMNIST[name])} classes of {name} in {colors}"
+    return f"{what}: its classes are known by number alone" + ('; --merge "nevus=0;..." gives them names' if are_classes
+                                                               else "")
 
 
 def open_mnist(path: Path) -> Source:

@@ -203,26 +203,29 @@ def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def refuse_doubtful_folders(source: Source, are_classes: bool = False) -> None:
-    """Raise UserError where sub-folders are parts of a data set rather than classes, or hold its dataset.json.
+    """Raise UserError where some sub-folders are parts of a set rather than classes, or hold its dataset.json.
 
     are_classes: the user says so
     """
     if source.fault is not None:
         raise UserError(source.fault)
-    if not are_classes and source.has_files and not source.is_ready and look_like_parts(source.classes or []):
+    parts = [] if are_classes or not source.has_files or source.is_ready else parts_among(source.classes or [])
+    if parts:
         tables = [name for name in source.ignored if name.lower().endswith(_TABLES)]
         there = f" ({tables[0]} lies there)" if tables else ""
-        raise UserError(f"{source.name}: the folders {listed(source.classes)} look like parts of a data set, not like "
+        raise UserError(f"{source.name}: the folders {listed(parts)} look like parts of a data set, not like "
                         f"classes; give labels by --labels=FILE{there}, or each of them as --source, or say what they "
                         "are: --folders=classes, or --folders=ignore for images without labels")
 
 
-def look_like_parts(folders: Sequence[str]) -> bool:
-    """Return whether names differ by nothing but what tells parts of a set: "images_part_1", "images_part_2".
+def parts_among(folders: Sequence[str]) -> list[str]:
+    """Return the folders that differ from another by nothing but what tells parts of a set.
 
-    So do train and test, images and masks, patient_1 and patient_2; not 0 and 1, stage_1 and stage_2.
+    So do images_part_1 and images_part_2, train and test, images and masks, patient_1 and patient_2; not 0 and 1,
+    stage_1 and stage_2.
     """
-    return len(folders) > 1 and len(set(map(_without_part, folders))) == 1
+    counts = Counter(map(_without_part, folders))
+    return [folder for folder in folders if counts[_without_part(folder)] > 1]
 
 
 def _without_part(folder: str) -> tuple[str, ...]:

@@ -56,8 +56,9 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
     parts = np.split(chosen, np.cumsum([len(source) for source in sources])[:-1])
     for source, part in zip(sources, parts):
         if not part.any():
+            advice = "change them, or leave this --source out" if len(sources) > 1 else "change them"
             raise UserError(f"--include and --exclude leave none of {_what_is_there([source], source.names)}; expected "
-                            "patterns that leave images in each source, or without this source")
+                            f"patterns that leave some: {advice}")
     return [_keep(source, part) for source, part in zip(sources, parts)]
 
 
@@ -133,7 +134,8 @@ def _what_is_there(sources: Sequence[Source], names: Sequence[str]) -> str:
     endings = Counter(file_ending(name) or "without an ending" for name in names).most_common()
     counts = ", ".join(f"{ending} {count}" for ending, count in endings[:_SHOWN])
     examples = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"the {len(names)} images of {' + '.join(source.name for source in sources)} ({counts}; {examples})"
+    where = " + ".join(source.name for source in sources)
+    return f"the {plural(len(names), 'image')} of {where} ({counts}; {examples})"
 
 
 def _advice(pattern: str, names: Sequence[str]) -> str:

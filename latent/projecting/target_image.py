@@ -41,7 +41,8 @@ _REASONS = {
     "unsupported format": "is an image of a format that is not read here; expected another: save it as PNG or JPEG",
     "truncated": "ends too early; expected a whole image: copy or download it again",
     "corrupt": "is damaged; expected a whole image: copy or download it again",
-    BEYOND_DEPTH: "has values for which --depth has no place; expected 0 to 2^depth - 1: choose a larger one",
+    BEYOND_DEPTH: "has values for which --depth has no place; expected 0 to 2^depth - 1: choose a larger one, or leave "
+                  "--depth out",
     "not-a-number pixels": "has pixels that are no finite numbers; expected an image without them",
 }
 
