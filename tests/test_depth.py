@@ -275,6 +275,26 @@ def test_values_beyond_the_depth_are_counted_named_and_limited(source_12_bit, tm
     assert not (tmp_path / "set.zip").exists()
 
 
+def test_images_without_a_place_for_their_values_are_dropped_and_depth_is_not_said_to_change_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, pixels in (("a", np.zeros((8, 8), np.uint8)), ("b", np.full((8, 8), 4096, np.uint16))):
+        PIL.Image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
+    summary = run_convert(tmp_path / "in", tmp_path / "set.zip", depth=12, max_bad=0.5)
+    assert summary.dropped == {"unreadable: values beyond --depth": 1}
+    assert not [line for line in summary.lines if "changed nothing" in line]
+
+
+def test_floats_that_were_not_expected_by_their_names_are_never_beyond_a_depth_that_nobody_gave(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, high in (("a", 1), ("c", 4000)):  # of which the first alone is seen before the image with color
+        PIL.Image.fromarray(np.full((8, 8), high, np.float32)).save(tmp_path / "in" / f"{name}.png", format="TIFF")
+    PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8) + np.uint8([0, 0, 9])).save(tmp_path / "in" / "b.png")
+    message = ("1 of 3 images are unreadable (32-bit or float, but not named .tif or .pfm: 1), more than "
+               "--max-bad=0.01 allows; list them by --report=FILE")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run_convert(tmp_path / "in", tmp_path / "set.zip", width=8, height=8)
+
+
 def test_values_beyond_the_largest_depth_are_read_without_it(tmp_path):
     (tmp_path / "in").mkdir()
     PIL.Image.fromarray(np.full((8, 8), 65536, np.int32)).save(tmp_path / "in" / "a.tif")

@@ -16,6 +16,7 @@ from imagesets.conversion.selection import NOT_DRAWN, REASONS, Labelling, Select
 from imagesets.conversion.tally import TOO_SMALL, Tally
 from imagesets.labels.classes import names_of_numbers
 from imagesets.naming import listed
+from imagesets.pixels.decode import BEYOND_DEPTH
 from imagesets.pixels.depth import depth_remark
 from imagesets.pixels.resize import PixelSpec
 from imagesets.sources.joining import repeated_names
@@ -187,7 +188,7 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
         remark = depth_remark(f"all {kind} images", found["white"], found["largest"])
         if remark is not None:
             yield f"  note: {remark}"
-    if report["depth"] is not None and not report["values"]:
+    if report["depth"] is not None and not report["values"] and f"unreadable: {BEYOND_DEPTH}" not in report["dropped"]:
         yield f"  note: --depth={report['depth']} changed nothing: no image has more than 8 bits a channel"
     if report["classes"] is not None:
         yield "  classes: " + ", ".join(f"{name} {count}" for name, count in report["classes"].items())

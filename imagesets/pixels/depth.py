@@ -209,7 +209,7 @@ def reduce_values(values: np.ndarray, deep: Deep, depth: Depth) -> tuple[np.ndar
     low, high = value_range(colors)
     black, white = (0, deep.white) if deep.white is not None else depth.scale(deep.kind, (low, high))
     if low < black or high > white:
-        raise BeyondDepth
+        raise NotSurveyed if depth.bits is None else BeyondDepth
     reduced = _scale(colors, black, white)
     if has_alpha:
         alpha = values[..., -1:]
