@@ -195,6 +195,9 @@ def test_masks_without_a_row_are_an_error_that_names_their_pattern(tmp_path):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(source, tmp_path / "set.zip", labels=labels)
     assert run(source, tmp_path / "set.zip", labels=labels, exclude=["*_superpixels.png"]).kept == 2
+    (tmp_path / "table.csv").write_text(f"{HAM}L1,ISIC_1,,,,,\n")  # no image has a label: none to tell the others from
+    with pytest.raises(UserError, match=r"expected a label for each: add them, or give --unlabelled=drop or "):
+        run(source, tmp_path / "set.zip", labels=labels)
 
 
 @pytest.mark.parametrize(("files", "note"), [

@@ -67,7 +67,7 @@ def patterns_of(unwanted: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
     Such as "*_superpixels.png" for masks that lie among their images, or "*.png" where images are JPEG files.
     """
-    for tail_of in (_tail, file_ending):
+    for tail_of in (_tail, file_ending) if wanted else ():
         tails = {tail_of(name) for name in unwanted}
         if "" not in tails and len(tails) <= _SHOWN and tails.isdisjoint(map(tail_of, wanted)):
             return [f"*{tail}" for tail in sorted(tails)]
