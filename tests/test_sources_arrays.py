@@ -175,8 +175,8 @@ def test_cifar_pickle_that_asks_for_more_is_refused(content, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("replaced", "message"), [
     ({"data_batch_3": None},
-     "has no member data_batch_3; expected the CIFAR-10 python archive, cifar-10-python.tar.gz; any "
-     "other has to be unpacked"),
+     "has no member data_batch_3; expected the CIFAR-10 python archive, cifar-10-python.tar.gz: "
+     "download it again"),
     ({"data_batch_3": b"\x80\x02]."}, ": data_batch_3 holds a list; expected the dict of a CIFAR-10 batch"),
     ({"data_batch_3": cifar_pickle(noise(0, 2, 3072), [1])},
      ": data_batch_3 does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of CIFAR-10"),
@@ -212,8 +212,8 @@ def test_tar_cut_off_raises(tmp_path):
 def test_tar_of_something_else_raises(tmp_path):
     path = tmp_path / "other.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
-        archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    with pytest.raises(UserError, match=r"has no member data_batch_1; expected the CIFAR-10 python archive"):
+        archive.addfile(tarfile.TarInfo("images.zip"), io.BytesIO())
+    with pytest.raises(UserError, match=r"^--source=.*other\.tar\.gz is a tar archive; unpack it: mkdir -p "):
         open_source(path)
 
 

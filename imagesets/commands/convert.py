@@ -28,7 +28,7 @@ _OPTIONS = [
                  help="Convert a random sample of at most that many images: of each class its share."),
     click.option("--seed", type=int, metavar="INT", help="Random seed of --max-images. [default: 0]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Take only files whose names fit, such as "
-                 "'*.jpg'; may be repeated."),
+                 "'*.jpg'; may be repeated. '*' takes all, even several files of one row of --labels."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names fit, such as "
                  "'*_mask.png', or a folder, such as 'masks/*'; may be repeated."),
     click.option("--labels", type=UserPath(), metavar="FILE",

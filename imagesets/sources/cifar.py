@@ -69,10 +69,12 @@ def _read_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | None, 
         elif any(name in batches for batches in _MEMBERS.values()):
             labels[name] = _read_batch(path, name, data)[1]
             counts[name] = len(labels[name])
+    if not counts and classes is None:
+        raise UserError(f"--source={path} {unpack_advice(path)}")
     missing = [name for batches in _MEMBERS.values() for name in batches if name not in counts]
     if missing:
         raise UserError(f"{path} has no member {missing[0]}; expected the CIFAR-10 python archive, "
-                        "cifar-10-python.tar.gz; any other has to be unpacked")
+                        "cifar-10-python.tar.gz: download it again")
     return classes, np.concatenate([labels[name] for name in members]), counts
 
 
