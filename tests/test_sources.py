@@ -194,6 +194,7 @@ def test_doubtful_folders_raise(files, message, tmp_path):
 @pytest.mark.parametrize("names", [
     "train test", "Training valid", "images masks", "images_001 images_002 images_012", "data1 data2", "fold-1 fold-2",
     "ISIC_2019_Training_Input ISIC_2019_Test_Input", "patient_1 patient_23", "train_images test_images", "images test",
+    "TrainImages TestImages", "trainset testset",
     "HAM10000_images_part_1 HAM10000_images_part_2 ham10000_images_part_1 ham10000_images_part_2"])
 def test_folders_that_divide_a_set_are_parts(names):
     assert parts_among(names.split()) == names.split()
@@ -201,7 +202,8 @@ def test_folders_that_divide_a_set_are_parts(names):
 
 @pytest.mark.parametrize("names", [
     "0 1", "mel nv", "stage_1 stage_2", "class1 class2", "grade 1,grade 2", "label_0 label_1", "images_mel images_nv",
-    "test_positive test_negative", "train mel", "lesion skin", "ISIC2018 ISIC2019", "type-2 type-4", "train"])
+    "test_positive test_negative", "train mel", "lesion skin", "ISIC2018 ISIC2019", "type-2 type-4", "train",
+    "stageA stageB"])
 def test_folders_that_may_be_classes_are_no_parts(names):
     assert not parts_among(names.split("," if "," in names else None))
 

@@ -24,7 +24,8 @@ from imagesets.sources.source import Source
 
 _TABLES = (".csv", ".tsv", ".xlsx")
 # Words of folder names that divide a set rather than name a class: alone, or with a number behind them.
-_PARTS = {"dev", "part", "parts", "test", "testing", "train", "training", "val", "valid", "validation"}
+_PARTS = {"dev", "eval", "evaluation", "holdout", "part", "parts", "test", "testing", "testset", "train", "training",
+          "trainset", "val", "valid", "validation", "valset"}
 _CONTENTS = {"annotations", "archive", "batch", "chunk", "data", "dataset", "folder", "fold", "image", "images", "img",
              "imgs", "input", "jpeg", "jpg", "masks", "photos", "pictures", "png", "segmentations", "set", "shard",
              "split", "vol", "volume"}
@@ -229,7 +230,8 @@ def parts_among(folders: Sequence[str]) -> list[str]:
 
 
 def _without_part(folder: str) -> tuple[str, ...]:
-    words = re.findall(r"[^\W\d_]+|\d+", folder.lower())
+    separated = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", folder)  # TrainImages
+    words = re.findall(r"[^\W\d_]+|\d+", separated.lower())
     counted = _PARTS | _CONTENTS | _UNITS
     kept = [word for before, word in zip(["", *words], words)
             if word not in _PARTS and not (word.isdigit() and before in counted)]
