@@ -47,7 +47,7 @@ def lesions(request, tmp_path):
     (["*.jpg"], [], [0, 2, 4]), ([], ["*.PNG"], [0, 2, 4]), (["*.jpg", "*_mask.png"], [], [0, 1, 2, 4]),
     (["*.jpg"], ["masks/*"], [0, 2]), ([], ["masks/"], [0, 1, 2]), ([], ["*/old/*"], [0, 1, 2, 3]),
     ([], ["old/*"], [0, 1, 2, 3]), ([], ["masks\\*", "*_mask.*"], [0, 2]), (["?.jpg"], ["[bc].*"], [0]),
-    (["b.*"], [], [2, 3]), (["images/b.jpg"], [], [2]), ([], [], [0, 1, 2, 3, 4])])
+    (["b.*"], [], [2, 3]), (["images/b.jpg"], [], [2]), (["./images/*.jpg"], [], [0, 2]), ([], [], [0, 1, 2, 3, 4])])
 def test_patterns_fit_names_or_ends_of_paths_in_any_case(lesions, include, exclude, left):
     assert names_left(lesions, include, exclude) == [NAMES[index] for index in left]
 
@@ -85,13 +85,19 @@ def test_a_pattern_picks_the_right_pixels_labels_and_groups_of_a_data_set(tmp_pa
     assert [opened.load(item) for item in opened.items(wanted)] == [image(2)]
 
 
-def test_patterns_are_compared_below_each_of_several_sources(tmp_path):
+@pytest.mark.parametrize("pattern", ["*_mask.png", "one/*_mask.png", "./ONE/a_*"])
+def test_patterns_are_compared_below_each_of_several_sources_and_with_its_name(pattern, tmp_path):
     one = make_folder(tmp_path / "one", {"a.png": image(1), "a_mask.png": image(2)})
     two = make_zip(tmp_path / "two.zip", {"b.png": image(3), "c.png": image(4)})
-    opened = open_sources([one, two], exclude=["*_mask.png"])
+    opened = open_sources([one, two], exclude=[pattern])
     assert list(opened.names) == ["one/a.png", "two.zip/b.png", "two.zip/c.png"]
     assert list(opened.not_chosen) == ["one/a_mask.png"]
     assert [opened.load(item) for item in opened.items(np.ones(3, dtype=bool))] == [image(1), image(3), image(4)]
+
+
+def test_case_decides_between_sources_that_nothing_else_tells_apart(tmp_path):
+    paths = [make_folder(tmp_path / name, {"a.png": image(1), "b.png": image(2)}) for name in ("x/HAM", "y/ham")]
+    assert list(open_sources(paths, exclude=["ham/a.*"]).names) == ["HAM/a.png", "HAM/b.png", "ham/b.png"]
 
 
 THERE = "the 5 images of lesions (.jpg 3, .png 2; images/A.JPG, images/A_mask.png, images/b.jpg, ...)"

@@ -39,7 +39,8 @@ def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None
     for index, path in enumerate(paths):
         for earlier in paths[:index]:
             _refuse_repeated(path, earlier)
-    return join(choose_files(sources, include, exclude), _short_names(paths))
+    names = _short_names(paths)
+    return join(choose_files(sources, include, exclude, names), names)
 
 
 def _refuse_repeated(path: Path, earlier: Path) -> None:

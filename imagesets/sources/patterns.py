@@ -29,12 +29,14 @@ class _ChosenItems:
         return self.items(all_wanted)
 
 
-def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Sequence[str]) -> list[Source]:
+def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Sequence[str],
+                 titles: Sequence[str] = ()) -> list[Source]:
     """Return the sources with those of their images that fit a pattern of `include`, if any, and none of `exclude`.
 
     Patterns are the shell's (* ? [...]). One without "/" is compared with the name of a file; one with "/" with the end
     of its path below the source, from any folder on; "masks/" takes a folder. Upper and lower case are the same, but
-    for files that nothing else tells apart: where HAM/1.jpg lies beside ham/1.jpg, "ham/*" is the second.
+    for files that nothing else tells apart: where HAM/1.jpg lies beside ham/1.jpg, "ham/*" is the second. Of several
+    sources the path begins with the source's name in `titles`, as in messages.
 
     Raises UserError for a pattern that fits no image, when a source keeps none, and for archives of arrays.
     """
@@ -44,20 +46,23 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
         if not source.has_files:
             raise UserError(f"--{'include' if include else 'exclude'}: {source.name} ({source.kind}) holds no files; "
                             "leave the option out")
-    names = [name for source in sources for name in source.names]
+    paths = [[f"{title}/{name}" for name in source.names] for source, title in zip(sources, titles, strict=True)
+             ] if titles else [source.names for source in sources]
+    titles = titles or [source.name for source in sources]
+    names = [name for part in paths for name in part]
     chosen = np.full(len(names), not include)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            fits = np.concatenate([_matches(pattern, source.names) for source in sources])
+            fits = _matches(pattern, names)
             if not fits.any():
-                raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(sources, names)}'
+                raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(titles, names)}'
                                 f"{_advice(pattern, names)}")
             chosen[fits] = option == "include"
     parts = np.split(chosen, np.cumsum([len(source) for source in sources])[:-1])
-    for source, part in zip(sources, parts):
+    for title, part, inside in zip(titles, parts, paths):
         if not part.any():
             advice = "change them, or leave this --source out" if len(sources) > 1 else "change them"
-            raise UserError(f"--include and --exclude leave none of {_what_is_there([source], source.names)}; expected "
+            raise UserError(f"--include and --exclude leave none of {_what_is_there([title], inside)}; expected "
                             f"patterns that leave some: {advice}")
     return [_keep(source, part) for source, part in zip(sources, parts)]
 
@@ -102,8 +107,8 @@ def _tail(name: str) -> str:
 
 
 def _matches(pattern: str, names: Sequence[str]) -> np.ndarray:
-    """Return bool [N]: which names of a source fit."""
-    whole = pattern.replace("\\", "/")
+    """Return bool [N]: which names fit."""
+    whole = pattern.replace("\\", "/").removeprefix("./")
     if whole.endswith("/"):
         whole += "*"
     regex = ("(?:.*/)?" if "/" in whole else "") + translate(whole)
@@ -129,13 +134,12 @@ def _keep(source: Source, chosen: np.ndarray) -> Source:
                    not_chosen=[source.names[row] for row in np.flatnonzero(~chosen)])
 
 
-def _what_is_there(sources: Sequence[Source], names: Sequence[str]) -> str:
+def _what_is_there(titles: Sequence[str], names: Sequence[str]) -> str:
     """Return "the 20 images of lesions (.jpg 10, .png 10; mel/a.jpg, ...)"."""
     endings = Counter(file_ending(name) or "without an ending" for name in names).most_common()
     counts = ", ".join(f"{ending} {count}" for ending, count in endings[:_SHOWN])
     examples = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    where = " + ".join(source.name for source in sources)
-    return f"the {plural(len(names), 'image')} of {where} ({counts}; {examples})"
+    return f"the {plural(len(names), 'image')} of {' + '.join(titles)} ({counts}; {examples})"
 
 
 def _advice(pattern: str, names: Sequence[str]) -> str:
