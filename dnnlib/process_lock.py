@@ -3,8 +3,10 @@
 A lease of `filelock`: a file that is created exclusively, names its owner, and is renewed as long as that lives. The
 owner of a lock that was left behind is found to be gone
 
-- where its process table can be seen (same host, boot and process name space): at once, by process number and start;
+- where its process table can be seen (same host and process name space): at once, by process number and start;
 - elsewhere: when the file was not renewed while another process watched it for LEASE_SECONDS.
+
+LIMIT: hosts of the same name take each other's processes for their own that are gone.
 
 The system's own locks (flock) would not do: on network file systems they may be missing or reach no further than one
 machine.
@@ -95,20 +97,49 @@ class ProcessLock:
 
     def _wait(self, patience: float) -> str | None:
         """Get the lock from a holder that ends in time, or is gone after all: return which. Raises LockHeld."""
-        holder, silence, watch = self._describe_holder(), self._silence(), 0
-        if self._lease.owner is None:  # it is being written, or was left behind by a process that was killed meanwhile
-            time.sleep(max(1 - silence, 0))
-        if self._disown():
-            watch = _UNREADABLE_SECONDS
-        elif silence > _QUIET_SECONDS:
-            watch = LEASE_SECONDS + _UNREADABLE_SECONDS
-            print(f"watching {self.path} of {holder}, which counts as gone after {LEASE_SECONDS} s without another",
-                  file=sys.stderr)
-        try:
-            self._lease.acquire(timeout=max(patience, watch), poll_interval=_POLL_SECONDS)
-        except Timeout:
-            raise LockHeld(self._describe_holder()) from None
-        return holder if watch else None
+        end, is_announced = time.monotonic() + patience, False
+        while True:
+            holder, silence, watch = self._describe_holder(), self._silence(), 0
+            owner = self._lease.owner
+            if owner is None:  # it is being written, or was left behind by a process that was killed meanwhile
+                time.sleep(max(1 - silence, 0))
+            if self._disown():
+                watch = _UNREADABLE_SECONDS
+            elif silence > _QUIET_SECONDS and owner is not None and owner.hostname != _host():
+                watch = LEASE_SECONDS + _UNREADABLE_SECONDS
+                if not is_announced:
+                    print(f"watching {self.path} of {holder}, which counts as gone after {LEASE_SECONDS} s without "
+                          "another", file=sys.stderr)
+                is_announced = True
+            seen = _state(self.path)
+            try:
+                self._lease.acquire(timeout=watch or max(min(end - time.monotonic(), HEARTBEAT_SECONDS), 0),
+                                    poll_interval=_POLL_SECONDS)
+                return holder if watch else None
+            except Timeout:
+                if watch and self._remove(seen):
+                    with suppress(Timeout):
+                        self._lease.acquire(timeout=0)
+                        return holder
+                if time.monotonic() >= end:
+                    raise LockHeld(self._describe_holder()) from None
+
+    def _remove(self, seen: tuple[int, bytes] | None) -> bool:
+        """Remove the file of an owner that is gone if it is as it was seen; tell whether it was removed.
+
+        filelock takes over by exchanging two names, which NFS, Lustre and other network file systems cannot do.
+        """
+        aside = temporary_beside(self.path)
+        with suppress(FileNotFoundError, PermissionError):
+            if seen is not None and _state(self.path) == seen:
+                os.rename(self.path, aside)
+                if _state(aside) == seen:
+                    aside.unlink()
+                    return True
+                # The lock of a process that was faster.
+                # LIMIT: one that comes between the two renames loses it again, which `require_held` tells.
+                os.rename(aside, self.path)
+        return False
 
     def _disown(self) -> bool:
         """Make a file unreadable whose owner is gone though filelock does not see it; tell whether it is unreadable.
@@ -116,22 +147,29 @@ class ProcessLock:
         filelock takes over what it cannot read, but neither empty files, which a process leaves that is killed as it
         starts, nor those of zombies, of which a container without an init process is full.
         """
-        try:
-            with open(self.path, "r+b") as file:  # whoever takes over makes another file
-                values = dict(line.partition("=")[::2] for line in file.read().decode(errors="replace").splitlines())
-                pid = values.get("pid", "")
-                if pid.isdecimal() and values.get("host") == _host() and start_of_process(int(pid)) is None:
-                    file.write(b"gone\n")
+        for mode in ("r+b", "rb"):  # on some systems its owner alone may write it
+            try:
+                with open(self.path, mode) as file:  # whoever takes over makes another file
+                    lines = file.read().decode(errors="replace").splitlines()
+                    values = dict(line.partition("=")[::2] for line in lines)
+                    pid = values.get("pid", "")
+                    is_gone = pid.isdecimal() and values.get("host") == _host() and start_of_process(int(pid)) is None
+                    if not is_gone and self._lease.owner is not None:
+                        return False
+                    if mode == "r+b":
+                        file.write(b"gone\n" if is_gone else b"\n")
                     return True
-                return self._lease.owner is None and file.write(b"\n") > 0
-        except FileNotFoundError:
-            return True
-        except PermissionError:  # of a system where its owner alone may write it
-            return False
+            except FileNotFoundError:
+                return True
+            except PermissionError:
+                continue
+        return False
 
     def _describe_holder(self) -> str:
         owner = self._lease.owner
         if owner is None:
+            if self.path.exists() and not os.access(self.path, os.R_OK):
+                return "a process of another user"
             return "a process that ended while it started"
         text = f"process {owner.pid} on {owner.hostname.partition('?')[0]}"  # after it: which container of that name
         if owner.hostname == _host():
@@ -149,6 +187,13 @@ class ProcessLock:
             finally:
                 probe.unlink(missing_ok=True)
         return 0
+
+
+def _state(path: Path) -> tuple[int, bytes] | None:
+    """Return the time of a lock file and what it holds, which tell it from all others; None when it cannot be read."""
+    with suppress(FileNotFoundError, PermissionError):
+        return path.stat().st_mtime_ns, retrying(path.read_bytes, path)
+    return None
 
 
 def _host() -> str:

@@ -1,5 +1,6 @@
 """dnnlib.process_lock: one process at a time, and none that is gone keeps others away."""
 
+import errno
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import SoftFileLease, Timeout
 
 from dnnlib import process_lock
 from dnnlib.process_lock import HEARTBEAT_SECONDS, LEASE_SECONDS, LockHeld, LockLost, ProcessLock
@@ -61,6 +63,14 @@ def holder(path):
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """File systems that answer as NFS and Lustre do when two names are to be exchanged."""
+    monkeypatch.setattr("filelock._filesystem._exchange._rename_call", lambda: (lambda *_: errno.EINVAL, 2))
+    monkeypatch.setattr(process_lock, "_UNREADABLE_SECONDS", 0.2)
+    monkeypatch.setattr(process_lock, "HEARTBEAT_SECONDS", 0.1)
 
 
 def leave(path, content, silent_for=0):
@@ -182,6 +192,65 @@ def test_acquire_a_file_that_names_nobody_is_replaced_after_a_while(path, conten
     lock.require_held()
     lock.release()
     assert os.listdir(path.parent) == []
+
+
+@posix
+def test_acquire_where_names_cannot_be_exchanged_killed_holder_is_replaced(path, holder, no_exchange):
+    holder.kill()
+    holder.wait()
+    with pytest.raises(Timeout):
+        SoftFileLease(path, lease_duration=LEASE_SECONDS).acquire(timeout=0.1)
+    lock = ProcessLock(path)
+    assert lock.acquire() == f"took over from process {holder.pid} on {socket.gethostname()}, which is gone"
+    lock.require_held()
+    lock.release()
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("content", ["", ELSEWHERE.format(0.5)])
+def test_acquire_where_names_cannot_be_exchanged_silent_holder_is_replaced(path, content, no_exchange, monkeypatch):
+    monkeypatch.setattr(process_lock, "LEASE_SECONDS", 0.5)
+    leave(path, content, silent_for=500)
+    with ProcessLock(path) as lock:
+        lock.require_held()
+    assert os.listdir(path.parent) == []
+
+
+@posix
+def test_acquire_where_names_cannot_be_exchanged_patience_sees_the_end_of_the_holder(path, holder, no_exchange):
+    timer = threading.Timer(0.5, holder.kill)
+    timer.start()
+    lock = ProcessLock(path)
+    lock.acquire(patience=60)
+    lock.require_held()
+    lock.release()
+    assert os.listdir(path.parent) == []
+
+
+@posix
+def test_acquire_where_names_cannot_be_exchanged_a_faster_process_keeps_its_lock(path, no_exchange, monkeypatch):
+    leave(path, "", silent_for=500)
+    rename, other = os.rename, ELSEWHERE.format(0.5)
+
+    def rename_later(*names):
+        monkeypatch.setattr(os, "rename", rename)
+        leave(path, other)
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", rename_later)
+    with pytest.raises(LockHeld, match="process 17 on gpu07"):
+        ProcessLock(path).acquire()
+    assert path.read_text() == other
+    assert os.listdir(path.parent) == ["lock.json"]
+
+
+@posix
+def test_acquire_suspended_holder_on_this_host_keeps_its_lock(path, holder, capfd):
+    holder.send_signal(signal.SIGSTOP)
+    os.utime(path, (time.time() - 500,) * 2)
+    with pytest.raises(LockHeld, match=f"^process {holder.pid} on "):
+        ProcessLock(path).acquire()
+    assert capfd.readouterr().err == ""
 
 
 def test_acquire_patience_waits_for_the_holder(path, holder):
