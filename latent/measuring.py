@@ -81,7 +81,7 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
     for number, path in enumerate(snapshots):
         if not broadcast_object(path.exists()):
-            _say(settings, f"{path.name} is gone, as --keep of train.py removes network files; it is not measured")
+            _say(settings, f"{path.name} was removed meanwhile, as train.py --keep does; it is not measured")
             continue
         network = network if len(snapshots) == 1 else open_network(path, processes.device)
         _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")

@@ -150,8 +150,8 @@ def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(caps
     code, records, err = measure(capsys, f"--run={folder}", f"--data={data}", "--metrics=kid20", "--verbose=1")
     assert code == 0
     assert [record["snapshot_pkl"] for record in records] == ["network-snapshot-000200.safetensors"]
-    assert ("network-snapshot-000000.safetensors is gone, as --keep of train.py removes network files; it is not "
-            "measured\n") in err
+    assert ("network-snapshot-000000.safetensors was removed meanwhile, as train.py --keep does; it is not measured\n"
+            ) in err
 
 
 def test_mirror_is_as_in_the_training_unless_given(capsys, data, tmp_path):
