@@ -20,13 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from dnnlib.disk_failures import retrying
 from dnnlib.temporary_files import start_of_process, temporary_beside
 
 HEARTBEAT_SECONDS = 20
-LEASE_SECONDS = 120  # the same in all processes; network file systems may show a file's time up to a minute late
+LEASE_SECONDS = 120  # network file systems may show a file's time up to a minute late
 _QUIET_SECONDS = 3 * HEARTBEAT_SECONDS  # an owner on another host that is silent for so long is watched
 _UNREADABLE_SECONDS = 5  # a file that names nobody is one that is being written, or after two seconds one left behind
 _POLL_SECONDS = 0.05
@@ -67,9 +67,8 @@ class ProcessLock:
         self.path.parent.stat()  # filelock would make the folder
         holder = self._describe_holder() if self.path.exists() else None
         try:
-            self._lease.acquire(timeout=0)
-        except Timeout:
-            holder = self._wait(patience)
+            if not self._acquire(0):
+                holder = self._wait(patience)
         except PermissionError as error:
             if holder is None:
                 raise
@@ -106,28 +105,38 @@ class ProcessLock:
             if self._disown():
                 watch = _UNREADABLE_SECONDS
             elif silence > _QUIET_SECONDS and owner is not None and owner.hostname != _host():
-                watch = LEASE_SECONDS + _UNREADABLE_SECONDS
+                watch = max(LEASE_SECONDS, owner.lease_duration or 0) + _UNREADABLE_SECONDS
                 if not is_announced:
                     print(f"watching {self.path} of {holder}, which counts as gone after {LEASE_SECONDS} s without "
                           "another", file=sys.stderr)
                 is_announced = True
             seen = _state(self.path)
-            try:
-                self._lease.acquire(timeout=watch or max(min(end - time.monotonic(), HEARTBEAT_SECONDS), 0),
-                                    poll_interval=_POLL_SECONDS)
+            if self._acquire(watch or min(end - time.monotonic(), HEARTBEAT_SECONDS)):
                 return holder if watch else None
+            if watch and self._remove(seen) and self._acquire(0):
+                return holder
+            if time.monotonic() >= end:
+                raise LockHeld(self._describe_holder())
+
+    def _acquire(self, timeout: float) -> bool:
+        """Try for some seconds, and at least once; tell whether the lock is held."""
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                self._lease.acquire(timeout=max(end - time.monotonic(), 0), poll_interval=_POLL_SECONDS)
+                return True
             except Timeout:
-                if watch and self._remove(seen):
-                    with suppress(Timeout):
-                        self._lease.acquire(timeout=0)
-                        return holder
+                return False
+            except LeaseSettingsMismatch:  # of a version with other LEASE_SECONDS, which filelock never takes over
                 if time.monotonic() >= end:
-                    raise LockHeld(self._describe_holder()) from None
+                    return False
+                time.sleep(_POLL_SECONDS)
 
     def _remove(self, seen: tuple[int, bytes] | None) -> bool:
         """Remove the file of an owner that is gone if it is as it was seen; tell whether it was removed.
 
-        filelock takes over by exchanging two names, which NFS, Lustre and other network file systems cannot do.
+        filelock takes over by exchanging two names, which NFS, Lustre and other network file systems cannot do, and
+        only from owners with the same LEASE_SECONDS.
         """
         aside = temporary_beside(self.path)
         with suppress(FileNotFoundError, PermissionError):

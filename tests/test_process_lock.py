@@ -154,6 +154,23 @@ def test_acquire_holder_that_cannot_be_looked_up_is_watched_and_then_replaced(pa
     lock.release()
 
 
+def test_acquire_holder_with_another_lease_is_named_while_it_lives_and_replaced_when_silent(path, monkeypatch):
+    monkeypatch.setattr(process_lock, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(process_lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(process_lock, "_UNREADABLE_SECONDS", 0.1)
+    leave(path, ELSEWHERE.format(0.6))
+    with pytest.raises(LockHeld, match=r"^process 17 on gpu07 "):
+        ProcessLock(path).acquire()
+    leave(path, ELSEWHERE.format(0.6), silent_for=500)
+    start = time.monotonic()
+    lock = ProcessLock(path)
+    assert lock.acquire() == "took over from process 17 on gpu07 (last sign of life 500 s ago), which is gone"
+    assert time.monotonic() - start >= 0.6
+    lock.require_held()
+    lock.release()
+    assert os.listdir(path.parent) == []
+
+
 def test_acquire_holder_that_is_watched_and_gives_a_sign_of_life_is_left_its_lock(path, monkeypatch):
     monkeypatch.setattr(process_lock, "LEASE_SECONDS", 1)
     monkeypatch.setattr(process_lock, "HEARTBEAT_SECONDS", 0.1)
