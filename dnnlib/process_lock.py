@@ -72,7 +72,7 @@ class ProcessLock:
         except PermissionError as error:
             if holder is None:
                 raise
-            raise LockHeld(f"{holder}, which runs under another user's name") from error
+            raise LockHeld(f"{holder}, whose lock this user may not change") from error
         self._token = self._lease.token
         return f"took over from {holder}, which is gone" if holder else None
 
