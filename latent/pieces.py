@@ -140,8 +140,10 @@ class Pieces:
         except LockHeld as error:
             raise UserError(f"{self.dest} is being made by {error}; wait for it, or choose another name") from error
         except OSError as error:
-            raise UserError(f"{self.folder}, where finished pieces go, cannot be written to ({error.strerror}); "
-                            "expected a folder that can") from error
+            with suppress(OSError):  # it stays where something is in it
+                self.folder.rmdir()
+            raise UserError(f"{self.folder}, where finished pieces go, is not writable ({error.strerror}); choose a "
+                            "writable folder") from error
 
     def _enter(self) -> None:
         """Check what lies in the folder, and leave in it the settings and pieces that belong to them."""

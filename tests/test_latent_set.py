@@ -295,6 +295,18 @@ def test_second_process_is_refused(network, tmp_path):
     assert not (tmp_path / "set.zip").exists()
 
 
+def test_full_disk_at_the_start_leaves_nothing(network, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("filelock.SoftFileLease._write_lock_info", refuse)
+    with pytest.raises(UserError) as caught:
+        write(tmp_path / "set.zip", network)
+    assert str(caught.value) == (f"{tmp_path}/set.zip.parts, where finished pieces go, is not writable (No space left "
+                                 "on device); choose a writable folder")
+    assert os.listdir(tmp_path) == []
+
+
 def test_damaged_piece_is_named_and_the_rest_is_kept(network, tmp_path, monkeypatch):
     dest = begun(tmp_path, network, monkeypatch)
     piece = tmp_path / "set.zip.parts" / "piece-000000.npz"
