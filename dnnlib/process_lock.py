@@ -69,10 +69,11 @@ class ProcessLock:
         try:
             if not self._acquire(0):
                 holder = self._wait(patience)
-        except PermissionError as error:
-            if holder is None:
-                raise
-            raise LockHeld(f"{holder}, whose lock this user may not change") from error
+        except OSError as error:
+            if holder is not None and isinstance(error, PermissionError):
+                raise LockHeld(f"{holder}, whose lock this user may not change") from error
+            error.filename = error.filename or str(self.path)  # a full disk does not say it
+            raise
         self._token = self._lease.token
         return f"took over from {holder}, which is gone" if holder else None
 

@@ -336,6 +336,16 @@ def test_acquire_several_at_once_one_holds(tmp_path):
     assert list(tmp_path.glob("*.lock*")) == []
 
 
+def test_acquire_on_a_full_disk_names_the_file_and_leaves_none(path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("filelock.SoftFileLease._write_lock_info", refuse)
+    with pytest.raises(OSError, match=f"No space left on device: '{re.escape(str(path))}'"):
+        ProcessLock(path).acquire()
+    assert os.listdir(path.parent) == []
+
+
 def test_acquire_in_a_missing_folder_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         ProcessLock(tmp_path / "missing" / "lock.json").acquire()
