@@ -6,7 +6,8 @@ owner of a lock that was left behind is found to be gone
 - where its process table can be seen (same host and process name space): at once, by process number and start;
 - elsewhere: when the file was not renewed while another process watched it for LEASE_SECONDS.
 
-LIMIT: hosts of the same name take each other's processes for their own that are gone.
+LIMIT: hosts of the same name take each other's processes for their own that are gone. A process that is suspended for
+LEASE_SECONDS loses its lock to one that waits for it (`patience`), which `require_held` tells.
 
 The system's own locks (flock) would not do: on network file systems they may be missing or reach no further than one
 machine.
