@@ -241,9 +241,9 @@ def test_gpu_that_fails_in_metrics_ends_the_run_and_the_same_command_continues(w
     here = tmp_path / "here"
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(torch.AcceleratorError):
-        train(here, Metric({2: error}))
+        train(here, Metric({2: error}), new=True)
     line = ("stopped: the GPU fails since metrics were computed (AcceleratorError: CUDA error: an illegal memory "
-            "access was encountered); the last state is on the disk, and the same command continues")
+            "access was encountered); the same command (without --new) continues")
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert line in (run_in(here) / "log.txt").read_text()
     assert state_in(here)["training/nimg"] == 800
@@ -350,7 +350,8 @@ def test_keep_leaves_a_network_file_that_another_run_began_from(tmp_path):
     other = first.with_name("00001-other")
     other.mkdir()
     record = json.loads((first / "training_options.json").read_text())
-    record["config"].update(resume=str(first / "network-snapshot-000000.safetensors"), seed=9)
+    record["config"].update(resume="relative/to/another/folder.safetensors", seed=9)
+    record["identity"].update(resume=sha256_of(first / "network-snapshot-000000.safetensors"))
     (other / "training_options.json").write_text(json.dumps(record))
     assert train(here, None, kimg=5, keep=1) == loop.EXIT_DONE
     assert sorted(path.stem[-1] for path in first.glob("network-*")) == ["0", "1", "5"]

@@ -1,10 +1,10 @@
 """Choose which network files of a run stay: --keep and --keep-best."""
 
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from dnnlib.files import sha256_of
 from training.config import ConfigError
 from training.file_kind import run_snapshots
 from training.run_record import read_record
@@ -25,12 +25,14 @@ def snapshots_to_remove(newest: Path, settings: RunSettings, values: Mapping[str
         return []
     found = [path for path in map(Path, run_snapshots(newest.parent)) if path.suffix == newest.suffix]
     found = found[:found.index(newest) + 1] if newest in found else []
-    stay = {*found[-settings.num_newest:], *needed, *_began_from(newest.parent)}
+    stay = {*found[-settings.num_newest:], *needed}
     if settings.keep_best is not None:
         # One that was not measured could be the best.
         stay.update(path for path in found if path.name not in values)
         stay.update(_best(found, values, lower_is_better=settings.keep_best.lower_is_better))
-    return [path for path in found if path not in stay]
+    others = [path for path in found if path not in stay]
+    begun_from = _hashes_of_resume(newest.parent.parent) if others else set()
+    return [path for path in others if not begun_from or sha256_of(path) not in begun_from]
 
 
 def _best(found: list[Path], values: Mapping[str, float | None], *, lower_is_better: bool) -> list[Path]:
@@ -41,16 +43,17 @@ def _best(found: list[Path], values: Mapping[str, float | None], *, lower_is_bet
     return [found[max(finite)[1]]] if finite else []
 
 
-def _began_from(folder: Path) -> set[Path]:
-    """Return the network files in a run's folder that other runs beside it began from: their commands name them."""
+def _hashes_of_resume(outdir: Path) -> set[str]:
+    """Return the SHA-256 of the network files that runs in a folder began from: their commands name them.
+
+    Not their paths, which may be relative to another working directory.
+    """
     found = set()
-    for other in folder.parent.iterdir():
+    for path in outdir.iterdir():
         try:
-            record = read_record(other)
+            record = read_record(path)
         except ConfigError:
             continue
-        if record is not None and record.config.resume is not None:
-            path = Path(record.config.resume)
-            if os.path.realpath(path.parent) == os.path.realpath(folder):
-                found.add(folder / path.name)
+        if record is not None and record.identity["resume"] is not None:
+            found.add(record.identity["resume"])
     return found

@@ -42,7 +42,7 @@ class RunOutput:
         self.run, self.is_main = run, processes.rank == 0
         self.reporter = Reporter(run.path, is_main=self.is_main)
         self.metrics = SnapshotMetrics(config.metrics, evaluate, run=run, reporter=self.reporter, processes=processes,
-                                       stop=stop)
+                                       stop=stop, continuation=self.continuation)
         self.clock = TickClock(total_nimg=config.kimg * 1000)
         self._grid = None
         self._saved_at = time.monotonic()

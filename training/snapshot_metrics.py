@@ -50,13 +50,14 @@ class SnapshotMetrics:
     metrics:   their names
     evaluate:  None computes none
     stop:      tells when the run is to stop
+    continuation:  says from where it goes on then, for messages; asked on the main process
 
     All processes make the same calls; the main one decides what there is time for, and writes.
     """
 
     def __init__(self, metrics: tuple[str, ...], evaluate: Evaluate | None, *, run: RunFolder, reporter: Reporter,
-                 processes: Processes, stop: StopRequest):
-        self._metrics, self._evaluate = metrics, evaluate
+                 processes: Processes, stop: StopRequest, continuation: Callable[[], str]):
+        self._metrics, self._evaluate, self._continuation = metrics, evaluate, continuation
         self._run, self._reporter, self._processes, self._stop = run, reporter, processes, stop
         self._is_main = processes.rank == 0
         self.missing: list[Missing] = []  # the oldest first; the same in all processes
@@ -190,8 +191,7 @@ class SnapshotMetrics:
         stops, is_lost_somewhere = any_process_each([self._stop.wanted(), is_lost])
         reason = first_text(f"{type(error).__name__}: {error}")
         if is_lost_somewhere:
-            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); the last state is on "
-                               "the disk, and the same command continues")
+            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); {self._continuation()}")
             if is_lost:
                 raise error
             raise ProcessLost(f"the GPU of another process fails ({reason})") from error
