@@ -16,7 +16,7 @@ from metrics.evaluation import Evaluator, Results
 from metrics.names import parse_metrics
 from metrics.record import result_record, to_json
 from metrics.sources import SetImages
-from torch_utils.distributed import Processes, broadcast_object, is_main
+from torch_utils.distributed import Processes, any_process, broadcast_object, is_main
 from torch_utils.plots import save_curves
 from training.file_kind import find_path, run_snapshots
 from training.json_lines import to_line
@@ -80,10 +80,9 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
     evaluator = _evaluator(settings, processes, mirror=_mirror(settings, network.info))
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
     for number, path in enumerate(snapshots):
-        if not broadcast_object(path.exists()):
+        if len(snapshots) > 1 and (network := _open_if_there(path, processes)) is None:
             _say(settings, f"{path.name} was removed meanwhile, as train.py --keep does; it is not measured")
             continue
-        network = network if len(snapshots) == 1 else open_network(path, processes.device)
         _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
         kimg = _kimg(network)
         for record in _records(evaluator.evaluate(network.G, network.info), processes, snapshot=network.name, kimg=kimg,
@@ -95,6 +94,17 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
     if settings.run is not None and is_main():
         for name, found in curves.items():
             save_curves(Path(settings.run) / f"measured-{name}.png", found)
+
+
+def _open_if_there(path: Path, processes: Processes) -> OpenNetwork | None:
+    """Open a network of a run; None, in all processes, where its file was removed meanwhile."""
+    network = None
+    try:
+        network = open_network(path, processes.device)
+    except UserError:
+        if path.exists():
+            raise
+    return None if any_process(network is None) else network
 
 
 def _measure_images(settings: MeasureSettings, processes: Processes) -> None:

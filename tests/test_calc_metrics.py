@@ -139,12 +139,14 @@ def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):
     assert not (folder / "metric-fid20_full.png").exists()
 
 
-def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(capsys, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["000200", "000000"])  # before it is to be opened, and just then
+def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(capsys, data, tmp_path, monkeypatch, when):
     folder = save_run(tmp_path / "run")
 
-    def remove_and_open(*arguments):
-        (folder / "network-snapshot-000000.safetensors").unlink(missing_ok=True)
-        return open_network(*arguments)
+    def remove_and_open(path, device):
+        if path.stem.endswith(when):
+            (folder / "network-snapshot-000000.safetensors").unlink(missing_ok=True)
+        return open_network(path, device)
 
     monkeypatch.setattr("latent.measuring.open_network", remove_and_open)
     code, records, err = measure(capsys, f"--run={folder}", f"--data={data}", "--metrics=kid20", "--verbose=1")
