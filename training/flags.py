@@ -49,11 +49,11 @@ FLAGS = [
           "run.", "25000; 100000 with --cfg=cifar", "INT"),
     _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "4", "KIMG"),
     _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "50", "TICKS"),
-    _flag("--keep", int, RUN, "Remove network files but the N newest, each once a newer one is written. Those of the "
-          "end of a run, those that another run in --outdir began from, and those whose metrics are still to be "
-          "computed stay.", "all stay", "N"),
-    _flag("--keep-best", str, RUN, "Keep the best network file by one of --metrics besides; of pr name the value, such "
-          "as pr50k3_full_recall. Without --keep: the best and the newest.", "none", "METRIC"),
+    _flag("--keep", int, RUN, "Keep the N newest network files, and remove older ones once a newer one is written. "
+          "Those of the end of a run, those that another run in --outdir began from, and those whose metrics are still "
+          "to be computed stay.", "all stay", "N"),
+    _flag("--keep-best", str, RUN, "Keep the best network file by one of --metrics too; of pr name the value, such as "
+          "pr50k3_full_recall. Without --keep, the best and the newest stay.", "none", "METRIC"),
     _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.", "10",
           "MINUTES"),
     _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later. "

@@ -28,6 +28,7 @@ FREE_OPTIONS = frozenset({
     "kimg", "kimg_per_tick", "image_snapshot_ticks", "network_snapshot_ticks", "state_minutes", "metrics",
     "gpus", "batch_gpu", "step.micro_batch", "num_workers", "cudnn_benchmark",
     "resume",  # where the network lies; its content is in the identity
+    "resume_partial",  # decides whether the run may begin; what it takes follows from the network
 })  # fmt: skip
 
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")
