@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import unittest.mock
 
 import pytest
 import torch
@@ -249,6 +250,27 @@ def test_gpu_that_fails_in_metrics_ends_the_run_and_the_same_command_continues(w
     assert state_in(here)["training/nimg"] == 800
     assert train(here, Metric()) == loop.EXIT_DONE
     assert_equal_runs(whole, here)
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (RuntimeError("damaged"), False), (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), True)])
+def test_network_that_cannot_be_loaded_to_make_up_metrics_ends_the_run_where_the_gpu_fails(
+        tmp_path, capsys, monkeypatch, error, lost):
+    here = tmp_path / "here"
+    assert train(here, Metric({2: signal.SIGTERM})) == loop.EXIT_STOPPED
+    with monkeypatch.context() as patch:
+        patch.setattr("training.snapshot_metrics.load_network", unittest.mock.Mock(side_effect=error))
+        if lost:
+            with pytest.raises(torch.AcceleratorError):
+                train(here, Metric())
+        else:
+            assert train(here, Metric()) == loop.EXIT_DONE
+    said, what = capsys.readouterr().out, f"({type(error).__name__}: {error}); "
+    assert (f"stopped: the GPU fails since metrics were computed {what}the same command continues\n" if lost else
+            f"warning: metrics at kimg 0.8 cannot be computed {what}training goes on\n") in said
+    if lost:
+        assert train(here, Metric()) == loop.EXIT_DONE
+    assert [line["nimg"] for line in lines(here)] == (NIMG if lost else [NIMG[0], *NIMG[2:]])
 
 
 @pytest.mark.parametrize(("error", "expected"), [

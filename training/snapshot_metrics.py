@@ -11,7 +11,7 @@ import torch
 from dnnlib.disk_failures import DiskFailure
 from dnnlib.files import sha256_of
 from dnnlib.progress import format_seconds
-from torch_utils.distributed import Processes, ProcessLost, any_process, any_process_each, broadcast_object, first_text
+from torch_utils.distributed import Processes, ProcessLost, any_process, broadcast_object, first_text
 from training.json_lines import read_lines
 from training.reporting import METRIC_FIELDS, Reporter
 from training.run_folder import RunFolder
@@ -140,7 +140,7 @@ class SnapshotMetrics:
         except Exception as found:  # as below
             error = found
         if any_process(error is not None):
-            reason = first_text("" if error is None else " ".join(str(error).split()))
+            reason = self._reason_unless_lost(error)
             self.missing.remove(missing)
             self._reporter.say(f"warning: metrics at kimg {missing.nimg / 1000:.1f} cannot be computed ({reason}); "
                                "training goes on")
@@ -187,14 +187,8 @@ class SnapshotMetrics:
 
     def _has_failed(self, missing: Missing, error: Exception, seconds: float) -> bool:
         """Decide what an error means: metrics that were given up, a GPU that is lost, or a metric that fails."""
-        is_lost = lost_device(error, self._processes.device)
-        stops, is_lost_somewhere = any_process_each([self._stop.wanted(), is_lost])
-        reason = first_text(f"{type(error).__name__}: {error}")
-        if is_lost_somewhere:
-            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); {self._continuation()}")
-            if is_lost:
-                raise error
-            raise ProcessLost(f"the GPU of another process fails ({reason})") from error
+        reason = self._reason_unless_lost(error)
+        stops = any_process(self._stop.wanted())
         if stops:
             self.left_out = broadcast_object(self._stop.reason or "another process was asked to stop")
             self.has_given_up, self._given_up_after = True, max(seconds, self._given_up_after or 0)
@@ -202,6 +196,17 @@ class SnapshotMetrics:
         self.missing.remove(missing)
         self._reporter.say(f"warning: metrics failed ({reason}); training goes on")
         return False
+
+    def _reason_unless_lost(self, error: Exception | None) -> str:
+        """Return what failed, in this process or another one; raise where a GPU computes no more."""
+        is_lost = error is not None and lost_device(error, self._processes.device)
+        reason = first_text("" if error is None else f"{type(error).__name__}: {error}")
+        if any_process(is_lost):
+            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); {self._continuation()}")
+            if is_lost:
+                raise error
+            raise ProcessLost(f"the GPU of another process fails ({reason})") from error
+        return reason
 
     def _say_left_out(self, missing: Missing) -> None:
         self._reporter.say(f"metrics at kimg {missing.nimg / 1000:.1f} are left out ({self.left_out}); they are "
