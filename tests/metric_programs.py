@@ -12,6 +12,10 @@ from metrics.evaluation import Evaluator
 from tests.metric_networks import MeanDetector, SquareDistance
 from tests.small_networks import small_generator
 from torch_utils.distributed import Processes, gather_rows, join
+from training.reporting import Reporter
+from training.run_folder import RunFolder
+from training.snapshot_metrics import SnapshotMetrics
+from training.stopping import StopRequest
 
 
 def evaluate(processes: Processes, folder: Path) -> dict:
@@ -39,6 +43,20 @@ def give_up(processes: Processes, folder: Path) -> dict:
         except (evaluation.Stopped, OtherProcessFailed) as error:
             failures.append((type(error).__name__, next(asked) - 1))
     return {"failures": failures, "after": evaluator.evaluate(small_generator(resolution=32)).keys() == {"pr70_full"}}
+
+
+def leave_out(processes: Processes, folder: Path) -> dict:
+    """Leave metrics out, of a network file that the main process could not write, and of one that is there."""
+    missing, is_main = [], processes.rank == 0
+    with StopRequest(max_hours=1e-9) as stop:
+        for failure in ("No space left on device", None):
+            metrics = SnapshotMetrics(("kid20",), lambda G, *, stop: {}, run=RunFolder(folder), processes=processes,
+                                      reporter=Reporter(folder, is_main=is_main, tensorboard=False), stop=stop,
+                                      continuation=lambda: "the same command continues")
+            metrics.expect(3, 800)
+            metrics.compute(torch.nn.Identity(), None, failure if is_main else None)
+            missing.append(metrics.state_dict()["networks"])
+    return {"missing": missing}
 
 
 def exchange(processes: Processes, folder: Path) -> dict:

@@ -16,7 +16,8 @@ from training.launch import launch
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     make_set(folder / "data.zip", 21, size=32, labels=[index % 2 for index in range(21)])
-    assert launch(2, [sys.executable, "-m", "tests.metric_programs", "evaluate+give_up+exchange", str(folder)]) == 0
+    programs = "evaluate+give_up+leave_out+exchange"
+    assert launch(2, [sys.executable, "-m", "tests.metric_programs", programs, str(folder)]) == 0
     return folder
 
 
@@ -40,6 +41,10 @@ def test_evaluate_is_given_up_by_all_processes_when_one_wishes_so(folder):
     assert main == {"failures": [("Stopped", 2), ("Stopped", 8)], "after": True}
     # All compute features, and are asked; the main process compares them alone.
     assert other == {"failures": [("Stopped", 2), ("OtherProcessFailed", 7)], "after": False}
+
+
+def test_metrics_of_a_file_that_one_process_could_not_write_are_left_out_by_all(folder):
+    assert [found["missing"] for found in results(folder, "leave_out")] == [[[], [[3, 800]]]] * 2
 
 
 def test_exchange_gathers_rows_and_shares_failures(folder):

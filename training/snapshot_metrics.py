@@ -89,10 +89,11 @@ class SnapshotMetrics:
         """Compute those of the newest network, and make up for others as far as there is time.
 
         G:        its generator
-        sha256:   of its file;  failure: why there is none
+        sha256:   of its file;  failure: why there is none; both known to the main process
         """
         if not self.missing:
             return
+        failure = broadcast_object(failure)  # or others would still count on what the main process gives up
         newest, snapshot, more = self.missing[-1], self._run.snapshot(self.missing[-1].nimg).name, {}
         if failure is not None:
             snapshot, more = None, {"snapshot_note": f"{snapshot} could not be written ({failure})"}
