@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +272,18 @@ def test_network_that_cannot_be_loaded_to_make_up_metrics_ends_the_run_where_the
     if lost:
         assert train(here, Metric()) == loop.EXIT_DONE
     assert [line["nimg"] for line in lines(here)] == (NIMG if lost else [NIMG[0], *NIMG[2:]])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1000])])
+def test_network_that_is_gone_or_damaged_before_metrics_are_made_up_is_named(tmp_path, capsys, damage):
+    here = tmp_path / "here"
+    assert train(here, Metric({2: signal.SIGTERM})) == loop.EXIT_STOPPED
+    path = sorted(run_in(here).glob("network-snapshot-*"))[-1]
+    damage(path)
+    assert train(here, Metric()) == loop.EXIT_DONE
+    assert (f"warning: metrics at kimg 0.8 are not computed: {path.name} is missing, damaged, or another network\n"
+            in capsys.readouterr().out)
+    assert [line["nimg"] for line in lines(here)] == [NIMG[0], *NIMG[2:]]
 
 
 @pytest.mark.parametrize(("error", "expected"), [

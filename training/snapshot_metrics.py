@@ -127,9 +127,12 @@ class SnapshotMetrics:
     def _measure_file(self, missing: Missing) -> bool:
         """Compute the metrics of a network on the disk, as far as no line has them; return as `_measure` does."""
         path = self._run.snapshot(missing.nimg)
-        there = broadcast_object((self._is_file_of(path, missing), bool(self._names(missing)))
-                                 if self._is_main else None)
-        if there != (True, True):  # removed, replaced by a later one, or measured by calc_metrics.py
+        is_there, are_missing = broadcast_object((self._is_file_of(path, missing), bool(self._names(missing)))
+                                                 if self._is_main else None)
+        if are_missing and not is_there:
+            self._reporter.say(f"warning: metrics at kimg {missing.nimg / 1000:.1f} are not computed: {path.name} is "
+                               "missing, damaged, or another network")
+        if not (are_missing and is_there):  # measured by calc_metrics.py
             self.missing.remove(missing)
             return True
         if self._is_left_out():  # before it takes memory
