@@ -8,7 +8,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import click
 
@@ -105,6 +107,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     previous = {number: signal.signal(number, _raise_terminated) for number in _ENDING
                 if signal.getsignal(number) is not signal.SIG_IGN}  # nohup lets SIGHUP be ignored
+    report = sys.unraisablehook
+    sys.unraisablehook = partial(_send_again, report)
     try:
         _refuse_repeated(command, arguments)
         # Not command.main: it prints an empty line of its own when it is interrupted.
@@ -135,6 +139,7 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
     finally:
+        sys.unraisablehook = report
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -189,6 +194,22 @@ def _shown_name(parameter: click.Parameter) -> str:
 
 def _raise_terminated(signum, frame) -> None:
     raise Terminated
+
+
+def _send_again(report: Callable, unraisable) -> None:
+    """Send a signal again whose exception Python dropped, since it came in a finalizer or a callback of a weakref.
+
+    report:  the hook of exceptions that Python drops, for all others
+    """
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        report(unraisable)
+        return
+    number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
+    send, *arguments = ([signal.pthread_kill, threading.main_thread().ident]  # wakes it where it waits
+                        if hasattr(signal, "pthread_kill") else [signal.raise_signal])
+    timer = threading.Timer(0.05, send, [*arguments, number])  # after this call, where it would be dropped again
+    timer.daemon = True
+    timer.start()
 
 
 def _fail(message: str, code: int) -> int:

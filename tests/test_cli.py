@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -79,6 +80,25 @@ def test_run_sigterm_unwinds_and_is_told_apart(capsys):
     assert capsys.readouterr().err == "error: terminated\n"
     assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_run_signal_that_comes_in_a_finalizer_is_not_lost(capfd, number, code, word):
+    class Something:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+
+    def action():
+        Something()  # ends at once
+        time.sleep(20)
+        return 0
+
+    start = time.monotonic()
+    assert run(command_that(action), []) == code
+    assert time.monotonic() - start < 15
+    assert capfd.readouterr().err == f"error: {word}\n"
 
 
 def test_run_reader_that_goes_away_is_no_error():
