@@ -51,16 +51,16 @@ test: $(BUILT)
 
 test-portable: $(BUILT)
 	$(LOWEST) $(BIN)/python -c 'import sys, torch; level = torch.backends.cpu.get_cpu_capability(); sys.exit(None if level == "DEFAULT" else f"PyTorch computes with {level} in spite of ATEN_CPU_CAPABILITY=default")'
-	$(LOWEST) $(BIN)/python -m pytest $(PORTABLE:%=tests/test_%.py) $(ARGS)
+	$(LOWEST) $(BIN)/python -m pytest $(foreach name,$(PORTABLE),$(or $(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py),$(error no test_$(name).py))) $(ARGS)
 
 slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 soak: $(BUILT)
-	$(BIN)/python -m tests.soak $(ARGS)
+	$(BIN)/python -m tests.end_to_end.soak $(ARGS)
 
 bench: $(BUILT)
-	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench_$$subject || exit 1; done
+	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench.bench_$$subject || exit 1; done
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

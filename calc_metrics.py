@@ -3,7 +3,7 @@
 import sys
 
 from dnnlib.cli import run
-from latent.measure_command import make_command
+from metrics.command import make_command
 
 main = make_command()
 

@@ -6,10 +6,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib.cli import UserError, run
-from imagesets.commands.convert import convert_options, run_convert
-from imagesets.commands.inspect import inspect_command
-from imagesets.commands.phantom import phantom_command
-from imagesets.commands.split import split_command
+from imagesets.commands import convert_options, inspect_command, phantom_command, run_convert, split_command
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

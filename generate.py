@@ -3,7 +3,7 @@
 import sys
 
 from dnnlib.cli import run
-from latent.command import make_command
+from generation.command import make_command
 
 main = make_command()
 

@@ -3,7 +3,7 @@
 import sys
 
 from dnnlib.cli import run
-from latent.projecting.command import make_command
+from latent.command import make_command
 
 main = make_command()
 

@@ -5,17 +5,15 @@ import sys
 import torch
 
 from dnnlib.cli import run
-from metrics.choice import choose_metrics, needed_detectors, require_detectors
-from metrics.names import parse_metrics
+from metrics.names import choose_metrics, needed_detectors, parse_metrics, require_detectors
 from metrics.perceptual_path import check_path_requests
 from torch_utils.distributed import Place
 from torch_utils.ops.compiled import make_ready
 from training.command import make_command
-from training.config import TrainConfig
+from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.launch import launch
 from training.run_output import Evaluate
-from training.run_settings import RunSettings
 
 
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:

@@ -1,14 +1,215 @@
-"""Write files so that a reader never sees half of one."""
+"""Tell a failing disk or network file system from a user's mistake, and try again before giving up.
 
+A disk that cannot read a sector, a file server that restarts or a network that is away for a moment are nobody's
+mistake. `retrying` repeats what reads, and opens its file, until it works; what still fails is a DiskFailure, which is
+no OSError, so that code which turns an OSError into advice for the user lets it pass. Bad content is never tried again:
+a checksum that does not agree, a cut-off zip and a picture that cannot be decoded are the file's, whatever the disk.
+"""
+
+import errno
+import gzip
 import hashlib
+import lzma
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shlex
+import socket
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from dnnlib.disk_failures import retrying
-from dnnlib.temporary_files import temporary_beside
+T = TypeVar("T")
+
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, which may be given again
+
+# Seconds between attempts, 31.5 in all: a file server that fails over takes about so long. Tests shorten them.
+RETRY_WAITS = (0.5, 1, 2, 4, 8, 16)
+
+# Not among them: what the user or an administrator has to put right first, such as EACCES, ENOENT, ENOSPC or EROFS.
+_NAMES = (
+    "EIO",  # a sector that cannot be read; a network file system that gave up (NFS mounted "soft", CIFS, FUSE)
+    "ENXIO", "ENODEV", "ENOMEDIUM",  # the disk went away
+    "EREMOTEIO",  # an error on the other side: a file server's disk, a drive behind USB
+    "EBADMSG", "EUCLEAN",  # ext4, XFS or Btrfs found its own structures damaged
+    "ESTALE",  # the server no longer knows the open file: it restarted, or another one took over
+    "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET",  # the server does not answer
+    "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "ENOTCONN", "ESHUTDOWN",  # a connection broke (Lustre, FUSE, CIFS)
+    "ENOLINK", "ECOMM", "EPROTO",  # the same, in the words of other network file systems
+)  # fmt: skip
+_FAILURES = frozenset(getattr(errno, name) for name in _NAMES if hasattr(errno, name))  # not every system has all
+
+
+class DiskFailure(Exception):
+    """A disk or network file system kept failing; the message is one line.
+
+    It is made from that line alone, so that it comes whole out of a worker process.
+    """
+
+
+def find_failure(error: BaseException) -> OSError | DiskFailure | None:
+    """Return the failure of a disk or network that an error is, or was raised from; None where there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, DiskFailure) or (isinstance(error, OSError) and error.errno in _FAILURES):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def describe_failure(error: OSError | DiskFailure) -> str:
+    """Return one line: what failed, and that it is not the user's mistake."""
+    if isinstance(error, DiskFailure):
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    return " ".join(f"{where}{error.strerror}: a disk or the network fails".split())
+
+
+def retrying(read: Callable[[], T], what: str | os.PathLike, *, reset: Callable[[], None] = lambda: None) -> T:
+    """Return what `read` returns; repeat it after growing waits while the disk or the network fails.
+
+    read:   opens its file anew each time: a stale handle stays stale
+    what:   is read, for the message
+    reset:  is called before each repetition, to close what is still open
+
+    Raises DiskFailure in the end, and every other error of `read` at once.
+    """
+    waits = list(RETRY_WAITS)
+    while True:
+        try:
+            return read()
+        except Exception as error:  # any: libraries and our own messages wrap the system's error
+            failure = find_failure(error)
+            if failure is None:
+                raise
+            if error is failure and isinstance(error, DiskFailure):  # was repeated already
+                raise
+            if isinstance(failure, DiskFailure):
+                raise DiskFailure(str(failure)) from error
+            if not waits:
+                raise _give_up(what, failure) from error
+        time.sleep(waits.pop(0))
+        reset()
+
+
+def iterate_retrying(start: Callable[[], Iterator[T]], what: str | os.PathLike) -> Iterator[T]:
+    """Yield what `start` yields; where the disk or the network fails on the way, start again and skip what was yielded.
+
+    start:  opens its file, and yields the same items each time
+
+    Raises as `retrying` does; the waits begin anew with each item.
+    """
+    done, end = 0, object()
+    items = start()
+
+    def restart() -> None:
+        nonlocal items
+        items = islice(start(), done, None)
+
+    while True:
+        item = retrying(lambda: next(items, end), what, reset=restart)
+        if item is end:
+            return
+        done += 1
+        yield item
+
+
+def _give_up(what: str | os.PathLike, failure: OSError) -> DiskFailure:
+    tried = f"tried {len(RETRY_WAITS) + 1} times in {sum(RETRY_WAITS):.3g} s"
+    text = f"{what} cannot be read ({failure.strerror}, {tried}): a disk or the network fails"
+    return DiskFailure(" ".join(text.split()))
+
+
+# MERGED from dnnlib.temporary_files
+# Name temporary files so that they tell who writes them: only those of processes that are gone are removed.
+#
+#     .tmp-<place>-<process id>-<its start>-<random>
+#
+# The place is a digest of host, boot and process name space, within which a process id can be looked up.
+
+
+TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{8})-(\d+)-(\d*)-)?[0-9a-f]{16}")  # without an owner: of earlier versions
+
+# An owner that cannot be looked up, as on another host, counts as gone when its file did not change for so long.
+SILENT_SECONDS = 3600
+
+
+def temporary_beside(path: str | os.PathLike) -> Path:
+    """Return a new name in the folder of `path`: a rename is atomic only within one file system."""
+    return Path(path).with_name(f".tmp-{_owner(os.getpid())}-{secrets.token_hex(8)}")
+
+
+def remove_abandoned(folder: str | os.PathLike) -> None:
+    """Remove the temporary files in a folder whose writers are gone. Raises OSError."""
+    for path in Path(folder).iterdir():
+        found = TEMPORARY.fullmatch(path.name)
+        with suppress(FileNotFoundError):  # its writer, or another process that cleans, was faster
+            if found and path.is_file() and _is_abandoned(path, found):
+                path.unlink()
+
+
+def place_of_process() -> tuple[str, str, str]:
+    """Return host, boot and process name space, "" where the system does not say: they tell where this process is."""
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), boot, namespace
+
+
+def start_of_process(pid: int) -> str | None:
+    """Return the start time of a living process, "" where the system does not tell; None when there is none."""
+    if os.path.exists("/proc/self/stat"):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # proc(5): the name in parentheses may hold anything; after it come the state (3rd field) and more
+        values = stat.rpartition(b")")[2].split()
+        return None if values[0] in (b"Z", b"X") else values[22 - 3].decode()
+    if os.name != "posix":  # There the call below would end the process.
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
+
+
+@cache  # a process that was forked has another id
+def _owner(pid: int) -> str:
+    return f"{_place()}-{pid}-{start_of_process(pid) or ''}"
+
+
+@cache
+def _place() -> str:
+    return hashlib.sha256("/".join(place_of_process()).encode(errors="backslashreplace")).hexdigest()[:8]
+
+
+def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
+    place, pid, start = found.groups()
+    if place == _place() and os.name == "posix":
+        # LIMIT: where start times are unknown, a later process of the same number is taken for the writer.
+        return start_of_process(int(pid)) != start
+    probe = temporary_beside(path)  # the clock of the file system, which may be another host's
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+# MERGED from dnnlib.files
+# Write files so that a reader never sees half of one.
 
 
 @contextmanager
@@ -64,3 +265,78 @@ def _sync_folder(folder: Path) -> None:
         pass  # Some network file systems refuse to sync a folder; the file itself is complete and in place.
     finally:
         os.close(descriptor)
+
+
+# MERGED from dnnlib.packed_files
+# Recognize archives that have to be unpacked before they are read, and give the command that does it.
+
+
+# First bytes -> the kind, and the command that unpacks {file} into {folder}.
+_ARCHIVES = {
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {file} -o{folder}"),
+    b"Rar!\x1a\x07": ("a rar archive", "unrar x {file} {folder}/"),
+}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip -k {file}"),
+    b"BZh": ("bzip2", "bunzip2 -k {file}"),
+    b"\xfd7zXZ\x00": ("xz", "unxz -k {file}"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd {file}"),
+}
+_TAR, _UNTAR = "a tar archive", "mkdir -p {folder} && tar -xf {file} -C {folder}"
+_TAR_NAME = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # and .tar.gz and so on, whose last ending is taken off
+_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", *_TAR_NAME)
+_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+def packed_names(names: list[str]) -> list[str]:
+    """Return those of some file names that an archive has, zips among them."""
+    return [name for name in names if name.lower().endswith((".zip", *_ENDINGS))]
+
+
+def unpack_advice(path: str | os.PathLike) -> str | None:
+    """Return what a packed file is and the command that unpacks it; None for other files, zips among these.
+
+    The text goes on from the name of the file: "is a tar archive; unpack it: mkdir ...".
+    """
+    kind, command = _recognize(Path(path)) or (None, "")
+    if kind is None:
+        return None
+    file, folder = shlex.quote(str(path)), shlex.quote(str(Path(path).parent / _stem(Path(path).name)))
+    return f"is {kind}; unpack it: {command.format(file=file, folder=folder)}"
+
+
+def _recognize(path: Path) -> tuple[str, str] | None:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:  # opening it for its content says why
+        return None
+    for magic, archive in _ARCHIVES.items():
+        if start.startswith(magic):
+            return archive
+    packed = next((entry for magic, entry in _COMPRESSED.items() if start.startswith(magic)), None)
+    has_tar_name = _without_compression(path.name.lower()).endswith(_TAR_NAME)
+    if start[257:262] == b"ustar" or (has_tar_name and packed is not None) or (packed is not None and _is_tar(path)):
+        return _TAR, _UNTAR
+    return None if packed is None else (f"a file compressed by {packed[0]}", packed[1])
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path) as archive:
+            return archive.next() is not None  # reads the first header alone; zeros are an archive of nothing
+    except _DAMAGED:
+        return False
+
+
+def _without_compression(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").removesuffix(".zst")
+
+
+def _stem(name: str) -> str:
+    """Return the name of a folder for the content: "images" of "images.tar.gz"."""
+    stem = name
+    for _ in range(2):
+        root, ending = os.path.splitext(stem)
+        stem = root if root and ending.lower() in _ENDINGS else stem
+    return stem if stem != name else f"{name}-unpacked"

@@ -23,8 +23,7 @@ from typing import Self
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from dnnlib.disk_failures import retrying
-from dnnlib.temporary_files import start_of_process, temporary_beside
+from dnnlib.files import retrying, start_of_process, temporary_beside
 
 HEARTBEAT_SECONDS = 20
 LEASE_SECONDS = 120  # network file systems may show a file's time up to a minute late

@@ -1,10 +1,11 @@
-"""Convert an archive of images into a data set: kept and dropped images add up, and nothing is left half done."""
+"""The choices of a conversion, checked before any image is read."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,21 +14,291 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from dnnlib.progress import Progress
-from imagesets.conversion.linking import link
-from imagesets.conversion.options import ConvertOptions
-from imagesets.conversion.report import ConvertSummary, build_report, check_report, summarise, write_report
-from imagesets.conversion.selection import Labelling, LabelsUnclear, Selection, select
-from imagesets.conversion.survey import read_ranges, survey
-from imagesets.conversion.tally import TOO_SMALL, Tally
-from imagesets.labels.tables import read_groups, read_table
-from imagesets.pixels.decode import BEYOND_DEPTH, BadImage, PixelSpec, decode, decode_array
-from imagesets.pixels.depth import MAX_DEPTH, Values
-from imagesets.resolutions import RESOLUTIONS, is_resolution
-from imagesets.sources.files import refuse_doubtful_folders
-from imagesets.sources.opening import open_sources
-from imagesets.sources.source import Loader, Source
-from imagesets.workers import ordered_map, usable_cores
+from dnnlib.workers import ordered_map, usable_cores
+from imagesets.conversion_report import (
+    TOO_SMALL,
+    ConvertSummary,
+    Tally,
+    build_report,
+    check_report,
+    link,
+    summarise,
+    write_report,
+)
+from imagesets.decode import (
+    BEYOND_DEPTH,
+    BadImage,
+    Header,
+    PixelSpec,
+    decode,
+    decode_array,
+    may_need_range,
+    probe,
+    probe_range,
+)
+from imagesets.folders import Loader, Source, refuse_doubtful_folders
+from imagesets.pixel_formats import MAX_DEPTH, Depth, Values, widen
+from imagesets.resize import RESOLUTIONS, is_resolution, nearest_resolution
+from imagesets.selection import Labelling, LabelsUnclear, Selection, select
+from imagesets.sources import open_sources
+from imagesets.tables import read_groups, read_table
 from imagesets.writer import ImageSetWriter
+
+TRANSFORMS = ("center-crop", "center-crop-wide")
+FILTERS = ("box", "lanczos")
+FOLDERS = ("classes", "ignore")
+_RECORDED = ("split", "include", "exclude", "labels", "groups", "id_column", "label_column", "group_column", "folders",
+             "classes", "merge", "unlabelled", "max_images", "seed", "transform", "width", "height", "resize_filter",
+             "exact", "depth", "max_bad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What convert() is asked to do; the fields are named as the options of the command, with None for "not given".
+
+    include, exclude: patterns of file names
+    folders:       what names of sub-folders are: "classes", or nothing ("ignore"); None for classes where they look so
+    unlabelled:    "error", "drop" or "keep"
+    seed:          of the sample of max_images, 0 where not given
+    transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
+    width, height: of the result (of its content for center-crop-wide); both or none
+    max_bad:       share of images, 0 to 1, that may be unreadable
+    exact:         decode JPEG files at full size
+    depth:         bits of the numbers in images of more than 8 bits
+
+    Raises UserError for values that do not fit.
+    """
+    split: str | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    labels: str | None = None
+    groups: str | None = None
+    id_column: str | None = None
+    label_column: str | None = None
+    group_column: str | None = None
+    folders: str | None = None
+    classes: str | None = None
+    merge: str | None = None
+    unlabelled: str = "error"
+    max_images: int | None = None
+    seed: int | None = None
+    transform: str | None = None
+    width: int | None = None
+    height: int | None = None
+    resize_filter: str = "lanczos"
+    exact: bool = False
+    depth: int | None = None
+    max_bad: float = 0.01
+
+    def __post_init__(self):
+        if self.transform is not None and self.transform not in TRANSFORMS:
+            raise UserError(f"--transform={self.transform}; expected {' or '.join(TRANSFORMS)}")
+        if self.resize_filter not in FILTERS:
+            raise UserError(f"--resize-filter={self.resize_filter}; expected {' or '.join(FILTERS)}")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"--max-bad={self.max_bad}; expected a share from 0 to 1, or from 0% to 100%")
+        for name in ("include", "exclude"):
+            if not all(getattr(self, name)):
+                raise UserError(f'--{name} is empty; expected a pattern of file names, such as --{name}="*.png"')
+        Depth(bits=self.depth)  # checks
+        tables = {"id_column": self.labels or self.groups, "label_column": self.labels,
+                  "group_column": self.labels or self.groups}
+        for name, table in tables.items():
+            if getattr(self, name) is not None and table is None:
+                raise UserError(f"--{name.replace('_', '-')} names a column, but there is no table; add --labels=FILE")
+        if self.seed is not None and self.max_images is None:
+            raise UserError(f"--seed={self.seed} draws the images of --max-images, which is not given; add it, or "
+                            "leave --seed out")
+        if not 0 <= (self.seed or 0) < 2**32:
+            raise UserError(f"--seed={self.seed}; expected a number from 0 to {2**32 - 1}")
+        if self.folders is not None and self.folders not in FOLDERS:
+            raise UserError(f"--folders={self.folders}; expected {' or '.join(FOLDERS)}")
+        if self.folders is not None and self.labels is not None:
+            raise UserError(f"--folders={self.folders} and --labels are both given, and a table takes the place of "
+                            "folders; expected one of the two")
+        if (self.width is None) != (self.height is None):
+            missing = "height" if self.height is None else "width"
+            raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
+        if self.width is not None:
+            check_resolution(self.width, self.height, self.transform)
+        elif self.transform == "center-crop-wide":
+            raise UserError("--transform=center-crop-wide needs a size; add for example --resolution=256x192")
+
+    def record(self) -> dict[str, Any]:
+        """Return what a data set says of its making: the same on every machine, so no paths."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("labels", "groups"):
+            if given[name] is not None:
+                given[name] = Path(given[name]).name
+        if self.max_images is not None:
+            given["seed"] = self.seed or 0
+        return {name: given[name] for name in _RECORDED if given[name] not in (None, (), [])}
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return (width, height) of "256x256"."""
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if match is None:
+        raise UserError(f"--resolution={text}; expected WIDTHxHEIGHT, such as 256x256")
+    return int(match[1]), int(match[2])
+
+
+def parse_share(text: str) -> float:
+    """Return 0.01 of "0.01" or "1%"."""
+    number = text.strip()
+    try:
+        return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"--max-bad={text}; expected a share from 0 to 1, or from 0% to 100%") from None
+
+
+def check_resolution(width: int, height: int, transform: str | None) -> None:
+    """Raise UserError when images of this size would not become squares with a power of two a side."""
+    given = f"--resolution={width}x{height}"
+    near = nearest_resolution(width)
+    if transform == "center-crop-wide":
+        if height > width:
+            raise UserError(f"{given} is higher than wide; center-crop-wide expects the width first, such as "
+                            f"{near}x{near * 3 // 4}")
+        if height < 1:
+            raise UserError(f"{given} has no height; expected for example {near}x{near * 3 // 4}")
+    elif width != height:
+        near = nearest_resolution(min(width, height))
+        raise UserError(f"{given} is not square; expected equal sides, such as {near}x{near}, or "
+                        "--transform=center-crop-wide, which pads with black to a square")
+    if not is_resolution(width):
+        other = near if transform != "center-crop-wide" else max(1, near * height // max(width, 1))
+        raise UserError(f"{given}: {width} is not {RESOLUTIONS}, as networks take; expected for example "
+                        f"{near}x{other}")
+
+
+# MERGED from imagesets.conversion.survey
+# Look at the headers of all images: are there colours, and of what size will they be?
+
+
+_HEADER_BYTES = 1 << 16  # where most headers end
+_CHUNK = 32
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadHeader:
+    """Returns the header of an image, None for one that cannot be read."""
+    load: Loader
+
+    def __call__(self, item: Any) -> Header | None:
+        for limit in (_HEADER_BYTES, None):
+            try:
+                return probe(self.load(item, limit))
+            except BadImage:
+                pass  # With the whole file it is bad indeed; the conversion will say so.
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRange:
+    """Returns the kind and the range of the values of an image (see probe_range), None for one that cannot be read."""
+    load: Loader
+
+    def __call__(self, item: Any) -> tuple[str, float, float] | None:
+        try:
+            return probe_range(self.load(item))
+        except BadImage:
+            return None
+
+
+def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers: int,
+           progress: Progress) -> tuple[PixelSpec, np.ndarray]:
+    """Return how to convert the wanted images, in color if any has color by its header, else in gray; and bool [N]:
+    which images are scaled by the values of all of their kind, which read_ranges finds.
+
+    wanted: bool [N]
+
+    Reads no further than to the first image with color, unless the size of the result is to be found out, too; beyond
+    it only files whose names let such values be expected.
+    Raises UserError when no size is given and the images differ, or are not square with a power of two a side.
+    """
+    needs_size = options.width is None
+    channels, first = 1, None
+    deep = np.zeros(len(source), dtype=bool)
+    with closing(_headers(source, wanted, workers, progress)) as headers:
+        for index, header in headers:
+            channels = 3 if header.channels > 1 else channels
+            deep[index] = header.needs_range
+            if needs_size:
+                name, size = source.names[index], _natural_size(header.width, header.height, options.transform)
+                first = first or (name, size)
+                if size != first[1]:
+                    raise _mixed_sizes(first, (name, size))
+            elif channels == 3:
+                rest = wanted & (np.arange(len(source)) > index)
+                break
+        else:
+            rest = np.zeros(len(source), dtype=bool)
+    if first is not None:
+        _check_natural_size(*first)
+    if rest.any() and source.shape is None:
+        rest &= np.array([may_need_range(name) for name in source.names])
+        with closing(_headers(source, rest, workers, progress)) as headers:
+            for index, header in headers:
+                deep[index] = header.needs_range
+    spec = PixelSpec(width=options.width, height=options.height, transform=options.transform, channels=channels,
+                     resize_filter=options.resize_filter, exact=options.exact,
+                     depth=Depth(bits=options.depth, ranges={}))
+    return spec, deep
+
+
+def read_ranges(source: Source, deep: np.ndarray, workers: int, progress: Progress) -> dict[str, tuple[float, float]]:
+    """Return the smallest and the largest value of all images of each kind, without those that cannot be read.
+
+    deep: bool [N], from survey
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    with closing(ordered_map(ReadRange(load=source.load), source.items(deep), workers)) as results:
+        for found in results:
+            progress.advance()
+            if found is not None:
+                widen(ranges, *found)
+    return ranges
+
+
+def _headers(source: Source, wanted: np.ndarray, workers: int, progress: Progress) -> Iterator[tuple[int, Header]]:
+    """Yield the index and header of each image that can be read."""
+    indices = np.flatnonzero(wanted)
+    if source.shape is not None:
+        yield indices[0], Header(*source.shape)
+        return
+    read = ordered_map(ReadHeader(load=source.load), source.items(wanted), workers, chunk=_CHUNK)
+    with closing(read):
+        for index, header in zip(indices, read):
+            progress.advance()
+            if header is not None:
+                yield index, header
+
+
+def _natural_size(width: int, height: int, transform: str | None) -> Size:
+    return (width, height) if transform is None else (min(width, height),) * 2
+
+
+def _mixed_sizes(first: tuple[str, Size], other: tuple[str, Size]) -> UserError:
+    sizes = " but ".join(f"{name} is {size[0]}x{size[1]}" for name, size in (first, other))
+    near = nearest_resolution(min(*first[1], *other[1]))
+    return UserError(f"images differ in size: {sizes}; expected one size: give --resolution={near}x{near}, with "
+                     "--transform=center-crop if their shapes are not to be stretched")
+
+
+def _check_natural_size(name: str, size: Size) -> None:
+    width, height = size
+    if width != height or not is_resolution(width):
+        near = nearest_resolution(min(size))
+        raise UserError(f"images are {width}x{height} ({name} for example); expected squares with a side of "
+                        f"{RESOLUTIONS}: give --transform=center-crop --resolution={near}x{near}")
+
+
+# MERGED from imagesets.convert
+# Convert an archive of images into a data set: kept and dropped images add up, and nothing is left half done.
+
 
 _CHUNK_BYTES = 1 << 20  # of pixels that travel together
 

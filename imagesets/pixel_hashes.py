@@ -1,10 +1,8 @@
-"""Tell by their pixels which images a set holds, whatever their files, names, order, labels and left and right are.
-
-dataset_tool.py writes the hash of each image into dataset.json, with size and CRC-32 of the file it was computed from:
-one whose file was changed since then does not count. What is not there is computed once and kept in the cache.
-"""
+"""Decode the members of a data set to pixels: 8-bit, grey or RGB, of one shape."""
 
 import hashlib
+import io
+import re
 import sys
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import closing
@@ -13,13 +11,120 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import PIL.Image
 
 from dnnlib.cache import cache_folder
+from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
-from imagesets.member_pixels import load_pixels
+from dnnlib.workers import ordered_map
 from imagesets.reader import PIXEL_HASH, ImageSet
-from imagesets.workers import ordered_map
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.ndarray:
+    """Return the pixels of a member: uint8 [C, H, W], C 1 or 3, as a view that may be read-only and not contiguous.
+
+    shape:  that of the first image, which this one must have too; None takes any
+
+    Raises UserError, naming the member, when it cannot be read or decoded, is neither 8-bit grey nor RGB, or has
+    another shape.
+    """
+    data = images.read(name)
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        pixels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
+        # Pillow's own words for what it cannot identify hold the address of our buffer, another one each time.
+        reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+        if isinstance(error, PIL.Image.DecompressionBombError):
+            raise UserError(f"{images.path}: {name} {describe_excess(error)}") from error
+        raise UserError(f"{images.path}: {name} cannot be decoded ({reason}); make or copy it again") from error
+    if image.mode not in ("L", "RGB"):
+        raise UserError(f"{images.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
+                        "dataset_tool.py")
+    pixels = channels_first(pixels)
+    if shape is not None and pixels.shape != shape:
+        raise UserError(f"{images.path}: {name} is {describe_shape(pixels.shape)}, the first image "
+                        f"{describe_shape(shape)}; expected one size: convert it with dataset_tool.py")
+    return pixels
+
+
+def describe_excess(error: Exception) -> str:
+    """Return what Pillow's refusal of an image with too many pixels says, to go on from the image's name."""
+    match = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
+    if match is None:  # in the words of another version
+        return f"has too many pixels ({error}): save it smaller"
+    return f"has {int(match[1]):,} pixels; at most {int(match[2]):,} are read: save it smaller"
+
+
+def channels_first(pixels: np.ndarray) -> np.ndarray:
+    """Return [H, W] or [H, W, C] as [C, H, W]; a view."""
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def describe_shape(shape: Shape) -> str:
+    """Return "64x64 RGB" for (3, 64, 64)."""
+    channels, height, width = shape
+    return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"
+
+
+# MERGED from imagesets.duplicates
+# Find byte-identical images by their digests, and join the groups that they link.
+
+
+DIGEST_SIZE = 32  # bytes of a sha256
+
+
+def identical_sets(digests: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of equal digests, as ascending int64 arrays of two or more, in the order of their first rows.
+
+    digests: uint8 [N, B], B a multiple of 8
+    """
+    words = np.ascontiguousarray(digests).view(np.uint64)  # [N, B / 8]
+    order = np.lexsort(words.T)  # stable, so that equal rows stay ascending
+    changes = (words[order][1:] != words[order][:-1]).any(axis=1)
+    runs = np.split(order, np.flatnonzero(changes) + 1)
+    return sorted((run for run in runs if len(run) > 1), key=lambda run: run[0])
+
+
+def link_groups(groups: Sequence[str], identical: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Return the unit of each image, int64 [N], and how many groups vanished into another's unit.
+
+    A unit is a group, or several that share an image, directly or in a chain. Units are numbered by their first image.
+
+    groups:    one text an image
+    identical: rows of byte-identical images
+    """
+    numbers: dict[str, int] = {}
+    group_of = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+    # Links lead from a group to an earlier one of its unit; a root leads to itself.
+    links = list(range(len(numbers)))
+    for rows in identical:
+        roots = {_root(links, group) for group in group_of[rows].tolist()}
+        for root in roots:
+            links[root] = min(roots)
+    roots = np.array([_root(links, group) for group in range(len(links))], dtype=np.int64)
+    # Groups are numbered by their first image, and a root is the first of its unit.
+    found, unit_of_group = np.unique(roots, return_inverse=True)
+    return unit_of_group.reshape(-1)[group_of], len(numbers) - len(found)
+
+
+def _root(links: list[int], group: int) -> int:
+    """Follow the links to their end, and halve the way for the next time."""
+    while links[group] != group:
+        links[group] = links[links[group]]
+        group = links[group]
+    return group
+
+
+# MERGED from imagesets.pixel_hashes
+# Tell by their pixels which images a set holds, whatever their files, names, order, labels and left and right are.
+#
+# dataset_tool.py writes the hash of each image into dataset.json, with size and CRC-32 of the file it was computed
+# from: one whose file was changed since then does not count. What is not there is computed once and kept in the cache.
+
 
 _VERSION = 1  # of cached hashes; raise it when hash_pixels gives others, and rename the field of dataset.json
 _DIGEST_BYTES = 16  # as imagesets.reader.PIXEL_HASH has it

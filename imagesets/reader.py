@@ -24,10 +24,9 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.cli import UserError
-from dnnlib.disk_failures import retrying
-from dnnlib.packed_files import packed_names, unpack_advice
-from imagesets.class_names import CLASS, VECTOR, class_order
-from imagesets.naming import listed
+from dnnlib.files import packed_names, retrying, unpack_advice
+from dnnlib.text import listed
+from imagesets.classes import CLASS, VECTOR, class_order
 
 METADATA = "dataset.json"
 NO_LABEL = -1

@@ -1,18 +1,359 @@
-"""Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts."""
+"""Read what --parts, --institutions, --sizes and --skew ask for."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from dnnlib.cli import UserError
-from imagesets.duplicates import DIGEST_SIZE, identical_sets, link_groups
+from dnnlib.files import retrying
+from dnnlib.text import plural, shorten
+from imagesets.deal import FIRST_CLASS, SIZE, deal
+from imagesets.labels import class_columns, class_names, is_unlabelled
+from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.reader import ImageSet
-from imagesets.splitting.deal import FIRST_CLASS, SIZE
-from imagesets.splitting.request import SplitRequest
-from imagesets.splitting.targets import skewed_targets
-from imagesets.splitting.units import UnitTable
+
+PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
+SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
+REST = None  # stands for * in a skew
+
+_PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part to make and its share of the images, exact, above 0."""
+
+    name: str
+    share: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRequest:
+    """What to divide a data set into.
+
+    parts:         names and shares, which sum to 1; empty to divide the whole set among institutions
+    institutions:  names and shares within the first part, or of the whole set; may be empty
+    skew:          class name -> share of the images of each institution that are of this class, REST for what is left
+    allow_missing: parts may lack a class that has fewer groups than there are parts
+    leave_out:     images for which the skew leaves no place go into no part
+    """
+
+    parts: tuple[Part, ...] = ()
+    institutions: tuple[Part, ...] = ()
+    skew: dict[str, tuple[Fraction | None, ...]] | None = None
+    seed: int = 0
+    allow_missing: bool = False
+    leave_out: bool = False
+
+    def __post_init__(self):
+        counts = Counter(part.name for part in self.final_parts)
+        for name, count in counts.items():
+            if count > 1:
+                raise UserError(f"--parts names {name}, which --institutions makes, too; choose another name")
+
+    @property
+    def final_parts(self) -> tuple[Part, ...]:
+        """The parts that become files, with their shares of the whole set."""
+        if not self.institutions:
+            return self.parts
+        whole = self.parts[0].share if self.parts else Fraction(1)
+        return (*(Part(name=part.name, share=part.share * whole) for part in self.institutions), *self.parts[1:])
+
+
+def create_request(*, parts: str | None, institutions: int | None, sizes: str | None, skew: str | None, seed: int,
+                   allow_missing: bool, leave_out: bool) -> SplitRequest:
+    """Return the request that options make. Raises UserError for a wrong text or options that do not go together."""
+    if parts is None and institutions is None:
+        raise UserError(f"neither --parts nor --institutions is given; expected --parts={PARTS_SYNTAX}, "
+                        "or --institutions=3")
+    for option, value in (("--sizes", sizes), ("--skew", skew)):
+        if value is not None and institutions is None:
+            raise UserError(f"{option} is given without --institutions; add --institutions=3, say")
+    if leave_out and skew is None:
+        raise UserError("--leave-out is given without --skew; only a skew may leave images out")
+    return SplitRequest(
+        parts=() if parts is None else parse_parts(parts),
+        institutions=() if institutions is None else name_institutions(institutions, sizes),
+        skew=None if skew is None else parse_skew(read_skew(skew), institutions),
+        seed=seed, allow_missing=allow_missing, leave_out=leave_out)
+
+
+def parse_parts(text: str) -> tuple[Part, ...]:
+    """Return the parts of "train:0.8,val:0.1,test:0.1"; shares may also be fractions, as 1/3."""
+    parts: list[Part] = []
+    for item in text.split(","):
+        name, colon, share = (piece.strip() for piece in item.partition(":"))
+        if not colon or not _PART_NAME.fullmatch(name):
+            raise UserError(f"--parts={text}: {item.strip()!r} is not NAME:SHARE; expected {PARTS_SYNTAX}")
+        # Names become file names, which some systems compare without regard to case.
+        if name.lower() in [part.name.lower() for part in parts]:
+            raise UserError(f"--parts={text} names {name} twice; expected each name once")
+        parts.append(Part(name=name, share=_parse_share(f"--parts={text}", share)))
+    _check_sum(f"--parts={text}", [part.share for part in parts])
+    return tuple(parts)
+
+
+def name_institutions(count: int, sizes: str | None) -> tuple[Part, ...]:
+    """Return institution1, institution2, ... of the given sizes, "0.06,0.33,0.61", or of equal ones."""
+    if sizes is None:
+        shares = [Fraction(1, count)] * count
+    else:
+        shares = [_parse_share(f"--sizes={sizes}", share.strip()) for share in sizes.split(",")]
+        if len(shares) != count:
+            raise UserError(f"--sizes={sizes} has {len(shares)} numbers; expected {count}, one for each of "
+                            f"--institutions={count}")
+        _check_sum(f"--sizes={sizes}", shares)
+    return tuple(Part(name=f"institution{index}", share=share) for index, share in enumerate(shares, start=1))
+
+
+def read_skew(text: str) -> str:
+    """Return the skew itself: the text, or the content of the file it names, a class a line, # for comments."""
+    if "=" in text:
+        return text
+    try:
+        lines = retrying(lambda: Path(text).read_text(encoding="utf-8"), text).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--skew={text} is neither a readable file nor a skew; expected {SKEW_SYNTAX}") from error
+    lines = [line.split("#")[0].strip() for line in lines]
+    return ";".join(line for line in lines if line)
+
+
+def parse_skew(text: str, institutions: int) -> dict[str, tuple[Fraction | None, ...]]:
+    """Return the shares by class of "melanoma=0.3,0.05,*;nv=...", REST for *."""
+    skew: dict[str, tuple[Fraction | None, ...]] = {}
+    for item in text.split(";"):
+        name, equals, values = (piece.strip() for piece in item.rpartition("="))
+        if not equals or not name or not values:
+            raise UserError(f"--skew: {item.strip()!r} is not understood; expected {SKEW_SYNTAX}")
+        if name in skew:
+            raise UserError(f"--skew names {name} twice; expected each class once")
+        texts = [value.strip() for value in values.split(",")]
+        if len(texts) != institutions:
+            raise UserError(f"--skew: {name} has {len(texts)} shares; expected {institutions}, one for each of "
+                            f"--institutions={institutions}")
+        if texts.count("*") > 1:
+            raise UserError(f"--skew: {name} has {texts.count('*')} shares *; expected at most one")
+        skew[name] = tuple(REST if value == "*" else _parse_share(f"--skew: {name}", value, zero=True)
+                           for value in texts)
+    return skew
+
+
+def _parse_share(what: str, text: str, *, zero: bool = False) -> Fraction:
+    try:
+        # As a fraction, so that sums are exact: in binary, 0.7 + 0.2 + 0.1 is not 1.
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{what}: the share {text!r} is not a number; expected one such as 0.8 or 1/3") from error
+    if share < 0 or share > 1 or (share == 0 and not zero):
+        lowest = "from 0" if zero else "above 0"
+        raise UserError(f"{what}: the share {text} is out of range; expected a number {lowest} and up to 1")
+    return share
+
+
+def _check_sum(what: str, shares: Sequence[Fraction]) -> None:
+    if sum(shares) != 1:
+        raise UserError(f"{what}: the shares sum to {float(sum(shares)):.6g}; expected 1")
+
+
+# MERGED from imagesets.splitting.targets
+# Turn the shares of a request into numbers of images for each part and class.
+
+
+# Shares are given with two or three digits, so their sum meets the number of images of a class only about.
+_ROUNDING = 0.01
+
+
+def even_targets(totals: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
+    """Return the counts of each part when all are alike: float64 [P, F], for totals [F]."""
+    return np.array([float(share) for share in shares])[:, None] * totals
+
+
+def skewed_targets(totals: Sequence[int], classes: Sequence[str], sizes: Sequence[Fraction],
+                   skew: Mapping[str, Sequence[Fraction | None]], *, leave_out: bool) -> np.ndarray:
+    """Return the images of each class in each institution, and in the last row those left out: float64 [P + 1, C].
+
+    totals:  images of each class [C]
+    classes: their names
+    sizes:   shares of the institutions, P of them
+    skew:    class -> share within each institution; classes that are not named fill up in proportion to their numbers
+
+    Raises UserError when a class is unknown, and when a class has fewer images than needed. With leave_out the
+    institutions get smaller, at their relative sizes, until all have what they need.
+    """
+    unknown = [name for name in skew if name not in classes]
+    if unknown:
+        raise UserError(f"--skew names the class {unknown[0]}, which the data set has no images of; expected one of "
+                        f"{shorten(list(classes), 20)}")
+    available = np.array(totals, dtype=np.float64)
+    size = np.array([float(share) for share in sizes])
+    shares = np.zeros((len(sizes), len(classes)))
+    named = [classes.index(name) for name in skew]
+    for name, row in skew.items():
+        shares[:, classes.index(name)] = _resolve_rest(name, row, available[classes.index(name)], available.sum(), size)
+    _fill_up(shares, named, available)
+    needed = available.sum() * size @ shares  # [C]
+    scale = _scale(needed, available, classes, named, leave_out)
+    targets = scale * available.sum() * size[:, None] * shares
+    if not leave_out:
+        # What rounding left is spread, so that nothing stays out.
+        targets *= np.divide(available, targets.sum(axis=0), out=np.zeros_like(available), where=needed > 0)
+    return np.vstack([targets, np.maximum(available - targets.sum(axis=0), 0)])
+
+
+def _resolve_rest(name: str, row: Sequence[Fraction | None], available: float, whole: float,
+                  size: np.ndarray) -> np.ndarray:
+    """Return the shares of a class, float64 [P], with what is left of its images in place of REST."""
+    if REST not in row:
+        return np.array([float(share) for share in row])
+    place = list(row).index(REST)
+    shares = np.array([0.0 if share is REST else float(share) for share in row])
+    taken = whole * float(size @ shares)
+    if taken > available:
+        raise UserError(f"--skew needs {round(taken)} images of {name} for the institutions beside *; the data set has "
+                        f"{round(available)}: lower these shares")
+    shares[place] = (available - taken) / (whole * size[place])
+    if shares[place] > 1:
+        raise UserError(f"--skew leaves {round(available - taken)} images of {name} for institution{place + 1}, which "
+                        f"holds {round(whole * size[place])}: raise the other shares")
+    return shares
+
+
+def _fill_up(shares: np.ndarray, named: Sequence[int], available: np.ndarray) -> None:
+    """Divide what the named classes leave of each institution among the other classes, in proportion."""
+    others = np.setdiff1d(np.arange(len(available)), named)
+    for institution, row in enumerate(shares, start=1):
+        total = row[named].sum()
+        if total > 1 + 1e-9 or (not len(others) and total < 1 - 1e-9):
+            hint = "at most 1" if len(others) else "1, as all classes are named"
+            raise UserError(f"--skew: the shares of institution{institution} sum to {total:.4g}; expected {hint}")
+    if len(others):
+        rest = np.maximum(1 - shares[:, named].sum(axis=1), 0)
+        shares[:, others] = rest[:, None] * available[others] / available[others].sum()
+
+
+def _scale(needed: np.ndarray, available: np.ndarray, classes: Sequence[str], named: Sequence[int],
+           leave_out: bool) -> float:
+    """Return which share of all images the institutions can have together."""
+    scarcity = np.divide(needed, available, out=np.zeros_like(needed), where=available > 0)
+    if leave_out:
+        return min(1, 1 / scarcity.max())
+    worst = int(np.argmax(scarcity))
+    if needed[worst] - available[worst] > max(1, _ROUNDING * available[worst]):
+        usable = int(available.sum() / scarcity.max())
+        change = "lower its shares" if worst in named else "raise the shares of the classes it names"
+        raise UserError(f"--skew needs {round(needed[worst])} images of {classes[worst]}; there are "
+                        f"{round(available[worst])}: {change}, put * for one of them, or use only {usable} of "
+                        f"{round(available.sum())} images with --leave-out")
+    return 1.0
+
+
+# MERGED from imagesets.splitting.units
+# Count what must stay together, and divide it among parts.
+
+
+NO_LABEL_COLUMN = "(no label)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTable:
+    """Counts of the units of a data set: int64 [U, F], images, 1, and images of each class, F = 2 + C.
+
+    keys:     a text a unit, which decides its place in the random order
+    classes:  names of the C columns, only those with images, and NO_LABEL_COLUMN
+    required: bool [C], whether each part needs the class; False for images without a label
+    where:    what the units are of, for messages: "the data set"
+    """
+
+    counts: np.ndarray
+    keys: Sequence[str]
+    classes: Sequence[str]
+    required: np.ndarray
+    where: str
+
+    @classmethod
+    def create(cls, images: ImageSet, units: np.ndarray) -> "UnitTable":
+        """Count the images of each unit; units: int64 [N], the unit of each image."""
+        columns, names = class_columns(images), class_names(images)
+        required = np.ones(len(names), dtype=bool)
+        if images.labels is not None and images.num_unlabelled:
+            columns = np.column_stack([columns, is_unlabelled(images)])
+            names, required = [*names, NO_LABEL_COLUMN], np.append(required, False)
+        present = np.flatnonzero(columns.any(axis=0))
+        counts = np.zeros((int(units.max()) + 1, FIRST_CLASS + len(present)), dtype=np.int64)
+        counts[:, SIZE] = np.bincount(units)
+        counts[:, SIZE + 1] = 1
+        for place, column in enumerate(present, start=FIRST_CLASS):
+            counts[:, place] = np.bincount(units[columns[:, column]], minlength=len(counts))
+        _, first = np.unique(units, return_index=True)
+        return cls(counts=counts, keys=[images.groups[row] for row in first], classes=[names[row] for row in present],
+                   required=required[present], where="the data set")
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Sums over the units: int64 [F]."""
+        return self.counts.sum(axis=0)
+
+    @property
+    def units_with_class(self) -> np.ndarray:
+        """Number of units that hold a class: int64 [C]."""
+        return (self.counts[:, FIRST_CLASS:] > 0).sum(axis=0)
+
+    def select(self, chosen: np.ndarray, where: str) -> "UnitTable":
+        """Return the chosen units, bool [U], with all classes."""
+        return UnitTable(counts=self.counts[chosen], keys=[self.keys[row] for row in np.flatnonzero(chosen)],
+                         classes=self.classes, required=self.required, where=where)
+
+    def check_groups(self, parts: Sequence[Part], *, allow_missing: bool) -> None:
+        """Raise UserError when some part would have to stay without images, or without a class."""
+        count = f"expected at least {len(parts)}, one for each part ({', '.join(part.name for part in parts)})"
+        if len(self.counts) < len(parts):
+            raise UserError(f"{self.where} has {plural(len(self.counts), 'group')}; {count}: ask for fewer parts")
+        columns = zip(self.classes, self.required, self.units_with_class, self.totals[FIRST_CLASS:], strict=True)
+        for name, required, units, images in columns:
+            if required and not allow_missing and 0 < units < len(parts):
+                found = f"{plural(units, 'group')} ({plural(images, 'image')}) of class {name}"
+                raise UserError(f"{self.where} has {found}; {count}: join classes when converting (--merge), ask for "
+                                "fewer parts, or give --allow-missing")
+
+    def even_split(self, parts: Sequence[Part], order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the part of each unit, int64 [U], and the counts aimed at, [P, F]; all parts are to be alike."""
+        return self.split(parts, even_targets(self.totals, [part.share for part in parts]), order)
+
+    def split(self, parts: Sequence[Part], targets: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the part of each unit, int64 [U], and the targets.
+
+        targets: float64 [P, F], or [P + 1, F] with what goes into no part
+        order:   int64 [U], a random permutation
+        """
+        required = np.zeros(targets.shape, dtype=bool)
+        required[:len(parts), SIZE] = True
+        enough = self.required & (self.units_with_class >= len(parts))
+        required[:len(parts), FIRST_CLASS:] = enough & (targets[:len(parts), FIRST_CLASS:] > 0)
+        part_of_unit = deal(self.counts, targets, required, order)
+        for index, part in enumerate(parts):
+            lacking = required[index] & ~(self.counts[part_of_unit == index] > 0).any(axis=0)
+            if lacking.any():
+                what = ["images", "images", *self.classes][int(np.argmax(lacking))]
+                raise UserError(f"no way was found to give part {part.name} a group of {what} from {self.where}: ask "
+                                "for fewer parts or larger shares, or try another --seed")
+        return part_of_unit, targets
+
+    def random_order(self, seed: int, stage: str) -> np.ndarray:
+        """Return a permutation of the units that depends on nothing but seed, stage and groups: int64 [U]."""
+        # A library's generator may change from version to version, a hash does not: a split is cited for years.
+        hashes = [hashlib.sha256(f"{seed}/{stage}/{key}".encode(errors="surrogatepass")).digest() for key in self.keys]
+        return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
+
+
+# MERGED from imagesets.split
+# Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts.
+
 
 LEFT_OUT = -1
 

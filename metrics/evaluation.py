@@ -12,18 +12,25 @@ from torch import nn
 from dnnlib.cache import cache_folder
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
-from metrics.blocks import choose_batch, compute_rows, from_main, on_main, on_main_for_long, together
-from metrics.detector_choice import SIMILARITY, choose_detector
-from metrics.detectors.opening import open_detector, open_similarity
-from metrics.detectors.precision import exact_float32
-from metrics.feature_cache import FeatureCache
-from metrics.features import FEATURE_VERSION, Features, Wish, compute_features
-from metrics.names import MetricRequest, parse_metrics
+from metrics.detectors.base import exact_float32
+from metrics.detectors.registry import open_detector, open_similarity
+from metrics.features import (
+    FEATURE_VERSION,
+    FeatureCache,
+    Features,
+    Wish,
+    choose_batch,
+    compute_features,
+    compute_rows,
+    from_main,
+    on_main,
+    on_main_for_long,
+    together,
+)
+from metrics.image_sources import FakeLabels, GeneratedImages, Selection, SetImages, Source
+from metrics.names import SIMILARITY, MetricRequest, choose_detector, parse_metrics
 from metrics.perceptual_path import EPSILON, PathSteps, check_path_requests, path_length
-from metrics.record import software_versions
-from metrics.reference import Choice, Reference
-from metrics.results import Side, compute_results, num_rows
-from metrics.sources import FakeLabels, GeneratedImages, Selection, SetImages, Source
+from metrics.records import Choice, Reference, Side, compute_results, num_rows, software_versions
 from torch_utils.distributed import any_process, is_main
 
 Results = dict[str, dict[str, Any]]  # metric -> {"results": {key: value}, further fields of its record}

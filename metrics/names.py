@@ -1,10 +1,18 @@
 """Read the names of metrics: what each asks for, and what it tells."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dnnlib.cli import UserError
+from metrics.detectors.registry import (
+    DETECTOR_NAMES,
+    open_detector,
+    open_similarity,
+    similarity_at_hand,
+    weights_at_hand,
+)
 
 DEFAULT_METRIC = "fid50k_full"
 # As in Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
@@ -124,3 +132,142 @@ def _with_reals(name: str, kind: str, count: str | None, full: bool, k: int | No
 
 def _count(text: str) -> int:
     return int(text[:-1]) * 1000 if text.endswith("k") else int(text)
+
+
+# MERGED from metrics.detector_choice
+# Choose the network that each metric looks through, and its file of weights.
+
+
+INCEPTION, VGG16 = "inception-v3", "vgg16"
+SIMILARITY = "lpips-vgg16"  # of ppl
+
+_USUAL = {"fid": INCEPTION, "kid": INCEPTION, "is": INCEPTION, "pr": VGG16}
+
+
+def choose_detector(request: MetricRequest, detector: str | None) -> str:
+    """Return the name of the network for a metric.
+
+    detector:  to use in place of the usual one; None for that
+
+    Raises UserError when it is not known, or cannot serve.
+    """
+    if detector is not None and detector not in DETECTOR_NAMES:
+        raise UserError(f"detector {detector!r} is not known; expected one of {', '.join(DETECTOR_NAMES)}")
+    if request.kind == "ppl":
+        return SIMILARITY
+    if request.kind == "is" and detector not in (None, INCEPTION):
+        raise UserError(f"metric {request.name} needs probabilities of classes, which {detector} does not give; "
+                        f"expected --detector={INCEPTION}, or another metric")
+    return detector or _USUAL[request.kind]
+
+
+def parse_weights(texts: Iterable[str], needed: Sequence[str]) -> dict[str, str]:
+    """Return the files of weights by network, from texts FILE or NAME=FILE.
+
+    needed:  names of the networks that are used; FILE alone serves where there is one
+
+    Raises UserError when a file is of no network that is needed.
+    """
+    needed = list(dict.fromkeys(needed))
+    found: dict[str, str] = {}
+    for text in texts:
+        name, separator, file = text.partition("=")
+        if not separator or name not in (*DETECTOR_NAMES, SIMILARITY):
+            if len(needed) > 1:
+                raise UserError(f"--detector-weights is {text}, and {' and '.join(needed)} are needed; expected "
+                                f"NAME=FILE, such as {needed[0]}={text}")
+            name, file = needed[0], text
+        if name not in needed:
+            raise UserError(f"--detector-weights is {text}, but {name} is not used; expected weights of "
+                            f"{' or '.join(needed)}")
+        if name in found:
+            raise UserError(f"--detector-weights names {name} twice; expected one file for each")
+        found[name] = file
+    return found
+
+
+# MERGED from metrics.choice
+# Choose the metrics of a training run: those asked for, or the usual one where it can be computed.
+
+
+class Best(NamedTuple):
+    """By which value of a metric networks are compared."""
+
+    metric: str
+    key: str  # of the value among the metric's results
+    lower_is_better: bool
+
+
+def choose_metrics(text: str | None, detector: str | None, weights: Sequence[str],
+                   best: str | None = None) -> tuple[tuple[str, ...], str | None, Best | None]:
+    """Return names of metrics, a line for the user where they are not what is usual, and what `best` means.
+
+    text:      names with commas between them, or "none"; None where nothing was asked for
+    detector:  to use in place of each metric's usual one; None for that
+    weights:   files of weights, as FILE or NAME=FILE
+    best:      one of the metrics, or one of its values where it has two of equal rank, such as pr50k3_full_recall
+
+    Raises UserError for metrics and detectors that are not known or do not go together.
+    """
+    names, note = _choose_names(text, detector, weights)
+    return names, note, _choose_best(best, names)
+
+
+def _choose_names(text: str | None, detector: str | None,
+                  weights: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    if text is not None and text.strip().lower() == "none":
+        if detector is not None or weights:
+            raise UserError("--metrics is none with --detector or --detector-weights; expected metrics for them: name "
+                            "some, such as --metrics=kid5k_full")
+        return (), None
+    names = (DEFAULT_METRIC,) if text is None else tuple(request.name for request in parse_metrics(text))
+    detectors = needed_detectors(names, detector, weights)
+    if text is None and not all(_is_at_hand(name, file) for name, file in detectors.items()):
+        return (), (f"metrics: none, since {DEFAULT_METRIC} needs weights of {', '.join(detectors)} that are not at "
+                    f"hand (--metrics={DEFAULT_METRIC} fetches them, --metrics=kid5k_full "
+                    "--detector=efficientnet-lite0 needs no network, --metrics=none omits this line)")
+    return names, None
+
+
+def _choose_best(text: str | None, names: Sequence[str]) -> Best | None:
+    """Return the value that --keep-best means. Raises UserError when it is none of the run's."""
+    if text is None:
+        return None
+    known = []
+    for request in map(parse_metric, names):
+        keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS is no quality
+        if text in keys or (text == request.name and len(keys) == 1):
+            return Best(request.name, text if text in keys else keys[0], LOWER_IS_BETTER[request.kind])
+        if text == request.name:
+            raise UserError(f"--keep-best is {text}, which gives {len(keys)} values; expected one of them: "
+                            f"{' or '.join(keys)}")
+        known.extend(keys)
+    expected = f"one of {', '.join(known)}, or another one" if known else "a metric"
+    raise UserError(f"--keep-best is {text}, which is not among --metrics ({', '.join(names) or 'none'}); expected "
+                    f"{expected} that is computed with each network file: name it in --metrics too")
+
+
+def needed_detectors(names: Iterable[str], detector: str | None, weights: Sequence[str]) -> dict[str, str | None]:
+    """Return the networks that metrics look through, each with its file of weights, None for the usual one.
+
+    Arguments and errors are those of `choose_metrics`.
+    """
+    needed = list(dict.fromkeys(choose_detector(parse_metric(name), detector) for name in names))
+    files = parse_weights(weights, needed)
+    return {name: files.get(name) for name in needed}
+
+
+def require_detectors(detectors: Mapping[str, str | None]) -> None:
+    """Open networks and fetch what is missing, so that a long run cannot fail of it later; they are not kept.
+
+    Raises UserError, one line, when weights cannot be had.
+    """
+    for name, file in detectors.items():
+        if name == SIMILARITY:
+            open_similarity(device="cpu", weights=file)
+        else:
+            open_detector(name, device="cpu", weights=file)
+
+
+def _is_at_hand(name: str, weights: str | None) -> bool:
+    return similarity_at_hand(name, weights) if name == SIMILARITY else weights_at_hand(name, weights)

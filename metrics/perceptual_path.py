@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from metrics.image_sources import FakeLabels, draw_latents, to_rgb
 from metrics.names import MetricRequest
-from metrics.sources import FakeLabels, draw_latents, to_rgb
 from torch_utils.seeding import generator_for, seed_for
 
 EPSILON = 1e-4  # of the path; the paper's

@@ -69,8 +69,8 @@ step "build cpu" "$PYTHON" -m torch_utils.ops.build --kind=cpu
 [ "$DEVICE" = cpu ] || step "build cuda" "$PYTHON" -m torch_utils.ops.build --kind=cuda
 step "self check" self_check
 MARK=$([ "$DEVICE" = cpu ] && echo "not slow" || echo cuda)
-step "case table" "$PYTHON" -m pytest -q -m "$MARK" tests/test_upfirdn2d.py tests/test_bias_act.py \
-    tests/test_conv2d_resample.py
+step "case table" "$PYTHON" -m pytest -q -m "$MARK" tests/torch_utils/ops/test_upfirdn2d.py tests/torch_utils/ops/test_bias_act.py \
+    tests/torch_utils/ops/test_conv2d_resample.py
 
 step "data set" "$PYTHON" dataset_tool.py phantom --dest="$DEST/phantom.zip" --count=200 --resolution=32x32
 train() { # train FOLDER FLAGS...
@@ -96,9 +96,9 @@ step "metrics" "$PYTHON" calc_metrics.py --network="$NETWORK" --data="$DEST/phan
 step "project" "$PYTHON" projector.py --network="$NETWORK" --target="$DEST/images/seed0000.png" --class=melanoma \
     --outdir="$DEST/projected" --num-steps=50 --detector=random-conv --save-video=0 --device="$DEVICE"
 
-LINES_SHOWN=80 step "speed of operators" "$PYTHON" -m tests.bench_ops --device="$DEVICE" \
+LINES_SHOWN=80 step "speed of operators" "$PYTHON" -m tests.bench.bench_ops --device="$DEVICE" \
     $([ "$DEVICE" = cpu ] && echo --quick)
-[ "$DEVICE" = cpu ] || LINES_SHOWN=40 step "speed of training" "$PYTHON" -m tests.bench_train --device="$DEVICE"
+[ "$DEVICE" = cpu ] || LINES_SHOWN=40 step "speed of training" "$PYTHON" -m tests.bench.bench_train --device="$DEVICE"
 
 if [ ${#failed[@]} = 0 ]; then
     printf '\nEverything passed.\n' >>"$PAGE"

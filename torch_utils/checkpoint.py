@@ -19,8 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dnnlib.disk_failures import DiskFailure, retrying
-from dnnlib.files import atomic_write
+from dnnlib.files import DiskFailure, atomic_write, retrying
 
 _NO_COMMENT = b"\0\0"
 _MARK = b"checkpoint-1 sha256 "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnnlib.cli import UserError
-from dnnlib.disk_failures import DiskFailure
+from dnnlib.files import DiskFailure
 from torch_utils import parent_death, process_watch
 from torch_utils.process_watch import ProcessWatch
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_write
-from dnnlib.plain_text import to_ascii
+from dnnlib.text import to_ascii
 
 _BACKGROUND, _INK = 255, 0
 _LONGEST_LABEL = 24  # letters

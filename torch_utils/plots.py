@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.files import atomic_write
-from dnnlib.plain_text import fitted
+from dnnlib.text import fitted
 
 # matplotlib takes a second to import, which programs without a plot do not spend: functions import it.
 if TYPE_CHECKING:

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor
 
 from torch_utils.ops.upfirdn2d import setup_filter
-from training.augmentations.color import draw_color_map, recolor
-from training.augmentations.corruption import add_noise, cut_out, draw_noise_level
-from training.augmentations.draws import Draws, draw_quantile, draw_random
-from training.augmentations.filters import draw_band_gains, filter_bands
+from training.augmentations.draws import Draws, draw_quantile, draw_random, parse_strengths
 from training.augmentations.geometry import draw_source_map, resample
-from training.augmentations.strengths import parse_strengths
-from training.augmentations.wavelets import SYM6, octave_bank
+from training.augmentations.pixels import (
+    SYM6,
+    add_noise,
+    cut_out,
+    draw_band_gains,
+    draw_color_map,
+    draw_noise_level,
+    filter_bands,
+    octave_bank,
+    recolor,
+)
 
 
 class AugmentPipe(torch.nn.Module):

@@ -1,15 +1,131 @@
-"""Settings of a training run, as frozen dataclasses that refuse values which cannot work.
+"""Settings of the two networks, and the arguments that their constructors take.
 
-`training.presets.resolve` makes a `TrainConfig` from what a user said; `TrainConfig.to_dict` is what a run writes to
-its folder. Section numbers and formulas follow Karras et al. 2020, "Analyzing and Improving the Image Quality of
-StyleGAN" (sg2), and "Training Generative Adversarial Networks with Limited Data" (ada).
+Paper: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN".
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from training.config_base import Config, ConfigError, FrozenMapping
-from training.config_networks import DiscriminatorConfig, GeneratorConfig
+from dnnlib.typed_config import Config, ConfigError, FrozenMapping
+from imagesets.resize import MIN_RESOLUTION, is_power_of_two
+
+ARCHITECTURES = ("orig", "skip", "resnet")
+HALF_DTYPES = ("float16", "bfloat16")
+
+
+def _check_network(config: "GeneratorConfig | DiscriminatorConfig") -> None:
+    """Check the settings that both networks have."""
+    config.require_at_least(0, "c_dim", "num_fp16_res")
+    config.require_at_least(1, "img_channels", "channel_base", "channel_max")
+    resolution = config.img_resolution
+    config.require(resolution >= MIN_RESOLUTION and is_power_of_two(resolution), "img_resolution",
+                   f"a power of two >= {MIN_RESOLUTION}")
+    enough_channels = f"a number >= img_resolution ({resolution}), or no channel is left"
+    config.require(config.channel_base >= resolution, "channel_base", enough_channels)
+    config.require(config.conv_clamp is None or config.conv_clamp > 0, "conv_clamp", "a number > 0, or none")
+    config.require(config.architecture in ARCHITECTURES, "architecture", f"one of {', '.join(ARCHITECTURES)}")
+    config.require(config.half_dtype in HALF_DTYPES, "half_dtype", f"one of {', '.join(HALF_DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(Config):
+    """Sizes of the generator; `init_kwargs` is what its constructor takes."""
+
+    img_resolution: int
+    img_channels: int
+    c_dim: int  # length of a label vector; 0 = no labels
+    z_dim: int = 512
+    w_dim: int = 512
+    mapping_layers: int = 8
+    architecture: str = "skip"
+    channel_base: int = 32768  # channels at resolution R: min(channel_base // R, channel_max)
+    channel_max: int = 512
+    num_fp16_res: int = 0  # the highest resolutions that run in half_dtype
+    half_dtype: str = "float16"
+    conv_clamp: float | None = None  # None = activations are not clamped
+    fp16_channels_last: bool = False
+
+    def check(self) -> None:
+        _check_network(self)
+        self.require_at_least(1, "z_dim", "w_dim", "mapping_layers")
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of the generator's constructor; plain JSON types."""
+        synthesis = {
+            "architecture": self.architecture,
+            "channel_base": self.channel_base,
+            "channel_max": self.channel_max,
+            "num_fp16_res": self.num_fp16_res,
+            "conv_clamp": self.conv_clamp,
+            "half_dtype": self.half_dtype,
+        }
+        if self.fp16_channels_last:
+            synthesis["fp16_channels_last"] = True
+        return {
+            "z_dim": self.z_dim,
+            "c_dim": self.c_dim,
+            "w_dim": self.w_dim,
+            "img_resolution": self.img_resolution,
+            "img_channels": self.img_channels,
+            "mapping_kwargs": {"num_layers": self.mapping_layers},
+            "synthesis_kwargs": synthesis,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(Config):
+    """Sizes of the discriminator; `init_kwargs` is what its constructor takes."""
+
+    img_resolution: int
+    img_channels: int
+    c_dim: int  # length of a label vector; 0 = no labels
+    architecture: str = "resnet"
+    channel_base: int = 32768  # channels at resolution R: min(channel_base // R, channel_max)
+    channel_max: int = 512
+    num_fp16_res: int = 0  # the highest resolutions that run in half_dtype
+    half_dtype: str = "float16"
+    conv_clamp: float | None = None  # None = activations are not clamped
+    mbstd_group_size: int = 4  # images over which the minibatch standard deviation is taken
+    freeze_layers: int | None = None  # convolutions next to the image that do not learn; None = all learn
+    fp16_channels_last: bool = False
+
+    def check(self) -> None:
+        _check_network(self)
+        self.require_at_least(1, "mbstd_group_size")
+        self.require(self.freeze_layers is None or self.freeze_layers >= 0, "freeze_layers", "a number >= 0, or none")
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of the discriminator's constructor; plain JSON types."""
+        block: dict[str, Any] = {}
+        if self.freeze_layers is not None:
+            block["freeze_layers"] = self.freeze_layers
+        if self.fp16_channels_last:
+            block["fp16_channels_last"] = True
+        return {
+            "c_dim": self.c_dim,
+            "img_resolution": self.img_resolution,
+            "img_channels": self.img_channels,
+            "architecture": self.architecture,
+            "channel_base": self.channel_base,
+            "channel_max": self.channel_max,
+            "num_fp16_res": self.num_fp16_res,
+            "conv_clamp": self.conv_clamp,
+            "half_dtype": self.half_dtype,
+            "block_kwargs": block,
+            "mapping_kwargs": {},
+            "epilogue_kwargs": {"mbstd_group_size": self.mbstd_group_size},
+        }
+
+
+# MERGED from training.config
+# Settings of a training run, as frozen dataclasses that refuse values which cannot work.
+#
+# `training.options.resolve` makes a `TrainConfig` from what a user said; `TrainConfig.to_dict` is what a run writes to
+# its folder. Section numbers and formulas follow Karras et al. 2020, "Analyzing and Improving the Image Quality of
+# StyleGAN" (sg2), and "Training Generative Adversarial Networks with Limited Data" (ada).
+
 
 RESUME_CLASSES = ("same", "new")
 
@@ -226,3 +342,74 @@ class TrainConfig(Config):
                 f"StepConfig.micro_batch is {self.step.micro_batch}; expected at most mbstd_group_size ({group}) "
                 "or a multiple of it"
             )
+
+
+# MERGED from training.run_settings
+# Settings of a run that are not mathematics: where it reads and writes, on what, and for how long.
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestValue(Config):
+    """The value of a metric that the best network file is found by."""
+
+    metric: str
+    key: str  # of the value among the metric's results
+    lower_is_better: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Config):
+    """What the training loop needs to know beside its TrainConfig."""
+
+    outdir: str  # the folder that holds the folders of runs
+    data: str  # path of the data set
+    device: str = "cpu"  # cpu, cuda, or one GPU as cuda:1
+    precision: str = "auto"  # as asked for; auto leaves it to a run that goes on
+    batch_gpu: int | None = None  # as asked for; None leaves it to a run that goes on
+    balance: str = "none"  # how often images are seen: see training.sampling.image_weights
+    valid: str | None = None  # path of a data set that is only looked at, never learned from
+    detector: str | None = None  # that metrics look through, in place of the usual ones
+    detector_weights: tuple[str, ...] = ()  # files of weights, as FILE or NAME=FILE
+    max_hours: float | None = None  # save and stop after that long; None = when kimg is reached
+    keep: int | None = None  # of the newest network files; None = all, or one where keep_best is given
+    keep_best: BestValue | None = None  # the best network file by it stays too
+    name: str | None = None  # of the run, in place of one made from the flags
+    tune_malloc: bool = True  # let the allocator of a CPU keep freed memory
+    new: bool = False  # start a new run even where one could be continued
+    notes: tuple[str, ...] = ()  # choices that were made for the user, one line each, for the run's log
+
+    def asked(self) -> dict[str, bool]:
+        """Return what `training.run_folder.choose_run` needs to know of what the user said and left open."""
+        return {"new": self.new, "precision_given": self.precision != "auto",
+                "batch_gpu_given": self.batch_gpu is not None}
+
+    @property
+    def num_newest(self) -> int | None:
+        """How many of the newest network files stay; None = all do."""
+        return 1 if self.keep is None and self.keep_best is not None else self.keep
+
+    @property
+    def keep_flags(self) -> str:
+        """What messages call the flags that network files are removed by."""
+        best = [] if self.keep_best is None else [f"--keep-best={self.keep_best.key}"]
+        return " ".join([*([] if self.keep is None else [f"--keep={self.keep}"]), *best])
+
+    @property
+    def same_command(self) -> str:
+        """What messages call the command that goes on with the run."""
+        return "the same command (without --new)" if self.new else "the same command"
+
+    def label(self, name: str) -> str:
+        """Return the flag, since that is what the user wrote."""
+        return "--" + name.replace("_", "-")
+
+    def check(self) -> None:
+        self.require(bool(self.outdir), "outdir", "a folder")
+        self.require(bool(self.data), "data", "a data set")
+        self.require(self.max_hours is None or self.max_hours > 0, "max_hours", "a number > 0")
+        self.require(self.keep is None or self.keep >= 1, "keep", "a number >= 1")
+        self.require(self.name is None or _NAME.fullmatch(self.name) is not None, "name",
+                     "letters, digits, '.', '_' and '-', a letter or digit first")

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.member_pixels import Shape, describe_shape, load_pixels
-from imagesets.pixel_hashes import hash_set, known_pixel_hashes, read_pixel_hashes
+from imagesets.pixel_hashes import Shape, describe_shape, hash_set, known_pixel_hashes, load_pixels, read_pixel_hashes
 from imagesets.reader import NO_LABEL, ImageSet, label_vectors
 from training.options import DatasetFacts
 
@@ -93,7 +92,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def label_kind(self) -> str | None:
-        """What the labels in use are, "class" or "vector" (see imagesets.class_names); None where none are used."""
+        """What the labels in use are, "class" or "vector" (see imagesets.classes); None where none are used."""
         return self._set.label_kind if self.use_labels else None
 
     @property
@@ -256,3 +255,15 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
         return rows
     np.random.RandomState(seed % 2**31).shuffle(rows)
     return np.sort(rows[:max_size])
+
+
+# MERGED from training.run_content
+# Tell by one hash which images a run sees, and how often each.
+
+
+def content_of(dataset: ImageDataset, weights: np.ndarray | None) -> str:
+    """Return a sha256 of images and labels in use, and of weights from `training.sampling.image_weights`."""
+    content = dataset.content_hash()
+    if weights is None:
+        return content
+    return hashlib.sha256(content.encode() + weights.tobytes()).hexdigest()

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter
-from training.generator import check_image_format, resolutions_up_to
-from training.layers import DEFAULT_FILTER, Conv2dLayer, FullyConnectedLayer, MinibatchStdLayer, memory_format
-from training.mapping import MappingNetwork
-from training.precision import compute_dtype, half_dtype_at
+from training.generator import MappingNetwork, check_image_format, resolutions_up_to
+from training.layers import (
+    DEFAULT_FILTER,
+    Conv2dLayer,
+    FullyConnectedLayer,
+    MinibatchStdLayer,
+    compute_dtype,
+    half_dtype_at,
+    memory_format,
+)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -1,17 +1,187 @@
-"""What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types."""
+"""Estimate, before a run starts, how large its networks are and how much memory a process of it takes.
 
+The phases of an iteration are run as they are on PyTorch's meta device, where tensors have sizes but no contents, and
+what is alive at a time is added up, forward and backward.
+"""
+
+import math
+import weakref
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from training.balance import image_weights
-from training.config import TrainConfig
-from training.dataset import ImageDataset
-from training.device import Choice, choose_precision
-from training.estimate import count_parameters, count_snapshots, estimate_memory, meta_state, state_bytes
-from training.presets import describe
-from training.run_content import content_of
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from torch_utils.device import Choice, choose_precision
+from torch_utils.ops.compiled import estimating
+from training.augment import AugmentPipe
+from training.config import RunSettings, TrainConfig
+from training.dataset import ImageDataset, content_of
+from training.discriminator import Discriminator
+from training.generator import Generator
+from training.gradients import GradientSum
+from training.micro_batches import MicroBatch
+from training.options import describe
+from training.phases import PhaseWork
 from training.run_folder import plan_run
-from training.run_settings import RunSettings
+from training.sampling import image_weights
+from training.state import TrainingState
+from training.step_inputs import PhaseInputs, active_phases, path_length_images
 from training.transfer import Transferred
+
+BASIS = ("tensors of one forward and backward pass of the phase that takes most, counted on the meta device; "
+         "augmentation measured on small images and scaled by area; not counted: PyTorch itself, workspace of "
+         "convolutions, data workers")
+
+_AUGMENT_SIZE = 64  # augmentations that pad by a fixed number of pixels would count for too much below
+_AUGMENT_BATCH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one process at the moment it needs most."""
+
+    weights: int  # of G and D
+    averaged_generator: int  # G_ema
+    adam: int  # both moments of both networks
+    gradients: int  # of the network whose phase takes most
+    activations: int
+    phase: str  # the phase that takes most
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.averaged_generator + self.adam + self.gradients + self.activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it with its total and what was counted, as plain JSON types."""
+        return {**asdict(self), "total": self.total, "unit": "bytes", "basis": BASIS}
+
+
+class LiveBytes(TorchDispatchMode):
+    """A context that counts the bytes of the tensors that are made within: alive now, and at the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # the same object for every view, until the last one is gone
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._forget, key, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def meta_state(config: TrainConfig) -> TrainingState:
+    """Return the state of a run with shapes and no contents, made in a moment. It augments nothing."""
+    with torch.device("meta"):
+        G, G_ema = (Generator(**config.generator.init_kwargs()) for _ in range(2))
+        D = Discriminator(**config.discriminator.init_kwargs())
+    # Filters are made on the CPU whatever the device.
+    return TrainingState.from_networks(G.to("meta"), D.to("meta"), G_ema.to("meta"), g_adam=config.g_adam,
+                                       d_adam=config.d_adam, loss=config.step.loss)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of weights that learn; frozen layers do not count."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> MemoryEstimate:
+    """Return what a process of the run takes. state: from `meta_state`, to use it again."""
+    state = meta_state(config) if state is None else state
+    gradients = {"G": _parameter_bytes(state.G), "D": _parameter_bytes(state.D)}
+    peaks = {phase: _phase_peak(phase, state, config) for phase in active_phases(0, config.step.loss)}
+    phase = max(peaks, key=lambda name: peaks[name] + gradients[name[0]])
+    return MemoryEstimate(
+        weights=_bytes(state.G) + _bytes(state.D), averaged_generator=_bytes(state.G_ema),
+        adam=2 * (gradients["G"] + gradients["D"]), gradients=gradients[phase[0]],
+        activations=peaks[phase] + augment_bytes(config), phase=phase)
+
+
+def count_snapshots(config: TrainConfig) -> int:
+    """Return how many network files a whole run writes: every so many ticks, and at its end.
+
+    Those of one thousand of images have one name, and replace each other.
+    """
+    batch = config.batch
+    end = math.ceil(config.kimg * 1000 / batch) * batch
+    tick = math.ceil(config.kimg_per_tick * 1000 / batch) * batch  # the first one is an iteration
+    return len({nimg // 1000 for nimg in (*range(batch, end, tick * config.network_snapshot_ticks), end)})
+
+
+def state_bytes(state: TrainingState) -> dict[str, int]:
+    """Return about how large the files of a run get: a network snapshot, a state to continue from."""
+    snapshot = _bytes(state.G) + _bytes(state.G_ema) + _bytes(state.D)
+    return {"network-snapshot": snapshot,
+            "training-state": snapshot + 2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D))}
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def _parameter_bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def _phase_peak(phase: str, state: TrainingState, config: TrainConfig) -> int:
+    """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
+    network = state.G if phase.startswith("G") else state.D
+    gradients = GradientSum([*network.parameters()])
+    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
+    network.requires_grad_(True)
+    try:
+        with LiveBytes() as tracker:
+            for loss in getattr(PhaseWork(state, config.step.loss), phase)(_meta_micro_batch(state, config)):
+                gradients.add(loss)
+    finally:
+        network.requires_grad_(False)
+    return tracker.peak
+
+
+def _meta_micro_batch(state: TrainingState, config: TrainConfig) -> MicroBatch:
+    G, size = state.G, config.step.micro_batch
+    image = (G.img_channels, G.img_resolution, G.img_resolution)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    inputs = PhaseInputs(z=empty(size, G.z_dim), c=empty(size, G.c_dim), mix_z=empty(size, G.z_dim),
+                         pl_noise=empty(path_length_images(size, config.step.loss), *image))
+    return MicroBatch(reals=empty(size, *image), labels=empty(size, G.c_dim), inputs=inputs, cutoff=1, rng=None,
+                      host_rng=None)
+
+
+def augment_bytes(config: TrainConfig) -> int:
+    """Return about how many bytes the augmentation of a micro-batch takes at p = 1, forward and backward."""
+    if not config.augment.strengths:
+        return 0
+    resolution, channels = config.dataset.resolution, config.dataset.channels
+    size = min(resolution, _AUGMENT_SIZE)
+    pipe = AugmentPipe(**config.augment.strengths)
+    images = torch.zeros(_AUGMENT_BATCH, channels, size, size, requires_grad=True)
+    with estimating(), LiveBytes() as tracker:
+        pipe(images, generator=torch.Generator().manual_seed(0)).sum().backward()
+    return round(tracker.peak / _AUGMENT_BATCH * config.step.micro_batch * (resolution / size) ** 2)
+
+
+# MERGED from training.dry_run
+# What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types.
 
 
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,

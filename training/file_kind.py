@@ -7,8 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from dnnlib.cli import UserError
-from dnnlib.disk_failures import retrying
-from dnnlib.packed_files import unpack_advice
+from dnnlib.files import retrying, unpack_advice
 
 # What an option that names a network file takes besides its path; for help texts.
 OTHER_NAMES = "a pattern that matches one file, or the folder of a run, which stands for its newest network"

@@ -12,10 +12,9 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from dnnlib.cli import UserError
+from dnnlib.cli import SIGNALS, UserError
 from torch_utils.distributed import LOST_EXIT_CODE
 from torch_utils.parent_death import LAUNCHER_VARIABLE
-from training.stopping import SIGNALS
 
 # After one process failed the others notice and end by themselves; those that have not by then are killed.
 GRACE_SECONDS = 20.0

@@ -1,40 +1,133 @@
-"""The training loop: data, steps, ticks, files; from wherever the run was left."""
+"""Watch for steps that keep failing, and say what to do when memory runs out."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from dnnlib.cli import UserError
-from dnnlib.disk_failures import EXIT_TEMPORARY, DiskFailure
-from imagesets.workers import usable_cores
+from dnnlib.cli import StopRequest, UserError
+from dnnlib.files import EXIT_TEMPORARY, DiskFailure
+from dnnlib.lines import read_lines
+from dnnlib.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
+from torch_utils.device import SIGNS_OF_READERS, OutOfMemory, ran_out_of_memory
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
 from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.stats import Collector
-from training.balance import image_weights
-from training.config import TrainConfig
-from training.dataset import ImageDataset
-from training.json_lines import read_lines
-from training.loading import iterate_batches, to_unit_range
-from training.reporting import describe
-from training.run_content import content_of
+from training.config import RunSettings, TrainConfig
+from training.dataset import ImageDataset, choose_subset, content_of
+from training.presets import largest_pass
 from training.run_folder import RunFolder, choose_run
 from training.run_output import RunOutput
-from training.run_settings import RunSettings
-from training.sampling import LabelLaw, TrainingOrder
+from training.run_report import SKIPPED_PREFIX, describe
+from training.sampling import LabelLaw, TrainingOrder, image_weights, iterate_batches, to_unit_range
 from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
 from training.step import StepResult, train_step
 from training.step_inputs import StepInputs, draw_phases
-from training.stopping import StopRequest
-from training.tick import SKIPPED_PREFIX
 from training.transfer import transfer_for
-from training.trouble import OutOfMemory, SkippedSteps, describe_out_of_memory, describe_tensors, ran_out_of_memory
-from training.validation import Validation
 
-EXIT_DONE = 0  # training.trouble.OutOfMemory has another code, 4
+MOST_SKIPPED_IN_A_ROW = 10
+
+
+class SkippedSteps:
+    """Counts, phase by phase, how often in a row a step was left out."""
+
+    def __init__(self):
+        self.in_a_row: dict[str, int] = defaultdict(int)
+
+    def add(self, result: StepResult) -> str | None:
+        """Take an iteration into account; return a message once a phase failed too often in a row."""
+        for phase in result.stats:
+            self.in_a_row[phase] = self.in_a_row[phase] + 1 if phase in result.skipped else 0
+        for phase, names in result.skipped.items():
+            if self.in_a_row[phase] >= MOST_SKIPPED_IN_A_ROW:
+                return (f"{phase} had a loss or gradient that is not finite {self.in_a_row[phase]} times in a row "
+                        f"({describe_tensors(names)}); look at the data")
+        return None
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.in_a_row)
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.in_a_row = defaultdict(int, saved)
+
+
+def describe_tensors(names: list[str]) -> str:
+    """Return the first names of a list."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def smaller_batch_gpu(config: TrainConfig) -> int | None:
+    """Return the largest --batch-gpu up to half of this run's that it could take, or None when there is none."""
+    return largest_pass(config.batch // config.gpus, config.discriminator.mbstd_group_size,
+                        config.step.micro_batch // 2)
+
+
+def describe_out_of_memory(config: TrainConfig, error: BaseException, same_command: str, *, has_begun: bool) -> str:
+    """Say what to do when memory ran out; it continues the run.
+
+    same_command:  see RunSettings.same_command
+    has_begun:     networks and optimizers are in memory, so that smaller passes help
+    """
+    larger = (f"free memory on the device or take one that has more, and {same_command} continues the run (a smaller "
+              "--cfg or resolution begins another one)")
+    if any(sign in str(error) for sign in SIGNS_OF_READERS):
+        return (f"a process that reads images was killed, as the system does when memory runs out; {same_command} "
+                "with --workers=1 continues the run")
+    if not has_begun:
+        return f"out of memory before the first image, where networks and optimizers have to fit; {larger}"
+    smaller, size = smaller_batch_gpu(config), config.step.micro_batch
+    if smaller is None:
+        return f"out of memory with one image a pass (--batch-gpu={size}); {larger}"
+    return (f"out of memory with --batch-gpu={size}; {same_command} with --batch-gpu={smaller} continues the run from "
+            "its last state: the same batch in smaller passes")
+
+
+# MERGED from training.validation
+# Score images that are never learned from: where the discriminator overfits, their scores part from those of reals.
+
+
+MOST_IMAGES = 256  # a tick is to spend seconds on them
+
+
+class Validation:
+    """A data set's images, or a fixed choice of MOST_IMAGES, and D's logits on them, without augmentation.
+
+    group:  images of a group of the minibatch standard deviation, as in training: a score depends on its neighbors
+    seed:   of the choice and of the groups
+
+    Images and groups depend neither on the batch nor on the number of processes. They are mixed at random, as those of
+    training are: sets may come class by class. A last group that is not full is filled up with images of the first
+    ones, whose logits in it do not count.
+    """
+
+    def __init__(self, dataset: ImageDataset, *, group: int, seed: int):
+        self.dataset = dataset
+        chosen = choose_subset(dataset.num_images, MOST_IMAGES, seed)
+        self.rows = np.random.RandomState(seed % 2**31).permutation(chosen)  # of the data set; each once
+        num_groups = -(-len(self.rows) // group)
+        self._groups = np.resize(self.rows, (num_groups, group))  # repeats from the beginning
+
+    @torch.no_grad()
+    def score(self, D: nn.Module, device: torch.device) -> Tensor:
+        """Return logits [len(rows)], in their order. Raises UserError when an image cannot be read."""
+        logits = []
+        for rows in self._groups:
+            items = [self.dataset[row] for row in rows]
+            pixels, labels = (torch.stack([torch.tensor(item[part]) for item in items]).to(device) for part in (0, 1))
+            logits.append(D(to_unit_range(pixels), labels).flatten())
+        return torch.cat(logits)[:len(self.rows)]
+
+
+# MERGED from training.loop
+# The training loop: data, steps, ticks, files; from wherever the run was left.
+
+
+EXIT_DONE = 0  # training.loop.OutOfMemory has another code, 4
 EXIT_DIVERGED = 3  # steps kept failing; the last state is that of before
 EXIT_STOPPED = EXIT_TEMPORARY  # stopped before its end, with a state: the same command continues
 

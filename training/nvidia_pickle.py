@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dnnlib.disk_failures import retrying
+from dnnlib.files import retrying
 from training.pickles.arrays import (
     NumpyType,
     PickledParameter,

@@ -3,11 +3,44 @@
 Contradictions between flags are found here; whether a flag suits the data set or the preset is found in `presets`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from imagesets.resolutions import RESOLUTIONS, is_resolution
-from training.config import RESUME_CLASSES, ConfigError
-from training.config_base import Config
+import click
+
+from dnnlib.cli import UserPath, join_values
+from dnnlib.typed_config import Config
+from imagesets.resize import RESOLUTIONS, is_resolution
+from torch_utils.device import PRECISION_NAMES
+from training.config import (
+    RESUME_CLASSES,
+    AdaConfig,
+    AdamConfig,
+    AugmentConfig,
+    ConfigError,
+    DatasetConfig,
+    DiscriminatorConfig,
+    EmaConfig,
+    GeneratorConfig,
+    LossConfig,
+    StepConfig,
+    TrainConfig,
+)
+from training.file_kind import OTHER_NAMES
+from training.presets import (
+    ADA_KIMG,
+    ADA_KIMG_RESUMED,
+    AUGMENT_GROUPS,
+    AUGPIPES,
+    CFG_NAMES,
+    TRANSFER_NAMES,
+    BatchRules,
+    BatchSplit,
+    Preset,
+    choose_preset,
+    split_batch,
+)
 
 AUGMENT_MODES = ("noaug", "ada", "fixed")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -156,3 +189,355 @@ class DatasetFacts(Config):
             raise ConfigError(f"data set {self.name} has {self.num_images} images; expected at least 1")
         if self.c_dim < 0:
             raise ConfigError(f"data set {self.name} has labels of length {self.c_dim}; expected a length >= 0")
+
+
+# MERGED from training.presets
+# From a user's flags and a data set's facts to the whole configuration of a training run.
+#
+# `resolve` is pure: equal inputs give equal outputs, and nothing is read or drawn.
+
+
+__all__ = [
+    "AUGMENT_GROUPS", "AUGPIPES", "CFG_NAMES", "TRANSFER_NAMES", "DatasetFacts", "TrainOptions", "describe",
+    "network_configs", "resolve",
+]  # fmt: skip
+
+
+def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
+    """Return the configuration that the flags mean on this data set.
+
+    Raises ConfigError, one line that names the flag and what would do, where flags, preset and data do not fit.
+    """
+    cfg, gpus = _given(options.cfg, "auto"), _given(options.gpus, 1)
+    dataset = _dataset_config(options, facts)
+    preset = choose_preset(cfg, facts.resolution, gpus)
+    if facts.resolution > preset.channel_base:
+        raise ConfigError(
+            f"--cfg is {cfg} for images of {facts.resolution}; expected at most {preset.channel_base}: try --cfg=auto"
+        )
+    rules = BatchRules(cfg=cfg, batch=preset.batch, reference_gpus=preset.reference_gpus, group=preset.mbstd)
+    sizes = split_batch(rules, gpus, options.batch, options.batch_gpu)
+    augment = _augment_config(options)
+    generator, discriminator = network_configs(options, preset, dataset)
+    snapshot_ticks = _given(options.snap, 50)
+    return TrainConfig(
+        run_name=_run_name(options, facts, cfg, gpus),
+        cfg=cfg,
+        gpus=gpus,
+        batch_gpu=sizes.batch_gpu,
+        seed=_given(options.seed, 0),
+        kimg=_given(options.kimg, preset.kimg),
+        kimg_per_tick=_given(options.tick, 4),
+        image_snapshot_ticks=snapshot_ticks,
+        network_snapshot_ticks=snapshot_ticks,
+        state_minutes=_given(options.state_minutes, 10),
+        metrics=_given(options.metrics, ("fid50k_full",)),
+        resume=options.resume if options.resumes else None,
+        resume_classes=_given(options.resume_classes, "same"),
+        resume_partial=bool(options.resume_partial),
+        dataset=dataset,
+        generator=generator,
+        discriminator=discriminator,
+        g_adam=AdamConfig(lr=preset.lr),
+        d_adam=AdamConfig(lr=preset.lr),
+        step=_step_config(options, preset, sizes, augment.ada),
+        augment=augment,
+        num_workers=_given(options.workers, 3),
+        allow_tf32=_given(options.allow_tf32, True),
+        cudnn_benchmark=not options.nobench,
+    )
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a user compares between runs, under short names; plain JSON types."""
+    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.augment.ada
+    idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
+    is_fixed = bool(config.augment.strengths) and ada is None
+    return {
+        "run_name": config.run_name,
+        "batch": config.batch,
+        "batch_gpu": config.batch_gpu,
+        "mbstd_group": discriminator.mbstd_group_size,
+        "channel_base": generator.channel_base,
+        "channel_max": generator.channel_max,
+        "num_fp16_res": generator.num_fp16_res,
+        "conv_clamp": generator.conv_clamp,
+        "lr": config.g_adam.lr,
+        "r1_gamma": loss.r1_gamma,
+        "ema_kimg": config.step.ema.kimg,
+        "ema_rampup": config.step.ema.rampup,
+        "map_layers": generator.mapping_layers,
+        "kimg": config.kimg,
+        "pl_weight": loss.pl_weight,
+        "style_mixing_prob": loss.style_mixing_prob,
+        "d_architecture": discriminator.architecture,
+        "ada_target": ada.target if ada else None,
+        "ada_kimg": ada.kimg if ada else idle_ada_kimg,
+        "image_snapshot_ticks": config.image_snapshot_ticks,
+        "network_snapshot_ticks": config.network_snapshot_ticks,
+        "kimg_per_tick": config.kimg_per_tick,
+        "augment": dict(config.augment.strengths),
+        "augment_p": config.augment.p if is_fixed else None,
+        "metrics": list(config.metrics),
+        "dataset": {
+            "use_labels": config.dataset.use_labels,
+            "max_size": config.dataset.max_size,
+            "xflip": config.dataset.xflip,
+            "resolution": config.dataset.resolution,
+        },
+        "freeze_layers": discriminator.freeze_layers,
+    }
+
+
+def _given(value: Any, default: Any) -> Any:
+    """Return what the user said, or the default where the flag was not given."""
+    return default if value is None else value
+
+
+def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig:
+    """Choose images and labels; raise ConfigError where the data set does not have them."""
+    if options.cond and not facts.has_labels:
+        raise ConfigError(
+            f"--cond is true; expected a data set with labels, and {facts.name} has none: "
+            "add labels to its dataset.json, or leave --cond out"
+        )
+    if options.subset is not None and options.subset > facts.num_images:
+        raise ConfigError(
+            f"--subset is {options.subset}; expected at most {facts.num_images}, the images of {facts.name}"
+        )
+    return DatasetConfig(
+        name=facts.name,
+        resolution=facts.resolution,
+        channels=facts.channels,
+        c_dim=facts.c_dim if options.cond else 0,
+        use_labels=bool(options.cond),
+        max_size=_given(options.subset, facts.num_images),
+        xflip=bool(options.mirror),
+    )
+
+
+def network_configs(
+    options: TrainOptions, preset: Preset, dataset: DatasetConfig
+) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+    """Size both networks for the data set, in the precision asked for."""
+    is_mixed = not options.fp32 and options.precision != "fp32"
+    shared: dict[str, Any] = {
+        "img_resolution": dataset.resolution,
+        "img_channels": dataset.channels,
+        "c_dim": dataset.c_dim,
+        "channel_base": preset.channel_base,
+        "channel_max": preset.channel_max,
+        "num_fp16_res": 4 if is_mixed else 0,
+        "conv_clamp": 256 if is_mixed else None,
+        "half_dtype": "bfloat16" if options.precision == "bf16" else "float16",
+        "fp16_channels_last": bool(options.nhwc),
+    }
+    generator = GeneratorConfig(
+        z_dim=preset.latent_dim, w_dim=preset.latent_dim, mapping_layers=preset.mapping_layers, **shared
+    )
+    discriminator = DiscriminatorConfig(
+        architecture=preset.d_architecture, mbstd_group_size=preset.mbstd, freeze_layers=options.freezed, **shared
+    )
+    return generator, discriminator
+
+
+def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit, ada: AdaConfig | None) -> StepConfig:
+    """Join what an iteration needs."""
+    return StepConfig(
+        batch=sizes.batch,
+        micro_batch=sizes.micro_batch,
+        loss=LossConfig(
+            r1_gamma=_given(options.gamma, preset.gamma),
+            pl_weight=preset.pl_weight,
+            style_mixing_prob=preset.style_mixing_prob,
+        ),
+        # A generator that is trained already needs no short averages at the start.
+        ema=EmaConfig(kimg=preset.ema_kimg, rampup=None if options.resumes else preset.ema_rampup),
+        ada=ada,
+    )
+
+
+def _augment_config(options: TrainOptions) -> AugmentConfig:
+    """Choose the augmentations and what drives their probability."""
+    if options.aug == "noaug":
+        return AugmentConfig(strengths={}, p=0, ada=None)
+    pipe = _given(options.augpipe, "bgc")
+    if pipe not in AUGPIPES:
+        raise ConfigError(f"--augpipe is {pipe!r}; expected one of {', '.join(AUGPIPES)}")
+    strengths = {name: 1 for name in AUGPIPES[pipe]}
+    if options.aug == "fixed":
+        return AugmentConfig(strengths=strengths, p=options.p, ada=None)
+    kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
+    return AugmentConfig(strengths=strengths, p=0, ada=AdaConfig(target=_given(options.target, 0.6), kimg=kimg))
+
+
+def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -> str:
+    """Name the run by its data set and by the flags that were given, in a fixed order."""
+    parts = [facts.name]
+    if options.cond:
+        parts.append("cond")
+    if options.subset is not None and options.subset < facts.num_images:
+        parts.append(f"subset{options.subset}")
+    if options.mirror:
+        parts.append("mirror")
+    parts.append(f"{cfg}{gpus}" if cfg == "auto" else cfg)
+    for name in ("gamma", "kimg", "batch"):
+        value = getattr(options, name)
+        if value is not None:
+            parts.append(f"{name}{_number(value)}")
+    if options.aug is not None:
+        parts.append(options.aug)
+    for name in ("p", "target"):
+        value = getattr(options, name)
+        if value is not None:
+            parts.append(f"{name}{_number(value)}")
+    if options.augpipe is not None:
+        parts.append(options.augpipe)
+    if options.resumes:
+        parts.append("resume" + (options.resume if options.resume in TRANSFER_NAMES else "custom"))
+    elif options.resume is not None:
+        parts.append(options.resume)
+    if options.freezed is not None:
+        parts.append(f"freezed{options.freezed}")
+    return "-".join(parts)
+
+
+def _number(value: float) -> str:
+    """Write a flag's number without needless zeros."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+# MERGED from training.flags
+# The options of train.py: names, types, help texts, and the groups they are shown in.
+
+
+RUN, DATA, MODEL, AUGMENT, START, SPEED = (
+    "What and where", "Data", "Networks and training", "Augmentation", "Starting from a trained network",
+    "Speed and devices")
+
+
+TUNE_MALLOC_HELP = (
+    "On a CPU with Linux and glibc, keep freed memory for reuse: faster, and the program's memory never shrinks. Left "
+    "alone where the environment has settings of its own: MALLOC_*, GLIBC_TUNABLES, another allocator in LD_PRELOAD.")
+
+
+class Flag(click.Option):
+    """An option that knows the group it is shown in."""
+
+    def __init__(self, declarations: Iterable[str], *, group: str, **attributes):
+        super().__init__(list(declarations), **attributes)
+        self.group = group
+
+
+def _flag(names: str, kind: object, group: str, text: str, standard: str | None = None, metavar: str | None = None,
+          **attributes) -> Flag:
+    """Declare an option; `standard` says what holds where it is not given, in words since much comes from --cfg."""
+    if isinstance(kind, click.Choice):
+        metavar = "NAME"
+        text = f"{text} One of: {', '.join(kind.choices)}."
+    shown = text if standard is None else f"{text} [default: {standard}]"
+    return Flag(names.split(), group=group, type=kind, help=shown, metavar=metavar, **attributes)
+
+
+FLAGS = [
+    _flag("--outdir", UserPath(), RUN, "Folder for the folders of runs; each run gets a numbered one. The same "
+          "command again continues its newest run there. Must be given.", metavar="DIR"),
+    _flag("--new", bool, RUN, "Start a new run, even where one could be continued: not for commands that are repeated "
+          "to continue their run.", is_flag=True, default=False),
+    _flag("--name", str, RUN, "Name of the run's folder after its number.", "made from data and flags", "TEXT"),
+    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images. A larger one continues a finished "
+          "run.", "25000; 100000 with --cfg=cifar", "INT"),
+    _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "4", "KIMG"),
+    _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "50", "TICKS"),
+    _flag("--keep", int, RUN, "Keep the N newest network files, and remove older ones once a newer one is written. "
+          "Those of the end of a run, those that another run in --outdir began from, and those whose metrics are still "
+          "to be computed stay.", "all stay", "N"),
+    _flag("--keep-best", str, RUN, "Keep the best network file by one of --metrics too; of pr name the value, such as "
+          "pr50k3_full_recall. Without --keep, the best and the newest stay.", "none", "METRIC"),
+    _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.", "10",
+          "MINUTES"),
+    _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later. "
+          "Metrics that would take longer are left out, and computed with a later network file.", "no limit", "HOURS"),
+    _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none. May "
+          "be given several times.", "fid50k_full where its detector is at hand, else none", "LIST", multiple=True,
+          callback=join_values),
+    _flag("--detector", str, RUN, "Network that metrics look through, in place of the usual ones; see calc_metrics.py "
+          "--help.", "inception-v3; vgg16 for pr", "NAME"),
+    _flag("--detector-weights", UserPath(named=True), RUN,
+          "File of its weights; NAME=FILE where several networks are needed, and "
+          "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "downloaded ones",
+          "FILE", multiple=True),
+    _flag("--seed", int, RUN, "Number that all random choices follow from.", "0", "INT"),
+    _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
+          is_flag=True, default=False),
+
+    _flag("--data", UserPath(), DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
+          metavar="PATH"),
+    _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image, a class or a list of "
+          "numbers.", "false", "BOOL"),
+    _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "all", "INT"),
+    _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "false", "BOOL"),
+    _flag("--balance", UserPath(), DATA,
+          "How often images are seen: none (each equally often), classes (each class equally "
+          "often), or a CSV file with the columns class,weight or file,weight.", "none", "none|classes|FILE",
+          default="none"),
+    _flag("--valid", UserPath(), DATA,
+          "Data set that is never learned from: the discriminator's scores on it are reported "
+          "beside those on --data, which shows overfitting.", "none", "PATH"),
+
+    _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset that sizes and settings come from: auto fits resolution and "
+          "number of processes; tiny is for CPUs and first tries; the others are those of the papers.", "auto"),
+    _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "from --cfg",
+          "FLOAT"),
+    _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "from --cfg", "INT"),
+    _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory, and "
+          "continue a run that ran out of it.", "that of the run that is continued, else its share of the batch, or "
+          "from --cfg", "INT"),
+
+    _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "What sets the probability of augmentations. ada: it follows "
+          "the overfitting; fixed: it is --p; noaug: there are none.", "ada"),
+    _flag("--p", float, AUGMENT, "Probability of each augmentation with --aug=fixed, from 0 to 1; must be given there.",
+          metavar="FLOAT"),
+    _flag("--target", float, AUGMENT, "Overfitting that --aug=ada allows: mean sign of the discriminator on reals.",
+          "0.6", "FLOAT"),
+    _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: b(lit), g(eom), c(olor), f(ilter), "
+          "n(oise), c(utout).", "bgc"),
+
+    _flag("--resume", UserPath(), START, "Network file whose weights training starts from: a .safetensors of a run, or "
+          f"a .pkl of the original; also {OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
+          "noresume: random weights", "FILE|noresume"),
+    _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network's classes are those of --data, "
+          "by name, in any order. new: the class embedding starts anew and all else is taken, for other classes, for "
+          "an unconditional network with --cond=1, or a conditional one without.", "same"),
+    _flag("--resume-partial", bool, START, "Where resolutions, mapping layers or numbers of channels differ, take the "
+          "layers that are the same, and let the others begin anew; without it such a network is refused.", "false",
+          "BOOL"),
+    _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn; "
+          "for --resume.", "0", "INT"),
+
+    _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", "auto",
+          "NAME", default="auto"),
+    _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "1", "INT"),
+    _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
+          "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with.", "auto"),
+    _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "not given", "BOOL"),
+    _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "false", "BOOL"),
+    _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "true", "BOOL"),
+    _flag("--nobench", bool, SPEED, "Do not let cuDNN try which of its convolutions is fastest.", "false", "BOOL"),
+    _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "3", "INT"),
+    _flag("--tune-malloc", bool, SPEED, TUNE_MALLOC_HELP, "true", "BOOL", default=True),
+]
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(context):
+            record = option.get_help_record(context)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", "Other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

@@ -1,241 +1,240 @@
-"""From a user's flags and a data set's facts to the whole configuration of a training run.
+"""The presets that --cfg and --augpipe name, as tables.
 
-`resolve` is pure: equal inputs give equal outputs, and nothing is read or drawn.
+They are those of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (ada), and `tiny`
+for machines without a GPU.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from training.batching import BatchRules, BatchSplit, split_batch
-from training.config import (
-    AdaConfig,
-    AdamConfig,
-    AugmentConfig,
-    ConfigError,
-    DatasetConfig,
-    DiscriminatorConfig,
-    EmaConfig,
-    GeneratorConfig,
-    LossConfig,
-    StepConfig,
-    TrainConfig,
-)
-from training.options import DatasetFacts, TrainOptions
-from training.preset_table import (
-    ADA_KIMG,
-    ADA_KIMG_RESUMED,
-    AUGMENT_GROUPS,
-    AUGPIPES,
-    CFG_NAMES,
-    TRANSFER_NAMES,
-    Preset,
-    choose_preset,
-)
+from imagesets.resize import is_power_of_two
+from training.config import ConfigError
 
-__all__ = [
-    "AUGMENT_GROUPS", "AUGPIPES", "CFG_NAMES", "TRANSFER_NAMES", "DatasetFacts", "TrainOptions", "describe",
-    "network_configs", "resolve",
-]  # fmt: skip
+AUGMENT_GROUPS = {
+    "blit": ("xflip", "rotate90", "xint"),
+    "geom": ("scale", "rotate", "aniso", "xfrac"),
+    "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
+    "filter": ("imgfilter",),
+    "noise": ("noise",),
+    "cutout": ("cutout",),
+}
+
+_CUMULATIVE = {
+    "bg": ("blit", "geom"),
+    "bgc": ("blit", "geom", "color"),
+    "bgcf": ("blit", "geom", "color", "filter"),
+    "bgcfn": ("blit", "geom", "color", "filter", "noise"),
+    "bgcfnc": ("blit", "geom", "color", "filter", "noise", "cutout"),
+}
+
+# --augpipe: names of the augmentations, each at full strength
+AUGPIPES = {**AUGMENT_GROUPS} | {
+    pipe: tuple(name for group in groups for name in AUGMENT_GROUPS[group]) for pipe, groups in _CUMULATIVE.items()
+}
+
+# Published networks that --resume knows by name; any other value is a path or URL and is called custom.
+TRANSFER_NAMES = ("ffhq256", "ffhq512", "ffhq1024", "celebahq256", "lsundog256")
+
+ADA_KIMG = 500
+# A discriminator that is trained already overfits sooner, so that p has to move faster (ada, section 4).
+ADA_KIMG_RESUMED = 100
 
 
-def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
-    """Return the configuration that the flags mean on this data set.
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What a value of --cfg stands for."""
 
-    Raises ConfigError, one line that names the flag and what would do, where flags, preset and data do not fit.
+    batch: int
+    reference_gpus: int  # the number that batch_gpu = batch / reference_gpus was chosen for
+    mbstd: int
+    channel_base: int
+    lr: float
+    gamma: float
+    ema_kimg: float
+    ema_rampup: float | None = None
+    mapping_layers: int = 8
+    channel_max: int = 512
+    latent_dim: int = 512  # of z and w
+    pl_weight: float = 2
+    style_mixing_prob: float = 0.9
+    d_architecture: str = "resnet"
+    kimg: int = 25000
+
+
+FIXED_PRESETS = {
+    "stylegan2": Preset(
+        batch=32, reference_gpus=8, mbstd=4, channel_base=32768, lr=0.002, gamma=10, ema_kimg=10,
+    ),
+    "paper256": Preset(
+        batch=64, reference_gpus=8, mbstd=8, channel_base=16384, lr=0.0025, gamma=1, ema_kimg=20,
+    ),
+    "paper512": Preset(
+        batch=64, reference_gpus=8, mbstd=8, channel_base=32768, lr=0.0025, gamma=0.5, ema_kimg=20,
+    ),
+    "paper1024": Preset(
+        batch=32, reference_gpus=8, mbstd=4, channel_base=32768, lr=0.002, gamma=2, ema_kimg=10,
+    ),
+    "cifar": Preset(
+        batch=64, reference_gpus=2, mbstd=32, channel_base=32768, lr=0.0025, gamma=0.01, ema_kimg=500, ema_rampup=0.05,
+        mapping_layers=2, pl_weight=0, style_mixing_prob=0, d_architecture="orig", kimg=100000,
+    ),
+}  # fmt: skip
+
+CFG_NAMES = ("auto", *FIXED_PRESETS, "tiny")
+
+
+def choose_preset(cfg: str, resolution: int, gpus: int) -> Preset:
+    """Return the preset of that name; auto and tiny depend on the resolution and the number of processes.
+
+    Raises ConfigError where no preset has the name.
     """
-    cfg, gpus = _given(options.cfg, "auto"), _given(options.gpus, 1)
-    dataset = _dataset_config(options, facts)
-    preset = choose_preset(cfg, facts.resolution, gpus)
-    if facts.resolution > preset.channel_base:
+    if cfg in FIXED_PRESETS:
+        return FIXED_PRESETS[cfg]
+    if cfg == "tiny":
+        preset = _scaled_preset(resolution, gpus, batch=16)
+        return replace(preset, channel_base=1024, channel_max=64, latent_dim=64)
+    if cfg == "auto":
+        images_each = min(4096 // resolution, 32)
+        return _scaled_preset(resolution, gpus, batch=max(gpus, min(64, images_each * gpus)))
+    raise ConfigError(f"--cfg is {cfg!r}; expected one of {', '.join(CFG_NAMES)}")
+
+
+def _scaled_preset(resolution: int, gpus: int, *, batch: int) -> Preset:
+    """Return the settings that grow with resolution and batch."""
+    return Preset(
+        batch=batch,
+        reference_gpus=gpus,
+        mbstd=max(1, min(4, batch // gpus)),
+        channel_base=32768 if resolution >= 512 else 16384,
+        lr=0.002 if resolution >= 1024 else 0.0025,
+        gamma=2e-4 * resolution**2 / batch,
+        ema_kimg=batch * 10 / 32,
+        ema_rampup=0.05,
+        mapping_layers=2,
+    )
+
+
+# MERGED from training.batching
+# How an iteration's batch is shared out to processes and cut into micro-batches.
+#
+# An iteration takes `batch` images; each of `gpus` processes gets an equal share of them and works through it in
+# micro-batches. The minibatch standard deviation wants at most one group of images, or whole groups, in a micro-batch.
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSplit:
+    """The sizes that a run uses."""
+
+    batch: int  # images of an iteration, over all processes
+    batch_gpu: int  # images of a pass as the preset or the user says it
+    micro_batch: int  # images of a pass as it will be: never more than a process has
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRules:
+    """What a preset asks of a batch."""
+
+    cfg: str  # the preset's name
+    batch: int
+    reference_gpus: int  # the preset's batch_gpu is batch / reference_gpus
+    group: int  # of the minibatch standard deviation
+
+    def allows(self, micro_batch: int) -> bool:
+        """Tell whether a pass may have this many images."""
+        return keeps_groups(micro_batch, self.group)
+
+    def expectation(self) -> str:
+        """Say what `allows` checks."""
+        return f"at most {self.group} images in a pass, or a multiple of {self.group}"
+
+
+def keeps_groups(micro_batch: int, group: int) -> bool:
+    """Tell whether a pass is at most one group of the minibatch standard deviation, or whole groups."""
+    return micro_batch <= group or micro_batch % group == 0
+
+
+def largest_pass(share: int, group: int, most: int) -> int | None:
+    """Return the most images, up to `most`, of passes that a process's share of a batch can be cut into."""
+    return next((size for size in range(min(most, share), 0, -1) if share % size == 0 and keeps_groups(size, group)),
+                None)
+
+
+def split_batch(rules: BatchRules, gpus: int, batch: int | None, batch_gpu: int | None) -> BatchSplit:
+    """Choose the sizes of a run.
+
+    gpus:      processes; must be a power of two where the preset sets the batch, may be any divisor of a given batch
+    batch:     the user's batch, or None: the preset's
+    batch_gpu: the user's images of a pass, or None: the preset's, or all that a process has where `batch` is given
+
+    Raises ConfigError, with a size that would do, where the parts do not fit each other.
+    """
+    total = rules.batch if batch is None else batch
+    if batch is None:
+        _check_gpus(rules, gpus, batch_gpu)
+    elif total % gpus:
+        usable = _usable_batch(rules, gpus, batch, batch_gpu)
+        raise ConfigError(f"--batch is {batch}; expected a multiple of gpus ({gpus}): try {usable}")
+    share = total // gpus
+    if batch_gpu is not None:
+        _check_batch_gpu(rules, gpus, share, batch, batch_gpu)
+        return BatchSplit(batch=total, batch_gpu=batch_gpu, micro_batch=batch_gpu)
+    described = share if batch is not None else total // rules.reference_gpus
+    micro_batch = min(described, share)
+    if not rules.allows(micro_batch):
         raise ConfigError(
-            f"--cfg is {cfg} for images of {facts.resolution}; expected at most {preset.channel_base}: try --cfg=auto"
+            f"--batch is {total}, which gives each of {gpus} gpus {micro_batch}; expected {rules.expectation()}: "
+            f"try {_usable_batch(rules, gpus, total, None)}"
         )
-    rules = BatchRules(cfg=cfg, batch=preset.batch, reference_gpus=preset.reference_gpus, group=preset.mbstd)
-    sizes = split_batch(rules, gpus, options.batch, options.batch_gpu)
-    augment = _augment_config(options)
-    generator, discriminator = network_configs(options, preset, dataset)
-    snapshot_ticks = _given(options.snap, 50)
-    return TrainConfig(
-        run_name=_run_name(options, facts, cfg, gpus),
-        cfg=cfg,
-        gpus=gpus,
-        batch_gpu=sizes.batch_gpu,
-        seed=_given(options.seed, 0),
-        kimg=_given(options.kimg, preset.kimg),
-        kimg_per_tick=_given(options.tick, 4),
-        image_snapshot_ticks=snapshot_ticks,
-        network_snapshot_ticks=snapshot_ticks,
-        state_minutes=_given(options.state_minutes, 10),
-        metrics=_given(options.metrics, ("fid50k_full",)),
-        resume=options.resume if options.resumes else None,
-        resume_classes=_given(options.resume_classes, "same"),
-        resume_partial=bool(options.resume_partial),
-        dataset=dataset,
-        generator=generator,
-        discriminator=discriminator,
-        g_adam=AdamConfig(lr=preset.lr),
-        d_adam=AdamConfig(lr=preset.lr),
-        step=_step_config(options, preset, sizes, augment.ada),
-        augment=augment,
-        num_workers=_given(options.workers, 3),
-        allow_tf32=_given(options.allow_tf32, True),
-        cudnn_benchmark=not options.nobench,
-    )
+    return BatchSplit(batch=total, batch_gpu=described, micro_batch=micro_batch)
 
 
-def describe(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a user compares between runs, under short names; plain JSON types."""
-    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.augment.ada
-    idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
-    is_fixed = bool(config.augment.strengths) and ada is None
-    return {
-        "run_name": config.run_name,
-        "batch": config.batch,
-        "batch_gpu": config.batch_gpu,
-        "mbstd_group": discriminator.mbstd_group_size,
-        "channel_base": generator.channel_base,
-        "channel_max": generator.channel_max,
-        "num_fp16_res": generator.num_fp16_res,
-        "conv_clamp": generator.conv_clamp,
-        "lr": config.g_adam.lr,
-        "r1_gamma": loss.r1_gamma,
-        "ema_kimg": config.step.ema.kimg,
-        "ema_rampup": config.step.ema.rampup,
-        "map_layers": generator.mapping_layers,
-        "kimg": config.kimg,
-        "pl_weight": loss.pl_weight,
-        "style_mixing_prob": loss.style_mixing_prob,
-        "d_architecture": discriminator.architecture,
-        "ada_target": ada.target if ada else None,
-        "ada_kimg": ada.kimg if ada else idle_ada_kimg,
-        "image_snapshot_ticks": config.image_snapshot_ticks,
-        "network_snapshot_ticks": config.network_snapshot_ticks,
-        "kimg_per_tick": config.kimg_per_tick,
-        "augment": dict(config.augment.strengths),
-        "augment_p": config.augment.p if is_fixed else None,
-        "metrics": list(config.metrics),
-        "dataset": {
-            "use_labels": config.dataset.use_labels,
-            "max_size": config.dataset.max_size,
-            "xflip": config.dataset.xflip,
-            "resolution": config.dataset.resolution,
-        },
-        "freeze_layers": discriminator.freeze_layers,
-    }
-
-
-def _given(value: Any, default: Any) -> Any:
-    """Return what the user said, or the default where the flag was not given."""
-    return default if value is None else value
-
-
-def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig:
-    """Choose images and labels; raise ConfigError where the data set does not have them."""
-    if options.cond and not facts.has_labels:
+def _check_gpus(rules: BatchRules, gpus: int, batch_gpu: int | None) -> None:
+    """Refuse numbers of processes that the preset's own batch cannot be shared out to."""
+    usable = f"or --batch={_usable_batch(rules, gpus, rules.batch, batch_gpu)}"
+    if not is_power_of_two(gpus):
+        power = 1 << (min(gpus, rules.batch).bit_length() - 1)
         raise ConfigError(
-            f"--cond is true; expected a data set with labels, and {facts.name} has none: "
-            "add labels to its dataset.json, or leave --cond out"
+            f"--gpus is {gpus}; expected a power of two, because --cfg={rules.cfg} sets the batch: "
+            f"try {power}, {usable}"
         )
-    if options.subset is not None and options.subset > facts.num_images:
+    if gpus > rules.batch:
         raise ConfigError(
-            f"--subset is {options.subset}; expected at most {facts.num_images}, the images of {facts.name}"
+            f"--gpus is {gpus}; expected at most the batch of --cfg={rules.cfg}: try {rules.batch}, {usable}"
         )
-    return DatasetConfig(
-        name=facts.name,
-        resolution=facts.resolution,
-        channels=facts.channels,
-        c_dim=facts.c_dim if options.cond else 0,
-        use_labels=bool(options.cond),
-        max_size=_given(options.subset, facts.num_images),
-        xflip=bool(options.mirror),
+
+
+def _check_batch_gpu(rules: BatchRules, gpus: int, share: int, batch: int | None, batch_gpu: int) -> None:
+    """Refuse a size of a pass that breaks groups or does not divide what a process has."""
+    fitting = _nearest(batch_gpu, lambda size: rules.allows(size) and share % size == 0, stop=share)
+    if not rules.allows(batch_gpu):
+        usable = fitting or _nearest(batch_gpu, rules.allows)
+        raise ConfigError(f"--batch-gpu is {batch_gpu}; expected {rules.expectation()}: try {usable}")
+    if share % batch_gpu == 0:
+        return
+    if batch is not None:
+        raise ConfigError(
+            f"--batch is {batch}; expected a multiple of gpus * batch_gpu ({gpus} * {batch_gpu}): "
+            f"try {_usable_batch(rules, gpus, batch, batch_gpu)}"
+        )
+    raise ConfigError(
+        f"--batch-gpu is {batch_gpu}; expected a divisor of the {share} images that --cfg={rules.cfg} gives to each of "
+        f"{gpus} gpus: try {fitting}"
     )
 
 
-def network_configs(
-    options: TrainOptions, preset: Preset, dataset: DatasetConfig
-) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    """Size both networks for the data set, in the precision asked for."""
-    is_mixed = not options.fp32 and options.precision != "fp32"
-    shared: dict[str, Any] = {
-        "img_resolution": dataset.resolution,
-        "img_channels": dataset.channels,
-        "c_dim": dataset.c_dim,
-        "channel_base": preset.channel_base,
-        "channel_max": preset.channel_max,
-        "num_fp16_res": 4 if is_mixed else 0,
-        "conv_clamp": 256 if is_mixed else None,
-        "half_dtype": "bfloat16" if options.precision == "bf16" else "float16",
-        "fp16_channels_last": bool(options.nhwc),
-    }
-    generator = GeneratorConfig(
-        z_dim=preset.latent_dim, w_dim=preset.latent_dim, mapping_layers=preset.mapping_layers, **shared
-    )
-    discriminator = DiscriminatorConfig(
-        architecture=preset.d_architecture, mbstd_group_size=preset.mbstd, freeze_layers=options.freezed, **shared
-    )
-    return generator, discriminator
+def _usable_batch(rules: BatchRules, gpus: int, batch: int, batch_gpu: int | None) -> int:
+    """Return the batch nearest to `batch` that passes every check with these gpus and this batch_gpu."""
+    if batch_gpu is not None and rules.allows(batch_gpu):
+        return _nearest(batch, lambda size: size % (gpus * batch_gpu) == 0)
+    return _nearest(batch, lambda size: size % gpus == 0 and rules.allows(size // gpus))
 
 
-def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit, ada: AdaConfig | None) -> StepConfig:
-    """Join what an iteration needs."""
-    return StepConfig(
-        batch=sizes.batch,
-        micro_batch=sizes.micro_batch,
-        loss=LossConfig(
-            r1_gamma=_given(options.gamma, preset.gamma),
-            pl_weight=preset.pl_weight,
-            style_mixing_prob=preset.style_mixing_prob,
-        ),
-        # A generator that is trained already needs no short averages at the start.
-        ema=EmaConfig(kimg=preset.ema_kimg, rampup=None if options.resumes else preset.ema_rampup),
-        ada=ada,
-    )
-
-
-def _augment_config(options: TrainOptions) -> AugmentConfig:
-    """Choose the augmentations and what drives their probability."""
-    if options.aug == "noaug":
-        return AugmentConfig(strengths={}, p=0, ada=None)
-    pipe = _given(options.augpipe, "bgc")
-    if pipe not in AUGPIPES:
-        raise ConfigError(f"--augpipe is {pipe!r}; expected one of {', '.join(AUGPIPES)}")
-    strengths = {name: 1 for name in AUGPIPES[pipe]}
-    if options.aug == "fixed":
-        return AugmentConfig(strengths=strengths, p=options.p, ada=None)
-    kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
-    return AugmentConfig(strengths=strengths, p=0, ada=AdaConfig(target=_given(options.target, 0.6), kimg=kimg))
-
-
-def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -> str:
-    """Name the run by its data set and by the flags that were given, in a fixed order."""
-    parts = [facts.name]
-    if options.cond:
-        parts.append("cond")
-    if options.subset is not None and options.subset < facts.num_images:
-        parts.append(f"subset{options.subset}")
-    if options.mirror:
-        parts.append("mirror")
-    parts.append(f"{cfg}{gpus}" if cfg == "auto" else cfg)
-    for name in ("gamma", "kimg", "batch"):
-        value = getattr(options, name)
-        if value is not None:
-            parts.append(f"{name}{_number(value)}")
-    if options.aug is not None:
-        parts.append(options.aug)
-    for name in ("p", "target"):
-        value = getattr(options, name)
-        if value is not None:
-            parts.append(f"{name}{_number(value)}")
-    if options.augpipe is not None:
-        parts.append(options.augpipe)
-    if options.resumes:
-        parts.append("resume" + (options.resume if options.resume in TRANSFER_NAMES else "custom"))
-    elif options.resume is not None:
-        parts.append(options.resume)
-    if options.freezed is not None:
-        parts.append(f"freezed{options.freezed}")
-    return "-".join(parts)
-
-
-def _number(value: float) -> str:
-    """Write a flag's number without needless zeros."""
-    return str(value) if isinstance(value, int) else f"{value:g}"
+def _nearest(wanted: int, is_usable: Callable[[int], bool], stop: int | None = None) -> int | None:
+    """Return the usable positive number nearest to `wanted`, the larger of two; None where none is up to `stop`."""
+    distance = 0
+    while stop is None or distance <= max(stop, wanted):
+        for candidate in (wanted + distance, wanted - distance):
+            if candidate >= 1 and (stop is None or candidate <= stop) and is_usable(candidate):
+                return candidate
+        distance += 1
+    return None

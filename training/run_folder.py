@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from dnnlib.cli import UserError
+from dnnlib.files import remove_abandoned
 from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
-from dnnlib.temporary_files import remove_abandoned
-from imagesets.class_names import class_order
-from imagesets.naming import listed
+from dnnlib.text import listed
+from imagesets.classes import class_order
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
 from training.file_kind import run_snapshots

@@ -9,10 +9,9 @@ from importlib import metadata
 from typing import Any, Self
 
 from dnnlib.cli import UserError
-from dnnlib.disk_failures import retrying
-from dnnlib.files import atomic_write, sha256_of
-from training.batching import largest_pass
+from dnnlib.files import atomic_write, retrying, sha256_of
 from training.config import ConfigError, TrainConfig
+from training.presets import largest_pass
 
 RECORD_NAME = "training_options.json"
 RECORD_FORMAT = "stylegan2-ada-run"

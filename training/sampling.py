@@ -4,13 +4,24 @@ Both are functions of the run's seed and the number of images seen: nothing is s
 any number of processes share one order.
 """
 
+import csv
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dnnlib.cli import SIGNALS, UserError
+from dnnlib.files import DiskFailure, retrying
+from imagesets.reader import NO_LABEL
 from torch_utils.seeding import seed_for
+from training.dataset import ImageDataset
 
 
 class TrainingOrder:
@@ -85,3 +96,168 @@ class LabelLaw:
         points = torch.rand(count, generator=rng, dtype=torch.float64)
         rows = torch.searchsorted(self.probabilities.cumsum(0), points, right=True)
         return self.values[rows.clamp(max=len(self.values) - 1)]
+
+
+# MERGED from training.balance
+# Turn --balance into one weight an image.
+
+
+def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarray | None:
+    """Return weights float64 [len(dataset)], or None for equal ones.
+
+    balance:  "none"; "classes": every class that has images is seen equally often; or a CSV file with the columns
+              `class,weight` (the share in which a class is to be seen; its images are equal among themselves) or
+              `file,weight` (one an image, by its name in the data set). Classes and files that are not named get 0.
+
+    Raises UserError when the file or the data set's labels do not allow it.
+    """
+    if balance == "none":
+        return None
+    if balance == "classes":
+        weights = _of_classes(dataset, None, "--balance=classes")
+    else:
+        weights = _from_file(Path(balance), dataset)
+    return np.tile(weights, len(dataset) // dataset.num_images)
+
+
+def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: str) -> np.ndarray:
+    """Divide each class's share equally among its images; None gives every class the same share."""
+    classes = dataset.class_indices()
+    if classes is None or (classes == NO_LABEL).all():
+        raise UserError(f"{flag}: {dataset.path} has no classes; expected integer labels")
+    weights = np.zeros(len(classes))
+    for label in np.unique(classes[classes != NO_LABEL]):
+        members = classes == label
+        weights[members] = (1 if shares is None else shares.pop(int(label), 0)) / members.sum()
+    absent = {label: share for label, share in (shares or {}).items() if share > 0}
+    if absent:
+        name = _class_name(dataset, min(absent))
+        raise UserError(f"{flag}: class {name} has a weight but no image in {dataset.path}")
+    return weights
+
+
+def _from_file(path: Path, dataset: ImageDataset) -> np.ndarray:
+    flag = f"--balance={path}"
+    rows = _read_rows(path, flag)
+    by_class = rows.pop("class", None)
+    if by_class is not None:
+        names = {_class_name(dataset, label): label for label in range(dataset.label_dim)}
+        _refuse_unknown(flag, "class", by_class, names)
+        weights = _of_classes(dataset, {names[name]: weight for name, weight in by_class.items()}, flag)
+    else:
+        files = dataset.image_names()
+        _refuse_unknown(flag, "file", rows["file"], files)
+        weights = np.array([rows["file"].get(name, 0.0) for name in files])
+    if weights.sum() <= 0:
+        raise UserError(f"{flag}: all weights are 0; expected one above 0")
+    return weights
+
+
+def _read_rows(path: Path, flag: str) -> dict[str, dict[str, float]]:
+    """Return {"class" or "file": {name: weight}}."""
+    def read() -> list[list[str]]:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
+
+    try:
+        table = retrying(read, path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{flag} cannot be read ({error}); expected none, classes, or a CSV file") from error
+    header = [name.strip() for name in table[0]] if table else []
+    if header not in (["class", "weight"], ["file", "weight"]):
+        raise UserError(f"{flag} has the columns {', '.join(header) or 'none'}; expected class,weight or file,weight")
+    weights: dict[str, float] = {}
+    for number, row in enumerate(table[1:], start=2):
+        if not row:
+            continue
+        weight = _number(row[1]) if len(row) == 2 else None
+        if weight is None:
+            raise UserError(f"{flag}, line {number} is {','.join(row)}; expected {header[0]},weight with a number >= 0")
+        if row[0].strip() in weights:
+            raise UserError(f"{flag}, line {number} names {header[0]} {row[0].strip()} a second time")
+        weights[row[0].strip()] = weight
+    return {header[0]: weights}
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def _class_name(dataset: ImageDataset, label: int) -> str:
+    return dataset.classes[label] if dataset.classes is not None else str(label)
+
+
+def _refuse_unknown(flag: str, kind: str, named, known) -> None:
+    known = dict.fromkeys(known)
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        examples = ", ".join(list(known)[:5]) + (", ..." if len(known) > 5 else "")
+        raise UserError(f"{flag} names the {kind} {unknown[0]}, which the data set has not; expected {examples}")
+
+
+# MERGED from training.loading
+# Feed a process of a run with its share of images, read ahead by worker processes.
+
+
+class _Share(torch.utils.data.Sampler):
+    """The item numbers of one process: one list an iteration, from any image counter on, without end."""
+
+    def __init__(self, order: TrainingOrder, nimg: int, batch: int, rows: range):
+        self.order, self.nimg, self.batch, self.rows = order, nimg, batch, rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        nimg = self.nimg
+        while True:
+            yield self.order.items(nimg + self.rows.start, len(self.rows)).tolist()
+            nimg += self.batch
+
+
+def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, batch: int, rows: range,
+                    num_workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (pixels uint8 [len(rows), C, R, R], labels float32 [len(rows), c_dim]) for each iteration from `nimg` on.
+
+    nimg:   images seen before the first one that is wanted
+    batch:  images of an iteration, over all processes
+    rows:   which of them this process computes
+
+    Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, when an
+    image cannot be read, and DiskFailure.
+    """
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=_Share(order, nimg, batch, rows),
+                                         num_workers=num_workers, pin_memory=pin_memory,
+                                         worker_init_fn=_leave_stopping_to_the_parent)
+    try:
+        yield from map(tuple, loader)
+    except (UserError, DiskFailure) as error:
+        # A worker's exception arrives with its traceback in the message; the last line is what was raised.
+        kind = type(error)
+        text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        raise kind(text) from None
+
+
+def _leave_stopping_to_the_parent(_: int) -> None:
+    """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
+
+    SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
+    """
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    """Wait for SIGTERM, and end this process when the parent sent it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Map uint8 0..255 to float32 -1..1."""
+    return pixels.float() / 127.5 - 1

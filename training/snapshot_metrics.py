@@ -8,17 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from dnnlib.disk_failures import DiskFailure
-from dnnlib.files import sha256_of
+from dnnlib.cli import StopRequest
+from dnnlib.files import DiskFailure, sha256_of
+from dnnlib.lines import read_lines
 from dnnlib.progress import format_seconds
+from torch_utils.device import lost_device
 from torch_utils.distributed import Processes, ProcessLost, any_process, broadcast_object, first_text
-from training.json_lines import read_lines
-from training.reporting import METRIC_FIELDS, Reporter
+from training.config import BestValue
 from training.run_folder import RunFolder
-from training.run_settings import BestValue
+from training.run_report import METRIC_FIELDS, Reporter
 from training.snapshot import load_network, read_info
-from training.stopping import StopRequest
-from training.trouble import lost_device
 
 # Fields of a line that say how a network was measured: lines of equal ones hold values that compare.
 _HOW = ("num_real", "num_fake", "mirrored_reals", "detector", "detector_sha256", "preprocessing", "seed", "batch",

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from imagesets.class_names import VECTOR, class_order, label_kind_of, named_classes
-from imagesets.member_pixels import describe_shape
-from imagesets.naming import listed
+from dnnlib.text import listed
+from imagesets.classes import VECTOR, class_order, label_kind_of, named_classes
+from imagesets.pixel_hashes import describe_shape
 from training.config import ConfigError, TrainConfig
 from training.dataset import ImageDataset, history_of
 from training.discriminator import Discriminator
 from training.generator import Generator
-from training.options import TrainOptions
-from training.preset_table import CFG_NAMES, choose_preset
-from training.presets import network_configs
+from training.options import TrainOptions, network_configs
+from training.presets import CFG_NAMES, choose_preset
 from training.snapshot import Networks, load_network, read_info
 from training.state import TrainingState
 
@@ -39,7 +38,7 @@ class Labels:
 
     c_dim: int  # 0 = nothing
     names: Sequence[str] | None = None  # of the classes, or of the numbers of a vector
-    kind: str | None = None  # as imagesets.class_names.label_kind_of; None = not known
+    kind: str | None = None  # as imagesets.classes.label_kind_of; None = not known
 
     @classmethod
     def of_network(cls, c_dim: int, info: Mapping[str, Any]) -> "Labels":

@@ -1,1 +1,1 @@
-"""How phantoms are planned and drawn, for imagesets/phantom.py."""
+"""How phantoms are planned and drawn, for imagesets/phantoms/make.py."""

@@ -8,9 +8,7 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dnnlib.files import sha256_of
-from metrics.detectors.detector import Detector
-from metrics.detectors.files import EFFICIENTNET_LITE0
-from metrics.detectors.weights import load_weights
+from metrics.detectors.base import EFFICIENTNET_LITE0, Detector, load_weights
 
 _SIZE = 224
 _MEAN, _STD = 127, 128  # of the TensorFlow models that the weights are from; the first layer's statistics agree

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.files import sha256_of
-from metrics.detectors.detector import Detector
-from metrics.detectors.files import INCEPTION_V3
-from metrics.detectors.weights import load_weights
+from metrics.detectors.base import INCEPTION_V3, Detector, load_weights
 
 
 class InceptionV3(Detector):

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
-from metrics.detectors.files import LPIPS_VGG16
+from metrics.detectors.base import LPIPS_VGG16, read_weights
 from metrics.detectors.similarity import Similarity, mean_directions
 from metrics.detectors.vgg16 import read_network
-from metrics.detectors.weights import read_weights
 
 # The layers of VGG16 whose outputs are compared, the last ReLU before each pooling: where they end, their channels.
 _LEVELS = ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512))

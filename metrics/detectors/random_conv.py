@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
-from metrics.detectors.detector import Detector
+from metrics.detectors.base import Detector
 
 _SIZE = 64
 _CHANNELS = (3, 32, 32, 32, 32)

@@ -1,13 +1,18 @@
 """What path lengths and projections ask of a distance between two images."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
-from metrics.detectors.precision import exact_float32
+from dnnlib.files import sha256_of
+from metrics.detectors.base import exact_float32
+from metrics.detectors.efficientnet_lite0 import read_network, scale_pixels
+from metrics.detectors.random_conv import RandomConv
 
 _EPSILON = 1e-10  # Zhang et al.'s program
 
@@ -91,3 +96,106 @@ def mean_directions(x: Tensor) -> Tensor:
     """
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON
     return x / (length * math.sqrt(x.shape[2] * x.shape[3]))
+
+
+# MERGED from metrics.detectors.pixel_similarity
+# A distance of pixels at several scales, without a network.
+
+
+_LEAST = 8  # pixels a side of the coarsest scale
+
+
+class PixelDistance(Similarity):
+    """The mean squared difference of images, of their 2x2 averages, of those of these ..., summed over the scales.
+
+    The finest scale is the image's own, the coarsest the last with 8 pixels a side or more. A window that the lower
+    or the right edge cuts averages the pixels it has.
+    """
+
+    name = "pixels"
+    weights_sha256 = "none"
+    preprocessing = "images as they are, x in [-1, 1], and their 2x2 averages down to 8 pixels a side"
+    least_size = _LEAST
+
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Return the image averaged to 8x8 less its mean colour, float32 [N, 192], without gradients.
+
+        An image of one colour has zeros, and no cosine.
+
+        Raises ValueError for other images than `embed` takes.
+        """
+        self._check_images(images)
+        x = adaptive_avg_pool2d(images.float(), _LEAST)
+        return (x - x.mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        scales = [images]
+        while min(scales[-1].shape[2:]) >= 2 * _LEAST:
+            scales.append(avg_pool2d(scales[-1], 2, ceil_mode=True))
+        return [x / math.sqrt(x[0].numel()) for x in scales]
+
+
+# MERGED from metrics.detectors.random_conv_similarity
+# A distance through the random filters of the detector random-conv: quick, without a file.
+
+
+class RandomConvDistance(Similarity):
+    """The mean squared difference of each of the network's four layers, summed over them.
+
+    It sees colour, contrast and texture at four scales, and knows nothing of what is shown.
+    """
+
+    name = "random-conv"
+    preprocessing = "images as they are, x in [-1, 1]; the network has random weights"
+    least_size = 16
+
+    def __init__(self):
+        super().__init__()
+        self.network = RandomConv()
+        self.weights_sha256 = self.network.weights_sha256
+        self.eval()
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        return [x / math.sqrt(x[0].numel()) for x in self.network.layers(images)]
+
+
+# MERGED from metrics.detectors.efficientnet_similarity
+# A perceptual distance through EfficientNet-lite0, for places without a network.
+
+
+_ENDS = (1, 3, 5, 11, 16)  # of the blocks whose maps have strides 2, 4, 8, 16, 32
+
+
+class EfficientNetDistance(Similarity):
+    """Zhang et al.'s (2018) uncalibrated form, in which all channels weigh 1, with another network than theirs.
+
+    Compared are six levels: the stem's output, after its activation, and that of the last block of each stride. It
+    was fitted to no judgements of people, and its values are not those of LPIPS.
+    """
+
+    name = "efficientnet-lite0"
+    preprocessing = "images as they are, (x - 127) / 128 for x in [0, 255]"
+    least_size = 32
+
+    def __init__(self, weights: str | os.PathLike):
+        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        super().__init__()
+        network = read_network(weights)
+        stem = nn.Sequential(network._conv_stem, network._swish)
+        starts = (0, *_ENDS)
+        self.levels = nn.ModuleList([stem, *(nn.Sequential(*network._blocks[start:end])
+                                             for start, end in zip(starts, _ENDS))])
+        self.weights_sha256 = sha256_of(weights)
+        self.requires_grad_(False).eval()
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = scale_pixels(127.5 * (images + 1)), []
+        for layers in self.levels:
+            x = layers(x)
+            maps.append(mean_directions(x))
+        return maps

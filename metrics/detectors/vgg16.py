@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.files import sha256_of
-from metrics.detectors.detector import Detector
-from metrics.detectors.files import VGG16 as FILE
-from metrics.detectors.weights import load_weights
+from metrics.detectors.base import VGG16 as FILE
+from metrics.detectors.base import Detector, load_weights
 
 _SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of pixels in [0, 1]

@@ -1,17 +1,114 @@
-"""Draw the random numbers of one augmented batch.
-
-Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
-neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
-images costs less than a device takes to start, and where it can be looked at without waiting for the device.
-"""
+"""Name every setting of the augmentation pipeline and check its value."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from training.augmentations.strengths import BANDS
+BANDS = 4  # of the image filter
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentStrengths:
+    """What the pipeline may do and how far.
+
+    A strength multiplies the overall probability p: 0 switches the augmentation off, 1 applies it with probability p.
+    Spreads and ranges are those of the ADA paper (Karras et al. 2020, appendix B); `_std` of a factor is in octaves.
+    """
+
+    # Copies of pixels
+    xflip: float = 0
+    rotate90: float = 0
+    xint: float = 0
+    xint_max: float = 0.125  # translation, of width and height
+    # General geometry
+    scale: float = 0
+    rotate: float = 0
+    aniso: float = 0
+    xfrac: float = 0
+    scale_std: float = 0.2
+    rotate_max: float = 1  # of half a turn
+    aniso_std: float = 0.2
+    xfrac_std: float = 0.125  # translation, of width and height
+    # Colour
+    brightness: float = 0
+    contrast: float = 0
+    lumaflip: float = 0
+    hue: float = 0
+    saturation: float = 0
+    brightness_std: float = 0.2
+    contrast_std: float = 0.5
+    hue_max: float = 1  # of half a turn
+    saturation_std: float = 1
+    # Frequency bands
+    imgfilter: float = 0
+    imgfilter_bands: Sequence[float] = (1, 1, 1, 1)  # strength of each band, from low to high frequencies
+    imgfilter_std: float = 1
+    # Corruption
+    noise: float = 0
+    cutout: float = 0
+    noise_std: float = 0.1
+    cutout_size: float = 0.5  # of width and height
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "imgfilter_bands":
+                _check_not_negative(field.name, value)
+                continue
+            if not isinstance(value, Sequence) or len(value) != BANDS:
+                raise ValueError(f"augmentation setting imgfilter_bands is {value!r}; expected {BANDS} strengths")
+            for band in value:
+                _check_not_negative("imgfilter_bands", band)
+
+    @property
+    def uses_geometry(self) -> bool:
+        return any([self.xflip, self.rotate90, self.xint, self.scale, self.rotate, self.aniso, self.xfrac])
+
+    @property
+    def uses_color(self) -> bool:
+        return any([self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation])
+
+    @property
+    def uses_filter(self) -> bool:
+        return self.imgfilter > 0 and any(self.imgfilter_bands)
+
+
+def parse_strengths(given: Mapping[str, float]) -> AugmentStrengths:
+    """Build the settings from names and values. Raises ValueError for an unknown name or a value out of range."""
+    known = [field.name for field in fields(AugmentStrengths)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"augmentation setting {name!r} is unknown; expected one of {', '.join(known)}")
+    return AugmentStrengths(**given)
+
+
+def _check_not_negative(name: str, value) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"augmentation setting {name} is {value!r}; expected a finite number >= 0")
+
+
+# MERGED from training.augmentations.device
+# Bring what was decided on the host to the images.
+
+
+def on_device_of(images: Tensor, values: np.ndarray) -> Tensor:
+    """Return `values`, floating point ones in the dtype of the images, on their device, without waiting for it."""
+    dtype = images.dtype if values.dtype.kind == "f" else None
+    return torch.from_numpy(values).to(images.device, dtype, non_blocking=True)
+
+
+# MERGED from training.augmentations.draws
+# Draw the random numbers of one augmented batch.
+#
+# Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
+# neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
+# images costs less than a device takes to start, and where it can be looked at without waiting for the device.
+
 
 _TWO_ROTATIONS = 2  # before and after the anisotropic scaling
 # Numbers an image needs of each kind.

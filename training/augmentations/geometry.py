@@ -1,21 +1,38 @@
-"""Move images about: flips, turns, translations and scalings, in one resampling.
-
-Coordinates are (x, y) in pixels from the centre of the image, y downwards.
-"""
+"""Continue images beyond their borders by reflection, however far."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_utils.ops.grid_sample import sample_bilinear
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
-from training.augmentations.device import on_device_of
-from training.augmentations.draws import Draws, rotation_probability
-from training.augmentations.padding import reflect_pad
-from training.augmentations.strengths import AugmentStrengths
+from training.augmentations.draws import AugmentStrengths, Draws, on_device_of, rotation_probability
+
+
+def reflect_pad(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Pad by mirroring about the centres of the border pixels, again and again where an image is small.
+
+    images: [N, C, H, W], H and W at least 2;  left, right, top, bottom: pixels to add, 0 or more
+    """
+    while max(left, right, top, bottom) > 0:
+        # Reflection reaches size - 1 pixels. A mirror of the whole image there lies on a mirror of its period again, so
+        # the next round goes on with the same pattern; a smaller step would not.
+        height, width = images.shape[2:]
+        step = [min(left, width - 1), min(right, width - 1), min(top, height - 1), min(bottom, height - 1)]
+        images = F.pad(images, step, mode="reflect")
+        left, right, top, bottom = left - step[0], right - step[1], top - step[2], bottom - step[3]
+    return images
+
+
+# MERGED from training.augmentations.geometry
+# Move images about: flips, turns, translations and scalings, in one resampling.
+#
+# Coordinates are (x, y) in pixels from the centre of the image, y downwards.
+
 
 # The sym6 low-pass has its centre of gravity 0.4 samples in front of the middle of its taps: that is how far the
 # content of the doubled image is displaced. The transform turns about the displaced centre, to the nearest half.

@@ -1,0 +1,175 @@
+"""Append to a file piece by piece, so that a full disk leaves no half piece and loses none.
+
+Several processes may add lines to one file, and one of them may cut it (dnnlib.lines): each does so while it
+holds the file's lock. Appending alone would not do: what is appended while another process reads the file and puts a
+shorter one in its place goes with the old one, and network file systems do not append at once.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from dnnlib.files import atomic_write, retrying
+from dnnlib.process_lock import LEASE_SECONDS, LockHeld, ProcessLock
+
+# Longer than it takes until the lock of a process that was killed on another host counts as left behind.
+_PATIENCE_SECONDS = LEASE_SECONDS + 60
+
+
+@contextmanager
+def only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from writing to a file of lines meanwhile; wait for one that does. Raises OSError."""
+    path = Path(path)
+    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(patience=_PATIENCE_SECONDS)
+    except LockHeld as holder:
+        raise OSError(errno.EBUSY, f"it is being written by {holder}", str(path)) from holder
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class AppendFile:
+    """A file that grows at its end. It is opened for each piece, and made by the first.
+
+    durable: wait until a piece is on the disk, so that it outlives a power cut
+    shared:  other processes write lines to it, too; each piece is one or more lines
+    """
+
+    def __init__(self, path: str | os.PathLike, *, durable: bool, shared: bool = False):
+        self.path = path
+        self._durable, self._shared = durable, shared
+        self._waiting = b""
+
+    def retry(self) -> None:
+        """Write the pieces that could not be written before, if there are any. Raises OSError as `append` does."""
+        if self._waiting:
+            self.append(b"")
+
+    def append(self, piece: bytes) -> None:
+        """Write `piece` at the end, after pieces that could not be written before.
+
+        Raises OSError when that is not possible; the file is then as it was, and the pieces wait for the next call.
+        LIMIT: pieces that wait are lost when the process ends.
+        """
+        self._waiting += piece
+        with only_writer(self.path) if self._shared else nullcontext():
+            self._write()
+        self._waiting = b""
+
+    def _write(self) -> None:
+        # Opened once the lock is held: another process may have put another file in its place.
+        binary = getattr(os, "O_BINARY", 0)  # else Windows writes line ends of its own
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            # A process that was killed may have left half a line; ours must not become the rest of it.
+            is_cut = self._shared and size > 0 and _last_byte(descriptor) != b"\n"
+            try:
+                _write_all(descriptor, b"\n" * is_cut + self._waiting)
+                if self._durable:
+                    os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _last_byte(descriptor: int) -> bytes:
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write everything; the system may take less at a time, as it does just before the disk is full."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]
+
+
+# MERGED from training.json_lines
+# Records as lines of strict JSON, and files of them cut where a run continues.
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    """Return a record as a line. NaN and infinities, which JSON has not, become null."""
+    return (json.dumps(_strict(record), allow_nan=False) + "\n").encode()
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the records of a file, without lines that are none, as a killed process may leave; [] for no file."""
+    try:
+        lines = retrying(Path(path).read_bytes, path).splitlines()
+    except FileNotFoundError:
+        return []
+    records = (_parse(line) for line in lines)
+    return [record for record in records if record is not None]
+
+
+def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Leave only whole records that `keep` accepts, each as it was; return how many lines went.
+
+    A file that loses nothing is not touched. A line that another process adds meanwhile, by a shared AppendFile, is
+    kept. Raises OSError when it cannot be read or replaced, and DiskFailure.
+    """
+    with only_writer(path):
+        return _cut(path, keep)
+
+
+def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str, Any]], bool]) -> bool:
+    """Put a line in front of the first record that `before` accepts; return False, and do nothing, where none is.
+
+    Other processes may add lines meanwhile, as with `cut_lines`. Raises OSError, and DiskFailure.
+    """
+    with only_writer(path):
+        try:
+            lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return False
+        for index, found in enumerate(lines):
+            record = _parse(found)
+            if record is not None and before(record):
+                with atomic_write(path) as file:
+                    file.write(b"".join([*lines[:index], line, *lines[index:]]))
+                return True
+    return False
+
+
+def _cut(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
+    try:
+        lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    kept = []
+    for line in lines:
+        record = _parse(line) if line.endswith(b"\n") else None
+        if record is not None and keep(record):
+            kept.append(line)
+    if len(kept) < len(lines):
+        with atomic_write(path) as file:
+            file.write(b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

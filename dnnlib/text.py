@@ -1,0 +1,78 @@
+"""Name what exists, and what a misspelt name may have meant, in messages to the user."""
+
+import difflib
+import unicodedata
+from collections.abc import Callable, Sequence
+
+_LISTED = 40  # a message stays one readable line
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names with commas between them, the first 40 of a longer list."""
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """Return " (did you mean mel?)", or "" when no name is near; upper and lower case count as the same."""
+    by_lower = {known.lower(): known for known in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
+    return f" (did you mean {by_lower[near[0]]}?)" if near else ""
+
+
+# MERGED from imagesets.text_table
+# Print tables of plain text.
+
+
+def format_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
+    """Return lines with aligned columns, two spaces apart.
+
+    rows: of equal length
+    left: columns that are aligned on the left; the others are numbers
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) if column in left else text.rjust(width)
+                 for column, (text, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def percent(part: float, whole: float) -> str:
+    """Return "12.3%", or "-" of nothing."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def shorten(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names, and "..." where there are more."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """Return "1 image" or "2 images"."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
+# MERGED from dnnlib.plain_text
+# Write any text with the letters that every font has.
+
+
+def to_ascii(text: str) -> str:
+    """Take accents off, and put "?" for what else is no printable ASCII: Pillow's own font has only these letters."""
+    letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in letters)
+
+
+def fitted(text: str, width: float, width_of: Callable[[str], float]) -> str:
+    """Return a text as it is where it fits, else its beginning and "..".
+
+    width_of: returns the width of a text, in the units of `width`
+    """
+    if width_of(text) <= width:
+        return text
+    low, high = 0, len(text) - 1  # letters that fit, as far as known; letters that may
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if width_of(f"{text[:middle]}..") <= width else (low, middle - 1)
+    return f"{text[:low]}.."

@@ -1,0 +1,1 @@
+"""Images of trained networks: what generate.py makes."""

@@ -1,0 +1,257 @@
+"""Plan a labelled set of images: which seed, which label and which piece of the work each image belongs to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.cli import UserError
+from dnnlib.progress import Progress
+from dnnlib.text import listed
+from generation.image_generator import GLOBAL_CENTER, LARGEST_SEED, Painter
+from generation.network import Classes, Label, OpenNetwork
+from generation.pictures import as_png
+from imagesets.classes import CLASS, LABELS, VECTOR, known_classes
+from imagesets.labels import class_names, label_of
+from imagesets.pixel_hashes import hash_pixels
+from imagesets.reader import ImageSet
+from imagesets.writer import ImageSetWriter
+from torch_utils.distributed import Processes
+from torch_utils.piecework import OPERATORS, Pieces, complete, count_images, differences
+from training.sampling import TrainingOrder
+
+# Of a piece: what a sudden end costs at most. Larger pieces would be lost more often, smaller ones are many files.
+_PIECE_IMAGES, _PIECE_BYTES = 256, 16 << 20
+_MOST_CENTERS = 1000  # a second each for large networks on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetPlan:
+    """What a labelled set holds. Images are numbered from 0; image i is that of seed first_seed + i.
+
+    first_seed:  of image 0
+    count:       images in all
+    counts:      images of each class, [c_dim], one class after the other; None without classes
+    piece:       images that are computed and kept together
+    drawn:       the label of each image, where they do not come class by class; None where they do
+    labels_from: name of the data set that they were drawn from
+    note:        a line for the user on how they were matched
+    """
+
+    first_seed: int
+    count: int
+    counts: tuple[int, ...] | None
+    piece: int
+    drawn: Sequence[Label] | None = None
+    labels_from: str | None = None
+    note: str | None = None
+
+    def __post_init__(self):
+        if self.first_seed + self.count - 1 > LARGEST_SEED:
+            raise UserError(f"--seeds is {self.first_seed}, and the last seed of {self.count} images would be "
+                            f"{self.first_seed + self.count - 1}; the largest seed is {LARGEST_SEED}: start lower, or "
+                            "make fewer images")
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.count // self.piece)
+
+    def images(self, piece: int) -> range:
+        """Return the numbers of the images of a piece."""
+        return range(piece * self.piece, min((piece + 1) * self.piece, self.count))
+
+    def seeds(self, images: range) -> list[int]:
+        return [self.first_seed + image for image in images]
+
+    def labels(self, images: range) -> list[Label]:
+        """Return the label of each of some images."""
+        if self.drawn is not None:
+            return list(self.drawn[images.start:images.stop])
+        if self.counts is None:
+            return [None] * len(images)
+        found, end = [], 0
+        for label, count in enumerate(self.counts):
+            start, end = end, end + count
+            found += [label] * max(min(end, images.stop) - max(start, images.start), 0)
+        return found
+
+
+def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
+                seed: int) -> tuple[list[Label], str | None]:
+    """Return labels for `count` images, drawn from those of a data set as a training run sees them, and a line to say.
+
+    path:     --labels-from
+    classes:  of the network; those of the set are matched by name, or by number where one of them has no names
+    count:    None for as many as the set has images
+
+    They come in rounds, each a random permutation of the set's labels, so that what belongs together stays together,
+    and shares are exact in whole rounds. Raises UserError where a label is missing, or is none of the network's.
+    """
+    images = ImageSet(path)
+    flag = f"--labels-from={path}"
+    if classes.count == 0:
+        raise UserError(f"{flag} is given, but this network was trained without labels; leave it out")
+    if count is not None and count < 1:
+        raise UserError(f"--count is {count}; expected at least 1")
+    is_vector = images.label_kind == VECTOR and images.labels.shape[1] == classes.count and classes.kind != CLASS
+    is_class = images.label_kind == CLASS and classes.kind != VECTOR
+    if not (is_vector or is_class):
+        found = LABELS[images.label_kind] + (f" ({images.labels.shape[1]} each)" if images.label_kind == VECTOR else "")
+        wanted = f"lists of {classes.count} numbers" if classes.kind == VECTOR else "numbers of classes"
+        raise UserError(f"{flag} has {found}; expected {wanted}, as the network learned from")
+    if images.num_unlabelled:
+        raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
+                        "convert it with dataset_tool.py --unlabelled=drop")
+    if is_vector:
+        if classes.names is not None:
+            images.use_classes(classes.names)
+        own = [tuple(label_of(images, row)) for row in range(len(images))]
+    else:
+        own = _match_classes(images, classes, flag)
+    note = None
+    if classes.names is None or images.classes is None:
+        nameless = "the network" if classes.names is None else "the data set"
+        what = "the numbers of its labels; they are matched by position" if is_vector else \
+            "its classes; they are matched by number"
+        note = f"{flag}: {nameless} does not name {what}"
+    order = TrainingOrder(len(own), seed=seed).items(0, len(own) if count is None else count)
+    return [own[row] for row in order], note
+
+
+def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
+    """Return the network's class of each image. Raises UserError where it has no such one."""
+    found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
+    missing = [class_names(images)[label] for label, own in found.items() if own is None]
+    if missing:
+        raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
+                        f"{known_classes(classes.names, classes.count)}: convert it with dataset_tool.py "
+                        "--classes")
+    return [found[label] for label in images.labels.tolist()]
+
+
+def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:
+    """Raise UserError where --trunc-center=class would take means of too many different labels."""
+    if (different := len(set(labels))) > _MOST_CENTERS:
+        raise UserError(f"--trunc-center is class, which takes a mean style for each different label, and the images "
+                        f"take {different} of {path}; expected at most {_MOST_CENTERS}: leave --trunc-center out")
+
+
+def piece_size(shape: Sequence[int], batch: int) -> int:
+    """Return the images of a piece, whole batches. shape: of an image, C R R."""
+    channels, height, width = shape
+    images = min(_PIECE_IMAGES, _PIECE_BYTES // (channels * height * width))
+    return max(images // batch, 1) * batch
+
+
+def describe_origin(network: OpenNetwork, plan: SetPlan, painter: Painter) -> dict[str, Any]:
+    """Return what dataset.json says of the images' origin: all that they follow from."""
+    classes, look = network.classes, painter.look
+    origin = {
+        "generated": True,
+        "network": network.name,
+        "network_sha256": network.sha256,
+        "network_kimg": network.info.get("kimg"),
+        "seeds": [plan.first_seed, plan.first_seed + plan.count - 1],
+        "truncation": look.truncation,
+        "noise_mode": look.noise_mode,
+        "fp32": painter.fp32,
+        "device": painter.device.type,
+        "batch": painter.batch,
+        "classes": None if plan.counts is None else {classes.name(i): n for i, n in enumerate(plan.counts)},
+    }
+    if look.center != GLOBAL_CENTER:  # not written otherwise, so that work that was begun before it is gone on with
+        origin["truncation_center"] = look.center
+    if plan.drawn is not None:
+        labels = json.dumps(list(plan.drawn)).encode()
+        origin["labels_from"] = {"data": plan.labels_from, "labels_sha256": hashlib.sha256(labels).hexdigest()}
+    if network.info.get("phantom") is True:
+        origin["phantom"] = True
+    return origin | network.training
+
+
+# MERGED from latent.labelled_set
+# Write a labelled data set of generated images, piece by piece; the same command continues after any end.
+
+
+def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: Painter, plan: SetPlan,
+                       processes: Processes) -> bool:
+    """Write the zip `dest`; False where it holds just this set already. What was drawn is what is written.
+
+    All processes of a run call this; they share the folder of `dest`. What a piece holds does not depend on their
+    number. Finished pieces wait in a folder beside `dest` until all are there.
+    LIMIT: equal plans give equal bytes where each process has equally many threads. On a CPU a process with a single
+    one sums in another order than one with several: one value in some 10,000 moves by a level.
+
+    Raises UserError when `dest` is another file, or cannot be written, another process works on it, or other pieces
+    lie there.
+    """
+    # The operators that computed it are not part of what it follows from: pieces keep theirs (torch_utils.piecework).
+    origin = describe_origin(network, plan, painter)
+    pieces = Pieces(dest, {**origin, "count": plan.count, "piece": plan.piece})
+    sizes = [len(plan.images(number)) for number in range(plan.num_pieces)]
+    # Where pieces lie beside it, only their removal is missing, or another process is at work there.
+    if _is_done(Path(dest), origin, plan.count) and not pieces.is_there():  # all processes find the same
+        return False
+
+    def make(numbers: list[int]) -> None:
+        with _progress(pieces, sizes, shown=processes.rank == 0) as advance:
+            for number in numbers:
+                pieces.save(number, {"pixels": _paint_piece(network, painter, plan, number)})
+                advance()
+
+    complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(
+        dest, network, plan, pieces, {**origin, OPERATORS: pieces.operators}))
+    return True
+
+
+def _is_done(dest: Path, origin: dict[str, Any], count: int) -> bool:
+    """Tell whether `dest` is a finished set of this origin. Raises UserError where it is something else."""
+    if not dest.exists():
+        return False
+    try:
+        images = ImageSet(dest)
+    except UserError as error:
+        raise UserError(f"--zip is {dest}, which exists and is not a data set; choose another name, or remove "
+                        "it") from error
+    different = differences(images.source, json.loads(json.dumps(origin)))  # both as JSON gives them back
+    if not different and len(images) != count:
+        different = f"{len(images)} images are there, of {count}"
+    if different:
+        raise UserError(f"--zip is {dest}, which exists and holds other images ({different}); choose another name, or "
+                        "remove it")
+    return True
+
+
+def _paint_piece(network: OpenNetwork, painter: Painter, plan: SetPlan, number: int) -> np.ndarray:
+    images = plan.images(number)
+    labels = network.classes.labels(plan.labels(images))
+    return torch.cat(list(painter.paint(plan.seeds(images), labels))).numpy()
+
+
+@contextmanager
+def _progress(pieces: Pieces, sizes: list[int], *, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yield what is to be called after each piece; it counts those of all processes."""
+    if not shown:
+        yield lambda: None
+        return
+    before = count_images(pieces, sizes)
+    with Progress(sum(sizes) - before, "images") as progress:
+        yield lambda: progress.advance(count_images(pieces, sizes) - before - progress.done)
+
+
+def _assemble(dest: str | os.PathLike, network: OpenNetwork, plan: SetPlan, pieces: Pieces, origin: dict) -> None:
+    """Put all pieces into the zip."""
+    with (Progress(plan.count, "images put together") as progress,
+          ImageSetWriter(dest, classes=network.classes.names, source=origin, option="--zip") as writer):
+        for number in range(plan.num_pieces):
+            pixels = torch.from_numpy(pieces.load(number)["pixels"])
+            for image, label in zip(pixels, plan.labels(plan.images(number)), strict=True):
+                writer.add(as_png(image), label, pixel_hash=hash_pixels(image.numpy()))
+            progress.advance(len(pixels))

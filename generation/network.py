@@ -1,0 +1,250 @@
+"""Find the classes of a network by name or number, and the images that each is to have; read vectors as labels."""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.cli import UserError
+from dnnlib.files import sha256_of
+from dnnlib.text import listed
+from generation.image_generator import CLASS_CENTER, Look
+from imagesets.classes import VECTOR, class_counts, find_class, known_classes, label_kind_of, named_classes, split_names
+from torch_utils.distributed import Place, Processes, broadcast_object
+from training.file_kind import find_network
+from training.snapshot import load_network
+
+# What a network is told of an image: the number of its class, a vector of c_dim numbers, or nothing.
+Label = int | tuple[float, ...] | None
+
+_LARGEST_NUMBER = float(torch.finfo(torch.float32).max)
+_COUNTS_SYNTAX = "expected NAME:COUNT,NAME:COUNT,..., such as benign:5000,melanoma:5000"
+
+
+class Classes:
+    """The classes that a network makes images of, or its labels where these are vectors; none of an unconditional one.
+
+    count:            number of classes, or of the numbers of a vector: c_dim
+    kind:             of the labels that it learned, CLASS or VECTOR; None where the file does not say
+    names:            of the classes, or of the numbers; None when they have none
+    training_counts:  images of each class that the network learned from, or None when the file does not say
+    """
+
+    def __init__(self, c_dim: int, info: Mapping[str, Any]):
+        """Take what a network file says of its classes; what does not fit its number of classes counts as not said."""
+        self.count = c_dim
+        self.kind = label_kind_of(info, c_dim)
+        self.names = named_classes(info, c_dim)
+        counts = info.get("class_counts")
+        fits = isinstance(counts, list) and len(counts) == c_dim > 0 and all(type(n) is int and n >= 0 for n in counts)
+        self.training_counts = list(counts) if fits and sum(counts) > 0 else None
+
+    def name(self, label: int | tuple[float, ...]) -> str:
+        """Return the name of a class, or its number; of a vector its numbers, as --label takes them."""
+        if isinstance(label, tuple):
+            return ",".join(f"{number:.9g}" for number in label)
+        return str(label) if self.names is None else self.names[label]
+
+    def find(self, flag: str, text: str) -> int:
+        """Return the number of a class. A name wins over a number. Raises UserError."""
+        return find_class(text.strip(), self.names, self.count, flag=flag)
+
+    def match(self, label: int, names: Sequence[str] | None) -> int | None:
+        """Return the network's class for one of a data set: of the same name where both have names, else number.
+
+        names:  of the data set's classes
+
+        None where the network has no such class.
+        """
+        if self.names is None or names is None:
+            return label if label < self.count else None
+        return self.names.index(names[label]) if names[label] in self.names else None
+
+    def choose(self, text: str | None, label: str | None = None) -> list[Label]:
+        """Return what images are made of, [None] of an unconditional network.
+
+        text:   --class: one class, several with commas between them, or all
+        label:  --label: the numbers of one vector. A network that learned classes takes one, too: a mix of them
+
+        Raises UserError, also when something is missing or not to be given.
+        """
+        if label is not None:
+            if text is not None:
+                raise UserError(f"--class={text} and --label={label} are both given; expected one of them")
+            return [self._parse_label(label)]
+        if self.kind == VECTOR:
+            raise UserError(f"{'--label is missing' if text is None else f'--class is {text}'}, and this network's "
+                            f"labels are not classes but vectors; expected {self.known_labels()}")
+        if self.count == 0:
+            if text is not None:
+                raise UserError(f"--class is {text}, but this network was trained without classes; leave --class out")
+            return [None]
+        if text is None:
+            unknown = self.kind is None and self.names is None  # as of all files of the original
+            raise UserError("--class is missing, and this network makes images of a class; expected "
+                            f"{known_classes(self.names, self.count)}"
+                            + (f", or {self.known_labels()} where its labels are no classes" if unknown else ""))
+        if self.names is not None and text.strip() in self.names:
+            return [self.names.index(text.strip())]
+        if text.strip() == "all":
+            return list(range(self.count))
+        chosen = [self.find("--class", part) for part in split_names(text, self.names or ())]
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"--class={text} names a class twice; expected each once")
+        return chosen
+
+    def known_labels(self) -> str:
+        """Return "--label with 3 numbers (age, size, hair), such as --label=0,1,0.5", for messages."""
+        names = "" if self.names is None else f" ({listed(self.names)})"
+        example = ",".join(["0", "1", "0.5"][:self.count]) + (",..." if self.count > 3 else "")
+        return f"--label with {self.count} numbers{names}, such as --label={example}"
+
+    def labels(self, labels: Sequence[Label]) -> Tensor:
+        """Return labels as the network takes them, classes as one-hot vectors: float32 [N, c_dim]."""
+        rows = torch.zeros(len(labels), self.count)
+        for row, label in zip(rows, labels, strict=True):
+            if isinstance(label, tuple):
+                row.copy_(torch.tensor(label))
+            elif label is not None:
+                row[label] = 1
+        return rows
+
+    def divide(self, count: int | None, text: str | None) -> list[int] | None:
+        """Return the images of each class in a set, [c_dim]; None of an unconditional network.
+
+        count:  --count, images in all; None for the sum of --classes
+        text:   --classes; None for the shares of training, by largest remainder
+
+        Raises UserError where the two do not tell how many, or contradict each other, and for labels that are vectors.
+        """
+        if self.kind == VECTOR:
+            raise UserError(f"{'--labels-from is missing' if text is None else f'--classes is {text}'}, and this "
+                            "network's labels are not classes but vectors; expected a data set to draw labels of "
+                            f"{self.count} numbers from, such as --labels-from=set.zip")
+        if count is not None and count < 1:
+            raise UserError(f"--count is {count}; expected at least 1")
+        if self.count == 0:
+            if text is not None:
+                raise UserError(f"--classes is {text}, but this network was trained without classes; leave it out")
+            if count is None:
+                raise UserError("--count is missing; expected the number of images for --zip, such as --count=10000")
+            return None
+        if text is not None:
+            return self._given_counts(count, text)
+        if count is None:
+            raise UserError("--count is missing; expected the number of images for --zip, such as --count=10000, or "
+                            "--classes with the number of each class")
+        if self.training_counts is None:
+            raise UserError("--classes is missing, and the network file does not say how many images of each class it "
+                            f"learned from; {_COUNTS_SYNTAX}")
+        return class_counts(self.training_counts, count)
+
+    def _parse_label(self, text: str) -> tuple[float, ...]:
+        if self.count == 0:
+            raise UserError(f"--label is {text}, but this network was trained without labels; leave --label out")
+        numbers = []
+        for part in text.split(","):
+            try:
+                number = float(part)
+            except ValueError:
+                number = math.nan
+            if not abs(number) <= _LARGEST_NUMBER:  # so that nan is none
+                raise UserError(f"--label has {part.strip()!r}, which is not a finite number; expected "
+                                f"{self.known_labels()}")
+            numbers.append(number)
+        if len(numbers) != self.count:
+            raise UserError(f"--label is {text}, {len(numbers)} numbers; expected {self.known_labels()}")
+        return tuple(numbers)
+
+    def _given_counts(self, count: int | None, text: str) -> list[int]:
+        counts = [0] * self.count
+        seen = set()
+        # A name may hold commas.
+        whole = [part for name in self.names or () for part in re.findall(rf"{re.escape(name)}:[0-9]+", text)]
+        for part in split_names(text, whole):
+            name, _, number = part.rpartition(":")
+            if not name or not re.fullmatch(r"[0-9]{1,12}", number.strip()):
+                raise UserError(f"--classes has {part.strip()!r}; {_COUNTS_SYNTAX}")
+            index = self.find("--classes", name)
+            if index in seen:
+                raise UserError(f"--classes names {self.name(index)} twice; expected each class once")
+            seen.add(index)
+            counts[index] = int(number)
+        total = sum(counts)
+        if total == 0:
+            raise UserError(f"--classes is {text}, which is no image at all; {_COUNTS_SYNTAX}")
+        if count not in (None, total):
+            raise UserError(f"--count is {count}, and --classes adds up to {total}; expected the same: leave --count "
+                            "out")
+        return counts
+
+
+# MERGED from latent.network
+# Open the network file that images are made with.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenNetwork:
+    """A generator, and what its file says of it."""
+
+    G: nn.Module  # the averaged generator, in eval mode
+    name: str  # of the file, without its folder: names of folders can name people or places
+    sha256: str
+    info: dict[str, Any]
+    classes: Classes
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the network learned from, under the names of its file; empty where the file does not say."""
+        return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
+
+
+def choose_network(text: str) -> str:
+    """Return the path of the file that --network stands for, see `find_network`; say it where it is another text."""
+    path = find_network(text, "--network")
+    place = Place.from_environment()
+    if path != text and place.rank == 0 and place.launcher is None:  # training.launch's own process has said it
+        print(f"--network: {path}", file=sys.stderr)
+    return path
+
+
+def require_same(network: OpenNetwork, processes: Processes) -> None:
+    """Raise UserError unless all processes opened the same file: a newer one may have appeared in a run's folder."""
+    if broadcast_object(network.sha256) != network.sha256:
+        raise UserError(f"--network is another file in process {processes.rank} ({network.name}) than in the first; "
+                        "expected one for all: repeat the command, or name the file itself")
+
+
+def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
+    """Read the network of --network. Raises UserError when it is missing, damaged or another kind of file."""
+    path = choose_network(os.fspath(text))
+    try:
+        networks = load_network(path, device)
+        sha256 = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"--network is {path}, which cannot be read ({error.strerror}); expected a network "
+                        "file") from error
+    except ValueError as error:
+        raise UserError(f"--network: {error}") from error
+    info = networks.config.get("info") or {}
+    return OpenNetwork(G=networks.G_ema, name=Path(path).name, sha256=sha256, info=info,
+                       classes=Classes(networks.G_ema.c_dim, info))
+
+
+def check_look(look: Look, G: nn.Module) -> None:
+    """Raise UserError where a network cannot make images of this look."""
+    if look.center == CLASS_CENTER:
+        if G.c_dim == 0:
+            raise UserError("--trunc-center is class, but this network was trained without classes; expected global: "
+                            "leave --trunc-center out")
+        return
+    if look.truncation != 1 and G.mapping.w_avg_beta is None:
+        raise UserError(f"--trunc is {look.truncation:g}, but this network keeps no mean style to truncate towards; "
+                        "leave --trunc out")

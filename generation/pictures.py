@@ -1,0 +1,161 @@
+"""Write images as files of their own, and many of them on one sheet."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.cli import UserError
+from dnnlib.files import atomic_write
+from dnnlib.progress import Progress
+from generation.image_generator import Painter, parse_ranges
+from imagesets.writer import encode_png
+from torch_utils.images import save_grid
+
+# Of a sheet. Programs refuse larger pictures: Pillow warns from 89 million pixels on.
+MOST_PIXELS = 80_000_000
+
+_WHITE = 255
+_LONGEST_ROW = 32  # images of one class, side by side
+
+
+def as_png(pixels: Tensor) -> bytes:
+    """Return the PNG file of an image: uint8 [1 or 3, H, W]."""
+    return encode_png(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def save_picture(path: str | os.PathLike, pixels: Tensor) -> None:
+    """Write uint8 [1 or 3, H, W] as a PNG, whole or not at all. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(as_png(pixels))
+
+
+class Sheet:
+    """A picture of many images: those of each class from a new row on, with its name beside it.
+
+    names:       of the classes, or None for images that are all alike
+    per_class:   images of each
+    channels, resolution:  of an image
+
+    Raises UserError when the picture would be too large for most programs.
+    """
+
+    def __init__(self, names: Sequence[str] | None, per_class: int, *, channels: int, resolution: int):
+        classes = 1 if names is None else len(names)
+        self.columns = min(math.ceil(math.sqrt(per_class)) if names is None else per_class, _LONGEST_ROW)
+        rows_each = -(-per_class // self.columns)
+        self.rows = classes * rows_each
+        if self.rows * self.columns * resolution**2 > MOST_PIXELS:
+            most = MOST_PIXELS // resolution**2
+            raise UserError(f"--grid would show {classes * per_class} images of {resolution}x{resolution}; expected "
+                            f"at most {most}: name fewer --seeds, or leave --grid out")
+        self._row_names = None if names is None else [name for name in names for _ in range(rows_each)]
+        self._cells = torch.full((self.rows * self.columns, channels, resolution, resolution), _WHITE,
+                                 dtype=torch.uint8)
+        self._places = iter([(label * rows_each * self.columns) + index
+                             for label in range(classes) for index in range(per_class)])
+
+    def add(self, images: Tensor) -> None:
+        """Put images into the next cells: uint8 [n, C, R, R]."""
+        for image in images:
+            self._cells[next(self._places)] = image
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the picture as a PNG. Raises OSError."""
+        save_grid(path, self._cells, columns=self.columns, rows=self.rows, labels=self._row_names)
+
+
+def make_outdir(path: str | os.PathLike) -> Path:
+    """Make the folder of --outdir where it is missing; return it. Raises UserError when that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--outdir is {path}, which cannot be made ({error.strerror}); expected a folder that "
+                        "can") from error
+    return folder
+
+
+def check_file(flag: str, path: str, ending: str) -> None:
+    """Raise UserError unless a file of this name can be written in a folder that exists."""
+    target = Path(path)
+    if target.suffix.lower() != ending:
+        raise UserError(f"{flag} is {path}; expected a name ending in {ending}")
+    if target.is_dir():
+        raise UserError(f"{flag} is {path}, which is a folder; expected a name of a file to write")
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{flag} is {path}, but there is no folder {target.parent}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} is {path}, but the folder {target.parent} cannot be written to; expected one that can")
+
+
+# MERGED from latent.style_mixing
+# Give images of some seeds layers of the styles of others: coarse ones carry shape, fine ones colour.
+
+
+USUAL_LAYERS = 7  # 0 to 6, as in the original
+
+
+
+def choose_layers(text: str | None, num_ws: int) -> list[int]:
+    """Return the layers of --styles, each once and in order.
+
+    Without the flag they are 0-6. Where a network has no more than these, taking all would copy the whole image: it
+    is the first half then. Raises UserError for layers that the network does not have.
+    """
+    if text is None:
+        return list(range(USUAL_LAYERS if num_ws > USUAL_LAYERS else num_ws // 2))
+    ranges = parse_ranges("--styles", text, largest=num_ws - 1, what="layer of this network")
+    return sorted({layer for some in ranges for layer in some})
+
+
+def mix(row: Tensor, column: Tensor, layers: Sequence[int]) -> Tensor:
+    """Return the styles of `row` with some layers from `column`: all [L, W]."""
+    mixed = row.clone()
+    mixed[list(layers)] = column[list(layers)]
+    return mixed
+
+
+def check_mix_size(rows: int, columns: int, resolution: int) -> None:
+    """Raise UserError when the sheet would be too large for most programs."""
+    cells = (rows + 1) * (columns + 1)
+    if cells * resolution**2 > MOST_PIXELS:
+        raise UserError(f"grid.png would show {cells} images of {resolution}x{resolution}; expected at most "
+                        f"{MOST_PIXELS // resolution**2}: name fewer --rows or --cols")
+
+
+def write_style_mix(outdir: str | os.PathLike, painter: Painter, rows: Sequence[int], columns: Sequence[int], *,
+                    layers: Sequence[int], label: Tensor) -> int:
+    """Write R-C.png for each pair of seeds, S-S.png for each seed alone, and all of them on grid.png.
+
+    rows, columns:  seeds, each once; an image is that of its row, with layers of its column's style
+    label:          float32 [1, c_dim], of all images
+
+    Returns the number of images. Where a seed is both row and column its pair is the image of the seed itself.
+    """
+    seeds = list(dict.fromkeys([*rows, *columns]))
+    ws = torch.cat([painter.styles([seed], label) for seed in seeds])
+    styles = dict(zip(seeds, ws, strict=True))
+    pairs = list(dict.fromkeys([*((seed, seed) for seed in seeds), *((r, c) for r in rows for c in columns)]))
+    pictures = {}
+    folder = make_outdir(outdir)
+    with Progress(len(pairs), "images") as progress:
+        for start in range(0, len(pairs), painter.batch):
+            some = pairs[start:start + painter.batch]
+            mixed = torch.stack([mix(styles[row], styles[column], layers) for row, column in some])
+            pixels = painter.pixels(mixed, [row for row, _ in some])
+            for pair, image in zip(some, pixels, strict=True):
+                save_picture(folder / f"{pair[0]}-{pair[1]}.png", image)
+                pictures[pair] = image
+            progress.advance(len(some))
+    corner = torch.full_like(next(iter(pictures.values())), _WHITE)
+    lines = [corner, *(pictures[column, column] for column in columns)]
+    for row in rows:
+        lines += [pictures[row, row], *(pictures[row, column] for column in columns)]
+    save_grid(folder / "grid.png", torch.stack(lines), columns=len(columns) + 1, rows=len(rows) + 1)
+    return len(pairs)

@@ -1,1 +1,0 @@
-"""The commands of dataset_tool.py: their options, and what they print."""

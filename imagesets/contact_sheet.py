@@ -1,0 +1,143 @@
+"""Draw contact sheets: some images of each class on one picture, with a title."""
+
+import io
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from dnnlib.cli import UserError
+from dnnlib.files import temporary_beside
+from dnnlib.text import plural, to_ascii
+from imagesets.labels import class_columns, class_names, is_unlabelled
+from imagesets.reader import ImageSet
+
+MAX_COLUMNS = 10
+_SMALLEST_CELL, _LARGEST_CELL = 64, 128  # pixels
+_GAP = 4
+_FONT_SIZE = 16
+_TITLE_HEIGHT = 28
+_BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
+
+
+def write_sheets(images: ImageSet, usable: np.ndarray, folder: str | os.PathLike) -> list[Path]:
+    """Write a PNG for each class with images, and for those without a label; return the files.
+
+    usable: bool [N], images that can be decoded
+    folder: made when it is missing; files of the same names are replaced
+
+    Raises UserError when the folder cannot be used. Then, as at any error, no sheet is written.
+    """
+    with _fill_folder(Path(folder)) as temporary:
+        names = []
+        for file_name, title, rows in _sheets(images, usable):
+            _draw_sheet(images, title, rows, choose_evenly([images.groups[row] for row in rows], MAX_COLUMNS**2)
+                        ).save(temporary / file_name)
+            names.append(file_name)
+    return [Path(folder) / name for name in names]
+
+
+def _sheets(images: ImageSet, usable: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield file name, title and rows of each sheet."""
+    columns, names = class_columns(images), class_names(images)
+    for index, name in enumerate(names):
+        rows = np.flatnonzero(columns[:, index] & usable)
+        if len(rows):
+            yield sheet_name(index, len(names), name), name, rows
+    rows = np.flatnonzero(is_unlabelled(images) & usable)
+    if len(rows):
+        yield ("all.png", "all images", rows) if images.labels is None else ("unlabelled.png", "no label", rows)
+
+
+def sheet_name(index: int, count: int, name: str) -> str:
+    """Return a file name that is safe on every system and differs from class to class, as "04-melanoma.png"."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", to_ascii(name)).strip("-")[:60]
+    number = str(index).zfill(len(str(count - 1)))
+    return f"{number}-{plain}.png" if plain else f"{number}.png"
+
+
+def choose_evenly(groups: Sequence[str], limit: int) -> list[int]:
+    """Return up to `limit` places in ascending order: as many groups as possible, spread evenly over the set.
+
+    groups: the group of each image, in the order of the images
+    """
+    seen: dict[str, int] = {}
+    rounds: dict[int, list[int]] = {}  # the first images of the groups, then their second ones, ...
+    for place, group in enumerate(groups):
+        turn = seen[group] = seen.get(group, -1) + 1
+        rounds.setdefault(turn, []).append(place)
+    chosen: list[int] = []
+    for turn in sorted(rounds):
+        wanted = min(limit - len(chosen), len(rounds[turn]))
+        chosen += [rounds[turn][index * len(rounds[turn]) // wanted] for index in range(wanted)]
+    return sorted(chosen)
+
+
+def _draw_sheet(images: ImageSet, name: str, rows: np.ndarray, places: Sequence[int]) -> PIL.Image.Image:
+    pictures = [_open(images.read(images.names[rows[place]])) for place in places]
+    # Small images are doubled, and doubled again, so that pixels stay pixels; large ones are reduced.
+    side = max(max(picture.size) for picture in pictures)
+    factor = 2 ** max(0, math.ceil(math.log2(_SMALLEST_CELL / side)))
+    cell = min(side * factor, _LARGEST_CELL)
+    columns = min(MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
+    num_rows = math.ceil(len(pictures) / columns)
+    num_groups = len({images.groups[row] for row in rows})
+    shown = "" if len(pictures) == len(rows) else f", {len(pictures)} of them here"
+    title = f"{to_ascii(name)}: {plural(len(rows), 'image')}, {plural(num_groups, 'group')}{shown}"
+    font = PIL.ImageFont.load_default(_FONT_SIZE)
+    width = max(columns * (cell + _GAP) + _GAP, math.ceil(font.getlength(title)) + 2 * _GAP)
+    sheet = PIL.Image.new("RGB", (width, _TITLE_HEIGHT + num_rows * (cell + _GAP)), _BACKGROUND)
+    PIL.ImageDraw.Draw(sheet).text((_GAP, _GAP), title, fill=_INK, font=font)
+    for index, picture in enumerate(pictures):
+        picture = _fit(picture, factor, cell)
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (_GAP + column * (cell + _GAP) + (cell - picture.width) // 2,
+                              _TITLE_HEIGHT + row * (cell + _GAP) + (cell - picture.height) // 2))
+    return sheet
+
+
+def _open(data: bytes) -> PIL.Image.Image:
+    """Decode an image to RGB, not much larger than a cell, so that a sheet of large images fits in memory."""
+    image = PIL.Image.open(io.BytesIO(data))
+    if image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255.
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
+    image.thumbnail((_LARGEST_CELL, _LARGEST_CELL), PIL.Image.Resampling.LANCZOS)
+    return image
+
+
+def _fit(picture: PIL.Image.Image, factor: int, cell: int) -> PIL.Image.Image:
+    enlarged = picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
+    enlarged.thumbnail((cell, cell), PIL.Image.Resampling.LANCZOS)
+    return enlarged
+
+
+@contextmanager
+def _fill_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder; its files move into `folder` at the end, unless there was an error."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--sheet={folder} is a file; expected a folder for the sheets")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--sheet={folder}: there is no folder {folder.parent}; make it first")
+    is_new = not folder.exists()
+    temporary = temporary_beside(folder / "sheet")
+    try:
+        temporary.mkdir(parents=is_new)
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
+    temporary.rmdir()

@@ -1,1 +1,0 @@
-"""What an inspection measures, finds and shows, for imagesets/inspection.py."""

@@ -1,1 +1,0 @@
-"""Tables of labels, and the choice of classes from them."""

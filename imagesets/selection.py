@@ -1,0 +1,300 @@
+"""Decide which images of a source are wanted, and with which label and group."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dnnlib.cli import UserError
+from dnnlib.text import listed, plural
+from imagesets.classes import ClassChoice, class_counts, names_of_numbers
+from imagesets.folders import Source, missing_labels
+from imagesets.pixel_hashes import link_groups
+from imagesets.reader import NO_LABEL
+from imagesets.sources import file_ending, patterns_of
+from imagesets.tables import LabelTable
+
+UNLABELLED = ("error", "drop", "keep")
+WANTED = ""
+NO_CLASS, NOT_CHOSEN, NOT_DRAWN = "no label", "class not chosen", "not drawn for --max-images"
+REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, NOT_DRAWN)
+_SHOWN = 5
+
+
+class LabelsUnclear(UserError):
+    """Images without a label, or rows of a table that several images match, which the user has not yet decided on.
+
+    details: what the report lists
+    """
+
+    def __init__(self, message: str, details: Mapping[str, Any]):
+        super().__init__(message)
+        self.details = dict(details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """What a source, or a table in its place, says of the N images.
+
+    labels, classes, groups: as in Source
+    rows:                row of each image in the table, int64 [N], -1 without one; None without a table
+    rows_without_image:  ids of the table
+    table, group_table:  what was read, None where none was given
+    """
+    labels: np.ndarray | None
+    classes: list[str] | None
+    groups: Sequence[str | None] | None
+    rows: np.ndarray | None = None
+    rows_without_image: Sequence[str] = ()
+    table: LabelTable | None = None
+    group_table: LabelTable | None = None
+
+    @classmethod
+    def of_source(cls, source: Source, ignore_folders: bool = False) -> "Labelling":
+        """ignore_folders: labels come from dataset.json alone"""
+        if not ignore_folders or source.labels is None:
+            return cls(labels=source.labels, classes=source.classes, groups=source.groups)
+        is_ready = np.concatenate([np.full(len(part), part.is_ready) for part in source.parts or [source]])
+        if not is_ready.any():
+            return cls(labels=None, classes=None, groups=source.groups)
+        labels = source.labels.copy()
+        labels[~is_ready] = NO_LABEL if labels.ndim == 1 else np.nan
+        return cls(labels=labels, classes=source.classes, groups=source.groups)
+
+    @classmethod
+    def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labelling":
+        """Look up each image of the source. Groups that the source itself brings stay where the table has none.
+
+        all_meant: the user says that several files may share a row
+
+        Raises UserError when no image has a row, or the images are no files; LabelsUnclear when a row matches several
+        files, which may be an image and its mask.
+        """
+        names, rows = _find_rows(source, table, "--labels")
+        if not all_meant:
+            _refuse_shared_rows(source, table, rows)
+        position = {name: index for index, name in enumerate(table.class_names)}
+        labels = np.full(len(source), NO_LABEL, dtype=np.int64)
+        for index in np.flatnonzero(rows >= 0):
+            name = table.class_of(names[index])
+            labels[index] = NO_LABEL if name is None else position[name]
+        unused = np.ones(len(table), dtype=bool)
+        unused[rows[rows >= 0]] = False
+        groups = [table.group_of(name) for name in names] if table.group_columns else source.groups
+        return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows, table=table,
+                   rows_without_image=[table.ids[row] for row in np.flatnonzero(unused)])
+
+    def with_groups(self, source: Source, table: LabelTable) -> "Labelling":
+        """Add the groups of another table: images that are of one group in either are in one.
+
+        Raises UserError when no image has a row there, or the images are no files.
+        """
+        names, _ = _find_rows(source, table, "--groups")
+        found = [table.group_of(name) for name in names]
+        known = [] if self.table is None else [name.lower() for name in self.table.group_columns]
+        same = known == [name.lower() for name in table.group_columns]
+        return replace(self, group_table=table, groups=_unite(self.groups or [None] * len(source), found, same))
+
+
+def _unite(groups: Sequence[str | None], others: Sequence[str | None], same: bool) -> list[str | None]:
+    """Return groups that join what either of two lists joins; named as in the first, else as in the second.
+
+    same:  a text in both names the same patient or lesion
+    """
+    # Texts of other columns are told apart: the patient 7 is not the lesion 7.
+    keys = [f"{0 if same else 1} {other}" if other is not None else None for other in others]
+    known = [f"0 {group}" if group is not None else key if key is not None else f"2 {index}"
+             for index, (group, key) in enumerate(zip(groups, keys))]
+    members: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            members.setdefault(key, []).append(index)
+    units, _ = link_groups(known, [np.array(rows) for rows in members.values()])
+    names: dict[int, str] = {}
+    for texts in (groups, others):
+        for unit, text in zip(units.tolist(), texts):
+            if text is not None and unit not in names:
+                names[unit] = text
+    taken: dict[str, int] = {}
+    for unit, name in names.items():
+        while name in taken:  # by another unit, named after something else
+            name = f"{name} (2)"
+        names[unit] = name
+        taken[name] = unit
+    return [names.get(unit) for unit in units.tolist()]
+
+
+def _find_rows(source: Source, table: LabelTable, option: str) -> tuple[Sequence[str], np.ndarray]:
+    """Return the names to look for, and the row of each image in the table: int64 [N], -1 without one."""
+    if not source.has_files:
+        why = "brings its own labels" if option == "--labels" else "has no file names to look for in a table"
+        raise UserError(f"{option}: {source.name} ({source.kind}) {why}; leave the option out")
+    names = _names_for(table, source)
+    rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in names], dtype=np.int64)
+    if (rows < 0).all():
+        raise UserError(f"{option}: no image of {source.name} has a row; the images are named as {source.names[0]}, "
+                        f"the rows as {table.ids[0]}: choose the column by --id-column, or another table")
+    return names, rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The decision on each of the N images.
+
+    reasons:  int8 [N], index into REASONS; 0 is wanted
+    labels:   None, int64 [N] into `classes`, or float32 [N, D]
+    classes:  names of the integer labels, or None
+    groups:   as in Labelling
+    """
+    reasons: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str] | None
+    labelling: Labelling
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """bool [N]"""
+        return self.reasons == 0
+
+    def label(self, index: int) -> int | list[float] | None:
+        if self.labels is None or missing_labels(self.labels[index:index + 1], 1)[0]:
+            return None
+        return self.labels[index].tolist()
+
+    def label_name(self, index: int) -> str:
+        """Return the label of an image for people."""
+        label = self.label(index)
+        if label is None:
+            return "(none)"
+        return self.classes[label] if self.classes is not None and isinstance(label, int) else str(label)
+
+
+def select(source: Source, labelling: Labelling, *, classes: str | None, merge: str | None, unlabelled: str,
+           max_images: int | None, seed: int) -> Selection:
+    """Apply --classes, --merge, --unlabelled and --max-images, whose sample follows from `seed`.
+
+    Raises UserError when an option does not fit the labels or nothing is left, LabelsUnclear when some images have
+    no label and unlabelled is "error".
+    """
+    if unlabelled not in UNLABELLED:
+        raise UserError(f"--unlabelled={unlabelled}; expected one of {', '.join(UNLABELLED)}")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images={max_images}; expected at least 1")
+    reasons = np.zeros(len(source), dtype=np.int8)
+    missing = missing_labels(labelling.labels, len(source))
+    if labelling.labels is not None and missing.any() and unlabelled != "keep":
+        if unlabelled == "error":
+            raise _unlabelled_error(source, labelling, missing)
+        reasons[missing] = REASONS.index(NO_CLASS)
+    labels, names = _choose(source, labelling, classes, merge, missing, reasons)
+    if max_images is not None and np.count_nonzero(reasons == 0) > max_images:
+        reasons[_not_drawn(np.flatnonzero(reasons == 0), labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
+    if reasons.all():
+        raise UserError(f"{source.name}: none of its {len(source)} images is left by --unlabelled and --classes; "
+                        "expected at least one")
+    return Selection(reasons=reasons, labels=labels, classes=names, labelling=labelling)
+
+
+def _choose(source: Source, labelling: Labelling, classes: str | None, merge: str | None, missing: np.ndarray,
+            reasons: np.ndarray) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the labels and names of the classes chosen; marks images of others in `reasons`."""
+    if classes is None and merge is None:
+        return labelling.labels, labelling.classes
+    option = "--classes" if classes is not None else "--merge"
+    if labelling.labels is None:
+        raise UserError(f"{option}: the images of {source.name} have no labels; expected sub-folders, a dataset.json "
+                        "with labels, or --labels=FILE")
+    if labelling.labels.ndim == 2:
+        raise UserError(f"{option}: the labels of {source.name} are lists of {labelling.labels.shape[1]} numbers, "
+                        "from which no class can be chosen; leave the option out")
+    found = labelling.classes or names_of_numbers(labelling.labels)
+    choice = ClassChoice.create(found, classes, merge)
+    indices = [choice.index_of(name) for name in found]
+    new_index = np.array([NO_LABEL if index is None else index for index in indices], dtype=np.int64)
+    labels = np.where(missing, NO_LABEL, new_index[labelling.labels])
+    reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
+    return labels, list(choice.names)
+
+
+def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
+    """Return those of `rows` that are not in a random sample of `count`: of each class its share, to one image.
+
+    Images without a label are a class here, and so are all together where labels are lists. Groups do not count: a
+    sample of a lesion's images is one of that lesion.
+    """
+    kinds = np.zeros(len(rows)) if labels is None or labels.ndim == 2 else labels[rows]
+    members = [rows[kinds == kind] for kind in np.unique(kinds)]
+    counts = class_counts([len(some) for some in members], count)
+    random = np.random.RandomState(seed)
+    return np.concatenate([random.permutation(some)[number:] for some, number in zip(members, counts, strict=True)])
+
+
+def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
+    """Return the names under which to look for the images: with that of their part where the table has that."""
+    if not source.parts:
+        return source.names
+    inside = [name for part in source.parts for name in part.names]
+    return [name if name in table else inner for name, inner in zip(source.names, inside)]
+
+
+def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> None:
+    """Raise LabelsUnclear when a row matches several files of one source, or files of different endings.
+
+    The same name in two sources stays: these may overlap.
+    """
+    part_of = np.repeat(np.arange(len(source.parts)), [len(part) for part in source.parts]) if source.parts else None
+    shared = {}
+    for row, files in images_of_rows(rows).items():
+        endings = {file_ending(source.names[index]) for index in files}
+        if len(endings) > 1 or part_of is None or len(set(part_of[files])) < len(files):
+            shared[table.ids[row]] = [source.names[index] for index in files]
+    if not shared:
+        return
+    examples = "; ".join(" and ".join(files[:_SHOWN]) for files in list(shared.values())[:2])
+    of_rows, more = f"of the table's {len(table)} rows", "; ..." if len(shared) > 2 else ""
+    raise LabelsUnclear(f"--labels: {plural(len(shared), f'{of_rows} matches', f'{of_rows} match')} several files "
+                        f"({examples}{more}); expected one image a row: say which files are meant, such as by "
+                        f'{_choice_advice(source, list(shared.values()))}, or take all by --include="*"',
+                        {"rows_of_several_files": shared})
+
+
+def _choice_advice(source: Source, shared: Sequence[Sequence[str]]) -> str:
+    """Return how to choose among files of one row. shared: the names of each such row"""
+    # The first is taken to be the image: no mask is saved as JPEG, which blurs its edge.
+    first, second = sorted(max(shared, key=lambda files: len(set(map(file_ending, files)))),
+                           key=lambda name: file_ending(name) not in (".jpg", ".jpeg"))[:2]
+    if (ending := file_ending(second)) != file_ending(first):
+        emptied = [part.name for part in source.parts if all(file_ending(name) == ending for name in part.names)]
+        if emptied:
+            return f"leaving out the --source of {listed(emptied)}"
+        return f'--include="*{file_ending(first)}" or --exclude="*{ending}"'
+    ways = [dict.fromkeys(_own_folder(name, files[kept]) for files in shared for name in files
+                          if name != files[kept]) for kept in (-1, 0)]
+    return " or ".join(" ".join(f'--exclude="{folder}/*"' for folder in list(way)[:_SHOWN])
+                       for way in ways if None not in way) or f'--exclude="{second}"'
+
+
+def _own_folder(name: str, other: str) -> str | None:
+    """Return the outermost folder that one file lies in and the other does not."""
+    around = other.split("/")[:-1]
+    return next((folder for folder in name.split("/")[:-1] if folder not in around), None)
+
+
+def images_of_rows(rows: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the images, in order, of each row that has several. rows: int64 [N], -1 without one"""
+    order = np.argsort(rows, kind="stable")
+    runs = np.split(order, np.flatnonzero(np.diff(rows[order])) + 1)
+    return {int(rows[run[0]]): run for run in runs if len(run) > 1 and rows[run[0]] >= 0}
+
+
+def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> LabelsUnclear:
+    names = [source.names[index] for index in np.flatnonzero(missing)]
+    shown = listed(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    in_table = "" if labelling.rows is None else f", {int((labelling.rows < 0).sum())} of them no row in the table"
+    others = patterns_of(names, [source.names[index] for index in np.flatnonzero(~missing)]) if source.has_files else []
+    patterns = " ".join(f'--exclude="{pattern}"' for pattern in others)
+    leave_out = f", leave them out ({patterns})" if others else ""
+    return LabelsUnclear(f"{len(names)} of {len(source)} images have no label{in_table} ({shown}); expected a label "
+                         f"for each: add them{leave_out}, or give --unlabelled=drop or "
+                         "--unlabelled=keep", {"unlabelled": names})

@@ -1,1 +1,0 @@
-"""Where images come from: folders, zips, and archives of arrays."""

@@ -1,0 +1,417 @@
+"""Hold many short texts in little memory."""
+
+import codecs
+import csv
+import os
+import posixpath
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dnnlib.cli import UserError
+from dnnlib.files import iterate_retrying, retrying, unpack_advice
+from imagesets.classes import order_classes
+from imagesets.layouts import Layout, groups_layout_of, layout_of
+from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes, plain_path
+
+
+class CompactTexts(Sequence[str]):
+    """Texts one after the other in one buffer: their UTF-8 bytes and 8 more each, where a str takes 50 more."""
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self._buffer = bytearray()
+        self._ends = array("q", [0])
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self._buffer += text.encode()
+        self._ends.append(len(self._buffer))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        """Return one text; slices are not offered."""
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        return self._buffer[self._ends[index]:self._ends[index + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def find_sorted(self, text: str) -> int | None:
+        """Return where `text` stands, or None; the texts must be in ascending order."""
+        index = bisect_left(self, text)
+        return index if index < len(self) and self[index] == text else None
+
+
+# MERGED from imagesets.labels.delimited
+# Read delimited text (CSV) as people have it: comma, semicolon or tab, any line ends, UTF-8, UTF-16 or Latin-1.
+
+
+_DELIMITERS = ",;\t"
+_CHUNK = 1 << 20
+
+
+class DelimitedFile:
+    """A table in a text file: its header at once, its rows as they are asked for.
+
+    header: the column names, without spaces around them
+
+    Bytes that are not UTF-8 make the whole file Latin-1, which has a character for every byte. Raises UserError when
+    the file is missing, empty, no text, or its header has a single column.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"{self.path} does not exist; expected a table, a CSV file")
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder; expected a table, a CSV file")
+        self._encoding = retrying(lambda: _encoding_of(self.path), self.path)
+        self._delimiter, self.header = retrying(self._read_header, self.path)
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield (line number, cells) of every row below the header; cells are without spaces around them.
+
+        Rows without any text are passed over: spreadsheets leave them at the end. Raises UserError, with the line, for
+        a row that has more or fewer cells than the header, and for quotes that do not fit.
+        """
+        rows = iterate_retrying(lambda: self._all_rows(self._delimiter), self.path)
+        next(rows)
+        for line, cells in rows:
+            if len(cells) != len(self.header):
+                raise UserError(f"{self.path}, line {line}: the row has {_cells(len(cells))}; expected "
+                                f"{len(self.header)}, as the header has")
+            yield line, cells
+
+    def _read_header(self) -> tuple[str, list[str]]:
+        """Take the delimiter that splits the first row most often; the first of them when several do."""
+        best: tuple[str, list[str]] = ("", [])
+        failure = None
+        for delimiter in _DELIMITERS:
+            try:
+                _, cells = next(self._all_rows(delimiter), (0, []))
+            except UserError as error:  # quotes end where a wrong delimiter does not expect it
+                failure = failure or error
+                continue
+            if len(cells) > len(best[1]):
+                best = delimiter, cells
+        if not best[1]:
+            raise failure or UserError(f"{self.path} is empty; expected a table: a header and a row an image")
+        if len(best[1]) == 1:
+            raise UserError(f"{self.path} has the single column {best[1][0][:80]!r}; expected at least two, with "
+                            "commas, semicolons or tabs between them")
+        return best
+
+    def _all_rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        """Yield (first line, cells) of every row that holds any text, the header among them."""
+        with open(self.path, encoding=self._encoding, newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            while True:
+                line = reader.line_num + 1  # a quoted cell may go over several lines: the first is named
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:
+                    if "field limit" in str(error):  # Python's own
+                        raise UserError(f"{self.path}, line {line}: a cell has more than {csv.field_size_limit():,} "
+                                        "characters; expected short ones: is a quote in this row not closed?"
+                                        ) from error
+                    raise UserError(f"{self.path}, line {line}: the quotes of this row do not fit ({error}); expected "
+                                    'cells such as "text", and "" for a quote inside one') from error
+                if cells is None:
+                    return
+                cells = [cell.strip() for cell in cells]
+                if any(cells):
+                    yield line, cells
+
+
+def _cells(count: int) -> str:
+    return "1 cell" if count == 1 else f"{count} cells"
+
+
+def _encoding_of(path: Path) -> str:
+    """Look through the whole file, in pieces, for what cannot be UTF-8."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # "Unicode text" of a spreadsheet
+            return _checked_utf16(path)
+        file.seek(0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        encoding = "utf-8-sig"
+        while chunk := file.read(_CHUNK):
+            if b"\x00" in chunk:
+                what = unpack_advice(path) or "is no text file"
+                raise UserError(f"{path} {what}; expected a table as CSV (a workbook: save it as CSV)")
+            if encoding == "utf-8-sig" and not _decodes(decoder, chunk):
+                encoding = "latin-1"
+        return encoding if encoding == "latin-1" or _decodes(decoder, b"", final=True) else "latin-1"
+
+
+def _decodes(decoder: codecs.IncrementalDecoder, data: bytes, final: bool = False) -> bool:
+    try:
+        decoder.decode(data, final)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _checked_utf16(path: Path) -> str:
+    with open(path, encoding="utf-16") as file:
+        try:
+            while file.read(_CHUNK):
+                pass
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} begins like UTF-16 but is damaged ({error.reason}); save the table as CSV in "
+                            "UTF-8") from error
+    return "utf-16"
+
+
+# MERGED from imagesets.labels.tables
+# Read a table that gives images their labels and groups.
+
+
+_WHOLE_NUMBER = re.compile(r"([+-]?\d+)(?:\.0*|,0)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelTable:
+    """Labels and groups by image. About 50 bytes a row; may be handed to workers.
+
+    name:           of the file, without its folder
+    kind:           what the table was recognized as, "named columns" when columns were named, "groups" of a table that
+                    was read for these alone
+    label_columns:  columns that gave the labels; other_levels: those with coarser or finer diagnoses of a known kind
+    group_columns:  columns that gave the groups, the widest first
+    groups_file:    the file that has the groups of this kind of table, which has none itself
+    class_names:    one-hot columns in the table's order (all of them, also those that no row has), else the labels by
+                    name, or by number when all are numbers
+    ids:            the images' names in ascending order, each once (see image_key)
+    num_rows:       rows read
+    num_duplicates: rows that only repeat another one
+
+    An image is looked up by its path or name, with or without its extension. Where the table's ids have no folders,
+    neither do those of the images count; else an id fits the end of an image's path, so that p1/a.jpg and p2/a.jpg are
+    told apart. Where all ids begin with a folder, that may be the folder given as the source: an image whose whole path
+    is the rest of an id has that row, too.
+    """
+
+    name: str
+    kind: str
+    label_columns: tuple[str, ...]
+    other_levels: tuple[str, ...]
+    group_columns: tuple[str, ...]
+    groups_file: str | None
+    class_names: list[str]
+    ids: CompactTexts
+    num_rows: int
+    num_duplicates: int
+    _codes: array  # index into class_names, NO_LABEL where the row has no label
+    _groups: CompactTexts | None
+    _has_folders: bool
+    _common: str  # folder that all ids begin with, "" where there is none
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, name: str) -> bool:
+        return self.row_of(name) is not None
+
+    def row_of(self, name: str) -> int | None:
+        """Return the position in `ids` of the row of an image, None when there is none."""
+        tail = image_key(name)
+        if not self._has_folders:
+            return self.ids.find_sorted(tail.rpartition("/")[2])
+        whole = tail
+        while tail:
+            row = self.ids.find_sorted(tail)
+            if row is not None:
+                return row
+            tail = tail.partition("/")[2]
+        return self.ids.find_sorted(f"{self._common}/{whole}") if self._common else None
+
+    def class_of(self, name: str) -> str | None:
+        """Return the class of an image, None when it has no row or its row no label."""
+        row = self.row_of(name)
+        return None if row is None or self._codes[row] == NO_LABEL else self.class_names[self._codes[row]]
+
+    def group_of(self, name: str) -> str | None:
+        """Return the patient or lesion of an image, None where the table does not tell."""
+        row = self.row_of(name)
+        return None if row is None or self._groups is None else self._groups[row] or None
+
+
+def image_key(name: str) -> str:
+    """Return what is compared of an image's name: no extension of an image (in either case), "/" between folders.
+
+    Else case counts: ISIC_1 and isic_1 are two images.
+    """
+    name = plain_path(name.strip())
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _suffixes() else name
+
+
+def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
+               group_column: str | None = None) -> LabelTable:
+    """Read a table of a known kind (ISIC 2017 to 2020 and 2024, the ISIC archive, HAM10000), or any by its columns.
+
+    Columns that are named take the place of those a known kind has. Without group_column the group is patient_id, or
+    lesion_id where a row has no patient and none is known of its lesion. An empty label is a row without a label.
+    Whole numbers written with a point are those without: 1.0 is the class 1, and the lesion 12.0 the lesion 12.
+
+    Raises UserError, with the line, for rows without an id, labels that cannot be read, and rows of one image that
+    contradict each other; see layout_of and DelimitedFile for headers and text.
+    """
+    file = DelimitedFile(path)
+    return _read(file, layout_of(file.path, file.header, id_column=id_column, label_column=label_column,
+                                 group_column=group_column))
+
+
+def read_groups(path: str | os.PathLike, *, id_column: str | None = None, group_column: str | None = None,
+                beside: LabelTable | None = None) -> LabelTable:
+    """Read the groups of a table, as read_table() does, and no labels: all images are without one.
+
+    beside:  a table of labels for which id_column was meant, too: this one need not have that column
+    """
+    file = DelimitedFile(path)
+    if beside is not None and id_column not in file.header:
+        id_column = None
+    return _read(file, groups_layout_of(file.path, file.header, id_column=id_column, group_column=group_column))
+
+
+def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
+    rows = _Rows.read(file, layout)
+    if not rows.ids:
+        raise UserError(f"{file.path} has a header but no rows; expected a row an image")
+    if layout.class_names is None:
+        rows.use_whole_numbers()
+    groups = _join_groups(file.path, rows)
+    order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+    kept = list(_without_duplicates(file.path, rows, groups, order))
+    ids = CompactTexts(rows.ids[row] for row in kept)
+    names = order_classes(rows.labels) if layout.class_names is None else list(layout.class_names)
+    position = {name: index for index, name in enumerate(names)}
+    code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
+    return LabelTable(name=file.path.name, kind=layout.kind, label_columns=layout.label_columns,
+                      other_levels=layout.other_levels, groups_file=layout.groups_file,
+                      group_columns=tuple(file.header[index] for index in layout.group_index),
+                      class_names=names, ids=ids, num_rows=len(rows.ids), num_duplicates=len(rows.ids) - len(kept),
+                      _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
+                      _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
+                      _has_folders=any("/" in name for name in ids), _common=_common_folder(ids))
+
+
+class _Rows:
+    """What is kept of each row, in the order of the file.
+
+    labels: class name -> code, in the order of appearance
+    units:  for each group column its texts, "" where empty
+    """
+
+    def __init__(self, num_units: int):
+        self.ids = CompactTexts()
+        self.lines = array("q")
+        self.codes = array("h")
+        self.labels: dict[str, int] = {}
+        self.units = [CompactTexts() for _ in range(num_units)]
+
+    @classmethod
+    def read(cls, file: DelimitedFile, layout: Layout) -> "_Rows":
+        rows = cls(len(layout.group_index))
+        for line, cells in file.rows():
+            name = image_key(cells[layout.id_index])
+            if not name:
+                raise UserError(f"{file.path}, line {line}: {file.header[layout.id_index]} is empty; expected the name "
+                                "of an image")
+            try:
+                label = layout.label_of(cells)
+            except ValueError as error:
+                raise UserError(f"{file.path}, line {line}: {name} {error}") from error
+            rows.ids.append(name)
+            rows.lines.append(line)
+            rows.codes.append(NO_LABEL if label is None else rows.labels.setdefault(label, len(rows.labels)))
+            if len(rows.labels) > MAX_CLASSES:
+                raise UserError(f"{file.path}, line {line}: the column of the labels has more than {MAX_CLASSES} "
+                                f"different values ({label!r} for example); expected classes: name another "
+                                "--label-column")
+            for unit, index in zip(rows.units, layout.group_index):
+                unit.append(cells[index])
+        rows.units = [_without_points(unit) for unit in rows.units]
+        return rows
+
+    def use_whole_numbers(self) -> None:
+        """Let labels such as 0.0 be 0, where all labels are whole numbers."""
+        names = list(self.labels)
+        plain = _without_points(names)
+        self.labels = {}
+        new_code = {old: self.labels.setdefault(name, len(self.labels)) for old, name in enumerate(plain)}
+        self.codes = array("h", (new_code.get(code, NO_LABEL) for code in self.codes))
+
+
+def _without_points(texts: Sequence[str]) -> Sequence[str]:
+    """Return 1 for 1.0 where all texts are whole numbers or empty; else they stay.
+
+    pandas writes a column of integers in this way when some are missing, and a spreadsheet may put a comma for the
+    point.
+    """
+    if not all(not text or _WHOLE_NUMBER.fullmatch(text) for text in texts):
+        return texts
+    return CompactTexts(_WHOLE_NUMBER.sub(r"\1", text) for text in texts)
+
+
+def _join_groups(path: Path, rows: _Rows) -> Sequence[str] | None:
+    """Return a group a row: the patient, else the patient of the row's lesion, else the lesion.
+
+    Raises UserError when a lesion has two patients: whichever were taken, the lesion would be in two groups.
+    """
+    if len(rows.units) < 2:
+        return rows.units[0] if rows.units else None
+    patient_of: dict[str, str] = {}
+    for line, patient, lesion in zip(rows.lines, *rows.units):
+        if patient and lesion and patient_of.setdefault(lesion, patient) != patient:
+            raise UserError(f"{path}, line {line}: lesion {lesion} belongs to patient {patient}, but to "
+                            f"{patient_of[lesion]} further up; expected one patient: correct it, or name a "
+                            "--group-column")
+    return CompactTexts(patient or patient_of.get(lesion, lesion) for patient, lesion in zip(*rows.units))
+
+
+def _without_duplicates(path: Path, rows: _Rows, groups: Sequence[str] | None, order: Sequence[int]) -> Iterator[int]:
+    """Yield the first row of each image. Raises UserError when rows of one image differ, naming the first such line.
+
+    order: rows by id, rows of one id in the order of the file
+    """
+    first = None
+    clashes = []  # (later row, earlier row)
+    for row in order:
+        if first is None or rows.ids[row] != rows.ids[first]:
+            first = row
+            yield row
+        elif rows.codes[row] != rows.codes[first] or (groups is not None and groups[row] != groups[first]):
+            clashes.append((row, first))
+    if clashes:
+        row, first = min(clashes)
+        names = {code: name for name, code in rows.labels.items()} | {NO_LABEL: "without a label"}
+        what = [names[rows.codes[at]] for at in (row, first)]
+        if what[0] == what[1]:
+            what = [f"in the group {groups[at] or '(none)'}" for at in (row, first)]
+        more = f" ({len(clashes) - 1} more such rows)" if len(clashes) > 1 else ""
+        raise UserError(f"{path}, line {rows.lines[row]}: {rows.ids[row]} is {what[0]}, but {what[1]} in line "
+                        f"{rows.lines[first]}{more}; expected rows of one image to agree: correct or remove one")
+
+
+def _common_folder(ids: CompactTexts) -> str:
+    """Return the folders that all ids begin with, "" where there are none. ids: ascending"""
+    # What the first and the last of a sorted list begin with, all begin with.
+    return posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    return frozenset(image_suffixes())

@@ -1,0 +1,226 @@
+"""Tune a copy of a generator so that it shows an image at the latent found for it (Roich et al. 2021)."""
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dnnlib.cli import UserError
+from generation.network import OpenNetwork
+from latent.projection import to_similarity_input
+from metrics.detectors.base import exact_float32
+from metrics.detectors.similarity import Similarity
+from torch_utils.seeding import generator_for, seed_for
+from training.snapshot import Networks, save_network
+
+_BETAS = (0.9, 0.999)  # of Adam
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """How a generator is tuned; names of the paper in brackets.
+
+    num_steps:          Adam steps
+    seed:               what the latents of the locality term follow from
+    locality_distance:  how far from the pivot, in W, images are held in place (alpha). The paper's 30 belongs to the
+                        scale of its network's W; sigma_w of the network and class means the same for every one
+    l2_weight:          of the pixels beside the perceptual distance, at the pivot (lambda_L2)
+    locality_weight:    of the locality term (lambda_R); 0 leaves it out
+    locality_l2_weight: of the pixels within the locality term (lambda_L2 of its own)
+
+    Raises UserError for what a user's options or network decide, ValueError for the rest.
+    """
+
+    num_steps: int
+    seed: int
+    locality_distance: float
+    learning_rate: float = 3e-4
+    # Ours, after the paper's experiments.
+    l2_weight: float = 1.0
+    locality_weight: float = 0.1
+    locality_l2_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.num_steps) is not int or self.num_steps < 1:
+            raise UserError(f"--pti-steps is {self.num_steps}; expected at least 1, usually some 350")
+        if not 0 < self.locality_distance < math.inf:  # so that nan is none
+            raise UserError(f"--pti-steps: the distance of the locality term is {self.locality_distance:g}; expected "
+                            "more than 0, as the spread of a sound network's styles is")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate:g}; expected more than 0")
+        for name in ("l2_weight", "locality_weight", "locality_l2_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name):g}; expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """How far the image at the pivot is from the target."""
+
+    perceptual: float
+    pixel: float  # mean squared difference of images in [-1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A tuned generator, and what the tuning changed."""
+
+    G: nn.Module  # in eval mode, without gradients; differs from the original in the parameters of its synthesis alone
+    before: Distances
+    after: Distances
+    num_steps: int
+    similarity: str
+    similarity_sha256: str  # of its weights
+
+
+def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settings: TuningSettings,
+         on_step: Callable[[int, float], None] = lambda step, distance: None, *,
+         label: Sequence[float] | None = None) -> Tuned:
+    """Return a copy of a generator, tuned to show `target` at the pivot `w`.
+
+    G:        stays as it is; its device computes, in float32, with its own noise maps ("const")
+    w:        [1, L, K];  target: [1, C, R, R] in [-1, 1]
+    on_step:  is told the number of each step and the perceptual distance before it
+    label:    [c_dim], of the images that are held in place; None for those of all classes
+
+    Equal arguments give equal weights, bit for bit on a CPU. Raises UserError when the loss becomes no finite number,
+    ValueError for tensors of other shapes.
+    """
+    _check_shapes(G, w, target)
+    device = next(G.parameters()).device
+    w = w.detach().to(device)
+    tuned = copy.deepcopy(G).eval().requires_grad_(False)
+    # Flags, not a context of each forward pass: the backward passes must find them as well.
+    with exact_float32(), torch.enable_grad():
+        wanted = _Wanted(target.to(device), similarity)
+        before = wanted.measure(tuned.synthesis, w)
+        locality = _Locality(tuned, w, similarity, settings, label) if settings.locality_weight > 0 else None
+        # Train mode shares one kernel between the images of a batch, which is what gradients are cheaper with.
+        synthesis = tuned.synthesis.train().requires_grad_(True)
+        adam = torch.optim.Adam(synthesis.parameters(), lr=settings.learning_rate, betas=_BETAS)
+        for step in range(settings.num_steps):
+            perceptual, pixel = wanted.distances(_show(synthesis, w))
+            loss = perceptual + settings.l2_weight * pixel
+            if locality is not None:
+                loss = loss + settings.locality_weight * locality.loss(synthesis, step)
+            _check_finite(loss.item(), step, settings)
+            on_step(step, perceptual.item())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        adam.zero_grad()
+        tuned.eval().requires_grad_(False)
+        after = wanted.measure(tuned.synthesis, w)
+    _check_finite(after.perceptual + after.pixel, settings.num_steps, settings)
+    return Tuned(G=tuned, before=before, after=after, num_steps=settings.num_steps, similarity=similarity.name,
+                 similarity_sha256=similarity.weights_sha256)
+
+
+def save_tuned(path: str | os.PathLike, tuned: Tuned, network: OpenNetwork, settings: TuningSettings) -> None:
+    """Write a tuned generator as a network file, which says what the original's said and how it was tuned.
+
+    network:  the original
+
+    Raises OSError.
+    """
+    record = {
+        "network": network.name, "network_sha256": network.sha256, "num_steps": tuned.num_steps, "seed": settings.seed,
+        "learning_rate": settings.learning_rate, "l2_weight": settings.l2_weight,
+        "locality_distance": settings.locality_distance, "locality_weight": settings.locality_weight,
+        "locality_l2_weight": settings.locality_l2_weight,
+        "similarity": tuned.similarity, "similarity_sha256": tuned.similarity_sha256,
+        **{when: {"perceptual": distances.perceptual, "pixel": distances.pixel}
+           for when, distances in (("before", tuned.before), ("after", tuned.after))},
+    }
+    info = {**network.info, "pivotal_tuning": record}
+    save_network(path, Networks(G=None, D=None, G_ema=tuned.G, config={"info": info}))
+
+
+def draw_locality(G: nn.Module, seed: int, step: int,
+                  label: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the latent and the label of a step's locality term: float32 [1, Z] and [1, c_dim], on the CPU.
+
+    label:  None draws a class, one-hot; every class is as likely, since images of the others are to stay in place as
+            well. Of labels that are vectors nothing tells which occur: it is the one of the projection
+    """
+    stream = generator_for(seed_for(seed, step, 0, "projector/pti"))
+    z, c = torch.randn(1, G.z_dim, generator=stream), torch.zeros(1, G.c_dim)
+    if label is not None:
+        c = torch.tensor([list(label)])
+    elif G.c_dim > 0:
+        c[0, torch.randint(G.c_dim, (), generator=stream)] = 1
+    return z, c
+
+
+def step_towards(pivot: Tensor, w: Tensor, distance: float) -> Tensor:
+    """Return the styles at `distance` from the pivot in the direction of `w`, layer by layer; all are [N, L, K]."""
+    return pivot + distance * nn.functional.normalize(w - pivot, dim=2)
+
+
+class _Wanted:
+    """Images that others are to be like.
+
+    images:  [N, C, R, R]
+    """
+
+    def __init__(self, images: Tensor, similarity: Similarity):
+        self.images, self.similarity = images.detach().float(), similarity
+        with torch.no_grad():
+            self.maps = similarity.embed(to_similarity_input(self.images, similarity))
+
+    def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the perceptual distance and the mean squared difference of images [N, C, R, R]: two scalars."""
+        maps = self.similarity.embed(to_similarity_input(images, self.similarity))
+        return self.similarity.compare(maps, self.maps).mean(), (images - self.images).square().mean()
+
+    @torch.no_grad()
+    def measure(self, synthesis: nn.Module, w: Tensor) -> Distances:
+        perceptual, pixel = self.distances(_show(synthesis, w))
+        return Distances(perceptual=perceptual.item(), pixel=pixel.item())
+
+
+class _Locality:
+    """Holds the images around the pivot where they were (Roich et al. 2021, section 3.3)."""
+
+    def __init__(self, G: nn.Module, w: Tensor, similarity: Similarity, settings: TuningSettings,
+                 label: Sequence[float] | None):
+        self.G, self.w, self.similarity, self.settings, self.label = G, w, similarity, settings, label
+        # In the mode in which the other one is trained, so that equal weights give equal images to the last bit.
+        self.original = copy.deepcopy(G.synthesis).train()
+
+    def loss(self, synthesis: nn.Module, step: int) -> Tensor:
+        """Return the term of a step, a scalar."""
+        with torch.no_grad():
+            z, c = draw_locality(self.G, self.settings.seed, step, self.label)
+            near = step_towards(self.w, self.G.mapping(z.to(self.w.device), c.to(self.w.device)),
+                                self.settings.locality_distance)
+            wanted = _Wanted(_show(self.original, near), self.similarity)
+        perceptual, pixel = wanted.distances(_show(synthesis, near))
+        return perceptual + self.settings.locality_l2_weight * pixel
+
+
+def _show(synthesis: nn.Module, ws: Tensor) -> Tensor:
+    return synthesis(ws, noise_mode="const", force_fp32=True).float()
+
+
+def _check_shapes(G: nn.Module, w: Tensor, target: Tensor) -> None:
+    image = (1, G.img_channels, G.img_resolution, G.img_resolution)
+    if w.shape != (1, G.num_ws, G.w_dim) or target.shape != image:
+        raise ValueError(f"w is {list(w.shape)} and target is {list(target.shape)}; expected "
+                         f"{[1, G.num_ws, G.w_dim]} and {list(image)}")
+
+
+def _check_finite(loss: float, step: int, settings: TuningSettings) -> None:
+    """Raise UserError unless the loss after `step` steps is a finite number."""
+    if math.isfinite(loss):
+        return
+    if step == 0:
+        raise UserError("--pti-steps: the loss is no finite number before the first step; expected a sound network and "
+                        "a latent found with it: try an earlier snapshot")
+    fewer = f"try --pti-steps={step // 2}" if step > 1 else "leave --pti-steps out"
+    raise UserError(f"--pti-steps is {settings.num_steps}, and the loss is no finite number after {step} of them; "
+                    f"expected one: {fewer}")

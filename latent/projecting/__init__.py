@@ -1,1 +1,0 @@
-"""The parts of the projection of images into the latent space."""

@@ -1,0 +1,347 @@
+"""Make images what a perceptual similarity compares."""
+
+import copy
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import avg_pool2d, cosine_similarity
+
+from dnnlib.cli import StopRequest, Terminated, UserError
+from generation.image_generator import styles_of_label
+from metrics.detectors.base import exact_float32
+from metrics.detectors.similarity import Similarity
+from metrics.image_sources import to_rgb
+from torch_utils.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from torch_utils.seeding import generator_for, seed_for
+
+LARGEST_SIDE = 256  # pixels that images are averaged down to, as such similarities were trained on smaller ones
+
+
+def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
+    """Return what `similarity` takes of images: [N, 3, h, w] of their dtype; gradients flow.
+
+    images:  [N, 1 or 3, R, R] floating point in [-1, 1]; R at most 256, or a multiple of it
+
+    Sides above 256 are averaged down to 256, sides below the similarity's least_size are enlarged to it; grey is
+    repeated to RGB. An image's result depends on no other one. Raises ValueError for other images.
+    """
+    side = images.shape[-1]
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != side or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point "
+                         "[N, 1 or 3, R, R]")
+    if side > LARGEST_SIDE:
+        if side % LARGEST_SIDE:
+            raise ValueError(f"images are {side}x{side}; expected sides of at most {LARGEST_SIDE}, or of a multiple")
+        images = nn.functional.avg_pool2d(images, side // LARGEST_SIDE)
+    elif side < similarity.least_size:
+        # LIMIT: on a GPU the gradient of this adds up in no fixed order, so that results repeat to rounding alone.
+        size = (similarity.least_size, similarity.least_size)
+        images = nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
+    return to_rgb(images)
+
+
+# MERGED from latent.projecting.distances
+# Measure how near projections are to their targets, on the pixels that are kept.
+
+
+# perceptual:      what the projection makes small, in units of its similarity
+# pixel_l2:        root of the mean squared difference of pixels, in levels of 0 to 255
+# psnr:            20 log10(255 / pixel_l2), in dB; inf for equal images
+# feature_cosine:  cosine of the angle between the feature vectors of the two images
+COLUMNS = ("perceptual", "pixel_l2", "psnr", "feature_cosine")
+PERCEPTUAL = COLUMNS.index("perceptual")
+
+
+@torch.no_grad()
+def measure_pairs(targets: Tensor, projections: Tensor, similarity: Similarity) -> Tensor:
+    """Return the distances of pairs of images: float32 [N, 4] on the CPU, columns as COLUMNS.
+
+    targets, projections:  uint8 [N, C, R, R], on any device
+    similarity:            its device is where they are compared
+    """
+    device = next(chain(similarity.parameters(), similarity.buffers()), torch.empty(0)).device
+    a, b = (to_similarity_input(pixels.to(device).float() / 127.5 - 1, similarity) for pixels in (targets, projections))
+    perceptual = similarity(a, b)
+    cosine = cosine_similarity(similarity.describe(a), similarity.describe(b))
+    squares = (targets.to(device).double() - projections.to(device)).square().mean(dim=(1, 2, 3))
+    pixel_l2 = squares.sqrt()
+    psnr = 20 * (math.log10(255) - pixel_l2.log10())
+    return torch.stack([column.float().cpu() for column in (perceptual, pixel_l2, psnr, cosine)], dim=1)
+
+
+# MERGED from latent.projecting.projection
+# Find styles whose images are near to given ones, many at a time (Karras et al. 2020, StyleGAN2, appendix D).
+#
+# Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles of an image that move: 1 in W, L in W+.
+
+
+SPACES = ("w", "w+")
+
+_LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # the ramps as shares of all steps
+_STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
+_MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
+_BETAS = (0.9, 0.999)
+_MAP_NAME = "noise_const"
+_MOST_PIXELS, _MOST_IMAGES = {"cpu": 1 << 19, "cuda": 1 << 20}, {"cpu": 8, "cuda": 32}  # of a pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSettings:
+    """How a projection is done; images, network and similarity come beside it."""
+
+    space: str = "w"  # "w": one style for all layers of an image; "w+": one for each layer
+    num_steps: int = 1000
+    seed: int = 303
+
+    def __post_init__(self):
+        if self.space not in SPACES:
+            raise UserError(f"--space is {self.space}; expected {' or '.join(SPACES)}")
+        if self.num_steps < 1:
+            raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; expected a number from 0 on")
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Return Adam's learning rate for a step from 0 on: linear ramp up, cosine ramp down."""
+    t = step / num_steps
+    down = min((1 - t) / _RAMP_DOWN, 1)
+    return _LEARNING_RATE * (0.5 - 0.5 * math.cos(math.pi * down)) * min(t / _RAMP_UP, 1)
+
+
+def style_noise(step: int, num_steps: int) -> float:
+    """Return the deviation of the noise that a step adds to styles, as a multiple of sigma_w."""
+    return _STYLE_NOISE * max(0, 1 - step / num_steps / _STYLE_NOISE_RAMP) ** 2
+
+
+def map_penalty(maps: Sequence[Tensor]) -> Tensor:
+    """Return, for each image, what keeps its noise maps from carrying the image: [N].
+
+    maps:  each [N, 1, r, r]; squared mean products with the map's neighbours in x and y, over the map and its 2x2
+           averages down to a side of 8
+    """
+    total = maps[0].new_zeros(len(maps[0]))
+    for level in maps:
+        while True:
+            for axis in (2, 3):
+                total = total + (level * level.roll(1, axis)).mean(dim=(1, 2, 3)).square()
+            if level.shape[2] <= _SMALLEST_MAP:
+                break
+            level = avg_pool2d(level, 2)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a projection begins: what styles of a class are like."""
+
+    mean: Tensor  # [K] float32
+    deviation: float  # sigma_w
+
+
+def find_start(G: nn.Module, label: Tensor) -> Start:
+    """Return mean and deviation of the styles of 10,000 latents. label: [c_dim], of the class; c_dim may be 0"""
+    w = styles_of_label(G, label)
+    mean = w.mean(dim=0)
+    return Start(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
+
+
+def choose_pass(resolution: int, device: torch.device | str) -> int:
+    """Return how many images of a set are projected at a time."""
+    kind = torch.device(device).type
+    return min(max(_MOST_PIXELS[kind] // resolution**2, 1), _MOST_IMAGES[kind])
+
+
+class Projector:
+    """Projects images into the latent space of a generator.
+
+    G:           the averaged generator, on the device that is to compute; it stays as it is
+    similarity:  what "near" means, on the same device
+
+    All is computed in float32: half precision has too few digits for the gradients of a small distance.
+    """
+
+    def __init__(self, G: nn.Module, similarity: Similarity, settings: ProjectionSettings):
+        self.similarity, self.settings = similarity, settings
+        # In train mode the modulated convolutions share their weights: a kernel an image would cost the gradient of
+        # each kernel. There is nothing else in a synthesis network that the mode changes.
+        self._synthesis = copy.deepcopy(G.synthesis).train().requires_grad_(False)
+        self.device = next(G.parameters()).device
+        self.num_ws, self.w_dim = G.num_ws, G.w_dim
+        self._map_sides = {name: len(buffer) for name, buffer in self._synthesis.named_buffers()
+                           if name.rpartition(".")[2] == _MAP_NAME}
+
+    def begin(self, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False) -> "Projection":
+        """Return the beginning of a projection. targets: uint8 [N, C, R, R]; starts: one for each"""
+        return Projection(self, targets, starts, keep_path=keep_path)
+
+    def first_maps(self) -> dict[str, Tensor]:
+        """Return the noise maps that every image begins with, [1, 1, r, r] by name."""
+        return {name: self._draw(index, "projector/maps", 1, 1, side, side)
+                for index, (name, side) in enumerate(self._map_sides.items())}
+
+    def draw_style_noise(self, step: int) -> Tensor:
+        """Return standard normal noise for the styles of an image, the same for all images: [1, S, K]."""
+        styles = 1 if self.settings.space == "w" else self.num_ws
+        return self._draw(step, "projector/styles", 1, styles, self.w_dim)
+
+    def synthesize(self, ws: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """Return images [N, C, R, R] for ws [N, L, K], with noise maps of their own."""
+        return functional_call(self._synthesis, dict(maps), (ws,), dict(noise_mode="const", force_fp32=True))
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        return self.similarity.embed(to_similarity_input(images, self.similarity))
+
+    def _draw(self, index: int, stream: str, *shape: int) -> Tensor:
+        """Return noise that depends on seed, index and stream alone, so that an image may be in any pass."""
+        generator = generator_for(seed_for(self.settings.seed, index, 0, stream))  # CPU: the same on every device
+        return torch.randn(shape, generator=generator).to(self.device)
+
+
+class Projection:
+    """Some images on their way. Each goes as if it were alone, up to rounding. On a CPU, in passes of equally many
+    images, the result of one is the same bits wherever it stands, and whatever the others are.
+
+    step:  steps done
+    w:     styles, float32 [N, S, K]
+    path:  w after each step, [N, S, K] each on the CPU, where it is kept
+    """
+
+    def __init__(self, projector: Projector, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False):
+        self._projector = projector
+        self.path: list[Tensor] | None = [] if keep_path else None
+        device, styles = projector.device, 1 if projector.settings.space == "w" else projector.num_ws
+        self.step = 0
+        self.w = torch.stack([start.mean for start in starts]).to(device)[:, None].repeat(1, styles, 1)
+        self._deviations = torch.tensor([start.deviation for start in starts], device=device)[:, None, None]
+        self._maps = {name: values.repeat(len(starts), 1, 1, 1) for name, values in projector.first_maps().items()}
+        self._parameters = {"w": self.w, **self._maps}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_()
+        self._adam = torch.optim.Adam(self._parameters.values(), betas=_BETAS)
+        with torch.no_grad():
+            self._targets = projector.embed(targets.to(device).float() / 127.5 - 1)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self._projector.settings.num_steps
+
+    def advance(self) -> Tensor:
+        """Do a step; return the distances that it found, [N]. Raises UserError when none is a finite number."""
+        projector, num_steps = self._projector, self._projector.settings.num_steps
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate(self.step, num_steps)
+        noise = projector.draw_style_noise(self.step) * (self._deviations * style_noise(self.step, num_steps))
+        with exact_float32():
+            images = projector.synthesize((self.w + noise).expand(-1, projector.num_ws, -1), self._maps)
+            distances = projector.similarity.compare(self._targets, projector.embed(images))
+            penalty = map_penalty(list(self._maps.values())) if self._maps else 0
+            self._adam.zero_grad(set_to_none=True)
+            (distances + _MAP_WEIGHT * penalty).sum().backward()
+        self._adam.step()
+        self._renormalise_maps()
+        self.step += 1
+        if self.path is not None:
+            self.path.append(self.w.detach().cpu().clone())
+        if self.is_done or self.step == 1:  # not at each one: a GPU would have to wait for the answer
+            self._check(distances)
+        return distances.detach()
+
+    def styles(self) -> Tensor:
+        """Return the styles as generate.py takes them: float32 [N, L, K] on the CPU."""
+        return self.w.detach().cpu().expand(-1, self._projector.num_ws, -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes; tensors, numbers and dicts."""
+        moments = {name: self._adam.state[parameter] for name, parameter in self._parameters.items()}
+        return {"step": self.step, "path": None if not self.path else torch.stack(self.path),
+                "values": {name: parameter.detach() for name, parameter in self._parameters.items()},
+                "first_moments": {name: moment["exp_avg"] for name, moment in moments.items()},
+                "second_moments": {name: moment["exp_avg_sq"] for name, moment in moments.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken, of the same images and settings."""
+        self.step = state["step"]
+        if self.path is not None:
+            self.path = [] if state["path"] is None else list(state["path"])
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state["values"][name])
+            self._adam.state[parameter] = {"step": torch.tensor(float(self.step)),
+                                           "exp_avg": state["first_moments"][name].to(parameter.device, copy=True),
+                                           "exp_avg_sq": state["second_moments"][name].to(parameter.device, copy=True)}
+
+    @torch.no_grad()
+    def _renormalise_maps(self) -> None:
+        for values in self._maps.values():
+            values -= values.mean(dim=(1, 2, 3), keepdim=True)
+            values *= values.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+
+    def _check(self, distances: Tensor) -> None:
+        if not distances.isfinite().any():
+            raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
+                            "its training diverged; expected a sound network: try an earlier snapshot")
+
+
+# MERGED from latent.projecting.kept_state
+# Carry a projection to its end, keeping states on the way, so that it goes on where it was stopped.
+
+
+STATE_SECONDS = 120.0  # between two states: what a sudden end costs at most
+
+
+def finish(projection: Projection, path: str | os.PathLike, identity: str,
+           on_steps: Callable[[int], None] = lambda count: None, operators: str | None = None) -> None:
+    """Do all steps that are left; a state of the same identity at `path` is gone on with.
+
+    path:      where states are kept; the last one stays, for what follows the projection may be stopped too
+    identity:  tells what the projection follows from beside its settings: another one's state is not used
+    on_steps:  is told how many steps were done
+    operators: their implementation, for `read_operators`
+
+    A signal lets the step at hand come to its end, and is raised once its state is kept; a second Ctrl-C is raised at
+    once. Raises OSError when a state cannot be written, UserError as Projection.advance does.
+    """
+    if (state := _read(path)) is not None and state.get("identity") == identity:
+        projection.load_state_dict(state["projection"])
+        on_steps(projection.step)
+    saved = time.monotonic()
+    with StopRequest() as stop:
+        while not (projection.is_done or stop.wanted()):
+            projection.advance()
+            on_steps(1)
+            if projection.is_done or stop.wanted() or time.monotonic() - saved >= STATE_SECONDS:
+                write_checkpoint(path, {"identity": identity, "operators": operators,
+                                        "projection": projection.state_dict()})
+                saved = time.monotonic()
+    if stop.wanted():
+        raise KeyboardInterrupt if stop.reason.startswith("SIGINT") else Terminated
+
+
+def read_operators(path: str | os.PathLike, identity: str) -> str | None:
+    """Return the implementation of operators that a state was computed with; None where none is to be continued."""
+    with suppress(FileNotFoundError, DamagedCheckpoint):
+        state = read_checkpoint(path)
+        if state.get("identity") == identity:
+            return state.get("operators")
+    return None
+
+
+def _read(path: str | os.PathLike) -> dict | None:
+    try:
+        return read_checkpoint(path)
+    except FileNotFoundError:
+        return None
+    except DamagedCheckpoint as error:
+        print(f"{error}; beginning anew", file=sys.stderr)
+        return None

@@ -1,0 +1,277 @@
+"""Measure a network file, all network files of a run, or a set of images, and write what was found."""
+
+import os
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import click
+
+from dnnlib.cli import UserError, UserPath, join_values
+from dnnlib.lines import AppendFile, to_line
+from generation.network import OpenNetwork, choose_network, open_network
+from metrics.detectors.registry import DETECTOR_NAMES
+from metrics.evaluation import Evaluator, Results
+from metrics.features import OtherProcessFailed
+from metrics.image_sources import SetImages
+from metrics.names import (
+    DEFAULT_METRIC,
+    DESCRIPTIONS,
+    FORMS,
+    KNOWN_NAMES,
+    choose_detector,
+    parse_metrics,
+    parse_weights,
+)
+from metrics.records import result_record, to_json
+from torch_utils.device import check_counts, settle_device
+from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
+from torch_utils.plots import save_curves
+from training.file_kind import OTHER_NAMES, find_path, run_snapshots
+from training.launch import launch
+from training.options import TUNE_MALLOC_HELP
+from training.run_folder import RunFolder
+from training.run_record import read_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What to measure, and how; see the options of calc_metrics.py."""
+
+    network: str | None
+    generated: str | None
+    run: str | None
+    metrics: str
+    data: str | None
+    mirror: bool | None
+    detector: str | None
+    detector_weights: tuple[str, ...]
+    chosen: str | None
+    seed: int
+    batch: int | None
+    use_cache: bool
+    verbose: bool
+
+    def __post_init__(self):
+        given = [f"--{name}" for name in ("network", "generated", "run") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = "none of --network, --generated and --run is" if not given else f"{' and '.join(given)} are"
+            raise UserError(f"{found} given; expected one of them: what to measure")
+        needed = [choose_detector(request, self.detector) for request in parse_metrics(self.metrics)]
+        parse_weights(self.detector_weights, needed)
+
+    def found(self) -> Self:
+        """Return the same with the paths that --network and --run stand for. Raises UserError."""
+        return replace(self, network=None if self.network is None else choose_network(self.network),
+                       run=None if self.run is None else find_path(self.run, "--run", "the folder of a run"))
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that is measured, or that the network lies in; None where there is none."""
+        if self.run is not None:
+            return Path(self.run)
+        if self.network is not None:
+            folder = Path(self.network).parent
+            return folder if RunFolder(folder).options.exists() and read_record(folder) is not None else None
+        return None
+
+
+def measure(settings: MeasureSettings, processes: Processes) -> None:
+    """Measure, print one JSON line for each result, and write them into the run's folder where there is one.
+
+    Raises UserError when something is not as it should be.
+    """
+    if settings.generated is not None:
+        _measure_images(settings, processes)
+        return
+    # A run may write another one meanwhile: all processes measure those that the main process found.
+    snapshots = broadcast_object([Path(settings.network)] if settings.run is None else _snapshots(settings.run))
+    network = open_network(snapshots[-1], processes.device)
+    evaluator = _evaluator(settings, processes, mirror=_mirror(settings, network.info))
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
+    for number, path in enumerate(snapshots):
+        if len(snapshots) > 1 and (network := _open_if_there(path, processes)) is None:
+            _say(settings, f"{path.name} was removed meanwhile, as train.py --keep does; it is not measured")
+            continue
+        _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
+        kimg = _kimg(network)
+        for record in _records(evaluator.evaluate(network.G, network.info), processes, snapshot=network.name, kimg=kimg,
+                               network_sha256=network.sha256):
+            _write(settings.run_folder, record)
+            for key, value in record["results"].items():
+                if kimg is not None:
+                    curves.setdefault(record["metric"], {}).setdefault(key, []).append((kimg, value))
+    if settings.run is not None and is_main():
+        for name, found in curves.items():
+            save_curves(Path(settings.run) / f"measured-{name}.png", found)
+
+
+def _open_if_there(path: Path, processes: Processes) -> OpenNetwork | None:
+    """Open a network of a run; None, in all processes, where its file was removed meanwhile."""
+    network = None
+    try:
+        network = open_network(path, processes.device)
+    except UserError:
+        if path.exists():
+            raise
+    return None if any_process(network is None) else network
+
+
+def _measure_images(settings: MeasureSettings, processes: Processes) -> None:
+    images = SetImages(settings.generated, settings.chosen)
+    evaluator = _evaluator(settings, processes, mirror=bool(settings.mirror))
+    reals = evaluator.reference.images
+    shared = images.num_shared(reals) if reals is not None and is_main() else 0
+    if shared:
+        click.echo(f"warning: {shared} of {len(images)} images of --generated={images.path} are in --data={reals.path} "
+                   "too; the metrics compare these with themselves", err=True)
+    found = evaluator.evaluate_images(images)
+    if is_main():
+        more = {"generated": images.path.name, "generated_sha256": images.select().content_hash()}
+        for record in _records(found, processes, snapshot=None, **more):
+            _write(None, record)
+
+
+def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool) -> Evaluator:
+    names = [choose_detector(request, settings.detector) for request in parse_metrics(settings.metrics)]
+    return Evaluator(settings.metrics, data=settings.data, detector=settings.detector,
+                     weights=parse_weights(settings.detector_weights, names), mirror=mirror, chosen=settings.chosen,
+                     seed=settings.seed, batch=settings.batch, device=processes.device, use_cache=settings.use_cache,
+                     say=lambda line: click.echo(line, err=True), progress=settings.verbose)
+
+
+def _snapshots(run: str) -> list[Path]:
+    found = [Path(path) for path in run_snapshots(run)] if os.path.isdir(run) else []
+    if not found:
+        what = "holds no network files" if os.path.isdir(run) else "is no folder"
+        raise UserError(f"--run is {run}, which {what}; expected the folder of a run, such as "
+                        "runs/00007-isic256-cond-auto1")
+    return found
+
+
+def _mirror(settings: MeasureSettings, info: dict[str, Any]) -> bool:
+    """Return --mirror, or what the run's options or the network's file say of its training."""
+    if settings.mirror is not None:
+        return settings.mirror
+    record = None if settings.run_folder is None else read_record(settings.run_folder)
+    if record is not None:
+        return record.config.dataset.xflip
+    training_set = info.get("training_set")
+    return isinstance(training_set, dict) and training_set.get("xflip") is True
+
+
+def _kimg(network: OpenNetwork) -> float | None:
+    kimg = network.info.get("kimg")
+    return float(kimg) if isinstance(kimg, (int, float)) else None
+
+
+def _records(found: Results, processes: Processes, *, snapshot: str | None, **more: Any) -> Iterator[dict[str, Any]]:
+    for name, result in found.items():
+        yield result_record(name, result, num_gpus=processes.count, snapshot=snapshot, **more)
+
+
+def _write(folder: Path | None, record: dict[str, Any]) -> None:
+    """Print a result, and append it to the file of its metric in a run's folder."""
+    click.echo(to_json(record))
+    if folder is not None:
+        # Shared with a training that may go on there.
+        AppendFile(RunFolder(folder).metric(record["metric"]), durable=True, shared=True).append(to_line(record))
+
+
+def _say(settings: MeasureSettings, line: str) -> None:
+    if settings.verbose and is_main():
+        click.echo(line, err=True)
+
+
+# MERGED from latent.measure_command
+# The command line of calc_metrics.py.
+
+
+_HELP = """Measure how good generated images are; print one JSON line for each metric.
+
+\b
+python calc_metrics.py --network=runs/00007-isic256/network-snapshot-000200.safetensors --data=isic256.zip
+python calc_metrics.py --run=runs/00007-isic256 --data=heldout.zip --metrics=kid5k_full,pr2k3_full
+python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=kid_full,pr_full --class=melanoma
+"""
+_WIDTH = 106
+
+
+class MetricsCommand(click.Command):
+    """A command whose help tells of each metric."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Metrics"):
+            formatter.write_dl(list(DESCRIPTIONS.items()))
+        text = (f"Names are {', '.join(KNOWN_NAMES)}, and the same with other numbers of generated images: {FORMS}. "
+                "With _full all real images are compared with, otherwise as many as generated ones, mirrored ones too "
+                "where the training saw them. fid_full, kid_full and pr_full, without a number, take all images of "
+                "--generated too, and of a network as many as there are real ones; the line says how many.")
+        formatter.write_paragraph()
+        formatter.write("".join(f"  {line}\n" for line in textwrap.wrap(text, _WIDTH)))
+
+
+def make_command() -> click.Command:
+    """Return the command of calc_metrics.py."""
+    return MetricsCommand(None, callback=_run, params=_options(), help=_HELP,
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+
+def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
+    settings = MeasureSettings(**flags).found()
+    place = Place.from_environment()
+    check_counts(gpus=gpus)
+    count = place.processes(gpus)
+    device = settle_device(device, place, count, tunes_malloc=tune_malloc)
+    if count > 1 and not place.is_started:
+        return launch(count)
+    with join(device) as processes:
+        try:
+            measure(settings, processes)
+        except OtherProcessFailed as error:  # that one tells the user
+            raise ProcessLost(str(error)) from error
+    return 0
+
+
+def _options() -> list[click.Option]:
+    detectors = ", ".join(DETECTOR_NAMES)
+    return [
+        _option("--network", UserPath(), "Network file to measure: a .safetensors of a run, or a .pkl of the original; "
+                f"also {OTHER_NAMES}. In a run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
+        _option("--generated", UserPath(), "Folder or zip of generated images to measure.", "PATH"),
+        _option("--run", UserPath(),
+                "Folder of a run, or a pattern that matches one: measure all its network files, add the results to its "
+                "metric-NAME.jsonl, and draw measured-NAME.png.", "DIR"),
+        _option("--metrics", str, "Metrics, separated by commas; see below. May be given several times. [default: "
+                f"{DEFAULT_METRIC}]", "LIST", default=(DEFAULT_METRIC,), multiple=True, callback=join_values),
+        _option("--data", UserPath(),
+                "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
+        _option("--mirror", bool, "Metrics without _full take mirrored real images too. [default: as in the training]",
+                "BOOL"),
+        _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
+        _option("--detector", str, f"Network that images are looked at with, in place of the usual one: {detectors}. "
+                "Its numbers compare with none of another one. [default: inception-v3; vgg16 for pr, lpips-vgg16 for "
+                "ppl]", "NAME"),
+        _option("--detector-weights", UserPath(named=True),
+                "File of weights in place of a downloaded one; NAME=FILE where several "
+                "networks are needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several "
+                "times.", "FILE", multiple=True),
+        _option("--seed", int, "Number that latents and all random choices follow from. [default: 0]", "INT",
+                default=0),
+        _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "
+                "it. [default: by resolution]", "INT"),
+        _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1. "
+                "[default: auto]", "NAME", default="auto"),
+        _option("--gpus", int, "Number of processes that share the work. [default: 1]", "INT"),
+        _option("--tune-malloc", bool, f"{TUNE_MALLOC_HELP} [default: true]", "BOOL", default=True),
+        _option("--verbose", bool, "Show how far the work is. [default: true]", "BOOL", default=True),
+        click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
+                     help="Compute features of image sets anew, and keep none."),
+    ]
+
+
+def _option(flag: str, kind: object, text: str, metavar: str, name: str | None = None,
+            **attributes: Any) -> click.Option:
+    return click.Option([flag, *([name] if name else [])], type=kind, help=text, metavar=metavar, **attributes)

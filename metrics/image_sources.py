@@ -1,0 +1,212 @@
+"""Where images to measure come from: a data set, or a generator. Both give uint8 [n, 3, H, W] by index."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnnlib.cli import UserError
+from imagesets.classes import find_class
+from imagesets.pixel_hashes import Shape, equal_images, known_pixel_hashes, load_pixels
+from imagesets.reader import NO_LABEL, ImageSet, label_vectors
+from torch_utils.images import to_pixels
+from torch_utils.seeding import generator_for, seed_for
+
+CONTENT_VERSION = 1
+
+
+class Source(Protocol):
+    """Images in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, rows: range) -> Tensor:
+        """Return images by index: uint8 [n, 3, H, W]; grey ones are repeated to RGB."""
+        ...
+
+
+class SetImages:
+    """The images of a data set, or of any folder or zip of images of one size; with `chosen`, those of one class.
+
+    path:    zip or folder
+    chosen:  name or number of a class; None takes all
+
+    Raises UserError when the set cannot be read, or has no such class, or no images of it.
+    """
+
+    def __init__(self, path: str | os.PathLike, chosen: str | None = None):
+        self._set = ImageSet(path)
+        self.path, self.classes, self.label_kind = self._set.path, self._set.classes, self._set.label_kind
+        self.rows = np.arange(len(self._set))
+        self.class_name: str | None = None  # of `chosen`, where it has a name
+        if chosen is not None:
+            indices = self._class_indices()
+            index = find_class(chosen, self.classes, self._num_classes())
+            self.class_name = None if self.classes is None else self.classes[index]
+            self.rows = np.flatnonzero(indices == index)
+            if not len(self.rows):
+                raise UserError(f"{self.path} holds no images of class {chosen}; expected some")
+        self.shape: Shape = load_pixels(self._set, self._set.names[self.rows[0]]).shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, count: int | None = None, *, mirror: bool = False, shuffle: bool = False,
+               seed: int = 0) -> "Selection":
+        """Return `count` images, or all where there are not so many; chosen at random by `seed`.
+
+        mirror:   the set has a second half, the first one mirrored
+        shuffle:  bring them in random order, so that each part stands for the whole; otherwise they are in the set's
+        """
+        total = len(self) * (2 if mirror else 1)
+        count = total if count is None else min(count, total)
+        if count == total and not shuffle:
+            return Selection(self, np.arange(total))
+        items = np.random.RandomState(seed).permutation(total)[:count]
+        return Selection(self, items if shuffle else np.sort(items))
+
+    def item(self, index: int) -> np.ndarray:
+        """Return an image, uint8 [C, H, W]; from len(self) on they are the mirrored ones."""
+        mirrored, row = divmod(int(index), len(self))
+        pixels = load_pixels(self._set, self._set.names[self.rows[row]], self.shape)
+        return pixels[:, :, ::-1] if mirrored else pixels
+
+    def content_hash(self, items: np.ndarray) -> str:
+        """Return a sha256 of images in their order, by their sizes and CRC-32; names and labels do not matter."""
+        checksums = self._set.checksums()
+        digest = hashlib.sha256(f"{CONTENT_VERSION}".encode())
+        for index in items:
+            mirrored, row = divmod(int(index), len(self))
+            size, crc = checksums[self.rows[row]]
+            digest.update(f"/{size}/{crc}/{mirrored}".encode())
+        return digest.hexdigest()
+
+    def num_shared(self, other: "SetImages") -> int:
+        """Return how many images are in the other set too: by their pixels where both sets record these, else by file.
+        """
+        hashes = known_pixel_hashes(self._set, self.rows), known_pixel_hashes(other._set, other.rows)
+        if None in hashes:
+            hashes = tuple([images._set.checksums()[row] for row in images.rows] for images in (self, other))
+        return len(equal_images(*hashes))
+
+    def label_table(self, c_dim: int, names: Sequence[str] | None = None) -> Tensor:
+        """Return the labels of the images for a network with `c_dim` of them: float32 [N, c_dim].
+
+        names:  of the network's classes; from here on labels are numbers of these, where the set names its own
+
+        Raises UserError when they do not fit, or some are missing.
+        """
+        if names is not None and self.classes is not None:
+            self._set.use_classes(names)
+            self.classes = self._set.classes
+        labels = self._set.labels
+        if labels is None:
+            raise UserError(f"{self.path} has no labels; expected them, since the network has {c_dim} classes")
+        found = labels.shape[1] if labels.ndim == 2 else self._num_classes()
+        named = labels.ndim == 2 or self.classes is not None
+        if found > c_dim or (named and found != c_dim):
+            raise UserError(f"{self.path} has labels of length {found} and the network takes {c_dim}; expected the "
+                            "data set that it was trained on, or another part of it")
+        labels = labels[self.rows]
+        missing = int((np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL).sum())
+        if missing:
+            raise UserError(f"{self.path}: {missing} of {len(labels)} images have no label; expected one each: convert "
+                            "it with dataset_tool.py --unlabelled=drop")
+        return torch.from_numpy(label_vectors(labels, c_dim))
+
+    def close(self) -> None:
+        self._set.close()
+
+    def _class_indices(self) -> np.ndarray:
+        labels = self._set.labels
+        if labels is None or labels.ndim == 2:
+            what = "no labels" if labels is None else "vectors as labels"
+            raise UserError(f"{self.path} has {what}, but --class is given; expected numbers of classes: leave --class "
+                            "out")
+        return labels
+
+    def _num_classes(self) -> int:
+        return len(self.classes) if self.classes is not None else int(self._set.labels.max()) + 1
+
+
+class Selection:
+    """Some images of a set in a fixed order; a `Source`."""
+
+    def __init__(self, images: SetImages, items: np.ndarray):
+        self.images, self.items = images, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def pixels(self, rows: range) -> Tensor:
+        block = np.stack([self.images.item(index) for index in self.items[rows.start:rows.stop]])
+        return to_rgb(torch.from_numpy(block))
+
+    def content_hash(self, count: int | None = None) -> str:
+        """Return the hash of the first `count` images, or of all."""
+        return self.images.content_hash(self.items[:count])
+
+
+class FakeLabels:
+    """Labels of fakes, each drawn from a table by the number of the fake.
+
+    table:  float32 [rows, c_dim]; c_dim 0 for networks without labels
+    """
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    @classmethod
+    def of_class(cls, index: int, c_dim: int) -> "FakeLabels":
+        return cls(torch.eye(c_dim)[[index]])
+
+    @classmethod
+    def of_counts(cls, counts: list[int]) -> "FakeLabels":
+        """Draw classes as often as they were counted."""
+        classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return cls(torch.eye(len(counts))[classes])
+
+    def draw(self, rows: range, seed: int) -> Tensor:
+        """Return labels [n, c_dim]."""
+        chosen = [torch.randint(len(self.table), (), generator=generator_for(seed_for(seed, row, 0, "metrics/label")))
+                  for row in rows]
+        return self.table[torch.stack(chosen)]
+
+
+class GeneratedImages:
+    """What a generator makes of latents that follow from (seed, number of the image); a `Source`.
+
+    The noise within the network follows from (seed, first image of the block), so blocks are part of the result.
+
+    G:       with mapping, synthesis, z_dim and img_channels, in eval mode
+    labels:  of the fakes
+    device:  where G lies
+    """
+
+    def __init__(self, G: nn.Module, labels: FakeLabels, *, count: int, seed: int, device: torch.device | str):
+        self.G, self.labels, self.count, self.seed, self.device = G, labels, count, seed, device
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pixels(self, rows: range) -> Tensor:
+        z = draw_latents(rows, self.G.z_dim, self.seed, "metrics/z").to(self.device)
+        ws = self.G.mapping(z, self.labels.draw(rows, self.seed).to(self.device))
+        noise = generator_for(seed_for(self.seed, rows.start, 0, "metrics/noise"), self.device)
+        # Half precision is what makes a GPU fast; most CPUs are slower with it.
+        fp32 = torch.device(self.device).type == "cpu"
+        return to_rgb(to_pixels(self.G.synthesis(ws, noise_mode="random", force_fp32=fp32, generator=noise)))
+
+
+def draw_latents(rows: range, z_dim: int, seed: int, stream: str) -> Tensor:
+    """Return a latent for each index, which depends on no other one: float32 [n, Z]."""
+    return torch.stack([torch.randn(z_dim, generator=generator_for(seed_for(seed, row, 0, stream))) for row in rows])
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Repeat grey [N, 1, H, W] to [N, 3, H, W]; leave colour alone."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

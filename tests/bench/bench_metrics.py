@@ -1,0 +1,122 @@
+"""Time the metrics against what others compute for the same features, interleaved in one process.
+
+    python -m tests.bench.bench_metrics [--quick] [--threads N] [--repeats N]
+
+Prints one record a line, `<metric>/<implementation>/<dtype>/<shape>`, and the same as JSON in the last line. The
+implementations take turns, so that whatever else the machine does meets all of them; the numbers are medians after one
+warm-up. The features are float32, as detectors give them; `apart` is how far the two results are from each other.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from metrics.feature_stats import FeatureStats
+from metrics.frechet import frechet_distance
+from metrics.kernel import kernel_distance
+from metrics.precision_recall import precision_recall
+from tests.bench.bench_ops import commit, measure
+
+SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
+
+
+def features(count: int, num_features: int, seed: int) -> Tensor:
+    """Return float32 [count, num_features] like a detector's: correlated, never negative, of unequal spreads."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(64, num_features, generator=torch.Generator().manual_seed(0)) / 8
+    x = torch.randn(count, 64, generator=generator) @ mix + 0.3 * torch.randn(count, num_features, generator=generator)
+    return (x + 0.02 * seed).clamp(min=0)
+
+
+def frechet_works(num_features: int) -> dict[str, Callable[[], object]]:
+    """Return the distance of two full-rank Gaussians by our form and by the root of the product of covariances."""
+    stats = [FeatureStats.of(features(2 * num_features, num_features, seed)) for seed in (1, 2)]
+    (mu1, cov1), (mu2, cov2) = ((part.mean, part.covariance()) for part in stats)
+
+    def by_sqrtm():
+        root = scipy.linalg.sqrtm(cov1 @ cov2).real
+        return [((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)]
+
+    return {"ours": lambda: [frechet_distance(mu1, cov1, mu2, cov2)], "sqrtm": by_sqrtm}
+
+
+def kernel_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
+    """Return the same draws of subsets by ours and torch-fidelity, which multiplies in float32."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    real, fake = features(count, num_features, 1), features(count, num_features, 2)
+    size = min(count // 2, SUBSET_SIZE)
+
+    def theirs():
+        found = kid_features_to_metric(real, fake, kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=0, verbose=False)
+        return [found["kernel_inception_distance_mean"]]
+
+    return {"ours": lambda: [kernel_distance(real, fake, SUBSETS, size, 0)], "torch-fidelity": theirs}
+
+
+def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
+    """Return ours and torch-fidelity's form that holds blocks, since its other one holds whole matrices."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    real, fake = features(count, num_features, 1), features(count, num_features, 2)
+
+    def theirs():
+        found = prc_features_to_metric(fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=2048, save_cpu_ram=True,
+                                       verbose=False)
+        return [found["precision"], found["recall"]]
+
+    return {"ours": lambda: list(precision_recall(real, fake, NEIGHBOURS)), "torch-fidelity": theirs}
+
+
+def compare(name: str, works: dict[str, Callable[[], object]], repeats: int) -> list[dict]:
+    """Time one metric by every implementation; name has {} where theirs stands."""
+    values = {}
+
+    def keeping(implementation: str) -> Callable[[], None]:
+        return lambda: values.update({implementation: works[implementation]()})
+
+    medians = measure({implementation: keeping(implementation) for implementation in works}, repeats)
+    mine, other = values.values()
+    apart = max(abs(a - b) for a, b in zip(mine, other))
+    records = []
+    for implementation, median_ms in medians.items():
+        full_name = name.format(implementation)
+        ratio = median_ms / medians["ours"]
+        print(f"{full_name:60} {median_ms:12.1f} ms  {ratio:6.2f} times the time of ours, apart {apart:.2g}",
+              flush=True)
+        records.append({"name": full_name, "median_ms": round(median_ms, 2), "this_over_ours": round(ratio, 3),
+                        "value": [float(value) for value in values[implementation]]})
+    return records
+
+
+def benchmark(repeats: int, quick: bool) -> list[dict]:
+    """Time every metric, printing as it goes."""
+    num_features = 256 if quick else 2048
+    records = compare(f"frechet/{{}}/float64/{num_features}", frechet_works(num_features), repeats)
+    for count in (500, 1000) if quick else (2000, 10000):
+        shape = f"float32/2x{count}x{num_features}"
+        records += compare(f"kernel/{{}}/{shape}", kernel_works(count, num_features), repeats)
+        records += compare(f"precision_recall/{{}}/{shape}", precision_recall_works(count, num_features), repeats)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="at most 1000 images of 256 features")
+    parser.add_argument("--threads", type=int, help="threads of the CPU, default: as torch chooses")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    records = benchmark(options.repeats, options.quick)
+    print(json.dumps({"records": records, "repeats": options.repeats, "threads": torch.get_num_threads(),
+                      "device": platform.processor() or platform.machine(), "torch": torch.__version__,
+                      "commit": commit()}))
+
+
+if __name__ == "__main__":
+    main()

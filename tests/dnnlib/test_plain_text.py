@@ -1,0 +1,20 @@
+"""dnnlib.text: letters that every font has, and texts that fit."""
+
+import pytest
+
+from dnnlib.text import fitted, to_ascii
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("melanoma ~!", "melanoma ~!"), ("m\u00e9lanome", "melanome"), ("\u75e3 in situ", "? in situ"),
+    ("a\nb\tc\x00\x7f", "a?b?c??"), ("\ud800", "?"), ("\ufb01n", "fin"), ("", ""),
+])
+def test_to_ascii_takes_accents_off_and_replaces_the_rest(text, expected):
+    assert to_ascii(text) == expected
+
+
+@pytest.mark.parametrize(("text", "width", "expected"), [
+    ("melanoma", 8, "melanoma"), ("melanoma", 7, "melan.."), ("melanoma", 3, "m.."), ("melanoma", 1, ".."), ("", 0, ""),
+])
+def test_fitted_shows_as_many_letters_as_fit(text, width, expected):
+    assert fitted(text, width, len) == expected

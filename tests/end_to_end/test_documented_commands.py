@@ -1,0 +1,224 @@
+"""Run every command that README.md and docs/*.md print, as a shell would, on small data."""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagesets.phantoms.make import write_phantoms
+from imagesets.reader import ImageSet
+from tests.helpers.generator_files import save_generator
+from tests.helpers.make_archives import encode, make_folder, make_zip
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# Commands that are not run here, each with the reason. Whatever else a document prints is run.
+NOT_RUN = {
+    "make setup": "made the environment that these tests run in",
+    "make demo": "tests/end_to_end/test_demo.py runs it, shortened",
+    "make test": "runs these tests",
+    "make lint": ".ci/run runs it",
+    "scripts/gpu_acceptance.sh": "builds the CUDA operators and takes many minutes",
+    "python -m torch_utils.ops.build --kind=cuda":
+        "compiles for minutes; tests/torch_utils/ops/test_cuda_library.py does it",
+    "python tests/end_to_end/check_parity.py FOLDER":
+        "tests/end_to_end/test_parity.py runs the same checks on tests/data",
+}
+# What makes a printed command small. Options keep their places and forms, so that what is checked is what is printed.
+SMALLER = [
+    (r"--resolution=\d+x\d+", "--resolution=16x16"),
+    (r"--seeds=0-63", "--seeds=0-3"),
+    (r"--count=\d+", "--count=24"),
+    (r"([a-z]+):5000\b", r"\1:12"),
+    (r"--gpus=\d+", "--gpus=2"),
+    (r"--nproc-per-node=\d+", "--nproc-per-node=2"),
+    (r"\b(fid|kid)\d+k", r"\g<1>20"),
+    (r"\bpr\d+k\d", "pr20"),
+]
+# What a command gets in addition, where it does not say it itself.
+ADDED = {
+    "train.py": ["--cfg=tiny", "--kimg=1", "--batch=8", "--metrics=none", "--workers=1", "--device=cpu"],
+    "generate.py": ["--device=cpu"],
+    "projector.py": ["--num-steps=3", "--detector=pixels", "--save-video=0", "--device=cpu"],
+    "calc_metrics.py": ["--metrics=kid20_full", "--detector=random-conv", "--device=cpu"],
+    "dataset_tool.py": [],
+    "-m training.nvidia_pickle": [],
+    "-m torch_utils.ops.build": [],
+}
+
+
+def commands_of(document):
+    """Return the commands of the indented blocks of a document, each on one line."""
+    text = re.sub(r"^```python\n.*?^```$", "", read(document), flags=re.DOTALL | re.MULTILINE)
+    assert "```" not in text, f"{document} has a block that is neither indented nor Python; expected commands indented"
+    blocks = re.findall(r"(?<=\n\n)(?:    .*\n+)+", text)
+    lines = [line for block in blocks if not block.startswith("    {")  # JSON
+             for line in re.sub(r"\\\n", " ", block).splitlines() if line.strip()]
+    return [" ".join(line.split(" #")[0].split()).replace(".venv/bin/", "") for line in lines]
+
+
+def read(document):
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def program_of(command):
+    """Return the key of ADDED that a command runs."""
+    return next((name for name in ADDED if f" {name} " in f" {command} "), None)
+
+
+def shortened(command):
+    """Return the command for small data."""
+    for pattern, text in SMALLER:
+        command = re.sub(pattern, text, command)
+    given = {word.split("=")[0] for word in shlex.split(command)}
+    added = [option for option in ADDED[program_of(command)] if option.split("=")[0] not in given]
+    return " ".join([command, *added])
+
+
+def make_ham10000(folder):
+    """Make an archive with the names, columns and classes of HAM10000: two images a lesion."""
+    rows, names = [], "akiec bcc bkl df mel nv vasc".split()
+    for index in range(70):
+        rows.append({"lesion_id": f"HAM_{index // 2:07d}", "image_id": f"ISIC_{index:07d}",
+                     "dx": names[index // 2 % 7], "dx_type": "histo", "age": "50", "sex": "male",
+                     "localization": "back"})
+    for part in (1, 2):
+        of_part = rows[35 * (part - 1):35 * part]
+        make_folder(folder / f"HAM10000_images_part_{part}", jpegs(row["image_id"] for row in of_part))
+    make_folder(folder / "HAM10000_images", jpegs(row["image_id"] for row in rows))
+    write_table(folder / "HAM10000_metadata.csv", rows)
+
+
+def make_isic2020(folder):
+    """Make an archive with the names and columns of ISIC 2020, unbalanced."""
+    rows = [{"image_name": f"ISIC_{index + 500:07d}", "patient_id": f"IP_{index // 2:07d}",
+             "benign_malignant": "malignant" if index % 10 < 2 else "benign", "target": int(index % 10 < 2)}
+            for index in range(60)]
+    names = [row["image_name"] for row in rows]
+    make_zip(folder / "ISIC_2020_Training_JPEG.zip", {f"train/{name}": data for name, data in jpegs(names).items()})
+    make_folder(folder / "ISIC_2020_JPEG", jpegs(names))
+    write_table(folder / "ISIC_2020_Training_GroundTruth_v2.csv", rows)
+
+
+def make_isic2019(folder):
+    """Make archives with the names and columns of ISIC 2019 and of a download from the ISIC archive."""
+    names = [f"ISIC_{index + 900:07d}" for index in range(24)]
+    kinds = "MEL NV BCC AK BKL DF VASC SCC UNK".split()
+    make_folder(folder / "ISIC_2019_Training_Input", jpegs(names))
+    write_table(folder / "ISIC_2019_Training_GroundTruth.csv", [
+        {"image": name} | {kind: float(place == index % 8) for place, kind in enumerate(kinds)}
+        for index, name in enumerate(names)])
+    write_table(folder / "ISIC_2019_Training_Metadata.csv", [
+        {"image": name, "age_approx": "50.0", "anatom_site_general": "",
+         "lesion_id": f"BCN_{index // 2:07d}", "sex": ""}
+        for index, name in enumerate(names)])
+    make_folder(folder / "ISIC-images", jpegs(names))
+    write_table(folder / "metadata.csv", [
+        {"isic_id": name, "diagnosis_1": "Benign", "diagnosis_2": "", "lesion_id": "", "patient_id": f"IP_{index:07d}",
+         "diagnosis_3": ("Nevus", "Melanoma, NOS", "")[index % 3]} for index, name in enumerate(names)])
+
+
+def jpegs(names):
+    """Return {file name: bytes}, each image another."""
+    return {f"{name}.jpg": encode(np.random.RandomState(int(name[5:])).randint(0, 256, (24, 32, 3)), "jpeg")
+            for name in names}
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def make_phantoms(path, count=60):
+    write_phantoms(path, workers=1, count=count, resolution=16, classes={"benign": 0.6, "melanoma": 0.4}, seed=0,
+                   bias={})
+
+
+def make_workplace(folder):
+    """Make a folder in which the printed commands find the programs and all files that they name."""
+    for name in ("train.py", "generate.py", "projector.py", "calc_metrics.py", "dataset_tool.py", "training",
+                 "torch_utils", "metrics", "dnnlib", "imagesets", "latent"):
+        (folder / name).symlink_to(ROOT / name)
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (folder / "bin" / "torchrun").write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run --standalone "$@"\n')
+    (folder / "bin" / "torchrun").chmod(0o755)
+
+
+def make_files(folder, document):
+    """Make what the commands of a document take for granted."""
+    if document in ("README.md", "docs/data.md"):
+        make_ham10000(folder)
+        make_isic2020(folder)
+        make_isic2019(folder)
+    if document == "README.md":
+        (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
+        return
+    classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
+    for name in ("N.safetensors", "network-snapshot-001000.safetensors",
+                 "runs/00007-isic256/network-snapshot-000200.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_generator(folder / name, classes, img_resolution=16)
+    for name in ("isic256.zip", "heldout.zip", *(["synthetic.zip"] if document == "docs/metrics.md" else [])):
+        make_phantoms(folder / name)
+    make_folder(folder / "photos", jpegs(f"ISIC_{index:07d}" for index in range(3)))
+    make_folder(folder, {"lesion.jpg": jpegs(["ISIC_0000009"])["ISIC_0000009.jpg"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
+    commands = commands_of(document)
+    make_workplace(tmp_path)
+    make_files(tmp_path, document)
+    variables = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                 "PYTHONWARNINGS": "ignore", "DNNLIB_CACHE_DIR": str(tmp_path / "cache")}
+    for command in commands:
+        if command in NOT_RUN:
+            continue
+        assert program_of(command), f"{document}: {command!r} names no program that this test knows; add it to ADDED"
+        done = subprocess.run(["bash", "-c", shortened(command)], cwd=tmp_path, env=variables, check=False,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, f"{document}: {shortened(command)}\n{done.stderr}"
+    if document == "README.md":  # from the archive to the end, with its labels
+        synthetic = ImageSet(tmp_path / "isic-synthetic.zip")
+        assert synthetic.classes == ["benign", "malignant"]
+        assert np.bincount(synthetic.labels).tolist() == [12, 12]
+        check_python_blocks(tmp_path, variables)
+
+
+def check_python_blocks(folder, variables):
+    """Run the README's Python, on the network that its command converted and on images drawn at random."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", read("README.md"), flags=re.DOTALL | re.MULTILINE)
+    drawn = "reals, labels = torch.rand(16, 3, 32, 32) * 2 - 1, torch.eye(2).repeat(8, 1)\n"
+    blocks[1] = "import torch\n" + re.sub(r"^reals, labels = \.\.\..*\n", drawn, blocks[1], flags=re.MULTILINE)
+    checks = ["assert img.shape == (4, 3, 32, 32) and img.abs().mean() > 0\n",
+              "assert state.nimg == 16 and result.skipped == {}\n"]
+    for block, check in zip(blocks, checks, strict=True):
+        done = subprocess.run(["python", "-c", block + check], cwd=folder, env=variables, check=False,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_commands_that_are_not_run_are_still_printed_and_possible():
+    printed = {command for document in DOCUMENTS for command in commands_of(document)}
+    assert set(NOT_RUN) <= printed
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in NOT_RUN:
+        program = command.split()
+        if program[0] == "make":
+            assert program[1] in targets
+        elif "-m" not in program:
+            assert (ROOT / program[program[0] == "python"]).is_file()

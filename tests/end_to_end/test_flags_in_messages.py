@@ -1,0 +1,209 @@
+"""Messages and help texts name only flags that the program at hand has, or name the other program beside the flag.
+
+A text counts for each program whose code can come to it: from the program's module on, along the names that functions,
+methods and constants refer to. A method counts where its class does and something that is reached asks for its name.
+"""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import click
+import pytest
+
+from tests.end_to_end.test_command_lines import PROGRAMS, ROOT
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")
+         if not {".venv", "tests"} & set(path.relative_to(ROOT).parts) and path.stem != "__init__"}
+SETS = "dataset_tool.py"  # what converts
+# Some texts there are arguments of other programs, not messages: of compilers, and what the demonstration runs.
+ARGUMENTS = {"torch_utils.ops.build_recipe", "torch_utils.ops.build_cuda", "torch_utils.ops.build_tools",
+             "scripts.demo"}
+# Texts that a program's code refers to and never comes to, with the reason.
+UNREACHED = {
+    ("train.py", "--class"): {  # it chooses no class for its metrics
+        "imagesets.classes:find_class", "metrics.records:Reference.labels_of_fakes",
+        "metrics.image_sources:SetImages._class_indices"},
+    ("projector.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},  # it gives both sizes
+    ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit
+    ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; it says --outdir
+    ("generate.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # it says --zip
+}
+
+
+def flags_of(command):
+    """Return the flags of a command, and of those behind it."""
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    return {"--help", *(form for option in options for form in (*option.opts, *option.secondary_opts)),
+            *(flag for behind in getattr(command, "commands", {}).values() for flag in flags_of(behind))}
+
+
+FLAGS = {Path(name).name: flags_of(command) for name, command in PROGRAMS.items()}
+MODULES = {Path(name).name: name.removesuffix(".py").replace("/", ".") for name in PROGRAMS}
+MODULES["nvidia_pickle.py"] = "training.pickles.convert"  # what its __main__ imports
+
+
+def _is_text(node):
+    """Tell whether a statement is a docstring."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+class Module:
+    """The parts of a module, and what each refers to."""
+
+    def __init__(self, name, path):
+        self.name = name
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.imported = {}  # name here -> (module, name there), (module, None) for a module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found = (whole, None) if whole in FILES else (node.module, alias.name)
+                    self.imported[alias.asname or alias.name] = found
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    self.imported[alias.asname or alias.name.partition(".")[0]] = (alias.name, None)
+        self.parts = defaultdict(list)  # "function", "Class", "Class.method", "CONSTANT" or "" -> its nodes
+        for node in tree.body:
+            if _is_text(node) or (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)):
+                continue
+            if isinstance(node, ast.ClassDef):
+                methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
+                for method in methods:
+                    self.parts[f"{node.name}.{method.name}"].append(method)
+                self.parts[node.name] += [*node.bases, *node.decorator_list, *node.keywords,
+                                          *(item for item in node.body if item not in methods and not _is_text(item))]
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.parts[node.name].append(node)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for name in {item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name)}:
+                    self.parts[name].append(node)
+            elif not isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.parts[""].append(node)
+
+    def references(self, part):
+        """Return the (module, part) that a part refers to by name, and the names of attributes that it asks for."""
+        found, attributes = set(), set()
+        for node in (inner for outer in self.parts[part] for inner in ast.walk(outer)):
+            if isinstance(node, ast.Attribute):
+                attributes.add(node.attr)
+                if isinstance(node.value, ast.Name) and self.imported.get(node.value.id, ("", ""))[1] is None:
+                    found.add((self.imported[node.value.id][0], node.attr))
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                found.add((self.name, node.id) if node.id in self.parts else self.imported.get(node.id, ("", None)))
+        return found, attributes
+
+
+SOURCES = {name: Module(name, path) for name, path in FILES.items()}
+
+
+def reached_by(program):
+    """Return the (module, part) that a program's code can come to."""
+    reached, asked, waiting, todo = set(), set(), defaultdict(set), []
+
+    def reach(module, part):
+        if module in SOURCES and part in SOURCES[module].parts and (module, part) not in reached:
+            reached.add((module, part))
+            todo.append((module, part))
+
+    for part in list(SOURCES[MODULES[program]].parts):
+        reach(MODULES[program], part)
+    while todo:
+        module, part = todo.pop()
+        source = SOURCES[module]
+        reach(module, "")
+        for method in [name for name in source.parts if name.startswith(f"{part}.")]:
+            name = method.partition(".")[2]
+            if name.startswith("__") or name in asked:
+                reach(module, method)
+            else:
+                waiting[name].add((module, method))
+        found, attributes = source.references(part)
+        for target in found:
+            reach(*target)
+            # a name that a module only hands on
+            if target[0] in SOURCES and target[1] in SOURCES[target[0]].imported:
+                reach(*SOURCES[target[0]].imported[target[1]])
+        for name in attributes - asked:
+            asked.add(name)
+            for target in waiting.pop(name, ()):
+                reach(*target)
+    return reached
+
+
+def texts_of(module, part):
+    """Yield the texts in a part but for docstrings, with {} for what is put in."""
+    nodes = [inner for outer in SOURCES[module].parts[part] for inner in ast.walk(outer)]
+    skipped = {node.body[0].value for node in nodes
+               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+               and isinstance(node.body[0], ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            skipped.update(node.values)
+            yield "".join(item.value if isinstance(item, ast.Constant) else "{}" for item in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
+            yield node.value
+
+
+def named_flags(text, program):
+    """Yield (program, flag) for each flag in a text; program is None where the text does not tell.
+
+    A flag belongs to the program whose name it follows in its clause, else to the one at hand. What is to be converted
+    is converted by dataset_tool.py, some of whose flags have the names of others.
+    """
+    for clause in re.split(r"[;,()\n]|: |\bor\b", text):
+        owner = None if "convert" in clause and program != SETS else program
+        for word in re.finditer(rf"[\w/]+\.py\b|\btorchrun\b|\btorch_utils\.ops\.build\b|{FLAG.pattern}", clause):
+            if word[0].startswith("--"):
+                yield owner, word[0]
+            else:
+                owner = {"torch_utils.ops.build": "build.py"}.get(word[0], Path(word[0]).name)
+
+
+def wrong_flags(program):
+    found = set()
+    for module, part in reached_by(program):
+        where = f"{module}:{part}"
+        for text in texts_of(module, part):
+            if module in ARGUMENTS and re.fullmatch(r"-\S+", text):
+                continue
+            for owner, flag in named_flags(text, program):
+                if owner != "torchrun" and flag not in FLAGS.get(owner, ()) \
+                        and where not in UNREACHED.get((program, flag), ()):
+                    found.add((where, owner, flag))
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("program", FLAGS)
+def test_messages_name_flags_of_the_program_at_hand(program):
+    assert wrong_flags(program) == []
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("--gamma is 3; try --batch=4", [("train.py", "--gamma"), ("train.py", "--batch")]),
+    ("convert it with dataset_tool.py --transform=center-crop --resolution=8x8, or leave --cond out",
+     [("dataset_tool.py", "--transform"), ("dataset_tool.py", "--resolution"), ("train.py", "--cond")]),
+    ("convert it with the same --classes", [(None, "--classes")]),
+    ("calc_metrics.py --run={} makes it up", [("calc_metrics.py", "--run")]),
+])
+def test_flags_belong_to_the_program_that_is_named_before_them(text, expected):
+    assert list(named_flags(text, "train.py")) == expected
+
+
+def test_code_that_a_program_comes_to_is_found_through_imports_methods_and_constants():
+    reached = reached_by("train.py")
+    assert {("training.options", "FLAGS"), ("training.loop", "_Loop.train"), ("training.options", "TrainOptions.check"),
+            ("training.transfer", "transfer_weights"), ("training.ada", "next_p")} <= reached
+    assert not {module for module, _ in reached if module.startswith(("latent.projecting", "imagesets.commands"))}
+
+
+def test_exceptions_are_needed():
+    for (program, flag), places in UNREACHED.items():
+        for place in places:
+            module, _, part = place.partition(":")
+            assert (module, part) in reached_by(program)
+            assert any(flag in text for text in texts_of(module, part)), place

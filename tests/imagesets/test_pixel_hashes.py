@@ -1,0 +1,170 @@
+"""Hashes of pixels: what they depend on, where they are recorded, and that old ones do not count."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dataset_tool import main as dataset_tool
+from dnnlib.cli import UserError, run
+from imagesets.convert import convert
+from imagesets.phantoms.make import write_phantoms
+from imagesets.pixel_hashes import hash_pixels, hash_set, known_pixel_hashes, load_pixels, read_pixel_hashes
+from imagesets.reader import ImageSet
+from tests.helpers.make_sets import make_set, pixels_of, png
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pixel_hashes"
+
+
+def metadata(path):
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read("dataset.json"))
+
+
+def recorded(path):
+    return {name: record[0] for name, record in metadata(path)["pixel_hashes"].items()}
+
+
+def decoded(path):
+    images = ImageSet(path)
+    return {name: hash_pixels(load_pixels(images, name)) for name in images.names}
+
+
+def write_files(folder, count=4, size=8):
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index}.png").write_bytes(png(pixels_of(index, size)))
+    return folder
+
+
+def test_pixel_hash_is_that_of_the_mirror_image_and_of_no_other():
+    image = pixels_of(0).transpose(2, 0, 1)
+    other = image.copy()
+    other[0, 0, 0] ^= 1
+    grey = image[:1]
+    different = [image, image[:, ::-1], image.transpose(0, 2, 1), image[::-1], other, grey, grey.repeat(3, axis=0),
+                 image.reshape(3, 4, 16)]
+    assert hash_pixels(image[:, :, ::-1]) == hash_pixels(image)
+    assert len({hash_pixels(pixels) for pixels in different}) == len(different)
+
+
+def test_hash_of_a_set_does_not_depend_on_order_names_labels_formats_or_mirroring(cache, tmp_path):
+    first = make_set(tmp_path / "a.zip", 5, labels=[0, 1, 0, 1, 1])
+    folder = tmp_path / "b"
+    folder.mkdir()
+    for index, name in zip(range(5), ["e.bmp", "d.png", "c.tif", "b.png", "a.webp"]):
+        pixels = pixels_of(index)[:, ::-1] if index % 2 else pixels_of(index)
+        PIL.Image.fromarray(pixels).save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+    hashes = [read_pixel_hashes(ImageSet(path)) for path in (first, folder)]
+    assert hash_set(hashes[0]) == hash_set(hashes[1])
+    assert hash_set(hashes[0]) != hash_set(hashes[0][:4])
+    assert hash_set(hashes[0]) != hash_set([*hashes[0], hashes[0][0]])
+
+
+def test_convert_phantom_and_split_record_the_hash_of_each_image(cache, tmp_path):
+    write_files(tmp_path / "files", 6)
+    convert(tmp_path / "files", tmp_path / "converted.zip", workers=1)
+    write_phantoms(tmp_path / "phantom.zip", workers=1, count=8, resolution=16)
+    assert run(dataset_tool, ["split", str(tmp_path / "phantom.zip"), "--parts=a:0.5,b:0.5", "--allow-missing"]) == 0
+    for name in ("converted", "phantom", "phantom-a", "phantom-b"):
+        path = tmp_path / f"{name}.zip"
+        assert recorded(path) == decoded(path), name
+    assert len(recorded(tmp_path / "converted.zip")) == 6
+    assert not cache.exists()
+
+
+def test_split_keeps_an_image_and_its_mirror_image_together(tmp_path):
+    """A validation set that dataset_tool.py made is never refused for equal images."""
+    folder = write_files(tmp_path / "files", 6)
+    for index in range(6):
+        (folder / f"z{index}.png").write_bytes(png(pixels_of(index)[:, ::-1]))
+    convert(folder, tmp_path / "set.zip", workers=1)
+    assert run(dataset_tool, ["split", str(tmp_path / "set.zip"), "--parts=a:0.5,b:0.5"]) == 0
+    a, b = (set(recorded(tmp_path / f"set-{part}.zip").values()) for part in "ab")
+    assert (len(a), len(b), a & b) == (3, 3, set())
+
+
+def test_split_of_a_set_without_hashes_keeps_mirror_images_together_and_records_them(cache, tmp_path):
+    """Train.py, which decodes the parts, would refuse one as --valid of the other, and advise to split."""
+    whole = make_set(tmp_path / "old.zip", 6, hashes=False)
+    mirrored = make_set(tmp_path / "mirrored.zip", 6, mirror=True, hashes=False)
+    with zipfile.ZipFile(whole, "a") as file, zipfile.ZipFile(mirrored) as other:
+        for index, name in enumerate(ImageSet(mirrored).names):
+            file.writestr(f"z{index}.png", other.read(name))
+    assert run(dataset_tool, ["split", str(whole), "--parts=a:0.5,b:0.5"]) == 0
+    a, b = (set(recorded(tmp_path / f"old-{part}.zip").values()) for part in "ab")
+    assert (len(a), len(b), a & b) == (3, 3, set())
+
+
+def test_hashes_of_an_older_set_are_computed_once_and_kept(cache, tmp_path, capsys):
+    path = make_set(tmp_path / "old.zip", 5, hashes=False)
+    assert known_pixel_hashes(ImageSet(path)) is None
+    assert not cache.exists()
+    assert read_pixel_hashes(ImageSet(path)) == list(decoded(path).values())
+    kept, = cache.iterdir()
+    kept.write_text("0" * 32 + "\n" + kept.read_text()[33:])  # seen to be what is read
+    assert read_pixel_hashes(ImageSet(path)) == ["0" * 32, *list(decoded(path).values())[1:]]
+    assert known_pixel_hashes(ImageSet(path))[0] == "0" * 32
+    kept.write_text("damaged")
+    assert read_pixel_hashes(ImageSet(path)) == list(decoded(path).values())
+
+
+def test_hashes_of_a_part_of_a_set_are_those_of_its_images(cache, tmp_path):
+    path = make_set(tmp_path / "old.zip", 5, hashes=False)
+    assert read_pixel_hashes(ImageSet(path), np.array([3, 1])) == [list(decoded(path).values())[row] for row in (3, 1)]
+
+
+def test_hashes_do_not_depend_on_the_number_of_workers(cache, tmp_path):
+    images = ImageSet(make_set(tmp_path / "old.zip", 40, hashes=False))
+    assert read_pixel_hashes(images, workers=2) == list(decoded(images.path).values())
+
+
+def test_hash_of_an_image_that_was_changed_afterwards_does_not_count(cache, tmp_path):
+    convert(write_files(tmp_path / "files"), tmp_path / "set", workers=1)
+    changed = tmp_path / "set" / "00000" / "img00000002.png"
+    before = read_pixel_hashes(ImageSet(tmp_path / "set"))
+    changed.write_bytes(png(pixels_of(9)))
+    after = read_pixel_hashes(ImageSet(tmp_path / "set"))
+    assert after == list(decoded(tmp_path / "set").values())
+    assert [first == second for first, second in zip(before, after)] == [True, True, False, True]
+
+
+def test_hashes_that_cannot_be_kept_are_returned_all_the_same(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "file"))
+    said = io.StringIO()
+    path = make_set(tmp_path / "old.zip", 2, hashes=False)
+    assert read_pixel_hashes(ImageSet(path), stream=said) == list(decoded(path).values())
+    assert said.getvalue() == (f"pixel hashes cannot be kept in {tmp_path}/file/pixel_hashes (Not a directory); they "
+                               "will be computed again the next time\n")
+
+
+@pytest.mark.parametrize(("hashes", "message"), [
+    ([], "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the field, and they are "
+         "computed anew"),
+    ({"0.png": "0" * 32}, "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the field, "
+                          "and they are computed anew"),
+    ({"0.png": ["0" * 31, 1, 2]}, "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the "
+                                  "field, and they are computed anew"),
+    ({"9.png": ["0" * 32, 1, 2]}, "pixel_hashes in dataset.json name 1 files that are not there (9.png)"),
+])
+def test_hashes_that_do_not_fit_the_set_are_refused(tmp_path, hashes, message):
+    folder = write_files(tmp_path / "files", 1)
+    (folder / "dataset.json").write_text(json.dumps({"labels": None, "pixel_hashes": hashes}))
+    with pytest.raises(UserError) as caught:
+        ImageSet(folder)
+    assert str(caught.value) == f"{folder}: {message}"
+
+
+def test_damaged_image_is_named_when_its_hash_is_computed(cache, tmp_path):
+    folder = write_files(tmp_path / "files", 40)
+    (folder / "7.png").write_bytes(png(pixels_of(7))[:60])
+    with pytest.raises(UserError, match=r"files: 7\.png cannot be decoded \(.*\); make or copy it again"):
+        read_pixel_hashes(ImageSet(folder), workers=2)

@@ -1,0 +1,141 @@
+"""Stopping between iterations, and trouble that stops a run."""
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+
+from dnnlib.cli import SIGNALS, StopRequest
+from torch_utils.device import ran_out_of_memory
+from training.loop import SkippedSteps, describe_out_of_memory, smaller_batch_gpu
+from training.options import DatasetFacts, TrainOptions, resolve
+from training.step import StepResult
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_stop_request_remembers_a_signal_and_puts_handlers_back(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with StopRequest() as stop:
+        assert not stop.wanted()
+        os.kill(os.getpid(), number)
+        assert stop.wanted()
+        assert stop.reason == f"{number.name} arrived"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_stop_request_second_interrupt_stops_at_once():
+    def interrupt_twice():
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+
+
+def test_stop_request_time_is_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dnnlib.cli.time.monotonic", lambda: now[0])
+    with StopRequest(max_hours=0.5) as stop:
+        now[0] = 100 + 1799
+        assert not stop.wanted()
+        now[0] = 100 + 1800
+        assert stop.wanted()
+        assert stop.reason == "--max-hours=0.5 are over"
+
+
+def results(*skipped_phases):
+    return [StepResult(stats={"Gmain": {}, "Dmain": {}}, skipped={phase: ["a", "b", "c", "d"] for phase in skipped})
+            for skipped in skipped_phases]
+
+
+def test_skipped_steps_stop_after_ten_in_a_row_of_one_phase():
+    steps = SkippedSteps()
+    assert [steps.add(result) for result in results(*[["Gmain"]] * 9, [], *[["Gmain"]] * 9)] == [None] * 19
+    message = steps.add(results(["Gmain"])[0])
+    assert message == ("Gmain had a loss or gradient that is not finite 10 times in a row (a, b, c and 1 more); look "
+                       "at the data")
+
+
+def test_skipped_steps_of_a_lazy_phase_count_when_it_runs():
+    steps = SkippedSteps()
+    lazy = StepResult(stats={"Dreg": {}}, skipped={"Dreg": ["x"]})
+    idle = StepResult(stats={"Gmain": {}})
+    found = [steps.add(result) for result in [lazy, idle] * 10]
+    assert [index for index, message in enumerate(found) if message is not None] == [18]
+
+
+def test_skipped_steps_continue_after_a_restart():
+    first, second = SkippedSteps(), SkippedSteps()
+    for result in results(*[["Dmain"]] * 6):
+        first.add(result)
+    second.load_state_dict(first.state_dict())
+    assert [second.add(result) is not None for result in results(*[["Dmain"]] * 4)] == [False, False, False, True]
+
+
+def config_with(**options):
+    facts = DatasetFacts(name="set", resolution=64, channels=3, num_images=20, c_dim=0)
+    return resolve(TrainOptions(cfg="auto", **options), facts)
+
+
+@pytest.mark.parametrize(("options", "smaller"), [
+    ({"batch": 32}, 16), ({"batch": 32, "batch_gpu": 8}, 4), ({"batch": 4}, 2), ({"batch": 12}, 4),
+    ({"batch": 32, "batch_gpu": 1}, None)])
+def test_smaller_batch_gpu_is_one_that_the_run_takes(options, smaller):
+    config = config_with(**options)
+    assert smaller_batch_gpu(config) == smaller
+    found = describe_out_of_memory(config, torch.OutOfMemoryError(), "the same command", has_begun=True)
+    if smaller is not None:
+        assert config_with(**{**options, "batch_gpu": smaller}).step.micro_batch == smaller
+        assert found == (
+            f"out of memory with --batch-gpu={config.step.micro_batch}; the same command with --batch-gpu={smaller} "
+            "continues the run from its last state: the same batch in smaller passes")
+    else:
+        assert found == (
+            "out of memory with one image a pass (--batch-gpu=1); free memory on the device or take one that has more, "
+            "and the same command continues the run (a smaller --cfg or resolution begins another one)")
+
+
+def test_out_of_memory_before_the_first_image_advises_nothing_about_passes():
+    found = describe_out_of_memory(config_with(batch=32), MemoryError(), "the same command", has_begun=False)
+    assert found == (
+        "out of memory before the first image, where networks and optimizers have to fit; free memory on the device or "
+        "take one that has more, and the same command continues the run (a smaller --cfg or resolution begins another "
+        "one)")
+
+
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+
+def test_out_of_memory_of_a_reader_advises_fewer_readers():
+    found = describe_out_of_memory(config_with(), RuntimeError(KILLED), "the same command (without --new)",
+                                   has_begun=True)
+    assert found == ("a process that reads images was killed, as the system does when memory runs out; the same "
+                     "command (without --new) with --workers=1 continues the run")
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 8 bytes. Error code 12 (Cannot allocate memory)"), True),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+    (RuntimeError(KILLED), True),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), False),
+    (OSError(errno.ENOSPC, "No space left on device"), False),
+    (RuntimeError("shape '[4]' is invalid for input of size 3"), False),
+    (ValueError("out of memory"), False)])
+def test_out_of_memory_is_recognized_whoever_says_it(error, expected):
+    assert ran_out_of_memory(error) == expected
+
+
+def test_out_of_memory_of_this_cpu_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ran_out_of_memory(caught.value)

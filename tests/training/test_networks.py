@@ -1,0 +1,269 @@
+"""Properties of the generator, the mapping network and the discriminator beyond the reference vectors."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.small_networks import random_labels, small_discriminator, small_generator
+from training.generator import Generator, MappingNetwork
+
+ARCHITECTURES = ("orig", "skip", "resnet")
+
+
+def latents(count, G, seed=0):
+    return torch.randn(count, G.z_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("c_dim", [0, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_of_every_kind_compute_and_learn(architecture, c_dim, channels):
+    G = small_generator(channels=channels, c_dim=c_dim, architecture=architecture).double()
+    D = small_discriminator(channels=channels, c_dim=c_dim, architecture=architecture).double()
+    c = random_labels(4, 2)[:, :c_dim]
+    img = G(latents(4, G), c)
+    assert img.shape == (4, channels, 16, 16)
+    logits = D(img, c)
+    assert logits.shape == (4, 1)
+    logits.sum().backward()
+    for network in (G, D):
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_generator_resnet_block_adds_bypass_and_halves_the_power():
+    G = small_generator(architecture="resnet", c_dim=0).double().eval()
+    block = G.synthesis.b8
+    x, ws = torch.randn(2, 16, 4, 4, dtype=torch.float64), [torch.randn(2, 12, dtype=torch.float64)] * 3
+    y, img = block(x, None, ws, noise_mode="none")
+    main = block.conv1(block.conv0(x, ws[0], noise_mode="none"), ws[1], noise_mode="none")
+    torch.testing.assert_close(y, (main + block.skip(x)) / 2**0.5)
+    assert img is None
+
+
+def test_generator_skip_image_is_sum_of_upsampled_torgbs():
+    # With every ToRGB but the first silenced, the image is the 4x4 one upsampled: constant where that is constant.
+    G = small_generator(c_dim=0).eval()
+    with torch.no_grad():
+        for res in (4, 8, 16):
+            layer = getattr(G.synthesis, f"b{res}").torgb
+            layer.weight.zero_()
+            layer.bias.fill_(1 if res == 4 else 0)
+    img = G(latents(1, G), None)
+    torch.testing.assert_close(img[:, :, 6:10, 6:10], torch.ones(1, 3, 4, 4))
+
+
+def test_generator_torgb_shares_w_with_next_conv0():
+    G = small_generator(c_dim=0).eval()
+    ws = torch.randn(1, G.num_ws, G.w_dim, requires_grad=True)
+    captured = {}
+    for name in ("b4.torgb", "b8.conv0", "b8.torgb", "b16.conv0", "b16.torgb"):
+        block, layer = name.split(".")
+        getattr(getattr(G.synthesis, block), layer).affine.register_forward_pre_hook(
+            lambda module, args, name=name: captured.__setitem__(name, args[0]))
+    G.synthesis(ws)
+    index = {name: next(i for i in range(G.num_ws) if torch.equal(w, ws[:, i])) for name, w in captured.items()}
+    assert index == {"b4.torgb": 1, "b8.conv0": 1, "b8.torgb": 3, "b16.conv0": 3, "b16.torgb": 5}
+
+
+def test_synthesis_noise_modes_differ_as_named():
+    G = small_generator(c_dim=0).eval()
+    ws = G.mapping(latents(2, G), None)
+
+    def images(mode, seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return G.synthesis(ws, noise_mode=mode, generator=generator)
+
+    assert torch.equal(images("const"), images("const"))
+    assert torch.equal(images("random", 1), images("random", 1))
+    assert not torch.allclose(images("random", 1), images("random", 2), atol=1e-3)
+    assert not torch.allclose(images("const"), images("none"), atol=1e-3)
+    torch.manual_seed(3)
+    by_default_generator = images("random")
+    torch.manual_seed(3)
+    assert torch.equal(by_default_generator, images("random"))
+
+
+def test_synthesis_random_noise_is_drawn_per_image():
+    G = small_generator(c_dim=0).eval()
+    ws = G.mapping(latents(1, G), None).repeat(2, 1, 1)
+    first, second = G.synthesis(ws, noise_mode="random")
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("num", [1, 3])
+def test_generator_forms_of_the_modulated_convolutions_agree(num, architecture):
+    G = small_generator(architecture=architecture).double()
+    ws = G.mapping(latents(num, G), random_labels(num), skip_w_avg_update=True)
+    trained = G.train().synthesis(ws, noise_mode="const")
+    for fused in (None, True, False):
+        torch.testing.assert_close(G.eval().synthesis(ws, noise_mode="const", fused_modconv=fused), trained)
+
+
+class Convolutions(TorchDispatchMode):
+    """A context that lists the groups of convolutions: as many as images where each has a kernel of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and args[1].shape[1] > 1:  # filters take one channel each
+            self.groups.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num", [2, 5])
+@pytest.mark.parametrize(("training", "fused", "own_kernels"), [
+    (True, None, []), (False, False, []), (True, True, None), (False, True, None),
+    # conv1 of 4x4 and 8x8 have kernels of 16 x 3 x 3 numbers a channel, that of 16x16 has 8 x 3 x 3; conv0 doubles
+    (False, None, ["b4.torgb", "b8.torgb", "b16.conv1", "b16.torgb"])])
+def test_generator_takes_a_kernel_per_image_as_asked_or_where_it_is_faster(training, fused, own_kernels, num):
+    G = small_generator(c_dim=0).train(training)
+    layers = [name for name, _module in G.synthesis.named_modules() if name.endswith(("conv0", "conv1", "torgb"))]
+    with Convolutions() as seen:
+        G.synthesis(torch.randn(num, G.num_ws, G.w_dim), fused_modconv=fused)
+    found = dict(zip(layers, seen.groups, strict=True))
+    assert found == {name: num if own_kernels is None or name in own_kernels else 1 for name in layers}
+
+
+def test_generator_image_does_not_depend_on_its_batch():
+    G = small_generator().double().eval()
+    z, c = latents(5, G), random_labels(5)
+    together = G(z, c, noise_mode="const")
+    torch.testing.assert_close(together[3:4], G(z[3:4], c[3:4], noise_mode="const"))
+
+
+def test_mapping_normalises_latent_and_label():
+    G = small_generator().double().eval()
+    z, c = latents(2, G), random_labels(2)
+    torch.testing.assert_close(G.mapping(z * 7, c), G.mapping(z, c), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(G.mapping(z, c), G.mapping(z, c.flip(0)), atol=1e-3)
+
+
+def test_mapping_accepts_float64_latents_for_float32_networks():
+    G = small_generator().eval()
+    assert G.mapping(latents(2, G), random_labels(2).double()).dtype == torch.float32
+
+
+def test_mapping_truncation_moves_first_layers_towards_average():
+    G = small_generator().eval()
+    G.mapping.w_avg.normal_()
+    z, c = latents(2, G), random_labels(2)
+    full, half = G.mapping(z, c), G.mapping(z, c, truncation_psi=0.5, truncation_cutoff=2)
+    torch.testing.assert_close(half[:, :2], (full[:, :2] + G.mapping.w_avg) / 2)
+    assert torch.equal(half[:, 2:], full[:, 2:])
+    torch.testing.assert_close(G.mapping(z, c, truncation_psi=0), G.mapping.w_avg.expand_as(full))
+
+
+def test_mapping_w_avg_moves_in_train_mode_only():
+    G = small_generator()
+    z, c = latents(4, G), random_labels(4)
+    for mode, skip in ((False, False), (True, True)):
+        G.train(mode).mapping(z, c, skip_w_avg_update=skip)
+        assert torch.equal(G.mapping.w_avg, torch.zeros(12))
+    w = G.train().mapping(z, c)[:, 0]
+    torch.testing.assert_close(G.mapping.w_avg, 0.005 * w.mean(0))
+
+
+def test_networks_double_computes_in_float64_throughout():
+    seen = set()
+    G = small_generator(num_fp16_res=2, conv_clamp=256).double()
+    D = small_discriminator(num_fp16_res=2, conv_clamp=256).double()
+    for module in [*G.modules(), *D.modules()]:
+        module.register_forward_hook(lambda module, args, output: seen.update(
+            value.dtype for value in (output if isinstance(output, tuple) else (output,)) if value is not None))
+    c = random_labels(4).double()
+    D(G(latents(4, G), c), c)
+    assert seen == {torch.float64}
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [
+    (0, []), (1, ["fromrgb"]), (3, ["fromrgb", "conv0", "conv1"]), (4, ["fromrgb", "conv0", "conv1", "skip"])])
+def test_freeze_layers_counts_convolutions_from_the_image(frozen, expected):
+    D = small_discriminator(block_kwargs={"freeze_layers": frozen})
+    learned = {name for name, _ in D.named_parameters()}
+    fixed = {name for name, _ in D.named_buffers() if name.endswith("weight")}
+    assert fixed == {f"b16.{layer}.weight" for layer in expected}
+    assert not fixed & learned
+    assert learned | fixed >= {"b8.conv0.weight", "b16.conv0.weight", "b4.out.weight"}
+
+
+def test_freeze_layers_reaches_the_next_block():
+    D = small_discriminator(block_kwargs={"freeze_layers": 5})
+    assert "b8.conv0.weight" in dict(D.named_buffers())
+    assert "b8.conv1.weight" in dict(D.named_parameters())
+
+
+def test_frozen_and_free_discriminators_compute_the_same():
+    free, frozen = small_discriminator(), small_discriminator(block_kwargs={"freeze_layers": 3})
+    frozen.load_state_dict(free.state_dict())
+    img = torch.randn(4, 3, 16, 16)
+    assert torch.equal(free(img, random_labels(4)), frozen(img, random_labels(4)))
+
+
+def test_discriminator_label_chooses_the_projection():
+    D = small_discriminator().eval()
+    img = torch.randn(2, 3, 16, 16)
+    assert not torch.allclose(D(img, random_labels(2)), D(img, random_labels(2).flip(0)), atol=1e-4)
+
+
+def test_generator_copies_and_pickles_nothing_shared():
+    G = small_generator()
+    twin = copy.deepcopy(G)
+    with torch.no_grad():
+        twin.synthesis.b4.const.add_(1)
+    assert not torch.equal(G.synthesis.b4.const, twin.synthesis.b4.const)
+    assert twin.init_kwargs == G.init_kwargs
+
+
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: small_generator(resolution=12),
+     "generator: img_resolution is 12; expected a power of two from 8 on"),
+    (lambda: small_discriminator(resolution=4),
+     "discriminator: img_resolution is 4; expected a power of two from 8 on"),
+    (lambda: small_generator(channels=0), "generator: img_channels is 0; expected at least 1"),
+    (lambda: small_discriminator(architecture="unet"),
+     "discriminator: architecture is 'unet'; expected one of orig, skip, resnet"),
+    (lambda: small_generator(resolution=256, channel_base=128),
+     "generator: channel_base is 128; expected at least img_resolution, 256, or no channel is left"),
+    (lambda: small_generator(half_dtype="float8"), "half_dtype is 'float8'; expected one of float16, bfloat16"),
+    (lambda: MappingNetwork(0, 0, 8, None),
+     "mapping network: z_dim and c_dim are both 0; expected at least one input"),
+])
+def test_constructors_refuse_what_cannot_work(build, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build()
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda G, D: G(torch.zeros(2, 9), random_labels(2)), "mapping network: z is [2, 9]; expected [N, 8]"),
+    (lambda G, D: G(torch.zeros(2, 8), None), "mapping network: c is missing; expected [N, 2]"),
+    (lambda G, D: G(torch.zeros(2, 8), torch.zeros(2, 0)), "mapping network: c is [2, 0]; expected [N, 2]"),
+    (lambda G, D: G.synthesis(torch.zeros(1, 5, 12)), "synthesis network: ws is [1, 5, 12]; expected [N, 6, 12]"),
+    (lambda G, D: G.synthesis(torch.zeros(1, 6, 12), noise_mode="zero"),
+     "noise_mode is 'zero'; expected one of random, const, none"),
+    (lambda G, D: D(torch.zeros(4, 3, 16, 16), random_labels(1)),
+     "discriminator: labels are [1, 2]; expected [4, 2], one row an image"),
+    (lambda G, D: D(torch.zeros(4, 3, 16, 16), None),
+     "discriminator: labels are missing; expected [4, 2], one row an image"),
+    (lambda G, D: D(torch.zeros(1, 3, 32, 32), random_labels(1)),
+     "discriminator: images are [1, 3, 32, 32]; expected [N, 3, 16, 16]"),
+    (lambda G, D: D(torch.zeros(6, 3, 16, 16), random_labels(6)),
+     "minibatch standard deviation: the batch has 6 images; expected a multiple of the group size 4, or at most that "
+     "many"),
+])
+def test_calls_refuse_inputs_of_another_shape(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(small_generator(), small_discriminator())
+
+
+def test_generator_unconditional_ignores_labels():
+    G = Generator(8, 0, 8, 8, 3, {"num_layers": 2}, {"channel_base": 64, "channel_max": 8}).eval()
+    z = latents(2, G)
+    assert torch.equal(G(z, torch.zeros(2, 0), noise_mode="const"), G(z, None, noise_mode="const"))
