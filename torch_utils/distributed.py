@@ -291,6 +291,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _meet(place: Place, device: torch.device) -> ProcessWatch:
     global _watch
+    # Its functions take the group of all processes at the time of the import as a default argument, and torch._dynamo
+    # imports it in the middle of a run. That would keep the group, with gloo's threads, beyond destroy_process_group:
+    # a thread that then lets go of a collective's tensor while Python shuts down wants the GIL, and the process aborts.
+    from torch.distributed.nn import functional  # noqa: F401
+
     try:
         store = _connect(place, JOIN_TIMEOUT, holds_store=place.holds_store)
         watch_store = _connect(place, timedelta(seconds=process_watch.GRACE_SECONDS), holds_store=False)

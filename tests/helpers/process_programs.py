@@ -1,9 +1,11 @@
 """Programs that tests run as several processes: `python -m tests.helpers.process_programs NAME FOLDER`."""
 
+import importlib
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -116,6 +118,13 @@ def talk(processes: Processes) -> dict:
             "object": distributed.broadcast_object({"from": processes.rank, "list": [1, "two"]})}
 
 
+def import_late(processes: Processes) -> None:
+    """Import what PyTorch itself imports when it first needs it, as when a network is built on "meta"."""
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch.distributed.nn.functional")
+    distributed.barrier()
+
+
 def run_forever(processes: Processes) -> None:
     for iteration in range(10**9):
         (Path(sys.argv[2]) / f"running-{processes.rank}").write_text(str(os.getpid()))
@@ -169,7 +178,17 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(*threads_of_gloo(), sep="\n", end="", file=sys.stderr)  # nothing, where the processes have parted
     return 0
+
+
+def threads_of_gloo() -> list[str]:
+    """Return the names of the threads that gloo runs in this process; none on other systems than Linux."""
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has just ended
+            names.append(path.read_text().strip())
+    return [name for name in names if "gloo" in name]
 
 
 if __name__ == "__main__":

@@ -286,6 +286,12 @@ def test_failing_process_ends_the_other_with_its_error(deed, who, code, last_lin
 
 
 @pytest.mark.slow
+def test_processes_that_part_leave_no_thread_of_gloo(tmp_path):
+    # Such a thread aborts the process now and then, when it lets go of a tensor while Python shuts down.
+    assert finish(start(2, "import_late", tmp_path), timeout=120) == [(0, "", "")] * 2
+
+
+@pytest.mark.slow
 def test_processes_that_fail_alike_keep_one_error(tmp_path):
     ends = finish(start(2, "fail_alike", tmp_path))
     assert sorted(code for code, _, _ in ends) == [1, 2]
