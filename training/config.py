@@ -6,7 +6,7 @@ Paper: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGA
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dnnlib.typed_config import Config, ConfigError, FrozenMapping
 from imagesets.resize import MIN_RESOLUTION, is_power_of_two
@@ -150,13 +150,13 @@ AUGMENTATIONS = (
 class LossConfig(Config):
     """Weights and intervals of the losses."""
 
-    r1_gamma: float  # weight of the gradient penalty on reals; larger = smoother discriminator
-    pl_weight: float = 2.0  # weight of path length regularisation (sg2, section 3.2); 0 = off
+    r1_gamma: float  # --gamma, weight of the gradient penalty on reals; larger = smoother discriminator
+    pl_weight: float = 2.0  # weight of path length regularization (sg2, section 3.2); 0 = off
     pl_decay: float = 0.01  # how fast the mean path length follows
     pl_batch_shrink: int = 2  # path lengths are taken on 1/pl_batch_shrink of a micro-batch, at least 1 image
-    style_mixing_prob: float = 0.9  # 0 = off
-    g_reg_interval: int = 4  # regularise the generator on every n-th iteration
-    d_reg_interval: int = 16  # regularise the discriminator on every n-th iteration
+    style_mixing_prob: float = 0.9  # share of micro-batches whose styles are mixed; 0 = off
+    g_reg_interval: int = 4  # regularize the generator on every n-th iteration
+    d_reg_interval: int = 16  # regularize the discriminator on every n-th iteration
     noise_mode: str = "random"
 
     def check(self) -> None:
@@ -181,7 +181,7 @@ class EmaConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaConfig(Config):
-    """How the augmentation probability follows the discriminator's signs (ada, section 3.1)."""
+    """How the augmentation probability follows the discriminator's signs (ada, section 3)."""
 
     target: float  # the mean sign on reals that is aimed at
     kimg: float = 500  # thousands of images in which p can move by 1
@@ -198,8 +198,7 @@ class AugmentConfig(Config):
     """What the discriminator's images go through; no strengths = nothing."""
 
     strengths: FrozenMapping  # augmentation -> share of p with which it is applied; any mapping may be given
-    p: float  # where p starts, or stays
-    ada: AdaConfig | None  # None = p stays
+    p: float  # where p starts; without StepConfig.ada it stays there
 
     def __post_init__(self) -> None:
         if isinstance(self.strengths, Mapping):
@@ -215,13 +214,12 @@ class AugmentConfig(Config):
             if strength < 0:
                 raise ConfigError(f"AugmentConfig.strengths[{name!r}] is {strength!r}; expected a number >= 0")
         self.require(0 <= self.p <= 1, "p", "a number from 0 to 1")
-        self.require(bool(self.strengths) or self.ada is None, "ada", "none where no augmentation is on")
         self.require(bool(self.strengths) or self.p == 0, "p", "0 where no augmentation is on")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig(Config):
-    """Adam as a user states it: before the correction for lazy regularisation (sg2, appendix B)."""
+    """Adam as a user states it: before the correction for lazy regularization (sg2, appendix B)."""
 
     lr: float
     beta1: float = 0.0
@@ -298,6 +296,17 @@ class TrainConfig(Config):
     allow_tf32: bool = True
     cudnn_benchmark: bool = True
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build the configuration that `to_dict` described; earlier programs wrote step.ada as augment.ada, too."""
+        augment, step = (data.get(name) if isinstance(data, Mapping) else None for name in ("augment", "step"))
+        if isinstance(augment, Mapping) and "ada" in augment:
+            if isinstance(step, Mapping) and augment["ada"] != step.get("ada"):
+                name = f"{where}.augment.ada" if where else "augment.ada"
+                raise ConfigError(f"{name} is {augment['ada']!r}; expected the same as step.ada")
+            data = {**data, "augment": {key: value for key, value in augment.items() if key != "ada"}}
+        return super().from_dict(data, where=where)
+
     @property
     def batch(self) -> int:
         """Images of an iteration, over all processes."""
@@ -333,7 +342,8 @@ class TrainConfig(Config):
                     f"TrainConfig.{name} takes resolution, channels, c_dim {found}; "
                     f"expected those of the data set, {images}"
                 )
-        self.require(self.step.ada == self.augment.ada, "augment", "the same ada as step")
+        self.step.require(bool(self.augment.strengths) or self.step.ada is None, "ada",
+                          "none where no augmentation is on")
         share = self.gpus * self.step.micro_batch
         self.require(self.batch % share == 0, "gpus", f"gpus * micro_batch to divide the batch of {self.batch}")
         group = self.discriminator.mbstd_group_size

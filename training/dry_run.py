@@ -21,14 +21,12 @@ from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, content_of
 from training.discriminator import Discriminator
 from training.generator import Generator
-from training.gradients import GradientSum
-from training.micro_batches import MicroBatch
 from training.options import describe
-from training.phases import PhaseWork
+from training.phases import MicroBatch, Phase, PhaseInputs, PhaseWork, active_phases, path_length_images
 from training.run_folder import plan_run
 from training.sampling import image_weights
 from training.state import TrainingState
-from training.step_inputs import PhaseInputs, active_phases, path_length_images
+from training.step import GradientSum
 from training.transfer import Transferred
 
 BASIS = ("tensors of one forward and backward pass of the phase that takes most, counted on the meta device; "
@@ -104,13 +102,13 @@ def count_parameters(network: nn.Module) -> int:
 def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> MemoryEstimate:
     """Return what a process of the run takes. state: from `meta_state`, to use it again."""
     state = meta_state(config) if state is None else state
-    gradients = {"G": _parameter_bytes(state.G), "D": _parameter_bytes(state.D)}
     peaks = {phase: _phase_peak(phase, state, config) for phase in active_phases(0, config.step.loss)}
-    phase = max(peaks, key=lambda name: peaks[name] + gradients[name[0]])
+    gradients = {phase: _parameter_bytes(phase.network(state)) for phase in peaks}
+    phase = max(peaks, key=lambda phase: peaks[phase] + gradients[phase])
     return MemoryEstimate(
         weights=_bytes(state.G) + _bytes(state.D), averaged_generator=_bytes(state.G_ema),
-        adam=2 * (gradients["G"] + gradients["D"]), gradients=gradients[phase[0]],
-        activations=peaks[phase] + augment_bytes(config), phase=phase)
+        adam=2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D)), gradients=gradients[phase],
+        activations=peaks[phase] + augment_bytes(config), phase=phase.value)
 
 
 def count_snapshots(config: TrainConfig) -> int:
@@ -139,15 +137,15 @@ def _parameter_bytes(network: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def _phase_peak(phase: str, state: TrainingState, config: TrainConfig) -> int:
+def _phase_peak(phase: Phase, state: TrainingState, config: TrainConfig) -> int:
     """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
-    network = state.G if phase.startswith("G") else state.D
+    network = phase.network(state)
     gradients = GradientSum([*network.parameters()])
     gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
     network.requires_grad_(True)
     try:
         with LiveBytes() as tracker:
-            for loss in getattr(PhaseWork(state, config.step.loss), phase)(_meta_micro_batch(state, config)):
+            for loss in PhaseWork(phase, state, config.step.loss).losses(_meta_micro_batch(state, config)):
                 gradients.add(loss)
     finally:
         network.requires_grad_(False)

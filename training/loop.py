@@ -19,6 +19,7 @@ from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.stats import Collector
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, choose_subset, content_of
+from training.phases import StepInputs, draw_phases
 from training.presets import largest_pass
 from training.run_folder import RunFolder, choose_run
 from training.run_output import RunOutput
@@ -27,7 +28,6 @@ from training.sampling import LabelLaw, TrainingOrder, image_weights, iterate_ba
 from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
 from training.step import StepResult, train_step
-from training.step_inputs import StepInputs, draw_phases
 from training.transfer import transfer_for
 
 MOST_SKIPPED_IN_A_ROW = 10

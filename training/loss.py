@@ -1,4 +1,4 @@
-"""The losses and regularisation terms of StyleGAN2-ADA, as pure functions.
+"""The terms of the loss, each as its phase in `training.phases` computes it: per image, the phases take the mean E.
 
 Legend: N batch, C image channels, R resolution, L num_ws, K w_dim.
 """
@@ -9,32 +9,22 @@ from torch import Tensor
 
 
 def generator_losses(fake_logits: Tensor) -> Tensor:
-    """Return softplus(-D(G(z))), element by element: the non-saturating loss (Goodfellow et al. 2014)."""
+    """Return softplus(-D(G(z))) = -log sigmoid(D(G(z))), not saturating (Goodfellow et al. 2014, section 3). [N, 1]"""
     return F.softplus(-fake_logits)
 
 
 def fake_losses(logits: Tensor) -> Tensor:
-    """Return softplus(D(G(z))), element by element: the discriminator's loss on fakes."""
+    """Return softplus(D(G(z))) = -log(1 - sigmoid(D(G(z)))), D's on fakes (Goodfellow et al. 2014, eq. 1). [N, 1]"""
     return F.softplus(logits)
 
 
 def real_losses(logits: Tensor) -> Tensor:
-    """Return softplus(-D(x)), element by element: the discriminator's loss on reals."""
+    """Return softplus(-D(x)) = -log sigmoid(D(x)), D's on reals (Goodfellow et al. 2014, eq. 1). [N, 1]"""
     return F.softplus(-logits)
 
 
-def generator_loss(logits: Tensor) -> Tensor:
-    """Return the generator's loss on fakes, the mean over the batch. logits: [N, 1]"""
-    return generator_losses(logits).mean()
-
-
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the discriminator's loss, the sum of its means over reals and fakes. real: [N, 1];  fake: [M, 1]"""
-    return fake_losses(fake).mean() + real_losses(real).mean()
-
-
 def squared_gradient(logits: Tensor, img: Tensor) -> Tensor:
-    """Return [N], the squared norm of each image's gradient of its own logit; differentiable.
+    """Return [N], ||grad_x D(x)||^2, the squared norm of each image's gradient of its own logit; differentiable.
 
     img: [N, C, R, R], what the logits [N, 1] were computed from, with requires_grad set
     """
@@ -43,17 +33,13 @@ def squared_gradient(logits: Tensor, img: Tensor) -> Tensor:
     return gradient.square().sum(dim=[1, 2, 3])
 
 
-def r1_penalty(D, img: Tensor, c: Tensor) -> Tensor:
-    """Return [N], ||grad_x D(x)||^2 on reals (Mescheder et al. 2018); the loss is gamma / 2 times its mean.
-
-    D:   callable (img, c) -> logits [N, 1];  img: [N, C, R, R];  c: [N, c_dim]
-    """
-    img = img.detach().requires_grad_()
-    return squared_gradient(D(img, c), img)
+def r1_penalty(squared_norms: Tensor, gamma: float) -> Tensor:
+    """Return [N], (gamma / 2) * ||grad_x D(x)||^2 on reals, of `squared_gradient` (Mescheder et al. 2018, eq. 9)."""
+    return (gamma / 2) * squared_norms
 
 
 def path_lengths(G, ws: Tensor, noise: Tensor, **synthesis_kwargs) -> Tensor:
-    """Return [N], the length of the generator's Jacobian products J_w^T y (StyleGAN2, section 3.2).
+    """Return [N], ||J_w^T y||_2, the length of the generator's Jacobian product (StyleGAN2, section 3.2).
 
     G:      generator, its `synthesis` is used
     ws:     [N, L, K], mixed or not, with or without history
@@ -66,12 +52,14 @@ def path_lengths(G, ws: Tensor, noise: Tensor, **synthesis_kwargs) -> Tensor:
     return jacobian.square().sum(dim=2).mean(dim=1).sqrt()
 
 
-def path_length_penalty(lengths: Tensor, mean_length: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Return the penalty [N] and the new mean length (StyleGAN2, eq. 4).
+def path_length_mean(mean_length: Tensor, new_length: Tensor, decay: float) -> Tensor:
+    """Return a + decay * (new_length - a), the running mean a of path lengths (StyleGAN2, section 3.2). Scalars."""
+    return torch.lerp(mean_length, new_length, decay)
 
-    lengths:      [N] with history;  mean_length: scalar, the running mean so far;  decay: its rate
 
-    The penalty uses the mean after its update, history included; the returned mean has none.
+def path_length_penalty(lengths: Tensor, mean_length: Tensor, decay: float) -> Tensor:
+    """Return [N], (||J_w^T y||_2 - a)^2 (StyleGAN2, eq. 4), with a after its update by these lengths, history included.
+
+    lengths:      [N], of `path_lengths`;  mean_length: scalar, the running mean before;  decay: its rate
     """
-    updated = torch.lerp(mean_length, lengths.mean(), decay)
-    return (lengths - updated).square(), updated.detach()
+    return (lengths - path_length_mean(mean_length, lengths.mean(), decay)).square()

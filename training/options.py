@@ -240,7 +240,7 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
         discriminator=discriminator,
         g_adam=AdamConfig(lr=preset.lr),
         d_adam=AdamConfig(lr=preset.lr),
-        step=_step_config(options, preset, sizes, augment.ada),
+        step=_step_config(options, preset, sizes),
         augment=augment,
         num_workers=_given(options.workers, 3),
         allow_tf32=_given(options.allow_tf32, True),
@@ -250,7 +250,7 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
 
 def describe(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that a user compares between runs, under short names; plain JSON types."""
-    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.augment.ada
+    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.step.ada
     idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
     is_fixed = bool(config.augment.strengths) and ada is None
     return {
@@ -341,8 +341,10 @@ def network_configs(
     return generator, discriminator
 
 
-def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit, ada: AdaConfig | None) -> StepConfig:
+def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit) -> StepConfig:
     """Join what an iteration needs."""
+    ada_kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
+    adapts = options.aug not in ("noaug", "fixed")
     return StepConfig(
         batch=sizes.batch,
         micro_batch=sizes.micro_batch,
@@ -353,22 +355,19 @@ def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit, ada: 
         ),
         # A generator that is trained already needs no short averages at the start.
         ema=EmaConfig(kimg=preset.ema_kimg, rampup=None if options.resumes else preset.ema_rampup),
-        ada=ada,
+        ada=AdaConfig(target=_given(options.target, 0.6), kimg=ada_kimg) if adapts else None,
     )
 
 
 def _augment_config(options: TrainOptions) -> AugmentConfig:
-    """Choose the augmentations and what drives their probability."""
+    """Choose the augmentations and the probability that they begin with."""
     if options.aug == "noaug":
-        return AugmentConfig(strengths={}, p=0, ada=None)
+        return AugmentConfig(strengths={}, p=0)
     pipe = _given(options.augpipe, "bgc")
     if pipe not in AUGPIPES:
         raise ConfigError(f"--augpipe is {pipe!r}; expected one of {', '.join(AUGPIPES)}")
     strengths = {name: 1 for name in AUGPIPES[pipe]}
-    if options.aug == "fixed":
-        return AugmentConfig(strengths=strengths, p=options.p, ada=None)
-    kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
-    return AugmentConfig(strengths=strengths, p=0, ada=AdaConfig(target=_given(options.target, 0.6), kimg=kimg))
+    return AugmentConfig(strengths=strengths, p=options.p if options.aug == "fixed" else 0)
 
 
 def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -> str:

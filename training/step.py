@@ -4,20 +4,16 @@ All randomness is in the inputs, all that changes is in the state.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torch_utils.distributed import Processes
-from training.ada import count_signs, mean_sign, next_p
+from training.ada import mean_sign, next_p
 from training.config import StepConfig
-from training.gradients import GradientSum
-from training.micro_batches import MicroBatch, cut
-from training.phases import PhaseWork
+from training.phases import MicroBatch, Phase, PhaseWork, StepInputs, active_phases, cut
 from training.state import TrainingState, ema_beta
-from training.step_inputs import StepInputs, active_phases
 
 
 @dataclass(kw_only=True)
@@ -47,8 +43,7 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
     for phase in active_phases(state.iteration, config.loss):
         if phase not in batch.phases:
             raise ValueError(f"iteration {state.iteration} runs phase {phase}; expected inputs for it")
-        plan[phase] = cut(phase, batch, config, num_ws=state.G.num_ws, augments=state.augment_pipe is not None,
-                          device=state.device)
+        plan[phase] = cut(phase, batch, config, state)
     norms = {phase: _run_phase(phase, parts, state, config, processes, result) for phase, parts in plan.items()}
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
@@ -58,67 +53,87 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
     return result
 
 
-def _run_phase(phase: str, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
+class GradientSum:
+    """Gradients of the parameters of a network, added up over losses.
+
+    As `backward` adds them up, in fewer operators, and without the gradients of what else the losses depend on: the
+    images of a gradient penalty have one, which takes a pass through the whole augmentation.
+    """
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        self.sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, and let go of its graph."""
+        seen = set()  # two parameters may get one tensor, e.g. two biases of a sum
+        places, values = [], []
+        for i, gradient in enumerate(torch.autograd.grad(loss, self.parameters, allow_unused=True)):
+            if gradient is None:
+                continue
+            if self.sums[i] is not None:
+                places.append(self.sums[i])
+                values.append(gradient)
+            elif gradient.data_ptr() in seen or gradient.stride() != self.parameters[i].stride():
+                self.sums[i] = torch.empty_like(self.parameters[i]).copy_(gradient)
+            else:
+                self.sums[i] = gradient
+                seen.add(gradient.data_ptr())
+        if places:
+            torch._foreach_add_(places, values)
+
+    def hand_over(self) -> None:
+        """Let each parameter have its sum as its `grad`."""
+        for parameter, total in zip(self.parameters, self.sums):
+            # None for e.g. the last bias in a gradient penalty: its second moment decays all the same
+            parameter.grad = torch.zeros_like(parameter) if total is None else total
+
+
+def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
                processes: Processes | None, result: StepResult) -> Tensor:
     """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite.
 
     Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the norm of
     each gradient, and last the magnitude of the loss.
     """
-    network, optimizer = (state.G, state.g_adam) if phase.startswith("G") else (state.D, state.d_adam)
-    work = PhaseWork(state, config.loss)
+    network = phase.network(state)
+    optimizer = state.g_adam if network is state.G else state.d_adam
+    work = PhaseWork(phase, state, config.loss)
     losses = []
     parameters = [*network.parameters()]
     gradients = GradientSum(parameters)
     network.requires_grad_(True)
     try:
         for part in parts:
-            for loss in getattr(work, phase)(part):
+            for loss in work.losses(part):
                 gradients.add(loss)
                 losses.append(loss.detach())
     finally:
         network.requires_grad_(False)
     gradients.hand_over()
 
-    result.stats[phase] = {name: torch.cat(values) for name, values in work.stats.items()}
-    signs = count_signs(result.stats[phase]["Loss/scores/real"]) if phase.startswith("D") else None
+    result.stats[phase.value] = {name: torch.cat(values) for name, values in work.stats.items()}
     total = torch.stack(losses).sum()
+    sums = [parameter.grad for parameter in parameters]
     if processes is not None:
-        _join_processes(processes, parameters, total, work, signs)
-    norms = torch.stack([*_norms([parameter.grad for parameter in parameters]), total.abs()])
+        # Gradients add up over processes as they do over micro-batches. Dividing by the number of processes, as the
+        # original does, would be another run: Adam is blind to the scale of gradients except where they come near its
+        # eps. A value that is not finite in one process is not finite in the sum: all leave the step out together.
+        processes.sum([*sums, total, *work.sums()])
+    # Norms are finite where gradients and the sums of their squares, which Adam averages, are. The largest magnitude
+    # would tell as much, and takes CPUs 13 times as long.
+    norms = torch.stack([*torch._foreach_norm(sums), total.abs()])
     finite = norms.amax() < math.inf  # not so for NaN
     # The fused Adam leaves its step out where this is 1, without waiting for the device. torch.amp.GradScaler uses it,
     # and no documentation promises it: test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam.
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     work.commit(finite, 1 if processes is None else processes.count)
-    if signs is not None:
-        state.ada_signs += torch.where(finite, signs, 0)
     optimizer.zero_grad(set_to_none=True)
     return norms
 
 
-def _join_processes(processes: Processes, parameters: list[Tensor], loss: Tensor, work: PhaseWork,
-                    signs: Tensor | None) -> None:
-    """Replace what a phase has gathered by its sums over all processes, so that all of them then do the same.
-
-    Gradients add up over processes as they do over micro-batches. Dividing by the number of processes, as the original
-    does, would be another run: Adam is blind to the scale of gradients except where they come near its eps. A value
-    that is not finite in one process is not finite in the sum, and all leave the step out together.
-    """
-    gradients = [parameter.grad for parameter in parameters]
-    processes.sum([*gradients, loss, *work.running_sums(), *([] if signs is None else [signs])])
-
-
-def _norms(gradients: list[Tensor]) -> Sequence[Tensor]:
-    """Return numbers that are finite where gradients are, and so are the sums of their squares, which Adam averages.
-
-    The largest magnitude would tell as much, and takes CPUs 13 times as long.
-    """
-    return torch._foreach_norm(gradients)
-
-
-def _name_non_finite(norms: dict[str, Tensor], state: TrainingState) -> dict[str, list[str]]:
+def _name_non_finite(norms: dict[Phase, Tensor], state: TrainingState) -> dict[str, list[str]]:
     """Return, by phase, the names of gradients that were not finite; "loss" when only the loss was not.
 
     norms: what `_run_phase` returned, by phase. Reads one flag back to the host, and more only when it says so.
@@ -127,11 +142,10 @@ def _name_non_finite(norms: dict[str, Tensor], state: TrainingState) -> dict[str
         return {}
     odd = {}
     for phase, values in norms.items():
-        network = state.G if phase.startswith("G") else state.D
         *gradients, loss = values.isfinite().tolist()
         if not all([*gradients, loss]):
-            names = [name for name, _ in network.named_parameters()]
-            odd[phase] = [name for name, finite in zip(names, gradients) if not finite] or ["loss"]
+            names = [name for name, _ in phase.network(state).named_parameters()]
+            odd[phase.value] = [name for name, finite in zip(names, gradients) if not finite] or ["loss"]
     return odd
 
 
@@ -144,7 +158,7 @@ def _update_average(state: TrainingState, beta: float) -> None:
 
 
 def _adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
-    """Move p towards the target sign every few iterations (StyleGAN2-ADA, section 3.1)."""
+    """Move p towards the target sign every few iterations (ADA paper, section 3)."""
     ada, pipe = config.ada, state.augment_pipe
     if ada is None or pipe is None or state.iteration % ada.interval:
         return

@@ -37,10 +37,10 @@ from torch_utils.ops.compiled import describe, make_ready
 from torch_utils.ops.dispatch import auto_means
 from training.config import TrainConfig
 from training.options import DatasetFacts, TrainOptions, resolve
+from training.phases import StepInputs, active_phases, draw_phases
 from training.sampling import LabelLaw
 from training.state import TrainingState
 from training.step import train_step
-from training.step_inputs import StepInputs, active_phases, draw_phases
 
 CLASSES = 2
 SHORT_MS = 300

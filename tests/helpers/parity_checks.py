@@ -30,10 +30,10 @@ from training.generator import Generator
 from training.layers import modulated_conv2d
 from training.nvidia_pickle import read_nvidia_pickle
 from training.options import ConfigError, DatasetFacts, TrainOptions, describe, resolve
+from training.phases import PHASES, PhaseInputs, StepInputs
 from training.snapshot import load_network
 from training.state import TrainingState, ema_beta, lazy_adam
 from training.step import train_step
-from training.step_inputs import PHASES, PhaseInputs, StepInputs
 
 NETWORK_FILE = "sample_32_c2.stripped.pkl"
 # The network vectors were computed in float32. What is computed in float64 here differs from them by their own error
@@ -240,24 +240,26 @@ def network_training(folder: Path) -> Iterator[Measurement]:
     D.requires_grad_(True)
     ws = G.mapping(z, c, skip_w_avg_update=True)
     lengths = losses.path_lengths(G, ws, noise, noise_mode="const")
-    penalty, mean_length = losses.path_length_penalty(lengths, torch.zeros([]).double(), 0.01)
+    penalty = losses.path_length_penalty(lengths, torch.zeros([]).double(), 0.01)
+    mean_length = losses.path_length_mean(torch.zeros([]).double(), lengths.mean(), 0.01)
     pl_loss = 2 * penalty.mean()
     jacobian, = torch.autograd.grad((G.synthesis(ws, noise_mode="const") * noise).sum(), ws, retain_graph=True)
     found = {"pl_ws": ws, "pl_lengths": lengths, "pl_penalty": penalty, "pl_mean_after": mean_length,
              "pl_loss_weight2": pl_loss, "pl_grads": jacobian, "pl_img": G.synthesis(ws, noise_mode="const")}
 
-    r1 = losses.r1_penalty(D, D_img, D_c)
     reals = D_img.clone().requires_grad_()
+    squared_norms = losses.squared_gradient(D(reals, D_c), reals)
+    r1 = losses.r1_penalty(squared_norms, gamma=10).mean()
     r1_grads, = torch.autograd.grad(D(reals, D_c).sum(), reals)
     fakes = G.synthesis(G.mapping(z, c, skip_w_avg_update=True), noise_mode="const")
-    gmain = losses.generator_loss(D(fakes, c))
-    dmain = losses.discriminator_loss(D(D_img[:4], D_c[:4]), D(fakes.detach(), c))
-    found |= {"r1_penalty": r1, "r1_loss_gamma10": 5 * r1.mean(), "r1_grads": r1_grads, "gmain_loss": gmain,
+    gmain = losses.generator_losses(D(fakes, c)).mean()
+    dmain = losses.fake_losses(D(fakes.detach(), c)).mean() + losses.real_losses(D(D_img[:4], D_c[:4])).mean()
+    found |= {"r1_penalty": squared_norms, "r1_loss_gamma10": r1, "r1_grads": r1_grads, "gmain_loss": gmain,
               "dmain_loss": dmain}
     for name, value in found.items():
         yield Measurement(name, relative(value, arrays[name]), FLOAT32_DERIVATIVES)
     yield from _parameter_gradients("pl", pl_loss, G, arrays)
-    yield from _parameter_gradients("r1", 5 * r1.mean(), D, arrays)
+    yield from _parameter_gradients("r1", r1, D, arrays)
     yield from _parameter_gradients("gmain", gmain, G, arrays)
     yield from _parameter_gradients("dmain", dmain, D, arrays)
 

@@ -16,9 +16,9 @@ from torch_utils import distributed, process_watch
 from torch_utils.distributed import Processes
 from training.augment import AugmentPipe
 from training.dataset import ImageDataset
+from training.phases import StepInputs, draw_phases
 from training.sampling import LabelLaw, TrainingOrder, iterate_batches
 from training.step import train_step
-from training.step_inputs import StepInputs, draw_phases
 
 DATA = Path(__file__).parent.parent / "data"
 

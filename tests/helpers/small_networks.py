@@ -5,9 +5,9 @@ import torch
 from training.config import AdaConfig, AdamConfig, EmaConfig, LossConfig, StepConfig
 from training.discriminator import Discriminator
 from training.generator import Generator
+from training.phases import StepInputs, draw_phases
 from training.sampling import LabelLaw
 from training.state import TrainingState
-from training.step_inputs import StepInputs, draw_phases
 
 CLASSES = 2
 

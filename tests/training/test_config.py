@@ -70,19 +70,17 @@ REFUSED = [
     (AdamConfig, {"lr": 1, "beta1": 1}, "AdamConfig.beta1 is 1; expected a number >= 0 and < 1"),
     (AdamConfig, {"lr": 1, "beta2": -0.1}, "AdamConfig.beta2 is -0.1; expected a number >= 0 and < 1"),
     (AdamConfig, {"lr": 1, "eps": 0}, "AdamConfig.eps is 0; expected a number > 0"),
-    (AugmentConfig, {"strengths": {"flip": 1}, "p": 0, "ada": None},
+    (AugmentConfig, {"strengths": {"flip": 1}, "p": 0},
      ("AugmentConfig.strengths names 'flip'; expected augmentations among xflip, rotate90, xint, scale, rotate, aniso, "
      "xfrac, brightness, contrast, lumaflip, hue, saturation, imgfilter, noise, cutout")),
-    (AugmentConfig, {"strengths": {"xflip": -1}, "p": 0, "ada": None},
+    (AugmentConfig, {"strengths": {"xflip": -1}, "p": 0},
      "AugmentConfig.strengths['xflip'] is -1; expected a number >= 0"),
-    (AugmentConfig, {"strengths": {"xflip": "1"}, "p": 0, "ada": None},
+    (AugmentConfig, {"strengths": {"xflip": "1"}, "p": 0},
      "AugmentConfig.strengths is {'xflip': '1'}; expected names with finite numbers"),
-    (AugmentConfig, {"strengths": {"xflip": 1}, "p": 1.5, "ada": None},
+    (AugmentConfig, {"strengths": {"xflip": 1}, "p": 1.5},
      "AugmentConfig.p is 1.5; expected a number from 0 to 1"),
-    (AugmentConfig, {"strengths": {}, "p": 0.5, "ada": None},
+    (AugmentConfig, {"strengths": {}, "p": 0.5},
      "AugmentConfig.p is 0.5; expected 0 where no augmentation is on"),
-    (AugmentConfig, {"strengths": {}, "p": 0, "ada": AdaConfig(target=0.6)},
-     "AugmentConfig.ada is AdaConfig(target=0.6, kimg=500, interval=4); expected none where no augmentation is on"),
     (StepConfig, {"batch": 0, "micro_batch": 1, "loss": LOSS, "ema": EMA},
      "StepConfig.batch is 0; expected a number >= 1"),
     (StepConfig, {"batch": 9, "micro_batch": 4, "loss": LOSS, "ema": EMA},
@@ -150,7 +148,7 @@ def test_config_assignment_is_refused():
 
 def test_augment_config_later_change_of_the_given_mapping_has_no_effect():
     given = {"xflip": 1}
-    config = AugmentConfig(strengths=given, p=0.5, ada=None)
+    config = AugmentConfig(strengths=given, p=0.5)
     given["hue"] = 1
     assert dict(config.strengths) == {"xflip": 1}
     with pytest.raises(TypeError):
@@ -255,7 +253,7 @@ def edited(config: TrainConfig, path: str, value) -> dict:
          "pl_batch_shrink, style_mixing_prob, g_reg_interval, d_reg_interval, noise_mode")),
         ("g_adam.lr!", None, "g_adam.lr is missing; expected a finite number"),
         ("seed!", None, "seed is missing; expected a whole number"),
-        ("augment.ada!", None, "augment.ada is missing; expected the fields of AdaConfig or null"),
+        ("step.ema.rampup!", None, "step.ema.rampup is missing; expected a finite number or null"),
         ("seed", "0", "seed is '0'; expected a whole number"),
         ("seed", 0.0, "seed is 0.0; expected a whole number"),
         ("seed", True, "seed is True; expected a whole number"),
@@ -302,6 +300,8 @@ def test_train_config_from_dict_missing_default_takes_it(run):
         ("generator.img_channels", 1,
          ("TrainConfig.generator takes resolution, channels, c_dim (64, 1, 2); expected those of the data set, "
           "(64, 3, 2)")),
+        ("augment.strengths", {},
+         "StepConfig.ada is AdaConfig(target=0.6, kimg=100, interval=4); expected none where no augmentation is on"),
         ("discriminator.c_dim", 3,
          ("TrainConfig.discriminator takes resolution, channels, c_dim (64, 3, 3); expected those of the data set, "
          "(64, 3, 2)")),
@@ -311,7 +311,7 @@ def test_train_config_contradicting_parts_raise_exact_message(run, path, value, 
     assert message_of(TrainConfig.from_dict, edited(run, path, value)) == message
 
 
-def test_train_config_different_ada_in_step_and_augment_raises(run):
-    message = message_of(TrainConfig.from_dict, edited(run, "step.ada.target", 0.5))
-    assert message.startswith("TrainConfig.augment is AugmentConfig(strengths={'xflip': 1, ")
-    assert message.endswith("; expected the same ada as step")
+def test_train_config_of_earlier_programs_holds_ada_in_step_and_augment_alike(run):
+    assert TrainConfig.from_dict(edited(run, "augment.ada", run.step.ada.to_dict())) == run
+    message = message_of(TrainConfig.from_dict, edited(run, "augment.ada", {"target": 0.5, "kimg": 500, "interval": 4}))
+    assert message == ("augment.ada is {'target': 0.5, 'kimg': 500, 'interval': 4}; expected the same as step.ada")

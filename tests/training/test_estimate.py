@@ -7,13 +7,11 @@ from tests.helpers.small_networks import small_discriminator
 from training.augment import AugmentPipe
 from training.config import TrainConfig
 from training.dry_run import LiveBytes, augment_bytes, count_parameters, estimate_memory, meta_state, state_bytes
-from training.gradients import GradientSum
-from training.micro_batches import MicroBatch
 from training.options import DatasetFacts, TrainOptions, resolve
-from training.phases import PhaseWork
+from training.phases import MicroBatch, Phase, PhaseInputs, PhaseWork
 from training.snapshot import Networks, save_network
 from training.state import TrainingState
-from training.step_inputs import PhaseInputs
+from training.step import GradientSum
 
 
 def config_of(resolution=16, **options) -> TrainConfig:
@@ -92,7 +90,7 @@ def test_activations_are_those_of_a_real_micro_batch(precision):
     part = MicroBatch(reals=torch.zeros(4, 3, 16, 16), labels=inputs.c, inputs=inputs, cutoff=1, rng=None,
                       host_rng=None)
     with LiveBytes() as tracker:
-        for loss in PhaseWork(state, config.step.loss).Gmain(part):
+        for loss in PhaseWork(Phase.Gmain, state, config.step.loss).losses(part):
             gradients.add(loss)
     # The CPU's own convolutions may keep a tensor more or less than those of the meta device.
     assert estimate.activations == pytest.approx(tracker.peak, rel=0.05)

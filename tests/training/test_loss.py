@@ -15,28 +15,33 @@ from training.config import AUGMENTATIONS
 def test_generator_loss_is_softplus_of_minus_logits():
     logits = torch.tensor([[0.0], [2.0]])
     expected = (math.log(2) + math.log(1 + math.exp(-2))) / 2
-    assert math.isclose(losses.generator_loss(logits).item(), expected, rel_tol=1e-6)
+    assert math.isclose(losses.generator_losses(logits).mean().item(), expected, rel_tol=1e-6)
 
 
-def test_discriminator_loss_adds_means_of_reals_and_fakes():
+def test_discriminator_losses_are_softplus_of_minus_reals_and_of_fakes():
     real, fake = torch.tensor([[1.0], [3.0]]), torch.tensor([[-2.0]])
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 2 + math.log1p(math.exp(-2))
-    assert math.isclose(losses.discriminator_loss(real, fake).item(), expected, rel_tol=1e-6)
+    found = losses.fake_losses(fake).mean() + losses.real_losses(real).mean()
+    assert math.isclose(found.item(), expected, rel_tol=1e-6)
 
 
 def test_losses_of_confident_logits_stay_finite():
-    assert losses.generator_loss(torch.tensor([[-1e4]])).item() == 1e4
-    assert losses.discriminator_loss(torch.tensor([[1e4]]), torch.tensor([[-1e4]])).item() == 0
+    assert losses.generator_losses(torch.tensor([[-1e4]])).item() == 1e4
+    assert losses.real_losses(torch.tensor([[1e4]])).item() == 0
+    assert losses.fake_losses(torch.tensor([[-1e4]])).item() == 0
 
 
 def test_r1_penalty_of_a_linear_judge_is_its_squared_norm():
     weight = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
-    img = torch.randn(5, 3, 4, 4, dtype=torch.float64)
-    penalty = losses.r1_penalty(lambda img, c: (img * weight).sum(dim=[1, 2, 3])[:, None], img, None)
-    torch.testing.assert_close(penalty, weight.square().sum().expand(5))
-    gradient, = torch.autograd.grad(penalty.mean(), weight)
+    img = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    squared_norms = losses.squared_gradient((img * weight).sum(dim=[1, 2, 3])[:, None], img)
+    torch.testing.assert_close(squared_norms, weight.square().sum().expand(5))
+    gradient, = torch.autograd.grad(squared_norms.mean(), weight, retain_graph=True)
     torch.testing.assert_close(gradient, 2 * weight)
-    assert not img.requires_grad
+    penalty = losses.r1_penalty(squared_norms, gamma=3)
+    torch.testing.assert_close(penalty, 1.5 * weight.square().sum().expand(5))
+    gradient, = torch.autograd.grad(penalty.mean(), weight)
+    torch.testing.assert_close(gradient, 3 * weight)
 
 
 def test_path_lengths_of_a_linear_generator_are_its_jacobian_products():
@@ -58,9 +63,9 @@ def test_path_lengths_of_a_linear_generator_are_its_jacobian_products():
 
 def test_path_length_penalty_uses_the_mean_after_its_update_with_history():
     lengths = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
-    penalty, mean = losses.path_length_penalty(lengths, torch.tensor(10.0, dtype=torch.float64), 0.25)
-    assert mean.item() == 10 + 0.25 * (2 - 10) == 8
-    assert not mean.requires_grad
+    before = torch.tensor(10.0, dtype=torch.float64)
+    assert losses.path_length_mean(before, lengths.mean(), 0.25).item() == 10 + 0.25 * (2 - 10) == 8
+    penalty = losses.path_length_penalty(lengths, before, 0.25)
     torch.testing.assert_close(penalty, torch.tensor([49.0, 25.0], dtype=torch.float64))
     gradient, = torch.autograd.grad(penalty.sum(), lengths)
     # d/dl_i sum_j (l_j - a)^2 = 2 (l_i - a) - 2 * 0.25 / 2 * sum_j (l_j - a)
@@ -84,12 +89,12 @@ def test_discriminator_through_augmentation_has_right_first_and_second_derivativ
 def test_r1_through_discriminator_has_right_parameter_gradients():
     kinds = {"block_kwargs": {"activation": "softplus"}, "epilogue_kwargs": {"activation": "softplus"}}
     D = small_discriminator(8, channel_base=32, channel_max=4, **kinds).double()
-    img = 0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    img = (0.3 * torch.randn(2, 3, 8, 8, dtype=torch.float64)).requires_grad_()
     for name in ("b8.conv0.weight", "b8.skip.weight", "b4.conv.weight", "b4.fc.weight"):
         parameter = D.get_parameter(name)
 
         def penalty(value, name=name):
-            judge = lambda img, c: torch.func.functional_call(D, {name: value}, (img, c))  # noqa: E731
-            return losses.r1_penalty(judge, img, random_labels(2).double())
+            logits = torch.func.functional_call(D, {name: value}, (img, random_labels(2).double()))
+            return losses.r1_penalty(losses.squared_gradient(logits, img), gamma=2)
 
         assert gradcheck(penalty, parameter.detach().clone().requires_grad_(), fast_mode=True), name

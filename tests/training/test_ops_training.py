@@ -8,10 +8,10 @@ import torch
 from tests.helpers.op_cases import CPU_IMPLEMENTATIONS
 from torch_utils.ops.dispatch import auto_means
 from training.options import DatasetFacts, TrainOptions, resolve
+from training.phases import PhaseInputs, StepInputs, draw_phases
 from training.sampling import LabelLaw
 from training.state import TrainingState
 from training.step import train_step
-from training.step_inputs import PhaseInputs, StepInputs, draw_phases
 
 IMAGES, RESOLUTION = 8, 16
 

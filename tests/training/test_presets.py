@@ -146,21 +146,21 @@ FLAG_EFFECTS = [
     ({"batch": 64, "batch_gpu": 8}, {
         "run_name": "ds256-auto1-batch64", "step.batch": 64, "step.micro_batch": 8, "batch_gpu": 8,
     }),
-    ({"aug": "fixed", "p": 0.0}, {"run_name": "ds256-auto1-fixed-p0", "augment.ada": None, "step.ada": None}),
+    ({"aug": "fixed", "p": 0.0}, {"run_name": "ds256-auto1-fixed-p0", "step.ada": None}),
     ({"aug": "fixed", "p": 0.25}, {
-        "run_name": "ds256-auto1-fixed-p0.25", "augment.p": 0.25, "augment.ada": None, "step.ada": None,
+        "run_name": "ds256-auto1-fixed-p0.25", "augment.p": 0.25, "step.ada": None,
     }),
-    ({"target": 0.0}, {"run_name": "ds256-auto1-target0", "augment.ada.target": 0, "step.ada.target": 0}),
+    ({"target": 0.0}, {"run_name": "ds256-auto1-target0", "step.ada.target": 0}),
     ({"resume": "old/network-snapshot-000200.pkl"}, {
         "run_name": "ds256-auto1-resumecustom", "resume": "old/network-snapshot-000200.pkl", "step.ema.rampup": None,
-        "augment.ada.kimg": 100, "step.ada.kimg": 100,
+        "step.ada.kimg": 100,
     }),
     ({"resume": "old.pkl", "resume_classes": "new"}, {
         "run_name": "ds256-auto1-resumecustom", "resume": "old.pkl", "resume_classes": "new", "step.ema.rampup": None,
-        "step.ada.kimg": 100, "augment.ada.kimg": 100}),
+        "step.ada.kimg": 100}),
     ({"resume": "old.pkl", "resume_partial": True}, {
         "run_name": "ds256-auto1-resumecustom", "resume": "old.pkl", "resume_partial": True, "step.ema.rampup": None,
-        "step.ada.kimg": 100, "augment.ada.kimg": 100}),
+        "step.ada.kimg": 100}),
     ({"freezed": 0}, {"run_name": "ds256-auto1-freezed0", "discriminator.freeze_layers": 0}),
     ({"fp32": True}, {
         "generator.num_fp16_res": 0, "generator.conv_clamp": None, "discriminator.num_fp16_res": 0,
@@ -202,7 +202,7 @@ def test_resolve_without_flags_takes_the_documented_defaults():
     config = config_of()
     assert (config.cfg, config.gpus, config.seed, config.kimg, config.resume) == ("auto", 1, 0, 25000, None)
     assert (config.metrics, config.state_minutes, config.num_workers) == (("fid50k_full",), 10, 3)
-    assert config.augment.ada == config.step.ada == AdaConfig(target=0.6, kimg=500, interval=4)
+    assert config.step.ada == AdaConfig(target=0.6, kimg=500, interval=4)
     assert config.step.loss.to_dict() == {
         "r1_gamma": 0.8192, "pl_weight": 2, "pl_decay": 0.01, "pl_batch_shrink": 2, "style_mixing_prob": 0.9,
         "g_reg_interval": 4, "d_reg_interval": 16, "noise_mode": "random",
@@ -233,7 +233,7 @@ def test_describe_resume_without_ada_still_says_the_shorter_ada_kimg(flags):
 def test_resolve_noaug_has_no_strengths():
     config = config_of(aug="noaug")
     assert (dict(config.augment.strengths), config.augment.p) == ({}, 0)
-    assert config.augment.ada is config.step.ada is None
+    assert config.step.ada is None
 
 
 @pytest.mark.parametrize(("channels", "c_dim"), [(1, 0), (1, 7), (3, 0), (3, 7)])
@@ -315,7 +315,7 @@ def test_resolve_few_images_on_a_laptop_is_sensible():
     assert (config.gpus, config.batch, config.step.micro_batch) == (1, 16, 16)
     assert (config.dataset.max_size, config.dataset.xflip) == (300, True)
     # With so few images the discriminator overfits: augmentation has to adapt, and images must be seen half-way.
-    assert config.augment.ada == AdaConfig(target=0.6, kimg=500)
+    assert config.step.ada == AdaConfig(target=0.6, kimg=500)
     assert config.network_snapshot_ticks * config.kimg_per_tick * 1000 < config.kimg * 1000
     assert (config.generator.num_fp16_res, config.discriminator.num_fp16_res) == (0, 0)
 

@@ -156,8 +156,8 @@ def test_describe_difference_names_what_changed():
     assert describe_difference(base, {**base, "resume": "ab"}) == "the network of --resume differs"
     assert describe_difference({**base, "version": 0}, base) == "it was begun by another version of this program"
     many = describe_difference(base, identity(config_of(aug="noaug", seed=1), CONTENT))
-    assert many.startswith("augment.ada is not set there and null here; "
-                           "augment.ada.interval is 4 there and not set here; ")
+    assert many.startswith("augment.strengths is not set there and {} here; "
+                           "augment.strengths.aniso is 1 there and not set here; ")
     assert re.search(r"; and \d+ more$", many)
 
 
@@ -502,6 +502,20 @@ def test_choose_run_other_software_is_said(tmp_path):
         assert run.notes == (f"{folder}: torch 1.7.1 then and {now} now; "
                              "the end may differ from that of an unbroken run",)
     assert read_record(folder).versions == software_versions()
+
+
+def test_choose_run_goes_on_with_a_run_of_a_program_that_wrote_ada_twice(tmp_path):
+    start(tmp_path)
+    folder = tmp_path / f"00000-{NAME}"
+
+    def write_twice(content):
+        ada = content["config"]["step"]["ada"]
+        content["config"]["augment"]["ada"] = ada
+        content["identity"]["options"] |= {f"augment.ada.{name}": value for name, value in ada.items()}
+
+    edit(folder, write_twice)
+    with choose_run(tmp_path, config_of(), CONTENT) as run:
+        assert (run.path, run.continues, run.notes) == (folder, True, ())
 
 
 def test_choose_run_folders_of_other_programs_are_passed_over(tmp_path):

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from tests.bench import bench_train
 from tests.helpers.small_networks import ada_config, small_config, small_discriminator, small_generator, small_inputs
-from training import micro_batches
+from training import phases
 from training.augment import AugmentPipe
 from training.config import AdamConfig
+from training.phases import PhaseInputs, StepInputs
 from training.state import TrainingState
 from training.step import train_step
-from training.step_inputs import PhaseInputs, StepInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
@@ -114,7 +114,8 @@ def inputs_on(device, state, config):
 @pytest.fixture
 def meta(monkeypatch):
     """Let a step run on "meta", which has no generators and no fused Adam."""
-    monkeypatch.setattr(micro_batches, "_generators", lambda seed, device: (None, torch.Generator().manual_seed(seed)))
+    monkeypatch.setattr(phases, "generator_for", lambda seed, device="cpu": (
+        None if torch.device(device).type == "meta" else torch.Generator().manual_seed(seed)))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
 
 
@@ -176,7 +177,7 @@ def test_iteration_takes_half_the_operators_of_the_original():
     config = bench_train.configure(argparse.Namespace(cfg="auto", batch=None), resolution=32)
     total = 0
     cycle = bench_train.cycle(config)
-    for phases, iterate in bench_train.build_iterations(config, images=1, device="cpu").items():
+    for kind, iterate in bench_train.build_iterations(config, images=1, device="cpu").items():
         iterate()  # to make the optimizers' state
-        total += cycle[phases] * bench_train.count(iterate).operators
+        total += cycle[kind] * bench_train.count(iterate).operators
     assert total / cycle.total() <= 4223 / 2  # the original's, on average of the same iterations

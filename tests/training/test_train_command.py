@@ -113,8 +113,8 @@ CONFIG_FLAGS = [
     ("--batch-gpu=8", "step.micro_batch", 8),
     ("--aug=noaug", "augment.strengths", {}),
     ("--aug=fixed --p=0.3", "augment.p", 0.3),
-    ("--aug=fixed --p=0.3", "augment.ada", None),
-    ("--target=0.7", "augment.ada.target", 0.7),
+    ("--aug=fixed --p=0.3", "step.ada", None),
+    ("--target=0.7", "step.ada.target", 0.7),
     ("--augpipe=blit", "augment.strengths", {"xflip": 1, "rotate90": 1, "xint": 1}),
     ("--resume=noresume", "resume", None),
     ("--resume-classes=same", "resume_classes", "same"),
@@ -255,7 +255,7 @@ def test_resume_takes_a_file(inside, capsys):
     save_tiny_network("network.safetensors")
     trainer, _ = start(capsys, "--cfg=tiny", "--resume=network.safetensors")
     config = trainer.config
-    assert (config.resume, config.step.ema.rampup, config.augment.ada.kimg) == ("network.safetensors", None, 100)
+    assert (config.resume, config.step.ema.rampup, config.step.ada.kimg) == ("network.safetensors", None, 100)
 
 
 def save_snapshots(folder, *numbers):
