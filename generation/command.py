@@ -40,8 +40,8 @@ from torch_utils.device import check_counts, count_processes, memory_advice, set
 from torch_utils.distributed import Place, join
 from training.command import check_outdir
 from training.config import NOISE_MODES
-from training.file_kind import OTHER_NAMES
 from training.launch import launch
+from training.network_file import OTHER_NAMES
 from training.options import TUNE_MALLOC_HELP, Flag, GroupedCommand
 
 

@@ -18,7 +18,7 @@ from dnnlib.text import listed
 from generation.image_generator import CLASS_CENTER, Look
 from imagesets.classes import VECTOR, class_counts, find_class, known_classes, label_kind_of, named_classes, split_names
 from torch_utils.distributed import Place, Processes, broadcast_object
-from training.file_kind import find_network
+from training.network_file import find_network
 from training.snapshot import load_network
 
 # What a network is told of an image: the number of its class, a vector of c_dim numbers, or nothing.

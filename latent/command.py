@@ -55,8 +55,8 @@ from torch_utils.device import check_counts, count_processes, memory_advice, set
 from torch_utils.distributed import Place, Processes, broadcast_object, join
 from torch_utils.piecework import Pieces, complete
 from training.command import check_outdir
-from training.file_kind import OTHER_NAMES
 from training.launch import launch
+from training.network_file import OTHER_NAMES
 from training.options import TUNE_MALLOC_HELP, Flag, GroupedCommand
 
 _OF_SETS, _OF_TARGETS = ("count", "group_by_class", "gpus"), ("save_video", "pti_steps")

@@ -29,8 +29,8 @@ from metrics.records import result_record, to_json
 from torch_utils.device import check_counts, settle_device
 from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
 from torch_utils.plots import save_curves
-from training.file_kind import OTHER_NAMES, find_path, run_snapshots
 from training.launch import launch
+from training.network_file import OTHER_NAMES, find_path, run_snapshots
 from training.options import TUNE_MALLOC_HELP
 from training.run_folder import RunFolder
 from training.run_record import read_record

@@ -22,7 +22,7 @@ from torch_utils.distributed import Place
 from training.config import BestValue, RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.dry_run import describe_run, meta_state
-from training.file_kind import find_network, network_files
+from training.network_file import find_network, network_files
 from training.options import FLAGS, GroupedCommand, TrainOptions, resolve
 from training.presets import TRANSFER_NAMES
 from training.run_folder import began_from

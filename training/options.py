@@ -27,7 +27,7 @@ from training.config import (
     StepConfig,
     TrainConfig,
 )
-from training.file_kind import OTHER_NAMES
+from training.network_file import OTHER_NAMES
 from training.presets import (
     ADA_KIMG,
     ADA_KIMG_RESUMED,

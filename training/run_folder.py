@@ -22,7 +22,7 @@ from dnnlib.text import listed
 from imagesets.classes import class_order
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
-from training.file_kind import run_snapshots
+from training.network_file import run_snapshots
 from training.run_record import (
     RECORD_NAME,
     RunRecord,

@@ -29,7 +29,7 @@ from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.seeding import generator_for, seed_for
 from training.config import ConfigError, RunSettings, TrainConfig
 from training.dataset import ImageDataset
-from training.file_kind import run_snapshots
+from training.network_file import run_snapshots
 from training.run_folder import RunFolder
 from training.run_record import read_record
 from training.run_report import Reporter, Tick, TickClock, describe, process_memory, take_peak_gpu_memory

@@ -6,27 +6,40 @@ The header's only metadata entry is one JSON text, so that equal networks give e
      "networks": {"G": {...} | null, "D": {...} | null, "G_ema": {...}},     constructor arguments by name
      "info": {...}}                                                          free, kept as it is
 
-Tensors are named "ROLE.NAME", for example "G_ema.synthesis.b4.const". NVIDIA's pickles are read here as well.
+Tensors are named "ROLE.NAME", for example "G_ema.synthesis.b4.const". NVIDIA's pickles are read here as well, and
+converted by `python -m training.nvidia_pickle in.pkl out.safetensors`.
 """
 import json
 import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import click
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dnnlib.cli import UserError, UserPath, run
 from dnnlib.files import atomic_write, sha256_of
-from training.file_kind import FileKind, recognise
-from training.nvidia_pickle import NvidiaNetworks, PickledModule, read_nvidia_pickle
-from training.rebuild import NETWORK_CLASSES, build_network
+from training.discriminator import Discriminator
+from training.generator import Generator
+from training.network_file import OTHER_NAMES, FileKind, find_network, recognize
+from training.nvidia_pickle import NvidiaNetworks, PickledModule, UnknownSourceWarning, read_nvidia_pickle
 
 FORMAT_NAME = "stylegan2-ada-networks"
 FORMAT_VERSION = 1
 
+# Role of a network in a file -> the one class that may be built for it.
+NETWORK_CLASSES: dict[str, type[nn.Module]] = {"G": Generator, "D": Discriminator, "G_ema": Generator}
+
 _HEADER_KEY = "networks"  # of the metadata entry
 _HEADER_FIELDS = {"format", "version", "networks", "info"}
+_DTYPES = (torch.float32, torch.float64)
+_SHOWN_NAMES = 3  # of a list of missing or unknown tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +60,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable snapshot, and
     DiskFailure.
     """
-    kind = recognise(path)
+    kind = recognize(path)
     if kind is FileKind.PICKLE:
         networks = _from_pickle(path, read_nvidia_pickle(path))
     else:
@@ -60,7 +73,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
 
 def read_info(path: str | os.PathLike) -> dict[str, object]:
     """Return the free part of a snapshot's header, without its tensors. Raises as `load_network` does."""
-    if recognise(path) is FileKind.PICKLE:
+    if recognize(path) is FileKind.PICKLE:
         return _pickle_info(read_nvidia_pickle(path))
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -214,3 +227,133 @@ def _pickle_info(content: NvidiaNetworks) -> dict[str, object]:
         # Without its path: folder names on the machine that trained can name people or places.
         "training_set": None if data_set is None else {k: v for k, v in data_set.items() if k != "path"},
     }
+
+
+# Building a network of what a file holds.
+
+
+def build_network(
+    role: str, arguments: Mapping[str, object], tensors: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None,
+) -> nn.Module:
+    """Return the network in eval mode, without gradients, on the CPU, holding `tensors` themselves (dtype kept).
+
+    role:      key of NETWORK_CLASSES
+    arguments: constructor arguments by name
+    tensors:   every parameter and buffer by name, float32 or float64
+    kinds:     name -> "parameter" or "buffer", where the file tells; None skips the comparison
+    Raises ValueError when the arguments, names, shapes, dtypes or kinds do not fit.
+    """
+    network = _construct(role, arguments, len(tensors))
+    _check_tensors(role, network, tensors)
+    if kinds is not None:
+        _check_kinds(role, network, kinds)
+    layouts = {name: tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+               for name, tensor in network.state_dict().items() if tensor.ndim == 4}
+    arranged = {name: tensor.contiguous(memory_format=torch.channels_last) if layouts.get(name) else tensor
+                for name, tensor in tensors.items()}
+    network.load_state_dict(arranged, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _construct(role: str, arguments: Mapping[str, object], num_tensors: int) -> nn.Module:
+    num_layers = [options["num_layers"] for options in arguments.values()
+                  if isinstance(options, Mapping) and "num_layers" in options]
+    if any(type(count) is not int or not 1 <= count <= num_tensors for count in num_layers):
+        # Before building: a count of a billion would be built for hours.
+        raise ValueError(f"{role} asks for num_layers {num_layers} with {num_tensors} tensors; expected one per layer")
+    try:
+        # On "meta" nothing is allocated or drawn: the file's tensors take the places, the random state stays.
+        with torch.device("meta"):
+            return NETWORK_CLASSES[role](**arguments)
+    except Exception as error:  # any error: the arguments come from a file, and their types are unchecked so far
+        reason = " ".join(str(error).split())  # one line
+        raise ValueError(f"{role} cannot be built with the constructor arguments in the file: {reason}") from error
+
+
+def _check_tensors(role: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    if missing or unknown:
+        raise ValueError(f"{role} does not fit its constructor arguments: missing tensors {_listed(missing)}; "
+                         f"unknown tensors {_listed(unknown)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{role}.{name} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{role}.{name} is {tensor.dtype}; expected float32 or float64")
+
+
+def _check_kinds(role: str, network: nn.Module, kinds: Mapping[str, str]) -> None:
+    parameters = {name for name, _ in network.named_parameters()}
+    for name in network.state_dict():
+        kind = "parameter" if name in parameters else "buffer"
+        if kinds[name] != kind:
+            raise ValueError(f"{role}.{name} is a {kinds[name]} in the file; expected a {kind} "
+                             "(freeze_layers decides which)")
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(ascii(name) for name in names[:_SHOWN_NAMES]) + more
+
+
+# The converter.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m training.nvidia_pickle IN OUT`; return the exit code, 2 for errors of the user."""
+    return run(convert_command, argv)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]},
+               help="Read IN, an NVIDIA StyleGAN2-ADA pickle, running nothing in it; write its networks to OUT as "
+                    f"safetensors. IN may also be {OTHER_NAMES}.")
+@click.argument("source", type=UserPath(), metavar="IN.pkl")
+@click.argument("target", type=UserPath(path_type=Path), metavar="OUT.safetensors")
+@click.option("--force", is_flag=True, help="Overwrite OUT when it exists.")
+def convert_command(source: str, target: Path, force: bool) -> None:
+    path = find_network(source, "IN")
+    if path != source:
+        print(f"IN: {path}", file=sys.stderr)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UnknownSourceWarning)
+            networks = _convert(Path(path), target, force=force)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    for line in _describe(networks):
+        print(line)
+    print(f"wrote {target} ({target.stat().st_size:,} bytes)")
+
+
+def _convert(source: Path, target: Path, *, force: bool) -> Networks:
+    if target.suffix != ".safetensors":
+        raise ValueError(f"the output is {target}; expected a name that ends in .safetensors")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent}; make it first")
+    if target.exists() and not force:
+        raise ValueError(f"{target} exists already; expected a new name: choose another, or overwrite it with --force")
+    if recognize(source) is not FileKind.PICKLE:
+        raise ValueError(f"{source} is a safetensors file already; expected an NVIDIA pickle")
+    networks = load_network(source)
+    save_network(target, networks)
+    return networks
+
+
+def _describe(networks: Networks) -> list[str]:
+    lines = []
+    for role in NETWORK_CLASSES:
+        network: nn.Module | None = getattr(networks, role)
+        if network is None:
+            lines.append(f"{role:5}  none")
+            continue
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        classes = f"labels of length {network.c_dim}" if network.c_dim else "unconditional"
+        lines.append(f"{role:5}  {type(network).__name__}, {network.img_resolution} x {network.img_resolution}, "
+                     f"{network.img_channels} channels, {classes}, {num_parameters:,} parameters")
+    return lines

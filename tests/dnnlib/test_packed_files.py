@@ -15,7 +15,7 @@ from imagesets.reader import ImageSet
 from imagesets.sources import open_source
 from imagesets.tables import read_table
 from tests.helpers.make_archives import encode, make_folder, make_zip, noise
-from training.file_kind import recognise
+from training.network_file import recognize
 
 UNTAR = "mkdir -p {folder} && tar -xf {path} -C {folder}"
 
@@ -45,7 +45,7 @@ def test_a_tar_of_images_is_to_be_unpacked_by_a_command_that_works(name, mode, t
         ImageSet(path)  # --data, --valid, --generated, --labels-from
     assert str(caught.value) == f"{path} {advice}"
     with pytest.raises(ValueError) as caught:
-        recognise(path)  # --network, --resume
+        recognize(path)  # --network, --resume
     assert str(caught.value) == f"{path} {advice}; expected a network file (.safetensors or NVIDIA .pkl)"
     subprocess.run(command, shell=True, check=True)
     assert open_source(tmp_path / "my images").names == ["images/a.png", "images/b.png"]

@@ -18,12 +18,12 @@ from scripts import demo
 from tests.helpers.make_sets import make_set
 from torch_utils.ops import build
 from training.command import make_command
-from training.pickles import convert
+from training.snapshot import convert_command
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {"train.py": train.main, "generate.py": generate.main, "projector.py": projector.main,
             "calc_metrics.py": calc_metrics.main, "dataset_tool.py": dataset_tool.main, "scripts/demo.py": demo.main,
-            "torch_utils/ops/build.py": build.main, "training/nvidia_pickle.py": convert.command}
+            "torch_utils/ops/build.py": build.main, "training/nvidia_pickle.py": convert_command}
 COMMANDS = {**PROGRAMS, **{f"dataset_tool.py {name}": command for name, command in dataset_tool.main.commands.items()}}
 OPTIONS = [pytest.param(program, option, id=f"{program} {option.opts[-1]}") for program, command in COMMANDS.items()
            for option in command.params if isinstance(option, click.Option)]

@@ -42,7 +42,7 @@ def flags_of(command):
 
 FLAGS = {Path(name).name: flags_of(command) for name, command in PROGRAMS.items()}
 MODULES = {Path(name).name: name.removesuffix(".py").replace("/", ".") for name in PROGRAMS}
-MODULES["nvidia_pickle.py"] = "training.pickles.convert"  # what its __main__ imports
+MODULES["nvidia_pickle.py"] = "training.snapshot"  # what its __main__ imports
 
 
 def _is_text(node):

@@ -1,9 +1,17 @@
-"""training.nvidia_pickle: records equal what was written; foreign and damaged files give one ValueError."""
+"""training.nvidia_pickle: records equal what was written; foreign and damaged files give one ValueError.
+
+Also `python -m training.nvidia_pickle`: it converts, says what it did, never leaves half a file.
+"""
+import collections
 import hashlib
+import io
 import json
 import pickle
 import random
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,8 +23,10 @@ from tests.helpers import nvidia_pickle_writer as writer
 from tests.helpers.nvidia_pickle_writer import Call, Name, dumps, snapshot
 from tests.helpers.tiny_networks import DISCRIMINATOR, GENERATOR, discriminator, generator
 from training.nvidia_pickle import KNOWN_SOURCES, UnknownSourceWarning, read_nvidia_pickle
+from training.snapshot import Networks, load_network, main, save_network
 
-SAMPLE = Path(__file__).parent.parent / "data" / "sample_32_c2.stripped.pkl"
+ROOT = Path(__file__).parent.parent.parent
+SAMPLE = ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl"
 
 
 def write_generator(path, protocol=4, **kwargs):
@@ -109,6 +119,163 @@ def test_read_non_persistent_buffer_is_left_out(tmp_path):
     state["_non_persistent_buffers_set"] = {"scratch"}
     (tmp_path / "a.pkl").write_bytes(dumps(snapshot(content)))
     assert "scratch" not in read_nvidia_pickle(tmp_path / "a.pkl").G_ema.tensors
+
+
+# Plain values, numbers and tensors.
+
+
+def read_options(path, data):
+    path.write_bytes(data)
+    return read_nvidia_pickle(path).training_set_kwargs
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_read_plain_values_gives_equal_values(tmp_path, protocol):
+    shared = [1.5, "x"]
+    options = {"a": None, "b": [True, False, 0, 1, 255, 256, 65536, -1, -2**31, 2**40, -2**70], "c": shared,
+               "d": shared, "e": (), "f": (1,), "g": (1, 2), "h": (1, 2, 3), "i": (1, 2, 3, 4), "n": "\u00e9" * 300,
+               "p": collections.OrderedDict(z=1), "q": [[]], "r": list(range(2000))}
+    expected = {**options, "e": [], "f": [1], "g": [1, 2], "h": [1, 2, 3], "i": [1, 2, 3, 4], "p": {"z": 1}}
+    for fix_imports in (True, False):
+        data = pickle.dumps({"G_ema": None, "training_set_kwargs": options}, protocol, fix_imports=fix_imports)
+        assert read_options(tmp_path / "a.pkl", data) == expected
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", [np.float64(1 / 3), np.float32(0.1), np.float16(2), np.int64(-5), np.uint8(200),
+                                   np.int32(7), np.bool_(True), np.dtype(">f8").type(2.5)], ids=repr)
+def test_read_numpy_scalar_gives_the_equal_plain_number(tmp_path, value, protocol):
+    data = pickle.dumps({"G_ema": None, "training_set_kwargs": {"x": value}}, protocol)
+    number = read_options(tmp_path / "a.pkl", data)["x"]
+    assert number == value.item()
+    assert type(number) is type(value.item())
+
+
+def numpy_type(code, state=None):
+    return Call(Name("numpy", "dtype"), (code, 0, 1), state=state)
+
+
+def scalar_file(kind, data):
+    scalar = Call(Name("numpy.core.multiarray", "scalar"), (kind, data))
+    return dumps({"G_ema": None, "training_set_kwargs": {"x": scalar}}, 3)
+
+
+def test_read_numpy_scalar_of_the_old_module_name_and_big_endian(tmp_path):
+    kind = numpy_type("f8", (3, ">", None, None, None, -1, -1, 0))
+    assert read_options(tmp_path / "a.pkl", scalar_file(kind, np.array(2.5, ">f8").tobytes())) == {"x": 2.5}
+
+
+@pytest.mark.parametrize("code", ["O8", "O", "V8", "S3", "U3", "M8", "c16", "f8,f8", "object", "i16", 8, None])
+def test_read_numpy_type_other_than_numeric_is_refused(tmp_path, code):
+    (tmp_path / "a.pkl").write_bytes(scalar_file(numpy_type(code), bytes(8)))
+    assert refused(tmp_path / "a.pkl").endswith("outside the closed list of numeric types")
+
+
+@pytest.mark.parametrize("state", [(), (3, "<"), (3, "x", None, None, None, -1, -1, 0), {"a": 1},
+                                   (3, "<", (1,), None, None, -1, -1, 0), (3, "<", None, ("a",), {"a": 1}, -1, -1, 0)])
+def test_read_numpy_type_with_the_state_of_a_structure_is_refused(tmp_path, state):
+    (tmp_path / "a.pkl").write_bytes(scalar_file(numpy_type("f8", state), bytes(8)))
+    assert refused(tmp_path / "a.pkl").endswith("the state of a numpy.dtype is not that of a plain number")
+
+
+@pytest.mark.parametrize(("kind", "data", "expected"), [
+    (numpy_type("f8"), b"1234", "a numpy float64 has 4 bytes; expected 8"),
+    (numpy_type("f8"), "12345678", "a numpy scalar is made of _NumpyType and '12345678'; expected a type and bytes"),
+    ("f8", b"12345678", "a numpy scalar is made of 'f8' and b'12345678'; expected a type and bytes")])
+def test_read_numpy_scalar_of_wrong_parts_is_refused(tmp_path, kind, data, expected):
+    (tmp_path / "a.pkl").write_bytes(scalar_file(kind, data))
+    assert refused(tmp_path / "a.pkl").endswith(f": {expected}")
+
+
+def write_buffer(path, value, protocol=4):
+    """Write a file whose G_ema has nothing but the buffer x."""
+    state = {"_parameters": {}, "_buffers": {"x": value}, "_modules": {}}
+    path.write_bytes(dumps({"G_ema": writer.persistent("Generator", state)}, protocol))
+
+
+def read_buffer(path, value, protocol=4):
+    write_buffer(path, value, protocol)
+    return read_nvidia_pickle(path).G_ema.tensors["x"]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64,
+                                   torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("numel", [0, 1, 7])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # what torch.load returns here
+def test_read_tensor_equals_what_torch_loads(tmp_path, dtype, numel, protocol):
+    values = (torch.arange(numel) * 3.25).to(dtype)
+    expected = torch.load(io.BytesIO(writer.storage_bytes(values)), weights_only=True)
+    read = read_buffer(tmp_path / "a.pkl", writer.tensor(values), protocol)
+    assert read.dtype == expected.dtype == dtype
+    assert read.tolist() == expected.tolist()
+
+
+def test_read_tensor_keeps_the_bits_of_nan(tmp_path):
+    bits = torch.tensor([0x7FC00001, 0x7F800000, -(2**31)], dtype=torch.int32)
+    read = read_buffer(tmp_path / "a.pkl", writer.tensor(bits.view(torch.float32)))
+    assert torch.equal(read.view(torch.int32), bits)
+
+
+def bad_payloads():
+    good = writer.storage_bytes(torch.arange(4.0))
+    return {
+        "empty": b"", "cut": good[:-1], "longer": good + b"\0", "not_bytes": "text", "magic": dumps(1, 2) + good,
+        "bool": writer.storage_bytes(torch.ones(2) > 0), "complex": writer.storage_bytes(torch.ones(2) + 1j),
+        "count": good.replace(b"K\x04N", b"K\x7fN"), "negative": good.replace(b"K\x04N", b"J\xff\xff\xff\xffN"),
+        "big_endian": good.replace(b"\x88", b"\x89", 1), "other_class": good.replace(b"FloatStorage", b"TableStorage"),
+        "state_dict": good.replace(b"ctorch\nFloatStorage", b"cos\nFloatStorage"), "zip": b"PK\x03\x04" + good,
+        "view": good.replace(b"K\x04N", b"K\x04K\x01"), "tag": good.replace(b"storage", b"module!"),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(bad_payloads()))
+def test_read_malformed_storage_is_refused(tmp_path, kind):
+    tensor = writer.tensor(torch.arange(4.0))
+    tensor.arguments[0].arguments = (bad_payloads()[kind],)
+    write_buffer(tmp_path / "a.pkl", tensor)
+    refused(tmp_path / "a.pkl")
+
+
+def tensor_call(*description):
+    storage = writer.tensor(torch.arange(12.0)).arguments[0]
+    return Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, *description))
+
+
+@pytest.mark.parametrize(("offset", "size", "stride"), [
+    (0, (12,), (1,)), (0, (3, 4), (4, 1)), (0, (4, 3), (1, 4)), (2, (2, 2), (4, 2)), (11, (), ()), (0, (0, 5), (5, 1)),
+    (0, (2, 2), (0, 1)), (12, (0,), (1,)),
+])
+def test_read_tensor_equals_as_strided(tmp_path, offset, size, stride):
+    read = read_buffer(tmp_path / "a.pkl", tensor_call(offset, size, stride, False, {}))
+    assert torch.equal(read, torch.arange(12.0).as_strided(size, stride, offset))
+    assert read.is_contiguous()
+
+
+@pytest.mark.parametrize(("offset", "size", "stride"), [
+    (0, (13,), (1,)), (1, (12,), (1,)), (0, (3, 4), (5, 1)), (-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)),
+    (0, (2,), (1, 1)), (12, (), ()), (0, (2.0,), (1,)), (0, [2], [1]), (0, (True,), (1,)), (None, (2,), (1,)),
+    (0, (2**39, 2**39), (0, 0)), (0, (2**70,), (0,)), (0, (1,) * 9, (1,) * 9), (0, (13,), (0,)),
+    (0, (2**39, 2**39, 0), (0, 0, 0)), (0, (0, 2**39, 2**39), (1, 1, 1)), (0, (2**39,) * 7 + (0,), (2**39,) * 8),
+])
+def test_read_tensor_outside_its_storage_is_refused(tmp_path, offset, size, stride):
+    write_buffer(tmp_path / "a.pkl", tensor_call(offset, size, stride, False, {}))
+    reasons = ("a tensor of shape .* reaches outside its storage of 12 elements", "an empty tensor has the shape .*",
+               "size, stride and offset of a tensor are not tuples of counts")
+    assert re.search(f": ({'|'.join(reasons)})$", refused(tmp_path / "a.pkl"))
+
+
+@pytest.mark.parametrize("description", [(0, (2,), (1,), False, {0: "hook"}), (0, (2,), (1,), None, {}),
+                                         (0, (2,), (1,), False, {}, {"metadata": 1})])
+def test_read_tensor_with_odd_extras_is_refused(tmp_path, description):
+    write_buffer(tmp_path / "a.pkl", tensor_call(*description))
+    assert refused(tmp_path / "a.pkl").endswith(
+        ": a tensor has hooks, metadata or an odd requires_grad; expected none")
+
+
+def test_read_parameter_among_the_buffers_is_refused(tmp_path):
+    write_buffer(tmp_path / "a.pkl", writer.parameter(torch.arange(3.0)))
+    assert refused(tmp_path / "a.pkl").endswith(": G_ema.x is a parameter; expected a buffer")
 
 
 # Embedded source.
@@ -305,3 +472,117 @@ def test_read_flipped_bits_give_a_result_or_value_error(tmp_path):
                 messages.add(str(error))
     assert all(message.startswith(f"{path} cannot be read as ") for message in messages)
     assert num_read > 60  # flips within weights and unused fields leave a readable file
+
+
+# The command that converts.
+
+
+def failure(capsys, *arguments):
+    """Return the one line with which the command fails."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def test_convert_as_a_command_writes_the_same_networks(tmp_path):
+    target = tmp_path / "out.safetensors"
+    run = subprocess.run([sys.executable, "-m", "training.nvidia_pickle", SAMPLE, target], cwd=ROOT, text=True,
+                         capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "G      Generator, 32 x 32, 3 channels, labels of length 2, 268,275 parameters",
+        "D      Discriminator, 32 x 32, 3 channels, labels of length 2, 326,560 parameters",
+        "G_ema  Generator, 32 x 32, 3 channels, labels of length 2, 268,275 parameters",
+        f"wrote {target} ({target.stat().st_size:,} bytes)",
+    ]
+    assert run.stderr == ""
+    first, second = load_network(SAMPLE).D.state_dict(), load_network(target).D.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_convert_unknown_source_is_a_warning_on_stderr(tmp_path, capsys):
+    content = writer.snapshot(writer.module(generator(c_dim=0), kwargs={**GENERATOR, "c_dim": 0}, source="pass\n"))
+    (tmp_path / "in.pkl").write_bytes(writer.dumps(content))
+    assert main([str(tmp_path / "in.pkl"), str(tmp_path / "out.safetensors")]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == ["G      none", "D      none"]
+    assert "unconditional" in out
+    assert err.startswith(f"warning: {tmp_path / 'in.pkl'}: names match, behaviour may not")
+    assert err.count("\n") == 1
+
+
+def test_convert_takes_a_pattern_or_a_folder_of_the_original_and_says_the_file(tmp_path, capsys):
+    folder = tmp_path / "00000-theirs"
+    folder.mkdir()
+    for number in (8, 12):
+        shutil.copy(SAMPLE, folder / f"network-snapshot-{number:06d}.pkl")
+    for text, number in ((folder, 12), (tmp_path / "00000-*", 12), (tmp_path / "0*/network-snapshot-000008.pkl", 8)):
+        assert main([str(text), str(tmp_path / "out.safetensors"), "--force"]) == 0
+        assert capsys.readouterr().err == f"IN: {folder}/network-snapshot-{number:06d}.pkl\n"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("gone.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
+                 "the original"),
+    ("file.txt/in.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a "
+                        ".pkl of the original"),
+    ("folder", "IN is {path}, a folder without network-snapshot-*.safetensors; expected a network file (a .safetensors "
+               "of a run, or a .pkl of the original), or the folder of a run"),
+    ("file.txt", "{path} is of an unknown kind (it starts with 74 65 78 74); expected a network file (.safetensors or "
+                 "NVIDIA .pkl)")])
+def test_convert_of_what_is_no_network_file_gives_a_sentence(tmp_path, capsys, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("text")
+    path = tmp_path / name
+    assert failure(capsys, path, tmp_path / "out.safetensors") == message.format(path=path)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
+def test_convert_existing_output_needs_force(tmp_path, capsys):
+    target = tmp_path / "out.safetensors"
+    target.write_bytes(b"precious")
+    assert failure(capsys, SAMPLE, target) == (
+        f"{target} exists already; expected a new name: choose another, or overwrite it with --force")
+    assert target.read_bytes() == b"precious"
+    assert main([str(SAMPLE), str(target), "--force"]) == 0
+    assert load_network(target).G_ema.img_resolution == 32
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x80\x04N.", SAMPLE.read_bytes()[:100_000]],
+                         ids=["empty", "web_page", "foreign", "cut"])
+def test_convert_unreadable_input_writes_nothing_and_keeps_the_old_output(tmp_path, capsys, content):
+    source, target = tmp_path / "in.pkl", tmp_path / "out.safetensors"
+    source.write_bytes(content)
+    assert str(source) in failure(capsys, source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pkl"]
+    target.write_bytes(b"old")
+    failure(capsys, source, target, "--force")
+    assert target.read_bytes() == b"old"
+
+
+def test_convert_missing_input_names_it(tmp_path, capsys):
+    assert "missing.pkl" in failure(capsys, tmp_path / "missing.pkl", tmp_path / "out.safetensors")
+
+
+def test_convert_missing_output_folder_names_it(tmp_path, capsys):
+    assert str(tmp_path / "missing") in failure(capsys, SAMPLE, tmp_path / "missing" / "out.safetensors")
+
+
+def test_convert_other_output_suffix_is_refused(tmp_path, capsys):
+    assert failure(capsys, SAMPLE, tmp_path / "out.pkl") == (
+        f"the output is {tmp_path / 'out.pkl'}; expected a name that ends in .safetensors")
+
+
+def test_convert_safetensors_input_is_refused(tmp_path, capsys):
+    source = tmp_path / "in.safetensors"
+    save_network(source, Networks(G=None, D=None, G_ema=generator()))
+    assert failure(capsys, source, tmp_path / "out.safetensors") == (
+        f"{source} is a safetensors file already; expected an NVIDIA pickle")
+
+
+def test_convert_into_a_missing_folder_names_the_folder(tmp_path, capsys):
+    message = failure(capsys, SAMPLE, tmp_path / "missing" / "out.safetensors")
+    assert message == f"there is no folder {tmp_path / 'missing'}; make it first"

@@ -1,15 +1,15 @@
-"""Tell which constructor arguments the classes in NVIDIA's network files have.
+"""Tell which constructor arguments the classes in NVIDIA's network files have, and copy them as plain values.
 
 The names are the public interface of that repository: users give them in `--cfg` tables and files carry them. Files
 whose classes or arguments are not in this table come from another project or version, and are refused by name.
 """
-from training.pickles.machine import PickleRefused, quote
-from training.pickles.plain_values import to_plain
+import math
+
+_MAX_VALUES, _MAX_DEPTH = 10_000, 16  # shared references could otherwise unfold without end
 
 _IMAGE = "img_resolution img_channels"
 _CHANNELS = "channel_base channel_max num_fp16_res"
 _HALF = "conv_clamp use_fp16 fp16_channels_last"
-
 # Class -> its arguments in the order in which they can be given by position.
 _POSITIONAL = {
     "Generator": f"z_dim c_dim w_dim {_IMAGE} mapping_kwargs synthesis_kwargs",
@@ -55,14 +55,14 @@ def named_arguments(where: str, class_name: str, args: object, kwargs: object) -
     Raises ValueError for a class or an argument, also a nested one, that is not in the table.
     """
     if class_name not in _POSITIONAL:
-        raise PickleRefused(f"{where} is of class {quote(class_name)}, which StyleGAN2-ADA does not have")
+        raise ValueError(f"{where} is of class {quote(class_name)}, which StyleGAN2-ADA does not have")
     order = _POSITIONAL[class_name].split()
     if type(args) is not tuple or type(kwargs) is not dict or len(args) > len(order):
-        raise PickleRefused(f"{where} ({class_name}) has malformed constructor arguments")
+        raise ValueError(f"{where} ({class_name}) has malformed constructor arguments")
     by_position = dict(zip(order, args, strict=False))
     twice = [name for name in by_position if name in kwargs]
     if twice:
-        raise PickleRefused(f"{where} ({class_name}) has the argument {twice[0]!r} by position and by name")
+        raise ValueError(f"{where} ({class_name}) has the argument {twice[0]!r} by position and by name")
     arguments = to_plain(by_position | kwargs, f"{where} ({class_name})")
     _check_names(where, class_name, arguments)
     return arguments
@@ -72,11 +72,45 @@ def _check_names(where: str, class_name: str, arguments: dict[str, object]) -> N
     accepted = {name for each in (class_name, *_HANDED_ON.get(class_name, ())) for name in _POSITIONAL[each].split()}
     for name, value in arguments.items():
         if name not in accepted:
-            raise PickleRefused(f"{where} ({class_name}) has the constructor argument {quote(name)}, which "
+            raise ValueError(f"{where} ({class_name}) has the constructor argument {quote(name)}, which "
                                 "StyleGAN2-ADA does not have")
         nested = _NESTED.get((class_name, name))
         if nested is None:
             continue
         if type(value) is not dict:
-            raise PickleRefused(f"{where} ({class_name}) has {name} {quote(value)}; expected a dict")
+            raise ValueError(f"{where} ({class_name}) has {name} {quote(value)}; expected a dict")
         _check_names(f"{where}.{name}", nested, value)
+
+
+def to_plain(value: object, where: str) -> object:
+    """Return a copy of None, bool, int, finite float, str, and lists and str-keyed dicts of them; tuples become lists.
+
+    where: name for messages
+    Raises ValueError for anything else, and when the value is nested too deep or holds too much.
+    """
+    num_values = 0
+
+    def copy(value: object, depth: int) -> object:
+        nonlocal num_values
+        num_values += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"{where} is nested more than {_MAX_DEPTH} levels deep; no network's file is")
+        if num_values > _MAX_VALUES:
+            raise ValueError(f"{where} holds more than {_MAX_VALUES:,} values; no network's file does")
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return value
+        if type(value) in (list, tuple):
+            return [copy(item, depth + 1) for item in value]
+        if type(value) is dict and all(type(key) is str for key in value):
+            return {key: copy(item, depth + 1) for key, item in value.items()}
+        raise ValueError(f"{where} holds {quote(value)}; expected plain values")
+
+    return copy(value, 0)
+
+
+def quote(value: object, limit: int = 80) -> str:
+    """Show an untrusted value in a message: ASCII, one line, short."""
+    if isinstance(value, (str, bytes)):
+        value = value[:limit + 1]  # a value can be hundreds of megabytes
+    text = ascii(value) if isinstance(value, (str, bytes, int, float, type(None))) else type(value).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."

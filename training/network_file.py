@@ -1,4 +1,4 @@
-"""Find the network file that a user means, and recognise by its first bytes what kind it is."""
+"""Find the network file that a user means, and recognize by its first bytes what kind it is."""
 import glob
 import os
 import re
@@ -96,7 +96,7 @@ def run_snapshots(folder: str | os.PathLike) -> list[str]:
     return [path for *_, path in sorted(found)]
 
 
-def recognise(path: str | os.PathLike) -> FileKind:
+def recognize(path: str | os.PathLike) -> FileKind:
     """Return the kind of the file at `path`.
 
     Raises FileNotFoundError, or ValueError with one line that says what the file is, when it is of neither kind.

@@ -1,4 +1,4 @@
-"""training.file_kind: which network file a path, a pattern or a run's folder stands for."""
+"""training.network_file: which network file a path, a pattern or a run's folder stands for."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dnnlib.cli import UserError
-from training.file_kind import find_network
+from training.network_file import find_network
 
 RUN = "runs/00000-lesions-cond-tiny"
 NONE = ("without network-snapshot-*.safetensors; expected a network file (a .safetensors of a run, or a .pkl of the "
