@@ -16,7 +16,7 @@ LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers grid_sample \
 	half_precision ops_training loss step state transfer snapshot augment augment_color augment_filters \
 	augment_geometry latent_sampling generate grids video projection pivotal_tuning distances similarity \
-	similarity_input detectors evaluation metric_sources metrics_against_torch_fidelity metrics_meaning \
+	similarity_input detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
 	perceptual_path feature_stats frechet inception_score kernel precision_recall validation
 
 .PHONY: help setup demo test test-portable slow soak bench lint clean

@@ -5,6 +5,7 @@ import sys
 import torch
 
 from dnnlib.cli import run
+from metrics.evaluation import Evaluator
 from metrics.names import choose_metrics, needed_detectors, parse_metrics, require_detectors
 from metrics.perceptual_path import check_path_requests
 from torch_utils.distributed import Place
@@ -29,8 +30,6 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> 
 
 def make_evaluate(config: TrainConfig, settings: RunSettings, resolution: int) -> Evaluate:
     """Return what computes the run's metrics. Raises UserError when they cannot be computed."""
-    from metrics.evaluation import Evaluator
-
     check_path_requests(parse_metrics(config.metrics), resolution)
     detectors = needed_detectors(config.metrics, settings.detector, settings.detector_weights)
     if Place.from_environment().rank == 0:

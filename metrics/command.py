@@ -1,8 +1,9 @@
-"""Measure a network file, all network files of a run, or a set of images, and write what was found."""
+"""The command line of calc_metrics.py: measure a network file, all of a run, or a set of images, and write results."""
 
 import os
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,21 +12,13 @@ import click
 
 from dnnlib.cli import UserError, UserPath, join_values
 from dnnlib.lines import AppendFile, to_line
+from dnnlib.progress import format_seconds
 from generation.network import OpenNetwork, choose_network, open_network
 from metrics.detectors.registry import DETECTOR_NAMES
-from metrics.evaluation import Evaluator, Results
+from metrics.evaluation import Evaluator
 from metrics.features import OtherProcessFailed
 from metrics.image_sources import SetImages
-from metrics.names import (
-    DEFAULT_METRIC,
-    DESCRIPTIONS,
-    FORMS,
-    KNOWN_NAMES,
-    choose_detector,
-    parse_metrics,
-    parse_weights,
-)
-from metrics.records import result_record, to_json
+from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES, USUAL_DETECTORS, needed_detectors
 from torch_utils.device import check_counts, settle_device
 from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
 from torch_utils.plots import save_curves
@@ -34,6 +27,97 @@ from training.network_file import OTHER_NAMES, find_path, run_snapshots
 from training.options import TUNE_MALLOC_HELP
 from training.run_folder import RunFolder
 from training.run_record import read_record
+
+_HELP = """Measure how good generated images are; print one JSON line for each metric.
+
+\b
+python calc_metrics.py --network=runs/00007-isic256/network-snapshot-000200.safetensors --data=isic256.zip
+python calc_metrics.py --run=runs/00007-isic256 --data=heldout.zip --metrics=kid5k_full,pr2k3_full
+python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=kid_full,pr_full --class=melanoma
+"""
+_WIDTH = 110  # of the help, in letters
+
+
+def make_command() -> click.Command:
+    """Return the command of calc_metrics.py."""
+    return MetricsCommand(None, callback=_run, params=_options(), help=_HELP,
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH})
+
+
+class MetricsCommand(click.Command):
+    """A command whose help describes each metric."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Metrics"):
+            formatter.write_dl(list(DESCRIPTIONS.items()))
+        text = (f"Names are {', '.join(KNOWN_NAMES)}, and the same with other numbers of generated images: {FORMS}. "
+                "With _full all real images are compared with, otherwise as many as generated ones, mirrored ones too "
+                "where the training saw them. fid_full, kid_full and pr_full, without a number, take all images of "
+                "--generated too, and of a network as many as there are real ones; the line says how many.")
+        formatter.write_paragraph()
+        formatter.write("".join(f"  {line}\n" for line in textwrap.wrap(text, _WIDTH - 4)))
+
+
+def _options() -> list[click.Option]:
+    detectors = ", ".join(DETECTOR_NAMES)
+    return [
+        _option("--network", UserPath(), "Network file to measure: a .safetensors of a run, or a .pkl of the original; "
+                f"also {OTHER_NAMES}. In a run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
+        _option("--generated", UserPath(), "Folder or zip of generated images to measure.", "PATH"),
+        _option("--run", UserPath(),
+                "Folder of a run, or a pattern that matches one: measure all its network files, add the results to its "
+                "metric-NAME.jsonl, and draw measured-NAME.png.", "DIR"),
+        _option("--metrics", str, "Metrics, separated by commas; see below. May be given several times.", "LIST",
+                default=(DEFAULT_METRIC,), multiple=True, callback=join_values),
+        _option("--data", UserPath(),
+                "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
+        _option("--mirror", bool, "Metrics without _full take mirrored real images too.", "BOOL",
+                shown="as in the training"),
+        _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
+        _option("--detector", str, f"Network that images are looked at with, in place of the usual one: {detectors}. "
+                "Its numbers compare with none of another one.", "NAME",
+                shown=f"{USUAL_DETECTORS['fid']}; {USUAL_DETECTORS['pr']} for pr, {USUAL_DETECTORS['ppl']} for ppl"),
+        _option("--detector-weights", UserPath(named=True),
+                "File of weights in place of a downloaded one; NAME=FILE where several "
+                "networks are needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several "
+                "times.", "FILE", multiple=True),
+        _option("--seed", int, "Number that latents and all random choices follow from.", "INT", default=0),
+        _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "
+                "it.", "INT", shown="by resolution"),
+        _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.",
+                "NAME", default="auto"),
+        _option("--gpus", int, "Number of processes that share the work.", "INT", shown="1"),
+        _option("--tune-malloc", bool, TUNE_MALLOC_HELP, "BOOL", default=True),
+        _option("--verbose", bool, "Show how far the work is.", "BOOL", default=True),
+        click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
+                     help="Compute features of image sets anew, and keep none."),
+    ]
+
+
+def _option(flag: str, kind: object, text: str, metavar: str, name: str | None = None, *, default: Any = None,
+            shown: str | None = None, **attributes: Any) -> click.Option:
+    """Return an option whose help ends in its default, or in `shown` where None stands for another value."""
+    if default is not None:
+        attributes["default"] = default
+        shown = ",".join(default) if isinstance(default, tuple) else str(default).lower()
+    return click.Option([flag, *([name] if name else [])], type=kind, metavar=metavar,
+                        help=text if shown is None else f"{text} [default: {shown}]", **attributes)
+
+
+def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
+    settings = MeasureSettings(**flags).found()
+    place = Place.from_environment()
+    check_counts(gpus=gpus)
+    count = place.processes(gpus)
+    device = settle_device(device, place, count, tunes_malloc=tune_malloc)
+    if count > 1 and not place.is_started:
+        return launch(count)
+    with join(device) as processes:
+        try:
+            measure(settings, processes)
+        except OtherProcessFailed as error:  # which prints the error
+            raise ProcessLost(str(error)) from error
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +143,7 @@ class MeasureSettings:
         if len(given) != 1:
             found = "none of --network, --generated and --run is" if not given else f"{' and '.join(given)} are"
             raise UserError(f"{found} given; expected one of them: what to measure")
-        needed = [choose_detector(request, self.detector) for request in parse_metrics(self.metrics)]
-        parse_weights(self.detector_weights, needed)
+        needed_detectors(self.metrics, self.detector, self.detector_weights)
 
     def found(self) -> Self:
         """Return the same with the paths that --network and --run stand for. Raises UserError."""
@@ -81,7 +164,7 @@ class MeasureSettings:
 def measure(settings: MeasureSettings, processes: Processes) -> None:
     """Measure, print one JSON line for each result, and write them into the run's folder where there is one.
 
-    Raises UserError when something is not as it should be.
+    Raises UserError when a network, a set or a metric cannot be used, or they do not go together.
     """
     if settings.generated is not None:
         _measure_images(settings, processes)
@@ -93,16 +176,17 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # metric -> key -> (kimg, value)
     for number, path in enumerate(snapshots):
         if len(snapshots) > 1 and (network := _open_if_there(path, processes)) is None:
-            _say(settings, f"{path.name} was removed meanwhile, as train.py --keep does; it is not measured")
+            _log(settings, f"{path.name} was removed meanwhile, as train.py --keep does; it is not measured")
             continue
-        _say(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
-        kimg = _kimg(network)
-        for record in _records(evaluator.evaluate(network.G, network.info), processes, snapshot=network.name, kimg=kimg,
-                               network_sha256=network.sha256):
-            _write(settings.run_folder, record)
-            for key, value in record["results"].items():
+        _log(settings, f"{path.name} ({number + 1} of {len(snapshots)})")
+        kimg = network.info.get("kimg")
+        kimg = float(kimg) if isinstance(kimg, (int, float)) else None
+        for name, result in evaluator.evaluate(network.G, network.info).items():
+            _write(name, result, processes, settings.run_folder, snapshot=network.name, kimg=kimg,
+                   network_sha256=network.sha256)
+            for key, value in result["results"].items():
                 if kimg is not None:
-                    curves.setdefault(record["metric"], {}).setdefault(key, []).append((kimg, value))
+                    curves.setdefault(name, {}).setdefault(key, []).append((kimg, value))
     if settings.run is not None and is_main():
         for name, found in curves.items():
             save_curves(Path(settings.run) / f"measured-{name}.png", found)
@@ -117,29 +201,6 @@ def _open_if_there(path: Path, processes: Processes) -> OpenNetwork | None:
         if path.exists():
             raise
     return None if any_process(network is None) else network
-
-
-def _measure_images(settings: MeasureSettings, processes: Processes) -> None:
-    images = SetImages(settings.generated, settings.chosen)
-    evaluator = _evaluator(settings, processes, mirror=bool(settings.mirror))
-    reals = evaluator.reference.images
-    shared = images.num_shared(reals) if reals is not None and is_main() else 0
-    if shared:
-        click.echo(f"warning: {shared} of {len(images)} images of --generated={images.path} are in --data={reals.path} "
-                   "too; the metrics compare these with themselves", err=True)
-    found = evaluator.evaluate_images(images)
-    if is_main():
-        more = {"generated": images.path.name, "generated_sha256": images.select().content_hash()}
-        for record in _records(found, processes, snapshot=None, **more):
-            _write(None, record)
-
-
-def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool) -> Evaluator:
-    names = [choose_detector(request, settings.detector) for request in parse_metrics(settings.metrics)]
-    return Evaluator(settings.metrics, data=settings.data, detector=settings.detector,
-                     weights=parse_weights(settings.detector_weights, names), mirror=mirror, chosen=settings.chosen,
-                     seed=settings.seed, batch=settings.batch, device=processes.device, use_cache=settings.use_cache,
-                     say=lambda line: click.echo(line, err=True), progress=settings.verbose)
 
 
 def _snapshots(run: str) -> list[Path]:
@@ -162,116 +223,48 @@ def _mirror(settings: MeasureSettings, info: dict[str, Any]) -> bool:
     return isinstance(training_set, dict) and training_set.get("xflip") is True
 
 
-def _kimg(network: OpenNetwork) -> float | None:
-    kimg = network.info.get("kimg")
-    return float(kimg) if isinstance(kimg, (int, float)) else None
+def _measure_images(settings: MeasureSettings, processes: Processes) -> None:
+    images = SetImages(settings.generated, settings.chosen)
+    evaluator = _evaluator(settings, processes, mirror=bool(settings.mirror))
+    reals = evaluator.reference.images
+    shared = images.num_shared(reals) if reals is not None and is_main() else 0
+    if shared:
+        click.echo(f"warning: {shared} of {len(images)} images of --generated={images.path} are in --data={reals.path} "
+                   "too; the metrics compare these with themselves", err=True)
+    found = evaluator.evaluate_images(images)
+    if is_main():
+        more = {"generated": images.path.name, "generated_sha256": images.select().content_hash()}
+        for name, result in found.items():
+            _write(name, result, processes, None, snapshot=None, **more)
 
 
-def _records(found: Results, processes: Processes, *, snapshot: str | None, **more: Any) -> Iterator[dict[str, Any]]:
-    for name, result in found.items():
-        yield result_record(name, result, num_gpus=processes.count, snapshot=snapshot, **more)
+def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool) -> Evaluator:
+    return Evaluator(settings.metrics, data=settings.data, detector=settings.detector,
+                     weights=needed_detectors(settings.metrics, settings.detector, settings.detector_weights),
+                     mirror=mirror, chosen=settings.chosen, seed=settings.seed, batch=settings.batch,
+                     device=processes.device, use_cache=settings.use_cache,
+                     log=lambda line: click.echo(line, err=True), progress=settings.verbose)
 
 
-def _write(folder: Path | None, record: dict[str, Any]) -> None:
-    """Print a result, and append it to the file of its metric in a run's folder."""
-    click.echo(to_json(record))
+def _write(name: str, found: Mapping[str, Any], processes: Processes, folder: Path | None, *, snapshot: str | None,
+           **more: Any) -> None:
+    """Print one result, with the fields of the original's lines and ours behind them; append it to a run's file.
+
+    found:     what `Evaluator` returned for the metric: results, total_time and further fields
+    folder:    of the run; None leaves it at printing
+    snapshot:  name of the network file; None when images were measured
+    """
+    seconds = found["total_time"]
+    usual = {"results": found["results"], "metric": name, "total_time": seconds,
+             "total_time_str": format_seconds(seconds), "num_gpus": processes.count, "snapshot_pkl": snapshot,
+             "timestamp": time.time()}
+    line = to_line({**usual, **{key: value for key, value in found.items() if key not in usual}, **more})
+    click.echo(line.decode(), nl=False)
     if folder is not None:
         # Shared with a training that may go on there.
-        AppendFile(RunFolder(folder).metric(record["metric"]), durable=True, shared=True).append(to_line(record))
+        AppendFile(RunFolder(folder).metric(name), durable=True, shared=True).append(line)
 
 
-def _say(settings: MeasureSettings, line: str) -> None:
+def _log(settings: MeasureSettings, line: str) -> None:
     if settings.verbose and is_main():
         click.echo(line, err=True)
-
-
-# MERGED from latent.measure_command
-# The command line of calc_metrics.py.
-
-
-_HELP = """Measure how good generated images are; print one JSON line for each metric.
-
-\b
-python calc_metrics.py --network=runs/00007-isic256/network-snapshot-000200.safetensors --data=isic256.zip
-python calc_metrics.py --run=runs/00007-isic256 --data=heldout.zip --metrics=kid5k_full,pr2k3_full
-python calc_metrics.py --generated=synthetic.zip --data=isic256.zip --metrics=kid_full,pr_full --class=melanoma
-"""
-_WIDTH = 106
-
-
-class MetricsCommand(click.Command):
-    """A command whose help tells of each metric."""
-
-    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Metrics"):
-            formatter.write_dl(list(DESCRIPTIONS.items()))
-        text = (f"Names are {', '.join(KNOWN_NAMES)}, and the same with other numbers of generated images: {FORMS}. "
-                "With _full all real images are compared with, otherwise as many as generated ones, mirrored ones too "
-                "where the training saw them. fid_full, kid_full and pr_full, without a number, take all images of "
-                "--generated too, and of a network as many as there are real ones; the line says how many.")
-        formatter.write_paragraph()
-        formatter.write("".join(f"  {line}\n" for line in textwrap.wrap(text, _WIDTH)))
-
-
-def make_command() -> click.Command:
-    """Return the command of calc_metrics.py."""
-    return MetricsCommand(None, callback=_run, params=_options(), help=_HELP,
-                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-
-
-def _run(gpus: int | None, device: str, tune_malloc: bool, **flags: Any) -> int:
-    settings = MeasureSettings(**flags).found()
-    place = Place.from_environment()
-    check_counts(gpus=gpus)
-    count = place.processes(gpus)
-    device = settle_device(device, place, count, tunes_malloc=tune_malloc)
-    if count > 1 and not place.is_started:
-        return launch(count)
-    with join(device) as processes:
-        try:
-            measure(settings, processes)
-        except OtherProcessFailed as error:  # that one tells the user
-            raise ProcessLost(str(error)) from error
-    return 0
-
-
-def _options() -> list[click.Option]:
-    detectors = ", ".join(DETECTOR_NAMES)
-    return [
-        _option("--network", UserPath(), "Network file to measure: a .safetensors of a run, or a .pkl of the original; "
-                f"also {OTHER_NAMES}. In a run's folder, results are also added to its metric-NAME.jsonl.", "FILE"),
-        _option("--generated", UserPath(), "Folder or zip of generated images to measure.", "PATH"),
-        _option("--run", UserPath(),
-                "Folder of a run, or a pattern that matches one: measure all its network files, add the results to its "
-                "metric-NAME.jsonl, and draw measured-NAME.png.", "DIR"),
-        _option("--metrics", str, "Metrics, separated by commas; see below. May be given several times. [default: "
-                f"{DEFAULT_METRIC}]", "LIST", default=(DEFAULT_METRIC,), multiple=True, callback=join_values),
-        _option("--data", UserPath(),
-                "Data set of real images to compare with: the training's, or a held-out part.", "PATH"),
-        _option("--mirror", bool, "Metrics without _full take mirrored real images too. [default: as in the training]",
-                "BOOL"),
-        _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
-        _option("--detector", str, f"Network that images are looked at with, in place of the usual one: {detectors}. "
-                "Its numbers compare with none of another one. [default: inception-v3; vgg16 for pr, lpips-vgg16 for "
-                "ppl]", "NAME"),
-        _option("--detector-weights", UserPath(named=True),
-                "File of weights in place of a downloaded one; NAME=FILE where several "
-                "networks are needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several "
-                "times.", "FILE", multiple=True),
-        _option("--seed", int, "Number that latents and all random choices follow from. [default: 0]", "INT",
-                default=0),
-        _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "
-                "it. [default: by resolution]", "INT"),
-        _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1. "
-                "[default: auto]", "NAME", default="auto"),
-        _option("--gpus", int, "Number of processes that share the work. [default: 1]", "INT"),
-        _option("--tune-malloc", bool, f"{TUNE_MALLOC_HELP} [default: true]", "BOOL", default=True),
-        _option("--verbose", bool, "Show how far the work is. [default: true]", "BOOL", default=True),
-        click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
-                     help="Compute features of image sets anew, and keep none."),
-    ]
-
-
-def _option(flag: str, kind: object, text: str, metavar: str, name: str | None = None,
-            **attributes: Any) -> click.Option:
-    return click.Option([flag, *([name] if name else [])], type=kind, help=text, metavar=metavar, **attributes)

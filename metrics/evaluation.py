@@ -1,9 +1,17 @@
-"""Measure a generator or a set of images: all metrics asked for in one pass over the images."""
+"""Measure a generator or a set of images: all metrics asked for in one pass over the images.
+
+`Evaluator` opens the data set and the detectors, computes features of generated and real images, and `compare` turns
+them into the numbers of each metric.
+"""
 
 import os
+import platform
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +23,10 @@ from dnnlib.progress import Progress
 from metrics.detectors.base import exact_float32
 from metrics.detectors.registry import open_detector, open_similarity
 from metrics.features import (
-    FEATURE_VERSION,
     FeatureCache,
+    FeatureRequest,
     Features,
-    Wish,
+    cache_key,
     choose_batch,
     compute_features,
     compute_rows,
@@ -27,18 +35,32 @@ from metrics.features import (
     on_main_for_long,
     together,
 )
-from metrics.image_sources import FakeLabels, GeneratedImages, Selection, SetImages, Source
-from metrics.names import SIMILARITY, MetricRequest, choose_detector, parse_metrics
+from metrics.frechet import frechet_distance
+from metrics.image_sources import (
+    FakeLabels,
+    GeneratedImages,
+    ImageSource,
+    RealSubset,
+    Reference,
+    SelectedImages,
+    SetImages,
+)
+from metrics.inception_score import inception_score
+from metrics.kernel import kernel_distances
+from metrics.names import IS_SPLITS, LPIPS, MetricRequest, choose_detector, parse_metrics
 from metrics.perceptual_path import EPSILON, PathSteps, check_path_requests, path_length
-from metrics.records import Choice, Reference, Side, compute_results, num_rows, software_versions
+from metrics.precision_recall import precision_recall
 from torch_utils.distributed import any_process, is_main
 
 Results = dict[str, dict[str, Any]]  # metric -> {"results": {key: value}, further fields of its record}
+# Binkowski et al. 2018; the same numbers as in Karras et al. 2020.
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 _LARGEST_SEED = 2**32 - 1
+_PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"
 
 
 class Stopped(Exception):
-    """The work was given up, since the caller's `stop` said so."""
+    """The work was given up, since the caller's `stop` returned True."""
 
 
 class Evaluator:
@@ -47,40 +69,41 @@ class Evaluator:
     metrics:   names, in a list or with commas between them
     data:      path of the data set; None where metrics need none
     detector:  name of the one to use in place of each metric's usual one
-    weights:   files of weights by name of the network, in place of downloaded ones
+    weights:   files of weights by name of the network, in place of downloaded ones, as `needed_detectors` returns them
     mirror:    the training saw mirrored images as well
     chosen:    name or number of a class: measure its images only
     seed:      of latents, labels, noise and random choices
     batch:     images at a time; part of the result, since noise follows from it. None chooses by resolution
     device:    of everything; None takes the generator's
     use_cache: keep features of sets of images on the disk
-    say:       takes a line for the user
+    log:       takes a line for the user
     progress:  show how far the work is, on standard error
 
     Of several processes each makes one, with equal arguments, and calls its methods together with the others.
-    Raises UserError when something of this cannot be.
+    Raises UserError when metrics, detector, data set and class do not go together.
     """
 
     def __init__(self, metrics: str | Sequence[str], *, data: str | os.PathLike | None = None,
-                 detector: str | None = None, weights: Mapping[str, str] | None = None, mirror: bool = False,
+                 detector: str | None = None, weights: Mapping[str, str | None] | None = None, mirror: bool = False,
                  chosen: str | None = None, seed: int = 0, batch: int | None = None,
                  device: torch.device | str | None = None, use_cache: bool = True,
-                 say: Callable[[str], None] = lambda line: None, progress: bool = False):
+                 log: Callable[[str], None] = lambda line: None, progress: bool = False):
         self.requests = parse_metrics(metrics)
         self.detector_names = {request.name: choose_detector(request, detector) for request in self.requests}
-        self.chosen, self.seed, self.batch = chosen, seed, batch
+        self.seed, self.batch = seed, batch
         if not 0 <= seed <= _LARGEST_SEED:
             raise UserError(f"--seed is {seed}; expected 0 to {_LARGEST_SEED}")
         if batch is not None and batch < 1:
             raise UserError(f"--batch is {batch}; expected at least 1")
-        self._weights, self._progress, self._say = dict(weights or {}), progress, say
-        self._said: str | None = None  # of classes
+        self._weights, self._progress, self._log = dict(weights or {}), progress, log
+        self._logged: str | None = None  # the last note on classes
         self._stop: Callable[[], bool] | None = None
-        self._cache = FeatureCache(cache_folder() / "features" if use_cache else None, say)
+        self._cache = FeatureCache(cache_folder() / "features" if use_cache else None, log)
         self._networks: dict[str, nn.Module] = {}
         self._device = None if device is None else torch.device(device)
         self.reference = Reference(self.requests, data, mirror=mirror, chosen=chosen, seed=seed)
-        self._sides: dict[tuple[str, Choice], Side | None] = {}  # of reals; None but on the main process
+        # by name of the detector; None but on the main process
+        self._real_features: dict[tuple[str, RealSubset], Features | None] = {}
 
     def evaluate(self, G: nn.Module, info: Mapping[str, Any] | None = None, *,
                  stop: Callable[[], bool] | None = None) -> Results:
@@ -89,7 +112,7 @@ class Evaluator:
         G:     with mapping, synthesis, z_dim, c_dim, img_resolution and img_channels; it comes back in its mode, and
                the random state stays as it is
         info:  what its file says: "classes" and "class_counts" serve where there is no data set
-        stop:  is asked after each block of images; once it says yes, in any process, the work is given up
+        stop:  is asked after each batch of images; once it returns True, in any process, the work is given up
 
         Raises UserError when data, class and network do not go together, and Stopped, which may be an
         OtherProcessFailed where another process was the first to stop.
@@ -97,24 +120,25 @@ class Evaluator:
         started, self._stop = time.monotonic(), stop
         requests = [request.with_fakes(self.reference.num_reals(request)) for request in self.requests]
         labels = self.reference.labels_of_fakes(G.c_dim, info or {})
-        if info is not None and self.reference.note not in (None, self._said) and is_main():
-            self._said = self.reference.note
-            self._say(self._said)
+        if info is not None and self.reference.note not in (None, self._logged) and is_main():
+            self._logged = self.reference.note
+            self._log(self._logged)
         self.reference.check_shape((G.img_channels, G.img_resolution, G.img_resolution), "the network makes {} ones")
         check_path_requests(self.requests, G.img_resolution)
-        self._device = self._device or _device_of(G)
+        if self._device is None:
+            self._device = next((parameter.device for parameter in G.parameters()), torch.device("cpu"))
         batch = self.batch or choose_batch(G.img_resolution)
         with _measuring(G, self._device):
             self._open_networks()
-            wishes = self._wishes(requests)
+            wanted = self._wanted(requests)
             fakes: list[Features] | None = []
-            if wishes:
-                source = GeneratedImages(G, labels, count=max(wish.count for wish in wishes), seed=self.seed,
+            if wanted:
+                source = GeneratedImages(G, labels, count=max(each.count for each in wanted), seed=self.seed,
                                          device=self._device)
-                fakes = self._look(source, wishes, batch, "generated images")
+                fakes = self._features(source, wanted, batch, "generated images")
             lengths = {request.name: self._path_length(G, labels, request, batch) for request in requests
                        if request.kind == "ppl"}
-            return self._finish(requests, wishes, fakes, lengths, batch, started)
+            return self._finish(requests, wanted, fakes, lengths, batch, started)
 
     def evaluate_images(self, images: SetImages) -> Results:
         """Return the metrics of a set of generated images; {} but on the main process.
@@ -138,93 +162,44 @@ class Evaluator:
         batch = self.batch or choose_batch(max(images.shape[1:]))
         with _measuring(None, self._device):
             self._open_networks()
-            wishes = self._wishes(requests)
-            source = images.select(max(wish.count for wish in wishes), shuffle=True, seed=self.seed)
-            fakes = self._look(source, wishes, batch, "generated images")
-            return self._finish(requests, wishes, fakes, {}, batch, started)
+            wanted = self._wanted(requests)
+            source = images.select(max(each.count for each in wanted), shuffle=True, seed=self.seed)
+            fakes = self._features(source, wanted, batch, "generated images")
+            return self._finish(requests, wanted, fakes, {}, batch, started)
 
     def _open_networks(self) -> None:
-        """Open what looks at images, where it is not open yet. Raises UserError when weights are missing."""
+        """Open what images pass through, where it is not open yet. Raises UserError when weights are missing."""
+        def open_each() -> None:
+            for name in dict.fromkeys(self.detector_names.values()):
+                open_one = open_similarity if name == LPIPS else open_detector
+                self._networks[name] = open_one(name, device=self._device, weights=self._weights.get(name))
+
         if not self._networks:
-            on_main(self._open_each)  # first, since it may download
-            together(lambda: self._networks or self._open_each())
+            on_main(open_each)  # first, since it may download
+            together(lambda: self._networks or open_each())
 
-    def _open_each(self) -> None:
-        for name in dict.fromkeys(self.detector_names.values()):
-            weights = self._weights.get(name)
-            self._networks[name] = (open_similarity(device=self._device, weights=weights) if name == SIMILARITY
-                                    else open_detector(name, device=self._device, weights=weights))
-
-    def _finish(self, requests: list[MetricRequest], wishes: list[Wish], fakes: list[Features] | None,
-                lengths: Mapping[str, float | None], batch: int, started: float) -> Results:
-        """Compare the features of fakes with those of reals, and put records together."""
-        self._see_reals(batch)
-        results = on_main_for_long(lambda beat: self._records(requests, wishes, fakes, lengths, batch, started,
-                                                                   beat))
-        return results or {}
-
-    def _records(self, requests: list[MetricRequest], wishes: list[Wish], fakes: list[Features],
-                 lengths: Mapping[str, float], batch: int, started: float, beat: Callable[[], None]) -> Results:
-        sides = {wish.detector.name: Side(features) for wish, features in zip(wishes, fakes, strict=True)}
-        records = {}
-        for request in requests:
-            network = self._networks[self.detector_names[request.name]]
-            choice = self.reference.choice(request)
-            selection = self.reference.selections.get(choice)
-            if request.kind == "ppl":
-                found = {"results": {request.name: lengths[request.name]}, "epsilon": EPSILON}
-            else:
-                real = None if selection is None else self._sides[network.name, choice]
-                found = self._compare(request, real, sides[network.name].first(request.num_fakes), beat)
-            records[request.name] = {
-                **found, "total_time": time.monotonic() - started,
-                "num_real": self.reference.num_reals(request), "num_fake": request.num_fakes,
-                "mirrored_reals": choice is not None and choice.mirror,
-                "detector": network.name, "detector_sha256": network.weights_sha256,
-                "preprocessing": network.preprocessing, "seed": self.seed, "batch": batch, "class": self.chosen,
-                "data_sha256": None if selection is None else selection.content_hash(),
-                "device": self._device.type, "versions": software_versions()}
-        return records
-
-    def _compare(self, request: MetricRequest, real: Side | None, fake: Side,
-                 beat: Callable[[], None]) -> Mapping[str, Any]:
-        beat()
-        with self._showing(num_rows(request, real, fake), f"rows for {request.name}", is_alone=True) as advance:
-            return compute_results(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
-
-    def _wishes(self, requests: list[MetricRequest]) -> list[Wish]:
-        """Return what each detector is to see of the fakes."""
+    def _wanted(self, requests: list[MetricRequest]) -> list[FeatureRequest]:
+        """Return what is asked of each detector for the fakes."""
         by_detector: dict[str, list[MetricRequest]] = {}
         for request in requests:
             if request.kind != "ppl":
                 by_detector.setdefault(self.detector_names[request.name], []).append(request)
-        return [Wish(detector=self._networks[name], count=max(request.num_fakes for request in some),
-                     classes=any(request.kind == "is" for request in some)) for name, some in by_detector.items()]
+        return [FeatureRequest(detector=self._networks[name], count=max(request.num_fakes for request in some),
+                               classes=any(request.kind == "is" for request in some))
+                for name, some in by_detector.items()]
 
-    def _see_reals(self, batch: int) -> None:
-        """Compute the features of reals that are not there yet."""
-        for choice, selection in self.reference.selections.items():
-            names = dict.fromkeys(self.detector_names[request.name] for request in self.requests
-                                  if self.reference.choice(request) == choice)
-            missing = [name for name in names if (name, choice) not in self._sides]
-            if not missing:
-                continue
-            wishes = [Wish(detector=self._networks[name], count=len(selection)) for name in missing]
-            found = self._look(selection, wishes, batch, "real images")
-            for index, name in enumerate(missing):
-                self._sides[name, choice] = None if found is None else Side(found[index])
-
-    def _look(self, source: Source, wishes: list[Wish], batch: int, unit: str) -> list[Features] | None:
-        """Return the features for each wish, from the cache where they are there; None but on the main process."""
-        cached, keys = [None] * len(wishes), []
-        if isinstance(source, Selection):
-            keys = on_main(lambda: [_cache_key(source, wish, batch, self._device) for wish in wishes])
-            cached = on_main(lambda: [self._cache.read(key, count=wish.count, classes=wish.classes)
-                                      for key, wish in zip(keys, wishes, strict=True)])
+    def _features(self, source: ImageSource, wanted: list[FeatureRequest], batch: int,
+                  unit: str) -> list[Features] | None:
+        """Return the features for each request, from the cache where they are there; None but on the main process."""
+        cached, keys = [None] * len(wanted), []
+        if isinstance(source, SelectedImages):
+            keys = on_main(lambda: [cache_key(source, each, batch, self._device) for each in wanted])
+            cached = on_main(lambda: [self._cache.read(key, count=each.count, classes=each.classes)
+                                      for key, each in zip(keys, wanted, strict=True)])
         missing = from_main(lambda: [index for index, features in enumerate(cached) if features is None])
         if missing:
-            some = [wishes[index] for index in missing]
-            with self._showing(max(wish.count for wish in some), unit) as on_images:
+            some = [wanted[index] for index in missing]
+            with self._showing(max(each.count for each in some), unit) as on_images:
                 found = compute_features(source, some, batch=batch, device=self._device, on_images=on_images)
             for index, features in zip(missing, found or ()):
                 cached[index] = features
@@ -235,15 +210,66 @@ class Evaluator:
     def _path_length(self, G: nn.Module, labels: FakeLabels, request: MetricRequest, batch: int) -> float | None:
         steps = PathSteps(G, labels, space=request.space, sampling=request.sampling, crop=request.crop, seed=self.seed,
                           device=self._device)
-        similarity = self._networks[SIMILARITY]
+        similarity = self._networks[LPIPS]
         with self._showing(request.num_fakes, "pairs of images") as on_images:
             found = compute_rows(request.num_fakes, batch, [(request.num_fakes, 1)],
                                  lambda rows: [steps.distances(rows, similarity)[:, None]], on_images)
         return None if found is None else path_length(found[0][:, 0])
 
+    def _finish(self, requests: list[MetricRequest], wanted: list[FeatureRequest], fakes: list[Features] | None,
+                lengths: Mapping[str, float | None], batch: int, started: float) -> Results:
+        """Compare the features of fakes with those of reals, and put records together."""
+        self._compute_real_features(batch)
+
+        def records(beat: Callable[[], None]) -> Results:
+            by_detector = {each.detector.name: features for each, features in zip(wanted, fakes, strict=True)}
+            found = {}
+            for request in requests:
+                network = self._networks[self.detector_names[request.name]]
+                if request.kind == "ppl":
+                    values = {"results": {request.name: lengths[request.name]}, "epsilon": EPSILON}
+                else:
+                    real = self._real_features.get((network.name, self.reference.subset(request)))
+                    values = self._compare(request, real, by_detector[network.name].first(request.num_fakes), beat)
+                found[request.name] = {**values, "total_time": time.monotonic() - started,
+                                       **self._origin(request, network, batch)}
+            return found
+
+        return on_main_for_long(records) or {}
+
+    def _compute_real_features(self, batch: int) -> None:
+        """Compute the features of reals that are not there yet."""
+        for subset, selection in self.reference.selections.items():
+            names = dict.fromkeys(self.detector_names[request.name] for request in self.requests
+                                  if self.reference.subset(request) == subset)
+            missing = [name for name in names if (name, subset) not in self._real_features]
+            if missing:
+                wanted = [FeatureRequest(detector=self._networks[name], count=len(selection)) for name in missing]
+                found = self._features(selection, wanted, batch, "real images") or [None] * len(missing)
+                self._real_features.update({(name, subset): features
+                                            for name, features in zip(missing, found, strict=True)})
+
+    def _compare(self, request: MetricRequest, real: Features | None, fake: Features,
+                 beat: Callable[[], None]) -> Mapping[str, Any]:
+        beat()
+        num_rows = 2 * (len(real) + len(fake)) if request.kind == "pr" else None  # not known of others
+        with self._showing(num_rows, f"rows for {request.name}", is_alone=True) as advance:
+            return compare(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
+
+    def _origin(self, request: MetricRequest, network: nn.Module, batch: int) -> dict[str, Any]:
+        """Return the fields of a record that tell what the result was computed from."""
+        subset = self.reference.subset(request)
+        selection = self.reference.selections.get(subset)
+        return {"num_real": self.reference.num_reals(request), "num_fake": request.num_fakes,
+                "mirrored_reals": subset is not None and subset.mirror,
+                "detector": network.name, "detector_sha256": network.weights_sha256,
+                "preprocessing": network.preprocessing, "seed": self.seed, "batch": batch,
+                "class": self.reference.chosen, "data_sha256": None if selection is None else selection.content_hash(),
+                "device": self._device.type, "versions": _software_versions()}
+
     @contextmanager
     def _showing(self, total: int | None, unit: str, *, is_alone: bool = False) -> Iterator[Callable[[int], None]]:
-        """Give what is told of items that were done, by all processes together unless this one `is_alone`."""
+        """Give what counts items that were done, called by all processes together unless this one `is_alone`."""
         with Progress(total, unit) if self._progress and is_main() else nullcontext() as progress:
             def advance(count: int) -> None:
                 if progress is not None:
@@ -254,16 +280,46 @@ class Evaluator:
             yield advance
 
 
-def _cache_key(source: Selection, wish: Wish, batch: int, device: torch.device) -> dict[str, object]:
-    detector = wish.detector
-    return {"version": FEATURE_VERSION, "content": source.content_hash(wish.count), "count": wish.count,
-            "detector": detector.name, "weights": detector.weights_sha256, "preprocessing": detector.preprocessing,
-            "classes": wish.classes, "batch": batch, "device": device.type, "torch": torch.__version__}
+def compare(request: MetricRequest, real: Features | None, fake: Features, seed: int,
+            on_rows: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """Return {"results": {key: value}, further fields} of a metric other than ppl.
+
+    real:     None where the metric needs no reals
+    seed:     of random subsets
+    on_rows:  gets the number of rows of a table of all pairs of images that were done, for kid and pr
+
+    Raises ValueError when there are too few images.
+    """
+    name = request.name
+    if request.kind == "fid":
+        distance = frechet_distance(real.stats.mean, real.stats.covariance(), fake.stats.mean, fake.stats.covariance())
+        fewest, num_features = min(len(real), len(fake)), real.values.shape[1]
+        note = {} if fewest > num_features else {
+            "note": f"{fewest} images span less than the {num_features} dimensions of the features: the value is too "
+                    "high by an amount that depends on the numbers of images; compare it at equal numbers only, or "
+                    "take kid"}
+        return {"results": {name: distance}, **note}
+    if request.kind == "kid":
+        size = min(len(real), len(fake), KID_SUBSET_SIZE)
+        differ = size < max(len(real), len(fake))  # otherwise each subset would be everything
+        distances = kernel_distances(real.values, fake.values, KID_SUBSETS if differ else 1, size, seed, on_rows)
+        spread = {"subset_std": float(distances.std())} if differ else {}
+        return {"results": {name: float(distances.mean())}, "subsets": len(distances), "subset_size": size, **spread}
+    if request.kind == "pr":
+        found = precision_recall(real.values, fake.values, request.k, on_rows)
+        return {"results": dict(zip(request.keys, (float(found.precision), float(found.recall)), strict=True))}
+    score = inception_score(fake.probabilities, IS_SPLITS)
+    return {"results": dict(zip(request.keys, (float(score.mean), float(score.std)), strict=True))}
 
 
-def _device_of(G: nn.Module) -> torch.device:
-    parameter = next(G.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+def _software_versions() -> dict[str, str]:
+    """Return the versions of what computes; "unknown" where that of the project is not known."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy")}
+    try:  # the project's own file lies beside the packages: it is run without installing
+        project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"]
+    except (OSError, ValueError, KeyError):
+        project = "unknown"
+    return {"python": platform.python_version(), **packages, "project": project}
 
 
 @contextmanager

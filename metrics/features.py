@@ -1,4 +1,9 @@
-"""Compute rows of results for blocks of images, with several processes as with one."""
+"""Compute features of images, once for all metrics that need them, with several processes as with one.
+
+A source of images is passed through in batches: batch b is computed by process b modulo their number, and the main
+process puts the rows together. Features of image sets are kept on the disk, under a name that follows from all that
+they depend on.
+"""
 
 import hashlib
 import json
@@ -8,15 +13,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dnnlib.files import DiskFailure, atomic_write, retrying
-from metrics.image_sources import Source
+from metrics.detectors.base import Detector
+from metrics.feature_stats import FeatureStats
+from metrics.image_sources import ImageSource, SelectedImages
 from torch_utils.distributed import (
     any_process,
     broadcast_object,
@@ -30,46 +38,191 @@ from torch_utils.distributed import (
 
 T = TypeVar("T")
 
-_BEAT_SECONDS = 60  # between two signs of life; far below torch_utils.distributed.COLLECTIVE_TIMEOUT
+_FEATURE_VERSION = 1  # of what features are, beside detector and images; changing it makes cached ones useless
+_PROBE_SIZE = 32
 _SMALLEST_BATCH, _LARGEST_BATCH, _PIXELS = 4, 32, 1 << 20
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what damaged files raise
+_BEAT_SECONDS = 60  # between two signs of life; far below torch_utils.distributed.COLLECTIVE_TIMEOUT
 
 
-class OtherProcessFailed(RuntimeError):
-    """Work failed on another process, which has the error itself; this one says what it was."""
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a detector gives for images."""
+
+    values: np.ndarray  # float32 [N, F]
+    probabilities: np.ndarray | None = None  # float32 [N, K], where they were asked for
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def first(self, count: int) -> "Features":
+        """Return those of the first `count` images."""
+        if count >= len(self):
+            return self
+        return Features(values=self.values[:count],
+                        probabilities=None if self.probabilities is None else self.probabilities[:count])
+
+    @cached_property
+    def stats(self) -> FeatureStats:
+        return FeatureStats.of(self.values)
 
 
-def choose_batch(resolution: int) -> int:
-    """Return the images of a block; not by device, so that results can be compared between devices."""
-    return min(max(_PIXELS // resolution**2, _SMALLEST_BATCH), _LARGEST_BATCH)
+@dataclass(frozen=True, kw_only=True)
+class FeatureRequest:
+    """What is asked of a detector: features of the first images of a source."""
+
+    detector: Detector
+    count: int  # LIMIT: 4 F bytes each are kept: with Inception 0.8 GB for 100,000 images
+    classes: bool = False  # probabilities of classes too
+
+    @torch.no_grad()
+    def compute(self, pixels: Tensor) -> Tensor:
+        """Return features of pixels [n, 3, H, W], and probabilities beside them: float32 [n, F] or [n, F + K]."""
+        return torch.cat(self.detector.classify(pixels), dim=1) if self.classes else self.detector(pixels)
+
+
+def compute_features(source: ImageSource, requests: Sequence[FeatureRequest], *, batch: int,
+                     device: torch.device | str,
+                     on_images: Callable[[int], None] = lambda count: None) -> list[Features] | None:
+    """Return the features for each request; None but on the main process. All processes call it together.
+
+    batch:      images that are made, and passed through detectors, at a time
+    on_images:  gets the number of images that were done
+
+    Raises UserError when an image cannot be read.
+    """
+    def compute(rows: range) -> list[Tensor]:
+        pixels = source.pixels(rows).to(device)
+        found = []
+        for request, width in zip(requests, widths, strict=True):
+            wanted = pixels[:max(request.count - rows.start, 0)]
+            found.append(request.compute(wanted) if len(wanted) else torch.zeros(0, width))
+        return found
+
+    probe = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)
+    widths = [request.compute(probe).shape[1] for request in requests]
+    sizes = [(request.count, width) for request, width in zip(requests, widths, strict=True)]
+    tables = compute_rows(max(request.count for request in requests), batch, sizes, compute, on_images)
+    if tables is None:
+        return None
+    found = []
+    for request, table in zip(requests, tables, strict=True):
+        values, size = table.numpy(), request.detector.num_features
+        found.append(Features(values=values[:, :size], probabilities=values[:, size:]) if request.classes
+                     else Features(values=values))
+    return found
 
 
 def compute_rows(count: int, batch: int, sizes: Sequence[tuple[int, int]], compute: Callable[[range], list[Tensor]],
                  on_images: Callable[[int], None] = lambda count: None) -> list[Tensor] | None:
-    """Run `compute` on all blocks of `count` images and put together what it returns; None but on the main process.
+    """Run `compute` on `count` images in batches and put together what it returns; None but on the main process.
 
     sizes:      rows and columns of each result
-    compute:    takes the indices of a block, returns for each result float32 [n, columns]; n may be 0
-    on_images:  is told how many images were done
+    compute:    takes the indices of a batch, returns for each result float32 [n, columns]; n may be 0
+    on_images:  gets the number of images that were done
 
-    Block b is computed by process b modulo their number, so that the result does not depend on how many there are (bit
-    for bit where each computes with equally many threads). All processes raise when one does.
+    The result does not depend on the number of processes (bit for bit where each computes with equally many threads).
+    All processes raise when one does.
     """
-    blocks = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     results = [torch.empty(size) for size in sizes] if is_main() else None
     filled = [0] * len(sizes)
-    for first in range(0, len(blocks), world_size()):
+    for first in range(0, len(batches), world_size()):
         mine = first + rank()
         nothing = [torch.empty(0, columns) for _, columns in sizes]
-        parts = together(lambda mine=mine, nothing=nothing: compute(blocks[mine]) if mine < len(blocks) else nothing)
+        parts = together(lambda mine=mine, nothing=nothing: compute(batches[mine]) if mine < len(batches) else nothing)
         for index, part in enumerate(parts):
             rows = gather_rows(part)
             if results is not None:
                 results[index][filled[index]:filled[index] + len(rows)] = rows
                 filled[index] += len(rows)
-        on_images(sum(map(len, blocks[first:first + world_size()])))
+        on_images(sum(map(len, batches[first:first + world_size()])))
     if results is not None and filled != [rows for rows, _ in sizes]:
-        raise AssertionError(f"blocks gave {filled} rows; expected {sizes}")
+        raise AssertionError(f"batches gave {filled} rows; expected {sizes}")
     return results
+
+
+def choose_batch(resolution: int) -> int:
+    """Return the images of a batch; not by device, so that results can be compared between devices."""
+    return min(max(_PIXELS // resolution**2, _SMALLEST_BATCH), _LARGEST_BATCH)
+
+
+class FeatureCache:
+    """Features in files of one folder; each file appears whole or not at all.
+
+    folder:  made when something is written; None keeps nothing
+    log:     takes a line for the user
+
+    A file that is damaged counts as missing; that, and one that cannot be written, is logged.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, log: Callable[[str], None] = lambda line: None):
+        self._folder = None if folder is None else Path(folder)
+        self._log = log
+
+    def path(self, key: Mapping[str, object]) -> Path | None:
+        """Return the file for a key, plain JSON values by name; None where nothing is kept."""
+        return None if self._folder is None else self._folder / f"{hashlib.sha256(_text(key)).hexdigest()}.npz"
+
+    def read(self, key: Mapping[str, object], *, count: int, classes: bool) -> Features | None:
+        """Return the features of `count` images, with probabilities where `classes`; None when they are not there."""
+        path = self.path(key)
+        if path is None:
+            return None
+        names = ("key", "values", "probabilities") if classes else ("key", "values")
+
+        def load() -> dict[str, np.ndarray]:
+            with np.load(path, allow_pickle=False) as file:  # reading a member to its end checks its CRC
+                return {name: file[name] for name in names}
+
+        try:
+            arrays = retrying(load, path)
+        except FileNotFoundError:
+            return None
+        except DiskFailure as error:  # slow, but no reason to end what may have taken hours
+            self._log(f"{error}; its features are computed again")
+            return None
+        except _DAMAGE as error:
+            self._log(f"{path} is damaged ({error}); its features are computed again")
+            return None
+        tables = [arrays[name] for name in names[1:]]
+        if arrays["key"].tobytes() != _text(key) or any(
+                table.dtype != np.float32 or table.ndim != 2 or len(table) != count for table in tables):
+            self._log(f"{path} holds something else; its features are computed again")
+            return None
+        return Features(values=arrays["values"], probabilities=arrays.get("probabilities"))
+
+    def write(self, key: Mapping[str, object], features: Features) -> None:
+        """Keep features under a key."""
+        path = self.path(key)
+        if path is None:
+            return
+        arrays = {"key": np.frombuffer(_text(key), dtype=np.uint8), "values": features.values}
+        if features.probabilities is not None:
+            arrays["probabilities"] = features.probabilities
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            self._log(f"features cannot be kept in {path.parent} ({error.strerror or error}); they will be computed "
+                      "again the next time")
+
+
+def cache_key(images: SelectedImages, request: FeatureRequest, batch: int, device: torch.device) -> dict[str, object]:
+    """Return all that features of images of a set depend on, as plain JSON values."""
+    detector = request.detector
+    return {"version": _FEATURE_VERSION, "content": images.content_hash(request.count), "count": request.count,
+            "detector": detector.name, "weights": detector.weights_sha256, "preprocessing": detector.preprocessing,
+            "classes": request.classes, "batch": batch, "device": device.type, "torch": torch.__version__}
+
+
+def _text(key: Mapping[str, object]) -> bytes:
+    return json.dumps(key, sort_keys=True, allow_nan=False).encode()
+
+
+class OtherProcessFailed(RuntimeError):
+    """Work failed on another process, which has the error itself; this one tells what it was."""
 
 
 def together(work: Callable[[], T]) -> T:
@@ -115,7 +268,7 @@ def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
                 raise
             any_process(True)
             return result
-        while not any_process(False):  # the main process says that it is done
+        while not any_process(False):  # until the main process is done
             pass
         return None
 
@@ -125,143 +278,3 @@ def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
 def from_main(work: Callable[[], T]) -> T:
     """Run `work` on the main process alone; all get its result."""
     return broadcast_object(on_main(work))
-
-
-# MERGED from metrics.features
-# Compute the features of images: one pass over them for all detectors that want to see them.
-
-
-if TYPE_CHECKING:
-    from metrics.detectors.base import Detector
-
-FEATURE_VERSION = 1  # of what features are, beside detector and images; changing it makes cached ones useless
-_PROBE_SIZE = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """What a detector says of images."""
-
-    values: np.ndarray  # float32 [N, F]
-    probabilities: np.ndarray | None = None  # float32 [N, K], where they were wanted
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """A detector that is to see the first images of a source."""
-
-    detector: "Detector"
-    count: int  # LIMIT: 4 F bytes each are kept: with Inception 0.8 GB for 100,000 images
-    classes: bool = False  # probabilities of classes are wanted too
-
-
-@torch.no_grad()
-def compute_features(source: Source, wishes: Sequence[Wish], *, batch: int, device: torch.device | str,
-                     on_images: Callable[[int], None] = lambda count: None) -> list[Features] | None:
-    """Return the features for each wish; None but on the main process. All processes call it together.
-
-    batch:      images that are made, and seen, at a time
-    on_images:  is told how many images were done
-
-    Raises UserError when an image cannot be read.
-    """
-    def see(rows: range) -> list[Tensor]:
-        pixels = source.pixels(rows).to(device)
-        return [_see(wish, pixels[:max(wish.count - rows.start, 0)], columns)
-                for wish, columns in zip(wishes, widths, strict=True)]
-
-    widths = [_see(wish, torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE, dtype=torch.uint8, device=device)).shape[1]
-              for wish in wishes]
-    sizes = [(wish.count, columns) for wish, columns in zip(wishes, widths, strict=True)]
-    found = compute_rows(max(wish.count for wish in wishes), batch, sizes, see, on_images)
-    return None if found is None else [_unpack(wish, rows.numpy()) for wish, rows in zip(wishes, found, strict=True)]
-
-
-def _see(wish: Wish, pixels: Tensor, columns: int = 0) -> Tensor:
-    """Return features, and probabilities beside them, of pixels [n, 3, H, W]; zeros [0, columns] of no pixels."""
-    if not len(pixels):
-        return torch.zeros(0, columns)
-    return torch.cat(wish.detector.classify(pixels), dim=1) if wish.classes else wish.detector(pixels)
-
-
-def _unpack(wish: Wish, rows: np.ndarray) -> Features:
-    if not wish.classes:
-        return Features(values=rows)
-    size = wish.detector.num_features
-    return Features(values=rows[:, :size], probabilities=rows[:, size:])
-
-
-# MERGED from metrics.feature_cache
-# Keep the features of image sets on the disk, under a name that follows from all that they depend on.
-
-
-_TROUBLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
-
-class FeatureCache:
-    """Features in files of one folder; each file appears whole or not at all.
-
-    folder:  made when something is written; None keeps nothing
-    say:     takes a line for the user
-
-    A file that is damaged is said to be so, and counts as missing; one that cannot be written is said to be so.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None, say: Callable[[str], None] = lambda line: None):
-        self._folder = None if folder is None else Path(folder)
-        self._say = say
-
-    def path(self, key: Mapping[str, object]) -> Path | None:
-        """Return the file for a key, plain JSON values by name; None where nothing is kept."""
-        return None if self._folder is None else self._folder / f"{hashlib.sha256(_text(key)).hexdigest()}.npz"
-
-    def read(self, key: Mapping[str, object], *, count: int, classes: bool) -> Features | None:
-        """Return the features of `count` images, with probabilities where `classes`; None when they are not there."""
-        path = self.path(key)
-        if path is None:
-            return None
-        names = ("key", "values", "probabilities") if classes else ("key", "values")
-
-        def load() -> dict[str, np.ndarray]:
-            with np.load(path, allow_pickle=False) as file:  # reading a member to its end checks its CRC
-                return {name: file[name] for name in names}
-
-        try:
-            arrays = retrying(load, path)
-        except FileNotFoundError:
-            return None
-        except DiskFailure as error:  # slow, but no reason to end what may have taken hours
-            self._say(f"{error}; its features are computed again")
-            return None
-        except _TROUBLE as error:
-            self._say(f"{path} is damaged ({error}); its features are computed again")
-            return None
-        tables = [arrays[name] for name in names[1:]]
-        if arrays["key"].tobytes() != _text(key) or any(
-                table.dtype != np.float32 or table.ndim != 2 or len(table) != count for table in tables):
-            self._say(f"{path} holds something else; its features are computed again")
-            return None
-        return Features(values=arrays["values"], probabilities=arrays.get("probabilities"))
-
-    def write(self, key: Mapping[str, object], features: Features) -> None:
-        """Keep features under a key."""
-        path = self.path(key)
-        if path is None:
-            return
-        arrays = {"key": np.frombuffer(_text(key), dtype=np.uint8), "values": features.values}
-        if features.probabilities is not None:
-            arrays["probabilities"] = features.probabilities
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                np.savez(file, **arrays)
-        except OSError as error:
-            self._say(f"features cannot be kept in {path.parent} ({error.strerror or error}); they will be computed "
-                      "again the next time")
-
-
-def _text(key: Mapping[str, object]) -> bytes:
-    return json.dumps(key, sort_keys=True, allow_nan=False).encode()

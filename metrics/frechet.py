@@ -9,7 +9,7 @@ _NEGATIVE = 1e-6  # of the largest eigenvalue, likewise
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """Return ||mu1 - mu2||^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
+    """Return ||mu1 - mu2||^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
 
     mu:   [F], floating point
     cov:  [F, F], symmetric and positive semidefinite; of any rank, as from fewer images than features

@@ -1,31 +1,35 @@
-"""Where images to measure come from: a data set, or a generator. Both give uint8 [n, 3, H, W] by index."""
+"""Where images to measure come from: a data set, or a generator. Both give uint8 [n, 3, H, W] by index.
+
+`Reference` is the data set that is measured against: which of its images each metric takes, and the labels of fakes.
+"""
 
 import hashlib
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from imagesets.classes import find_class
-from imagesets.pixel_hashes import Shape, equal_images, known_pixel_hashes, load_pixels
+from imagesets.classes import LABELS, VECTOR, find_class, label_kind_of, named_classes
+from imagesets.pixel_hashes import Shape, describe_shape, equal_images, known_pixel_hashes, load_pixels
 from imagesets.reader import NO_LABEL, ImageSet, label_vectors
+from metrics.names import MetricRequest
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
 
 CONTENT_VERSION = 1
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images in a fixed order."""
 
     def __len__(self) -> int: ...
 
     def pixels(self, rows: range) -> Tensor:
-        """Return images by index: uint8 [n, 3, H, W]; grey ones are repeated to RGB."""
+        """Return images by index: uint8 [n, 3, H, W]; gray ones are repeated to RGB."""
         ...
 
 
@@ -56,8 +60,8 @@ class SetImages:
         return len(self.rows)
 
     def select(self, count: int | None = None, *, mirror: bool = False, shuffle: bool = False,
-               seed: int = 0) -> "Selection":
-        """Return `count` images, or all where there are not so many; chosen at random by `seed`.
+               seed: int = 0) -> "SelectedImages":
+        """Return `count` images, or all where there are fewer; chosen at random by `seed`.
 
         mirror:   the set has a second half, the first one mirrored
         shuffle:  bring them in random order, so that each part stands for the whole; otherwise they are in the set's
@@ -65,9 +69,9 @@ class SetImages:
         total = len(self) * (2 if mirror else 1)
         count = total if count is None else min(count, total)
         if count == total and not shuffle:
-            return Selection(self, np.arange(total))
+            return SelectedImages(self, np.arange(total))
         items = np.random.RandomState(seed).permutation(total)[:count]
-        return Selection(self, items if shuffle else np.sort(items))
+        return SelectedImages(self, items if shuffle else np.sort(items))
 
     def item(self, index: int) -> np.ndarray:
         """Return an image, uint8 [C, H, W]; from len(self) on they are the mirrored ones."""
@@ -133,8 +137,8 @@ class SetImages:
         return len(self.classes) if self.classes is not None else int(self._set.labels.max()) + 1
 
 
-class Selection:
-    """Some images of a set in a fixed order; a `Source`."""
+class SelectedImages:
+    """Some images of a set in a fixed order; an `ImageSource`."""
 
     def __init__(self, images: SetImages, items: np.ndarray):
         self.images, self.items = images, items
@@ -143,8 +147,8 @@ class Selection:
         return len(self.items)
 
     def pixels(self, rows: range) -> Tensor:
-        block = np.stack([self.images.item(index) for index in self.items[rows.start:rows.stop]])
-        return to_rgb(torch.from_numpy(block))
+        pixels = np.stack([self.images.item(index) for index in self.items[rows.start:rows.stop]])
+        return to_rgb(torch.from_numpy(pixels))
 
     def content_hash(self, count: int | None = None) -> str:
         """Return the hash of the first `count` images, or of all."""
@@ -178,9 +182,9 @@ class FakeLabels:
 
 
 class GeneratedImages:
-    """What a generator makes of latents that follow from (seed, number of the image); a `Source`.
+    """What a generator makes of latents that follow from (seed, number of the image); an `ImageSource`.
 
-    The noise within the network follows from (seed, first image of the block), so blocks are part of the result.
+    The noise within the network follows from (seed, first image of the batch), so batches are part of the result.
 
     G:       with mapping, synthesis, z_dim and img_channels, in eval mode
     labels:  of the fakes
@@ -202,11 +206,146 @@ class GeneratedImages:
         return to_rgb(to_pixels(self.G.synthesis(ws, noise_mode="random", force_fp32=fp32, generator=noise)))
 
 
+class FakeLabels:
+    """Labels of fakes, each drawn from a table by the number of the fake.
+
+    table:  float32 [rows, c_dim]; c_dim 0 for networks without labels
+    """
+
+    def __init__(self, table: Tensor):
+        self.table = table
+
+    @classmethod
+    def of_class(cls, index: int, c_dim: int) -> "FakeLabels":
+        return cls(torch.eye(c_dim)[[index]])
+
+    @classmethod
+    def of_counts(cls, counts: list[int]) -> "FakeLabels":
+        """Draw classes as often as they were counted."""
+        classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return cls(torch.eye(len(counts))[classes])
+
+    def draw(self, rows: range, seed: int) -> Tensor:
+        """Return labels [n, c_dim]."""
+        chosen = [torch.randint(len(self.table), (), generator=generator_for(seed_for(seed, row, 0, "metrics/label")))
+                  for row in rows]
+        return self.table[torch.stack(chosen)]
+
+
+class RealSubset(NamedTuple):
+    """Which reals a metric takes."""
+
+    count: int | None  # at most; None = all
+    mirror: bool  # mirrored ones too
+
+
+class Reference:
+    """The real images, opened and checked.
+
+    data:    path of the data set; None where metrics need none
+    mirror:  the training saw mirrored images as well
+    chosen:  name or number of a class: take its images only
+    seed:    of the choice where a metric takes not all
+
+    Raises UserError when they are missing or too few.
+    """
+
+    def __init__(self, requests: Sequence[MetricRequest], data: str | os.PathLike | None, *, mirror: bool,
+                 chosen: str | None, seed: int):
+        self.images = None if data is None else SetImages(data, chosen)
+        self.mirror, self.chosen, self.seed = mirror, chosen, seed
+        self.of_class = "" if chosen is None else f" of class {chosen}"  # behind numbers of images, in messages
+        self.note: str | None = None  # a line on how classes of data set and network were matched
+        self.selections: dict[RealSubset, SelectedImages] = {
+            self.subset(request): self._select(request) for request in requests if request.needs_reals}
+
+    def subset(self, request: MetricRequest) -> RealSubset | None:
+        """Return which reals a metric takes; None where it takes none."""
+        return RealSubset(request.num_reals, self.mirror and not request.full) if request.needs_reals else None
+
+    def num_reals(self, request: MetricRequest) -> int:
+        """Return how many reals a metric takes; 0 where it needs none."""
+        return len(self.selections.get(self.subset(request), ()))
+
+    def check_shape(self, shape: Shape, other: str) -> None:
+        """Raise UserError when reals are compared with fakes of another shape.
+
+        other:  says whose shape it is, "the network makes {} ones"
+        """
+        if self.selections and self.images.shape != shape:
+            raise UserError(f"{self.images.path} holds {describe_shape(self.images.shape)} images and "
+                            f"{other.format(describe_shape(shape))}; expected the same: convert the data set with "
+                            "dataset_tool.py")
+
+    def check_class(self, fakes: SetImages) -> None:
+        """Raise UserError when the number of the class stands for another name in the set of fakes."""
+        names = [None if images is None else images.class_name for images in (self.images, fakes)]
+        if None not in names and names[0] != names[1]:
+            raise UserError(f"--class is {self.chosen}, which is {names[0]} in {self.images.path} and {names[1]} in "
+                            f"{fakes.path}; expected the same in both: give its name")
+
+    def labels_of_fakes(self, c_dim: int, info: Mapping[str, Any]) -> FakeLabels:
+        """Return what labels of fakes are drawn from: the class, the data set, or what the network learned from.
+
+        c_dim:  of the network;  info: what its file says
+
+        Raises UserError when network, data set and class do not go together.
+        """
+        if c_dim == 0:
+            if self.chosen is not None:
+                raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
+                                "out, or take a network that was trained with train.py --cond=1")
+            return FakeLabels(torch.zeros(1, 0))
+        names, counts = named_classes(info, c_dim), info.get("class_counts")
+        counts = counts if counts and len(counts) == c_dim else None
+        table, kind, chosen = None, label_kind_of(info, c_dim), self.chosen
+        if self.chosen is not None and kind == VECTOR:
+            raise UserError(f"--class is {self.chosen}, but the network's labels are not classes but vectors; leave "
+                            "--class out")
+        if self.images is not None:
+            self._check_kind(kind)
+            if (names is None) != (self.images.classes is None):
+                nameless = "the network file" if names is None else self.images.path
+                self.note = f"classes are taken by number, since {nameless} does not name its own"
+            table = self.images.label_table(c_dim, names)
+            if names is None:
+                names = self.images.classes
+            elif self.images.class_name is not None:
+                chosen = self.images.class_name  # a number is that of the data set, and may be another's here
+        if chosen is not None:
+            return FakeLabels.of_class(find_class(chosen, names, c_dim), c_dim)
+        if table is not None:
+            return FakeLabels(table)
+        if not counts or sum(counts) == 0:
+            what = ("the network's labels are vectors; expected the data set to draw them from" if kind == VECTOR else
+                    "the network file does not say how many images of each class it learned from; expected the data "
+                    "set, or --class")
+            raise UserError(f"--data is missing, and {what}")
+        return FakeLabels.of_counts(counts)
+
+    def _check_kind(self, of_network: str | None) -> None:
+        """Raise UserError where one has classes and the other vectors, which may be equally long."""
+        found = self.images.label_kind
+        if None not in (found, of_network) and found != of_network:
+            raise UserError(f"{self.images.path} has {LABELS[found]}, and the network learned from "
+                            f"{LABELS[of_network]}; expected the data set that it was trained on, or a part of it")
+
+    def _select(self, request: MetricRequest) -> SelectedImages:
+        if self.images is None:
+            raise UserError(f"--data is missing; expected the real images that {request.name} compares with")
+        count, mirror = self.subset(request)
+        selection = self.images.select(count, mirror=mirror, seed=self.seed)
+        if len(selection) < request.fewest:
+            raise UserError(f"metric {request.name} needs at least {request.fewest} real images and "
+                            f"{self.images.path} holds {len(selection)}{self.of_class}; expected more")
+        return selection
+
+
 def draw_latents(rows: range, z_dim: int, seed: int, stream: str) -> Tensor:
     """Return a latent for each index, which depends on no other one: float32 [n, Z]."""
     return torch.stack([torch.randn(z_dim, generator=generator_for(seed_for(seed, row, 0, stream))) for row in rows])
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """Repeat grey [N, 1, H, W] to [N, 3, H, W]; leave colour alone."""
+    """Repeat gray [N, 1, H, W] to [N, 3, H, W]; leave color alone."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

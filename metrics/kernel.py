@@ -24,7 +24,7 @@ def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subse
                  difference of large means
     size:        2 to the smaller of N and M
     seed:        0 to 2^32 - 1; equal seeds draw equal subsets, in the same order on every platform
-    on_rows:     is told how many rows of kernel matrices were done
+    on_rows:     gets the number of rows of kernel matrices that were done
 
     With kernel (x.y / F + 1)^3; Binkowski et al. 2018, eq. 3.
 

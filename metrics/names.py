@@ -1,4 +1,8 @@
-"""Read the names of metrics: what each asks for, and what it tells."""
+"""Names of metrics: what each asks for, what it tells, and which network it looks through.
+
+A name such as pr50k3_full tells kind, number of generated images (50k), neighbors (3), and whether all real images are
+compared with. `choose_metrics` chooses those that a training computes.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dnnlib.cli import UserError
+from metrics.detectors.inception_v3 import InceptionV3
+from metrics.detectors.lpips import PerceptualDistance
 from metrics.detectors.registry import (
     DETECTOR_NAMES,
     open_detector,
@@ -13,6 +19,7 @@ from metrics.detectors.registry import (
     similarity_at_hand,
     weights_at_hand,
 )
+from metrics.detectors.vgg16 import VGG16Features
 
 DEFAULT_METRIC = "fid50k_full"
 # As in Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
@@ -23,7 +30,6 @@ KNOWN_NAMES = (
 )  # fmt: skip
 FORMS = "fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend"
 IS_SPLITS = 10
-
 DESCRIPTIONS = {
     "fid": "Frechet distance of Inception features: how far the fakes as a whole are from the reals, quality and "
            "variety in one number. Lower is better. Biased by the number of images: compare equal numbers only, and "
@@ -40,9 +46,12 @@ DESCRIPTIONS = {
            "has its faces. 10,000 pairs of images and more.",
 }
 LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
+LPIPS = PerceptualDistance.name  # the one that is no detector but a similarity
+USUAL_DETECTORS = {"fid": InceptionV3.name, "kid": InceptionV3.name, "pr": VGG16Features.name, "is": InceptionV3.name,
+                   "ppl": LPIPS}
 _KEY_ENDINGS = {"pr": ("_precision", "_recall"), "is": ("_mean", "_std")}  # of metrics that give several values
 _DEFAULT_COUNT = 50_000
-_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
+_NEIGHBORS = 3  # Kynkaanniemi et al. 2019
 _COUNT = r"([1-9]\d*k|[1-9]\d*)"
 _FEATURE = re.compile(rf"(fid|kid)(?:{_COUNT}(_full)?|_full)")
 _PR = re.compile(r"pr(?:(?:([1-9]\d*k)([1-9]\d*)?|([1-9]\d*))(_full)?|_full)")
@@ -57,9 +66,9 @@ class MetricRequest:
     name: str
     kind: str  # fid, kid, pr, is or ppl
     num_fakes: int | None  # of ppl: pairs; None = all images of a set, of a network as many as reals
-    num_reals: int | None = None  # at most so many; None = all
+    num_reals: int | None = None  # at most; None = all
     full: bool = False  # all reals, as they are; otherwise mirrored ones count as well where the training saw them
-    k: int | None = None  # neighbours of pr
+    k: int | None = None  # neighbors of pr
     space: str | None = None  # of ppl: "z" or "w"
     sampling: str | None = None  # of ppl: "full" or "end"
     crop: bool = False  # of ppl
@@ -83,6 +92,17 @@ class MetricRequest:
         return {"fid": 2, "kid": 2, "pr": (self.k or 0) + 1, "is": IS_SPLITS, "ppl": 2}[self.kind]
 
 
+def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
+    """Return the requests of names, or of one text with commas between them. Raises UserError, also for one twice."""
+    names = [name.strip() for name in (text.split(",") if isinstance(text, str) else text) if name.strip()]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--metrics names {name} {names.count(name)} times; expected each metric once")
+    if not names:
+        raise UserError(f"no metric is named; expected names such as {FORMS}")
+    return tuple(parse_metric(name) for name in names)
+
+
 def parse_metric(name: str) -> MetricRequest:
     """Return what a name asks for. Raises UserError, with a hint of the form, when it is no metric's."""
     request = _parse(name)
@@ -95,24 +115,13 @@ def parse_metric(name: str) -> MetricRequest:
     return request
 
 
-def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
-    """Return the requests of names, or of one text with commas between them. Raises UserError, also for one twice."""
-    names = [name.strip() for name in (text.split(",") if isinstance(text, str) else text) if name.strip()]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--metrics names {name} {names.count(name)} times; expected each metric once")
-    if not names:
-        raise UserError(f"no metric is named; expected names such as {FORMS}")
-    return tuple(parse_metric(name) for name in names)
-
-
 def _parse(name: str) -> MetricRequest | None:
     if match := _FEATURE.fullmatch(name):
         kind, count, full = match.groups()
         return _with_reals(name, kind, count, full is not None)
     if match := _PR.fullmatch(name):
         thousands, k, count, full = match.groups()
-        return _with_reals(name, "pr", thousands or count, full is not None, int(k or _NEIGHBOURS))
+        return _with_reals(name, "pr", thousands or count, full is not None, int(k or _NEIGHBORS))
     if match := _IS.fullmatch(name):
         return MetricRequest(name=name, kind="is", num_fakes=_count(match[1]))
     if match := _PPL.fullmatch(name):
@@ -134,16 +143,6 @@ def _count(text: str) -> int:
     return int(text[:-1]) * 1000 if text.endswith("k") else int(text)
 
 
-# MERGED from metrics.detector_choice
-# Choose the network that each metric looks through, and its file of weights.
-
-
-INCEPTION, VGG16 = "inception-v3", "vgg16"
-SIMILARITY = "lpips-vgg16"  # of ppl
-
-_USUAL = {"fid": INCEPTION, "kid": INCEPTION, "is": INCEPTION, "pr": VGG16}
-
-
 def choose_detector(request: MetricRequest, detector: str | None) -> str:
     """Return the name of the network for a metric.
 
@@ -154,25 +153,29 @@ def choose_detector(request: MetricRequest, detector: str | None) -> str:
     if detector is not None and detector not in DETECTOR_NAMES:
         raise UserError(f"detector {detector!r} is not known; expected one of {', '.join(DETECTOR_NAMES)}")
     if request.kind == "ppl":
-        return SIMILARITY
-    if request.kind == "is" and detector not in (None, INCEPTION):
+        return LPIPS
+    if request.kind == "is" and detector not in (None, USUAL_DETECTORS["is"]):
         raise UserError(f"metric {request.name} needs probabilities of classes, which {detector} does not give; "
-                        f"expected --detector={INCEPTION}, or another metric")
-    return detector or _USUAL[request.kind]
+                        f"expected --detector={USUAL_DETECTORS['is']}, or another metric")
+    return detector or USUAL_DETECTORS[request.kind]
 
 
-def parse_weights(texts: Iterable[str], needed: Sequence[str]) -> dict[str, str]:
-    """Return the files of weights by network, from texts FILE or NAME=FILE.
+def needed_detectors(metrics: str | Iterable[str], detector: str | None,
+                     weights: Sequence[str]) -> dict[str, str | None]:
+    """Return the networks that metrics look through, each with its file of weights, None for the usual one.
 
-    needed:  names of the networks that are used; FILE alone serves where there is one
+    metrics:   names, in a list or with commas between them
+    detector:  to use in place of each metric's usual one; None for that
+    weights:   files of weights, as FILE or NAME=FILE; FILE alone serves where one network is needed
 
-    Raises UserError when a file is of no network that is needed.
+    Raises UserError when a metric or the detector is not known, they do not go together, or a file is of no network
+    that is needed.
     """
-    needed = list(dict.fromkeys(needed))
-    found: dict[str, str] = {}
-    for text in texts:
+    files = dict.fromkeys(choose_detector(request, detector) for request in parse_metrics(metrics))
+    needed = list(files)
+    for text in weights:
         name, separator, file = text.partition("=")
-        if not separator or name not in (*DETECTOR_NAMES, SIMILARITY):
+        if not separator or name not in (*DETECTOR_NAMES, LPIPS):
             if len(needed) > 1:
                 raise UserError(f"--detector-weights is {text}, and {' and '.join(needed)} are needed; expected "
                                 f"NAME=FILE, such as {needed[0]}={text}")
@@ -180,17 +183,25 @@ def parse_weights(texts: Iterable[str], needed: Sequence[str]) -> dict[str, str]
         if name not in needed:
             raise UserError(f"--detector-weights is {text}, but {name} is not used; expected weights of "
                             f"{' or '.join(needed)}")
-        if name in found:
+        if files[name] is not None:
             raise UserError(f"--detector-weights names {name} twice; expected one file for each")
-        found[name] = file
-    return found
+        files[name] = file
+    return files
 
 
-# MERGED from metrics.choice
-# Choose the metrics of a training run: those asked for, or the usual one where it can be computed.
+def require_detectors(detectors: Mapping[str, str | None]) -> None:
+    """Open networks and fetch what is missing, so that a long run cannot fail of it later; they are not kept.
+
+    Raises UserError, one line, when weights cannot be had.
+    """
+    for name, file in detectors.items():
+        if name == LPIPS:
+            open_similarity(device="cpu", weights=file)
+        else:
+            open_detector(name, device="cpu", weights=file)
 
 
-class Best(NamedTuple):
+class BestMetric(NamedTuple):
     """By which value of a metric networks are compared."""
 
     metric: str
@@ -199,7 +210,7 @@ class Best(NamedTuple):
 
 
 def choose_metrics(text: str | None, detector: str | None, weights: Sequence[str],
-                   best: str | None = None) -> tuple[tuple[str, ...], str | None, Best | None]:
+                   best: str | None = None) -> tuple[tuple[str, ...], str | None, BestMetric | None]:
     """Return names of metrics, a line for the user where they are not what is usual, and what `best` means.
 
     text:      names with commas between them, or "none"; None where nothing was asked for
@@ -222,14 +233,15 @@ def _choose_names(text: str | None, detector: str | None,
         return (), None
     names = (DEFAULT_METRIC,) if text is None else tuple(request.name for request in parse_metrics(text))
     detectors = needed_detectors(names, detector, weights)
-    if text is None and not all(_is_at_hand(name, file) for name, file in detectors.items()):
+    if text is None and not all(similarity_at_hand(name, file) if name == LPIPS else weights_at_hand(name, file)
+                                for name, file in detectors.items()):
         return (), (f"metrics: none, since {DEFAULT_METRIC} needs weights of {', '.join(detectors)} that are not at "
                     f"hand (--metrics={DEFAULT_METRIC} fetches them, --metrics=kid5k_full "
                     "--detector=efficientnet-lite0 needs no network, --metrics=none omits this line)")
     return names, None
 
 
-def _choose_best(text: str | None, names: Sequence[str]) -> Best | None:
+def _choose_best(text: str | None, names: Sequence[str]) -> BestMetric | None:
     """Return the value that --keep-best means. Raises UserError when it is none of the run's."""
     if text is None:
         return None
@@ -237,7 +249,7 @@ def _choose_best(text: str | None, names: Sequence[str]) -> Best | None:
     for request in map(parse_metric, names):
         keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS is no quality
         if text in keys or (text == request.name and len(keys) == 1):
-            return Best(request.name, text if text in keys else keys[0], LOWER_IS_BETTER[request.kind])
+            return BestMetric(request.name, text if text in keys else keys[0], LOWER_IS_BETTER[request.kind])
         if text == request.name:
             raise UserError(f"--keep-best is {text}, which gives {len(keys)} values; expected one of them: "
                             f"{' or '.join(keys)}")
@@ -245,29 +257,3 @@ def _choose_best(text: str | None, names: Sequence[str]) -> Best | None:
     expected = f"one of {', '.join(known)}, or another one" if known else "a metric"
     raise UserError(f"--keep-best is {text}, which is not among --metrics ({', '.join(names) or 'none'}); expected "
                     f"{expected} that is computed with each network file: name it in --metrics too")
-
-
-def needed_detectors(names: Iterable[str], detector: str | None, weights: Sequence[str]) -> dict[str, str | None]:
-    """Return the networks that metrics look through, each with its file of weights, None for the usual one.
-
-    Arguments and errors are those of `choose_metrics`.
-    """
-    needed = list(dict.fromkeys(choose_detector(parse_metric(name), detector) for name in names))
-    files = parse_weights(weights, needed)
-    return {name: files.get(name) for name in needed}
-
-
-def require_detectors(detectors: Mapping[str, str | None]) -> None:
-    """Open networks and fetch what is missing, so that a long run cannot fail of it later; they are not kept.
-
-    Raises UserError, one line, when weights cannot be had.
-    """
-    for name, file in detectors.items():
-        if name == SIMILARITY:
-            open_similarity(device="cpu", weights=file)
-        else:
-            open_detector(name, device="cpu", weights=file)
-
-
-def _is_at_hand(name: str, weights: str | None) -> bool:
-    return similarity_at_hand(name, weights) if name == SIMILARITY else weights_at_hand(name, weights)

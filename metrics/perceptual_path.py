@@ -1,22 +1,21 @@
-"""Perceptual path length: how much images change along paths between latents (Karras et al. 2019, section 4.1)."""
+"""Perceptual path length: how much images change along paths between latents (Karras et al. 2019, eq. 2 and 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
+from metrics.detectors.lpips import PerceptualDistance
+from metrics.detectors.similarity import Similarity
 from metrics.image_sources import FakeLabels, draw_latents, to_rgb
 from metrics.names import MetricRequest
 from torch_utils.seeding import generator_for, seed_for
 
 EPSILON = 1e-4  # of the path; the paper's
-_SMALLEST = 16  # pixels a side that the similarity can look at
+_SMALLEST = PerceptualDistance.least_size  # pixels a side
 _LARGEST = 256  # pixels a side that images are averaged down to, as the similarity was trained on smaller ones
 _LOWEST, _HIGHEST = 0.01, 0.99  # quantiles between which distances count
-
-# images a and b, float32 [N, 3, H, W] in -1..1 -> squared distances float32 [N]
-Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 class PathSteps:
@@ -27,7 +26,7 @@ class PathSteps:
     space:     "z": great circles between latents; "w": straight lines between styles
     sampling:  "full": anywhere on the path; "end": at its beginning
     crop:      compare the middle of the images only
-    seed:      latents and places follow from it and the number of the pair, noise from it and the block
+    seed:      latents and places follow from it and the number of the pair, noise from it and the batch
     """
 
     def __init__(self, G: nn.Module, labels: FakeLabels, *, space: str, sampling: str, crop: bool, seed: int,
@@ -37,7 +36,7 @@ class PathSteps:
 
     @torch.no_grad()
     def distances(self, rows: range, similarity: Similarity) -> Tensor:
-        """Return squared distances over EPSILON^2: float32 [n]."""
+        """Return squared distances over EPSILON^2, of pairs by their numbers: float32 [n]."""
         first, second = (self._images(ws, rows.start) for ws in self._styles(rows))
         return similarity(first, second).float() / EPSILON**2
 
@@ -57,9 +56,9 @@ class PathSteps:
     def _map(self, z: Tensor, c: Tensor) -> Tensor:
         return self.G.mapping(z.to(self.device), c)
 
-    def _images(self, ws: Tensor, block: int) -> Tensor:
-        """Return images [N, 3, H, W]; with the same noise whenever the same block is asked for."""
-        noise = generator_for(seed_for(self.seed, block, 0, "metrics/path/noise"), self.device)
+    def _images(self, ws: Tensor, first: int) -> Tensor:
+        """Return images [N, 3, H, W]; with the same noise for the same first pair of a batch."""
+        noise = generator_for(seed_for(self.seed, first, 0, "metrics/path/noise"), self.device)
         # Half precision would round away what a step of EPSILON changes.
         images = self.G.synthesis(ws, noise_mode="random", force_fp32=True, generator=noise)
         return prepare(images, self.G.img_resolution, self.crop)

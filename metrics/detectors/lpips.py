@@ -30,14 +30,18 @@ class PerceptualDistance(Similarity):
         Raises UserError when a file is not of these networks, OSError when it cannot be opened.
         """
         super().__init__()
-        layout = {_name(level): torch.Size([1, channels, 1, 1]) for level, (_, channels) in enumerate(_LEVELS)}
+        names = [f"lin{level}.model.1.weight" for level in range(len(_LEVELS))]  # in the file
+        layout = {name: torch.Size([1, channels, 1, 1]) for name, (_, channels) in zip(names, _LEVELS, strict=True)}
         weights = read_weights(linear, layout, LPIPS_VGG16)
         convolutions = read_network(vgg16).features
         starts = (0, *(end for end, _ in _LEVELS))
         self.levels = nn.ModuleList(convolutions[start:end] for start, (end, _) in zip(starts, _LEVELS))
-        for level in range(len(_LEVELS)):
+        for level, name in enumerate(names):
+            if (weights[name] < 0).any():
+                raise UserError(f"{linear}: {name} has values below 0; expected none, as in {LPIPS_VGG16.name}: is it "
+                                "the weights of another network?")
             # The root, since it weighs what is squared later: [C, 1, 1].
-            self.register_buffer(f"root{level}", _root(weights[_name(level)][0], linear, _name(level)))
+            self.register_buffer(f"root{level}", weights[name][0].sqrt())
         self.register_buffer("shift", torch.tensor(_SHIFT).reshape(3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).reshape(3, 1, 1))
         self.weights_sha256 = f"{sha256_of(vgg16)}+{sha256_of(linear)}"
@@ -49,15 +53,3 @@ class PerceptualDistance(Similarity):
             x = layers(x)
             maps.append(mean_directions(x) * getattr(self, f"root{level}"))
         return maps
-
-
-def _root(weights: Tensor, path: str | os.PathLike, name: str) -> Tensor:
-    if (weights < 0).any():
-        raise UserError(f"{path}: {name} has values below 0; expected none, as in {LPIPS_VGG16.name}: is it the "
-                        "weights of another network?")
-    return weights.sqrt()
-
-
-def _name(level: int) -> str:
-    """Return the name of a level's weights in the file."""
-    return f"lin{level}.model.1.weight"

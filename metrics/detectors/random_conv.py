@@ -23,7 +23,7 @@ _LEAST_DEVIATION = 0.02  # about two steps of 255 in a pixel: less is not told a
 class RandomConv(Detector):
     """Four convolutions of stride 2, each with ReLU; features are the means and log deviations of their channels.
 
-    They describe colour, contrast and texture at four scales, and know nothing of what is shown: good to see whether
+    They describe color, contrast and texture at four scales, and know nothing of what is shown: good to see whether
     training makes progress, not for statements about quality.
     """
 
@@ -46,7 +46,7 @@ class RandomConv(Detector):
         images = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True) / 127.5 - 1
         features = []
         for x in self.layers(images):
-            # The logarithm: else images differ so much in colour that a change of fine texture is lost beside it.
+            # The logarithm: else images differ so much in color that a change of fine texture is lost beside it.
             features += [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + _LEAST_DEVIATION).log()]
         return torch.cat(features, dim=1)
 

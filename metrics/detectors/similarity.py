@@ -1,4 +1,8 @@
-"""What path lengths and projections ask of a distance between two images."""
+"""Distances between two images: what path lengths and projections ask of one, and those that need no download.
+
+`PixelDistance` compares pixels at several scales, `RandomConvDistance` the random filters of the detector random-conv,
+`EfficientNetDistance` the maps of EfficientNet-lite0; LPIPS is in lpips.py.
+"""
 
 import math
 import os
@@ -14,7 +18,9 @@ from metrics.detectors.base import exact_float32
 from metrics.detectors.efficientnet_lite0 import read_network, scale_pixels
 from metrics.detectors.random_conv import RandomConv
 
-_EPSILON = 1e-10  # Zhang et al.'s program
+_EPSILON = 1e-10  # of lengths, as in Zhang et al.'s program
+_COARSEST = 8  # pixels a side of the coarsest scale of PixelDistance
+_ENDS = (1, 3, 5, 11, 16)  # of EfficientNet's blocks whose maps have strides 2, 4, 8, 16, 32
 
 
 class Similarity(nn.Module, ABC):
@@ -25,7 +31,7 @@ class Similarity(nn.Module, ABC):
     bit; the size of the batch, the number of threads and the device change their rounding.
     """
 
-    name: str  # as in opening.SIMILARITY_NAMES
+    name: str  # as in registry.SIMILARITY_NAMES
     weights_sha256: str  # of the files of weights; of the tensors where there is no file; "none" without weights
     preprocessing: str  # one line: what happens to images before the network
     least_size: int  # pixels a side that images need
@@ -33,7 +39,7 @@ class Similarity(nn.Module, ABC):
     def embed(self, images: Tensor) -> list[Tensor]:
         """Return maps, float32 [N, Ci, Hi, Wi], whose sum of squared differences is the distance of two images.
 
-        images: floating point [N, 3, H, W] in [-1, 1], H and W at least `least_size`; grey is repeated by the caller
+        images: floating point [N, 3, H, W] in [-1, 1], H and W at least `least_size`; gray is repeated by the caller
 
         Raises ValueError for anything else.
         """
@@ -89,22 +95,6 @@ class Similarity(nn.Module, ABC):
         return images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= self.least_size
 
 
-def mean_directions(x: Tensor) -> Tensor:
-    """Bring the vectors at all positions of [N, C, H, W] to length 1, then let sums over positions be means.
-
-    That is Zhang et al. 2018, eq. 1, with the factor 1 / (H * W) drawn into the square.
-    """
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON
-    return x / (length * math.sqrt(x.shape[2] * x.shape[3]))
-
-
-# MERGED from metrics.detectors.pixel_similarity
-# A distance of pixels at several scales, without a network.
-
-
-_LEAST = 8  # pixels a side of the coarsest scale
-
-
 class PixelDistance(Similarity):
     """The mean squared difference of images, of their 2x2 averages, of those of these ..., summed over the scales.
 
@@ -115,7 +105,7 @@ class PixelDistance(Similarity):
     name = "pixels"
     weights_sha256 = "none"
     preprocessing = "images as they are, x in [-1, 1], and their 2x2 averages down to 8 pixels a side"
-    least_size = _LEAST
+    least_size = _COARSEST
 
     def __init__(self):
         super().__init__()
@@ -123,31 +113,27 @@ class PixelDistance(Similarity):
 
     @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
-        """Return the image averaged to 8x8 less its mean colour, float32 [N, 192], without gradients.
+        """Return the image averaged to 8x8 less its mean color, float32 [N, 192], without gradients.
 
-        An image of one colour has zeros, and no cosine.
+        An image of one color has zeros, and no cosine.
 
         Raises ValueError for other images than `embed` takes.
         """
         self._check_images(images)
-        x = adaptive_avg_pool2d(images.float(), _LEAST)
+        x = adaptive_avg_pool2d(images.float(), _COARSEST)
         return (x - x.mean(dim=(2, 3), keepdim=True)).flatten(1)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         scales = [images]
-        while min(scales[-1].shape[2:]) >= 2 * _LEAST:
+        while min(scales[-1].shape[2:]) >= 2 * _COARSEST:
             scales.append(avg_pool2d(scales[-1], 2, ceil_mode=True))
         return [x / math.sqrt(x[0].numel()) for x in scales]
-
-
-# MERGED from metrics.detectors.random_conv_similarity
-# A distance through the random filters of the detector random-conv: quick, without a file.
 
 
 class RandomConvDistance(Similarity):
     """The mean squared difference of each of the network's four layers, summed over them.
 
-    It sees colour, contrast and texture at four scales, and knows nothing of what is shown.
+    It sees color, contrast and texture at four scales, and knows nothing of what is shown.
     """
 
     name = "random-conv"
@@ -162,13 +148,6 @@ class RandomConvDistance(Similarity):
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         return [x / math.sqrt(x[0].numel()) for x in self.network.layers(images)]
-
-
-# MERGED from metrics.detectors.efficientnet_similarity
-# A perceptual distance through EfficientNet-lite0, for places without a network.
-
-
-_ENDS = (1, 3, 5, 11, 16)  # of the blocks whose maps have strides 2, 4, 8, 16, 32
 
 
 class EfficientNetDistance(Similarity):
@@ -199,3 +178,12 @@ class EfficientNetDistance(Similarity):
             x = layers(x)
             maps.append(mean_directions(x))
         return maps
+
+
+def mean_directions(x: Tensor) -> Tensor:
+    """Bring the vectors at all positions of [N, C, H, W] to length 1, then let sums over positions be means.
+
+    That is Zhang et al. 2018, eq. 1, with the factor 1 / (H * W) drawn into the square.
+    """
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON
+    return x / (length * math.sqrt(x.shape[2] * x.shape[3]))

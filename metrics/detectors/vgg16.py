@@ -1,4 +1,4 @@
-"""The VGG16 of precision and recall."""
+"""The VGG16 of precision and recall, whose convolutions LPIPS compares."""
 
 import os
 
@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.files import sha256_of
-from metrics.detectors.base import VGG16 as FILE
-from metrics.detectors.base import Detector, load_weights
+from metrics.detectors.base import VGG16, Detector, load_weights
 
 _SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of pixels in [0, 1]
 
 
-class VGG16(Detector):
+class VGG16Features(Detector):
     """Features are those of the second fully connected layer (Kynkaanniemi et al. 2019), after its ReLU."""
 
     name = "vgg16"
@@ -50,5 +49,5 @@ def read_network(weights: str | os.PathLike) -> nn.Module:
 
     with torch.device("meta"):  # without drawing 138 million numbers first
         network = torchvision.models.vgg16(weights=None)
-    load_weights(network, weights, FILE)
+    load_weights(network, weights, VGG16)
     return network

@@ -24,7 +24,7 @@ ARGUMENTS = {"torch_utils.ops.build_recipe", "torch_utils.ops.build_cuda", "torc
 # Texts that a program's code refers to and never comes to, with the reason.
 UNREACHED = {
     ("train.py", "--class"): {  # it chooses no class for its metrics
-        "imagesets.classes:find_class", "metrics.records:Reference.labels_of_fakes",
+        "imagesets.classes:find_class", "metrics.image_sources:Reference.labels_of_fakes",
         "metrics.image_sources:SetImages._class_indices"},
     ("projector.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},  # it gives both sizes
     ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit

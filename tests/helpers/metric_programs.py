@@ -22,9 +22,9 @@ from training.snapshot_metrics import SnapshotMetrics
 
 
 def evaluate(processes: Processes, folder: Path) -> dict:
-    """Measure all kinds of metrics, with blocks that divide evenly among processes and with others."""
+    """Measure all kinds of metrics, with batches that divide evenly among processes and with others."""
     evaluation.open_detector = lambda name, *, device, weights: MeanDetector(name)
-    evaluation.open_similarity = lambda *, device, weights: SquareDistance()
+    evaluation.open_similarity = lambda name, *, device, weights: SquareDistance()
     found = {}
     for count, batch in ((70, 8), (12, 32)):
         names = f"fid{count}_full,kid{count},pr{count}_full,pr_full,is{count},ppl{count}_zfull"
@@ -35,7 +35,7 @@ def evaluate(processes: Processes, folder: Path) -> dict:
 
 
 def give_up(processes: Processes, folder: Path) -> dict:
-    """Give metrics up: after the second block of fakes where one process wishes so, and while the main one compares."""
+    """Give metrics up: after the second batch of fakes where one process asks, and while the main one compares."""
     failures = []
     for name, rank, most in (("fid70_full", 1, 2), ("pr70_full", 0, 8)):  # pr: five rounds of fakes, two of reals
         evaluator = Evaluator(name, data=folder / "data.zip", batch=8, use_cache=False)

@@ -40,7 +40,7 @@ def detectors(monkeypatch, tmp_path):
         return opened[name]
 
     monkeypatch.setattr(evaluation, "open_detector", open_detector)
-    monkeypatch.setattr(evaluation, "open_similarity", lambda *, device, weights: SquareDistance())
+    monkeypatch.setattr(evaluation, "open_similarity", lambda name, *, device, weights: SquareDistance())
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     return opened
 
@@ -93,7 +93,7 @@ def test_evaluate_makes_images_once_and_shows_each_detector_what_it_needs(data, 
     assert detectors["vgg16"].seen[5:] == [1, 32, 4]  # reals were kept
 
 
-def test_evaluate_says_what_a_result_comes_from(data):
+def test_evaluate_records_what_a_result_comes_from(data):
     found = Evaluator("fid30_full,kid10", data=data, mirror=True, seed=7).evaluate(small_generator())
     record = found["fid30_full"]
     versions = record.pop("versions")
@@ -216,7 +216,7 @@ def test_features_of_sets_are_cached_by_content(data, detectors, tmp_path):
     lines = []
 
     def evaluate(**changes):
-        Evaluator("kid30_full,is30", **{"data": data, "say": lines.append, **changes}).evaluate_images(SetImages(fake))
+        Evaluator("kid30_full,is30", **{"data": data, "log": lines.append, **changes}).evaluate_images(SetImages(fake))
         return detectors["inception-v3"].seen
 
     assert evaluate() == [1, 30, 1, COUNT]
@@ -271,22 +271,22 @@ def test_evaluate_takes_the_labels_of_a_data_set_by_name(data, tmp_path, chosen)
     """The same images whose classes have other numbers give the same result; a number is that of the data set."""
     other = make_set(tmp_path / "b.zip", COUNT, size=16, classes=CLASSES[::-1],
                      labels=[int(index % 4 != 0) for index in range(COUNT)])
-    G, info, said = small_generator(), {"classes": CLASSES}, []
-    found = [Evaluator("kid6_full", data=path, chosen=name, say=said.append).evaluate(G, info)["kid6_full"]["results"]
+    G, info, logged = small_generator(), {"classes": CLASSES}, []
+    found = [Evaluator("kid6_full", data=path, chosen=name, log=logged.append).evaluate(G, info)["kid6_full"]["results"]
              for path, name in zip((data, other), chosen or (None, None))]
     assert found[0] == found[1]
-    assert said == []
+    assert logged == []
 
 
 @pytest.mark.parametrize(("classes", "nameless"), [(CLASSES, "the network file"), (None, None)])
-def test_evaluate_says_once_that_classes_are_taken_by_number(data, tmp_path, classes, nameless):
+def test_evaluate_logs_once_that_classes_are_taken_by_number(data, tmp_path, classes, nameless):
     path = make_set(tmp_path / "b.zip", COUNT, size=16, classes=classes, labels=[0, 1] * (COUNT // 2))
     info = {} if classes else {"classes": CLASSES}
-    said = []
-    evaluator = Evaluator("kid6_full", data=path, say=said.append)
+    logged = []
+    evaluator = Evaluator("kid6_full", data=path, log=logged.append)
     for _ in range(2):
         evaluator.evaluate(small_generator(), info)
-    assert said == [f"classes are taken by number, since {nameless or path} does not name its own"]
+    assert logged == [f"classes are taken by number, since {nameless or path} does not name its own"]
 
 
 @pytest.mark.parametrize(("metrics", "message"), [
@@ -318,8 +318,8 @@ def test_evaluate_images_of_another_size_raises(data, tmp_path):
 
 @pytest.mark.parametrize(("metrics", "asked"), [
     ("fid40_full", 1), ("fid40_full", 2), ("fid40_full", 3), ("pr40_full", 4), ("kid40_full", 4)])
-def test_evaluate_is_given_up_after_the_block_that_stop_says(data, metrics, asked):
-    """Two blocks of fakes, one of reals or more, and the rows of tables of pairs."""
+def test_evaluate_is_given_up_after_the_batch_that_stop_says(data, metrics, asked):
+    """Two batches of fakes, one of reals or more, and the rows of tables of pairs."""
     evaluator, whole = (Evaluator(metrics, data=data, batch=32, use_cache=False) for _ in range(2))
     calls, G = [], small_generator().train()
     random_state = torch.get_rng_state()
