@@ -17,7 +17,7 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	half_precision ops_training loss step state transfer snapshot augment augment_color augment_filters \
 	augment_geometry latent_sampling generate grids video projection pivotal_tuning distances similarity \
 	similarity_input detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
-	perceptual_path feature_stats frechet inception_score kernel precision_recall validation
+	perceptual_path feature_tensors frechet inception_score kernel precision_recall validation
 
 .PHONY: help setup demo test test-portable slow soak bench lint clean
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dnnlib.files import DiskFailure, atomic_write, retrying
 from metrics.detectors.base import Detector
-from metrics.feature_stats import FeatureStats
+from metrics.frechet import FeatureStats
 from metrics.image_sources import ImageSource, SelectedImages
 from torch_utils.distributed import (
     any_process,

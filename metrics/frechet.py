@@ -1,11 +1,14 @@
-"""The Frechet distance of two Gaussians, from symmetric factors of their covariances."""
+"""The Frechet distance of two Gaussians (FID), and the mean and covariance of features that it compares."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metrics.feature_tensors import as_features
+
 _ASYMMETRY = 1e-6  # of the largest entry: covariances computed in float32 pass, mistakes do not
 _NEGATIVE = 1e-6  # of the largest eigenvalue, likewise
+_BLOCK = 4096  # features taken at a time: bounds the memory of their float64 copy
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
@@ -59,3 +62,95 @@ def _factor(cov: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has the eigenvalue {values.min():.3g} beside {largest:.3g}; expected none below 0")
     kept = values > noise * largest
     return vectors[:, kept] * values[kept].sqrt()
+
+
+class FeatureStats:
+    """Number, mean and covariance of features [N, F] that arrive in any number of pieces, in float64.
+
+    Deviations are pooled as in Chan, Golub and LeVeque (1979). All sums are of differences from one of the features
+    (`_origin`): means far above the spread then cost no digits. Memory: two float64 [F, F].
+    """
+
+    def __init__(self, num_features: int):
+        self.count = 0
+        self._origin = torch.zeros(num_features, dtype=torch.float64)
+        self._shift = torch.zeros(num_features, dtype=torch.float64)  # mean - origin
+        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # sum of (x - mean)(x - mean)^T
+
+    @classmethod
+    def of(cls, features: np.ndarray | Tensor) -> "FeatureStats":
+        """Return the moments of features [N, F], floating point.
+
+        Raises ValueError when they are something else, not finite, or none.
+        """
+        features = as_features(features, at_least=1)
+        stats = cls(features.shape[1])
+        stats.add(features)
+        return stats
+
+    @property
+    def num_features(self) -> int:
+        return len(self._origin)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Float64 [F]. Raises ValueError before the first feature."""
+        self._need(1)
+        return (self._origin + self._shift).numpy()
+
+    def covariance(self, ddof: int = 0) -> np.ndarray:
+        """Return float64 [F, F], divided by count - ddof: 0 as in StyleGAN2-ADA, 1 as in torch-fidelity.
+
+        Raises ValueError when there are no more than ddof features.
+        """
+        self._need(ddof + 1)
+        return (self._scatter / (self.count - ddof)).numpy()
+
+    def add(self, features: np.ndarray | Tensor) -> None:
+        """Take features [N, F] into account, floating point, of any device; N may be 0.
+
+        Raises ValueError when they are something else, not finite, or of another F.
+        """
+        features = as_features(features)
+        self._fit(features.shape[1])
+        for block in features.split(_BLOCK):
+            if len(block) > 0:
+                block = block.double()
+                origin = block[0]
+                block = block - origin  # exact for values within a factor of 2 (Sterbenz)
+                shift = block.mean(dim=0)
+                block -= shift
+                self._pool(len(block), origin.cpu(), shift.cpu(), (block.T @ block).cpu())
+
+    def merge(self, other: "FeatureStats") -> "FeatureStats":
+        """Return the moments of both sets of features together; these two stay as they are.
+
+        Raises ValueError when the other has another F.
+        """
+        self._fit(other.num_features)
+        both = FeatureStats(self.num_features)
+        for part in (self, other):
+            both._pool(part.count, part._origin, part._shift, part._scatter)
+        return both
+
+    def _pool(self, count: int, origin: Tensor, shift: Tensor, scatter: Tensor) -> None:
+        if count == 0:
+            return
+        if self.count == 0:
+            self.count, self._origin, self._shift = count, origin.clone(), shift.clone()
+            self._scatter.copy_(scatter)
+            return
+        apart = (origin - self._origin) + (shift - self._shift)  # of the means
+        total = self.count + count
+        self._scatter += scatter
+        self._scatter.addr_(apart, apart, alpha=self.count * count / total)
+        self._shift = self._shift + apart * (count / total)
+        self.count = total
+
+    def _fit(self, num_features: int) -> None:
+        if num_features != self.num_features:
+            raise ValueError(f"features have {num_features} dimensions; expected {self.num_features} like those before")
+
+    def _need(self, count: int) -> None:
+        if self.count < count:
+            raise ValueError(f"there are {self.count} features; expected at least {count}")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.feature_stats import as_features
+from metrics.feature_tensors import as_features
 
 _SUM_TOLERANCE = 1e-3  # float16 probabilities pass, logits do not
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.feature_stats import as_feature_pair
+from metrics.feature_tensors import as_feature_pair
 
 _BLOCK = 256  # rows and columns of the kernel matrix held at a time
 

@@ -45,7 +45,7 @@ DESCRIPTIONS = {
            "their ends (end). Lower is smoother. Looks at no reals. ppl2 takes whole images, ppl the middle where FFHQ "
            "has its faces. 10,000 pairs of images and more.",
 }
-LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
+_LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
 LPIPS = PerceptualDistance.name  # the one that is no detector but a similarity
 USUAL_DETECTORS = {"fid": InceptionV3.name, "kid": InceptionV3.name, "pr": VGG16Features.name, "is": InceptionV3.name,
                    "ppl": LPIPS}
@@ -249,7 +249,7 @@ def _choose_best(text: str | None, names: Sequence[str]) -> BestMetric | None:
     for request in map(parse_metric, names):
         keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS is no quality
         if text in keys or (text == request.name and len(keys) == 1):
-            return BestMetric(request.name, text if text in keys else keys[0], LOWER_IS_BETTER[request.kind])
+            return BestMetric(request.name, text if text in keys else keys[0], _LOWER_IS_BETTER[request.kind])
         if text == request.name:
             raise UserError(f"--keep-best is {text}, which gives {len(keys)} values; expected one of them: "
                             f"{' or '.join(keys)}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.feature_stats import as_feature_pair
+from metrics.feature_tensors import as_feature_pair
 
 _BLOCK = 2048  # rows and columns of the distance matrix held at a time
 _EXACT_VALUES = 1 << 17  # features subtracted at a time: what stays in a cache

@@ -24,7 +24,7 @@ class InceptionV3(Detector):
     def __init__(self, weights: str | os.PathLike):
         """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
         super().__init__()
-        self.network = _unloaded_network()
+        self.network = unloaded_network()
         load_weights(self.network, weights, INCEPTION_V3)
         self.weights_sha256 = sha256_of(weights)
         self.eval()
@@ -37,7 +37,7 @@ class InceptionV3(Detector):
         return features, logits.double().softmax(dim=1).float()
 
 
-def _unloaded_network() -> nn.Module:
+def unloaded_network() -> nn.Module:
     """Return torch-fidelity's network on the meta device, without weights.
 
     Its constructor reads a file, in a way that would run code in it: it gets an empty one.

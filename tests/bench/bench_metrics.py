@@ -17,8 +17,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from metrics.feature_stats import FeatureStats
-from metrics.frechet import frechet_distance
+from metrics.frechet import FeatureStats, frechet_distance
 from metrics.kernel import kernel_distance
 from metrics.precision_recall import precision_recall
 from tests.bench.bench_ops import commit, measure

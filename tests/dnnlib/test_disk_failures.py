@@ -317,7 +317,7 @@ def test_bad_content_stays_the_users_mistake(tmp_path):
 
 def test_cache_on_a_failing_disk_is_not_called_damaged(tmp_path, monkeypatch):
     cache, lines = cached(tmp_path), []
-    cache._say = lines.append
+    cache._log = lines.append
     FailingDisk(tmp_path).install(monkeypatch.setattr)
     assert cache.read({"a": 1}, count=3, classes=False) is None
     assert lines == [f"{cache.path({'a': 1})} cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or "

@@ -8,10 +8,9 @@ from torch import nn
 
 from dnnlib.files import sha256_of
 from imagesets.phantoms.make import render_phantom
-from metrics.detectors.inception_v3 import InceptionV3, _unloaded_network
+from metrics.detectors.inception_v3 import InceptionV3, unloaded_network
 from metrics.detectors.registry import open_detector
-from metrics.feature_stats import FeatureStats
-from metrics.frechet import frechet_distance
+from metrics.frechet import FeatureStats, frechet_distance
 from tests.helpers.weights_files import write_weights
 
 NUM_FEATURES = {"inception-v3": 2048, "vgg16": 4096, "efficientnet-lite0": 1280, "random-conv": 256}
@@ -21,7 +20,7 @@ quick_detectors = pytest.mark.parametrize("name", ["inception-v3", "efficientnet
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     """A file of Inception-v3's layout with random values."""
-    return write_weights(tmp_path_factory.mktemp("weights") / "inception.pth", _unloaded_network())
+    return write_weights(tmp_path_factory.mktemp("weights") / "inception.pth", unloaded_network())
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +137,7 @@ def test_inception_features_and_classes_are_those_of_torch_fidelity(detectors, i
      r" has no tensor Mixed_7c\.branch_pool\.bn\.running_mean; expected one of \[192\], as in "),
 ])
 def test_inception_weights_of_another_layout_are_refused(tmp_path, changes, message):
-    path = write_weights(tmp_path / "other.pth", _unloaded_network(), changes)
+    path = write_weights(tmp_path / "other.pth", unloaded_network(), changes)
     with pytest.raises(ValueError, match=message):
         InceptionV3(path)
 

@@ -10,8 +10,7 @@ from dnnlib.cli import UserError
 from dnnlib.progress import Progress
 from metrics import evaluation
 from metrics.evaluation import Evaluator
-from metrics.feature_stats import FeatureStats
-from metrics.frechet import frechet_distance
+from metrics.frechet import FeatureStats, frechet_distance
 from metrics.image_sources import FakeLabels, GeneratedImages, SetImages
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance

@@ -6,7 +6,6 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.reader import ImageSet
-from metrics.features import choose_batch
 from metrics.image_sources import FakeLabels, GeneratedImages, SetImages, draw_latents, to_rgb
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.small_networks import small_generator
@@ -201,11 +200,6 @@ def test_generated_images_grey_are_repeated():
 def test_to_rgb_leaves_colour_alone():
     images = torch.rand(2, 3, 4, 4)
     assert to_rgb(images) is images
-
-
-@pytest.mark.parametrize(("resolution", "expected"), [(8, 32), (128, 32), (256, 16), (512, 4), (1024, 4)])
-def test_choose_batch_shrinks_with_resolution(resolution, expected):
-    assert choose_batch(resolution) == expected
 
 
 def test_set_images_of_a_set_in_a_folder_inside_have_its_labels_and_hash(labelled, tmp_path):

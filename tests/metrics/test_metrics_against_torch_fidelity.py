@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.feature_stats import FeatureStats
-from metrics.frechet import frechet_distance
+from metrics.frechet import FeatureStats, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distances
 from metrics.precision_recall import precision_recall
