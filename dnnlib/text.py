@@ -1,4 +1,4 @@
-"""Name what exists, and what a misspelt name may have meant, in messages to the user."""
+"""Words of messages to the user: names and counts in a sentence, tables, and text in letters that every font has."""
 
 import difflib
 import unicodedata
@@ -20,8 +20,14 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""
 
 
-# MERGED from imagesets.text_table
-# Print tables of plain text.
+def shorten(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names, and "..." where there are more."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """Return "1 image" or "2 images"."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
@@ -42,20 +48,6 @@ def format_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -
 def percent(part: float, whole: float) -> str:
     """Return "12.3%", or "-" of nothing."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
-
-
-def shorten(names: Sequence[str], limit: int = 3) -> str:
-    """Return the first names, and "..." where there are more."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def plural(count: int, noun: str, many: str | None = None) -> str:
-    """Return "1 image" or "2 images"."""
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
-
-
-# MERGED from dnnlib.plain_text
-# Write any text with the letters that every font has.
 
 
 def to_ascii(text: str) -> str:

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 _DEPTH = 2  # chunks a worker holds: it works on one while the next is on its way
 _WINDOW = 4  # chunks a worker on average may be ahead of the oldest unfinished one; bounds what waits for its turn
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")
 
 
 def usable_cores() -> int:
@@ -93,7 +94,7 @@ class _Worker:
     def __init__(self, function: Callable):
         self.connection, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.Process(target=_serve, args=(function, theirs, self.connection), daemon=True)
-        with _signals_blocked(), _collection_paused():
+        with _undisturbed():
             self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self.held = 0
@@ -156,28 +157,19 @@ def _describe_death(worker: _Worker) -> UserError:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM; a process started meanwhile inherits that until it has its own handlers."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Collect no garbage; a process started meanwhile inherits that until it has set ours aside."""
-    was_enabled = gc.isenabled()
+def _undisturbed() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, and collect no garbage; a process started meanwhile inherits both, until it has its
+    own handlers and has set our garbage aside."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
+        if collects:
             gc.enable()
+        if _CAN_BLOCK:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(function: Callable, connection: Connection, parents_end: Connection) -> None:
@@ -188,7 +180,7 @@ def _serve(function: Callable, connection: Connection, parents_end: Connection) 
     parents_end.close()  # else our own copy of it would keep the pipe open
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
+    if _CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # A thread reads, so that the parent is never blocked in sending while we are in sending, too.

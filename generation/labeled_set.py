@@ -18,8 +18,7 @@ from dnnlib.text import listed
 from generation.image_generator import GLOBAL_CENTER, LARGEST_SEED, Painter
 from generation.network import Classes, Label, OpenNetwork
 from generation.pictures import as_png
-from imagesets.classes import CLASS, LABELS, VECTOR, known_classes
-from imagesets.labels import class_names, label_of
+from imagesets.classes import CLASS, LABELS, VECTOR, class_name, known_classes
 from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
@@ -106,13 +105,13 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
         found = LABELS[images.label_kind] + (f" ({images.labels.shape[1]} each)" if images.label_kind == VECTOR else "")
         wanted = f"lists of {classes.count} numbers" if classes.kind == VECTOR else "numbers of classes"
         raise UserError(f"{flag} has {found}; expected {wanted}, as the network learned from")
-    if images.num_unlabelled:
-        raise UserError(f"{flag}: {images.num_unlabelled} of {len(images)} images have no label; expected one each: "
+    if num_missing := int(images.missing_labels().sum()):
+        raise UserError(f"{flag}: {num_missing} of {len(images)} images have no label; expected one each: "
                         "convert it with dataset_tool.py --unlabelled=drop")
     if is_vector:
         if classes.names is not None:
             images.use_classes(classes.names)
-        own = [tuple(label_of(images, row)) for row in range(len(images))]
+        own = [tuple(images.label(row)) for row in range(len(images))]
     else:
         own = _match_classes(images, classes, flag)
     note = None
@@ -128,7 +127,7 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
 def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
     """Return the network's class of each image. Raises UserError where it has no such one."""
     found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
-    missing = [class_names(images)[label] for label, own in found.items() if own is None]
+    missing = [class_name(label, images.classes) for label, own in found.items() if own is None]
     if missing:
         raise UserError(f"{flag} has images of {listed(missing)}, which the network does not know; expected "
                         f"{known_classes(classes.names, classes.count)}: convert it with dataset_tool.py "

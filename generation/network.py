@@ -16,7 +16,16 @@ from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from dnnlib.text import listed
 from generation.image_generator import CLASS_CENTER, Look
-from imagesets.classes import VECTOR, class_counts, find_class, known_classes, label_kind_of, named_classes, split_names
+from imagesets.classes import (
+    VECTOR,
+    class_counts,
+    class_name,
+    find_class,
+    known_classes,
+    label_kind_of,
+    named_classes,
+    split_names,
+)
 from torch_utils.distributed import Place, Processes, broadcast_object
 from training.network_file import find_network
 from training.snapshot import load_network
@@ -50,7 +59,7 @@ class Classes:
         """Return the name of a class, or its number; of a vector its numbers, as --label takes them."""
         if isinstance(label, tuple):
             return ",".join(f"{number:.9g}" for number in label)
-        return str(label) if self.names is None else self.names[label]
+        return class_name(label, self.names)
 
     def find(self, flag: str, text: str) -> int:
         """Return the number of a class. A name wins over a number. Raises UserError."""

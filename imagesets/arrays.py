@@ -1,4 +1,4 @@
-"""Arrays of images as sources, read row by row: MedMNIST's npz and MNIST's idx files."""
+"""Arrays of images as sources, read row by row: MedMNIST's npz, MNIST's idx files and the CIFAR-10 python archive."""
 
 import gzip
 import io
@@ -19,8 +19,9 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.files import iterate_retrying, retrying, unpack_advice
+from imagesets.classes import MAX_CLASSES
 from imagesets.folders import Source
-from imagesets.reader import MAX_CLASSES, image_suffixes
+from imagesets.reader import image_suffixes
 
 _SPLITS = ("train", "val", "test")
 # What reading a damaged file raises: OSError for a place outside of it, too.
@@ -51,25 +52,11 @@ _MEDMNIST_COLOR = {"bloodmnist", "dermamnist", "pathmnist", "retinamnist"}
 _MEDMNIST_FINDINGS = {"chestmnist"}  # several of an image, or none
 _MEDMNIST_FILE = re.compile(r"([a-z]+)(?:_(?:64|128|224))?(?: ?\(\d+\))?\.npz")  # (1): of a browser, downloaded twice
 _IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # uint8, three dimensions and one
-
-
-class ArrayLoader:
-    """Items are the pixels themselves."""
-
-    def __call__(self, item: np.ndarray, limit: int | None = None) -> np.ndarray:
-        return item
-
-
-def numbered_names(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}/{index:06d}" for index in range(count)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Member:
-    """An array inside an npz: its name there, its shape and type."""
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
+_BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
+_CIFAR_CLASSES = 10
+_CIFAR_SIDE = 32
+_MAX_BATCH_BYTES = 64 << 20  # twice what the archive has
+_DAMAGED_CIFAR = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError)
 
 
 def open_npz(path: Path, split: str) -> Source:
@@ -92,14 +79,22 @@ def open_npz(path: Path, split: str) -> Source:
         raise UserError(f"{path}: the images of {', '.join(chosen)} differ in shape or type; choose one by --split")
     left_out = {name: members[f"{name}_images"].shape[0] for name in present if name not in chosen}
     height, width = images[0].shape[1:3]
-    names = [name for part, member in zip(chosen, images) for name in numbered_names(part, member.shape[0])]
+    names = [name for part, member in zip(chosen, images) for name in _numbered_names(part, member.shape[0])]
     labels = retrying(lambda: _read_labels(path, members, chosen), path)
     classes = None if labels is None else retrying(lambda: _known_classes(path, members, present), path)
-    return Source(kind="MedMNIST npz", name=path.name, names=names, load=ArrayLoader(),
+    return Source(kind="MedMNIST npz", name=path.name, names=names, load=_load_item,
                   items=_NpzItems(path=path, members=images), labels=labels, classes=classes,
                   hints=[] if labels is None or classes is not None else [_why_unnamed(path, labels.ndim == 1)],
                   shape=(width, height, _channels(images[0].shape[1:])),
                   left_out=left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """An array inside an npz: its name there, its shape and type."""
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +114,15 @@ class _NpzItems:
                     _read_header(file)
                     yield from _rows(self.path, file, member.shape, member.dtype, wanted[start:start + count])
                 start += count
+
+
+def _load_item(item: np.ndarray, limit: int | None = None) -> np.ndarray:
+    """Load an image whose item is its pixels."""
+    return item
+
+
+def _numbered_names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}/{index:06d}" for index in range(count)]
 
 
 def _rows(path: Path, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, wanted: np.ndarray) -> Iterator[Any]:
@@ -145,17 +149,14 @@ def _list_arrays(path: Path) -> dict[str, _Member]:
                         found[info.filename.removesuffix(".npy")] = (info.file_size, *_read_header(file))
     except _DAMAGED as error:
         raise UserError(f"{path} cannot be read as an npz file ({error}); download it again") from error
-    return {name: _describe(path, name, *header) for name, header in found.items()}
-
-
-def _describe(path: Path, name: str, size: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> _Member:
-    if dtype.hasobject or (fortran and len(shape) > 1):
-        what = "Python objects" if dtype.hasobject else "columns in place of rows (Fortran order)"
-        raise UserError(f"{path}: {name} holds {what}; expected plain numbers: save the array again")
-    # Asked here, since a damaged header may promise more rows than there is memory for their names.
-    if math.prod(shape) * dtype.itemsize > size:
-        raise UserError(f"{path}: {name} is cut off; download it again")
-    return _Member(name=name, shape=shape, dtype=dtype)
+    for name, (size, shape, fortran, dtype) in found.items():
+        if dtype.hasobject or (fortran and len(shape) > 1):
+            what = "Python objects" if dtype.hasobject else "columns in place of rows (Fortran order)"
+            raise UserError(f"{path}: {name} holds {what}; expected plain numbers: save the array again")
+        # Asked here, since a damaged header may promise more rows than there is memory for their names.
+        if math.prod(shape) * dtype.itemsize > size:
+            raise UserError(f"{path}: {name} is cut off; download it again")
+    return {name: _Member(name=name, shape=shape, dtype=dtype) for name, (_, shape, _, dtype) in found.items()}
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -242,8 +243,8 @@ def _why_unnamed(path: Path, are_classes: bool) -> str:
     else:
         colors = "color" if name in _MEDMNIST_COLOR else "gray"
         what = f"{path.name} does not hold the {len(_MEDMNIST[name])} classes of {name} in {colors}"
-    return f"{what}: its classes are known by number alone" + ('; --merge "nevus=0;..." gives them names' if are_classes
-                                                               else "")
+    advice = '; --merge "nevus=0;..." gives them names' if are_classes else ""
+    return f"{what}: its classes are known by number alone{advice}"
 
 
 def open_mnist(path: Path) -> Source:
@@ -260,9 +261,9 @@ def open_mnist(path: Path) -> Source:
     (num_labels,) = retrying(lambda: _idx_shape(label_path, _IDX_LABELS, 1), label_path)
     if num_labels != count:
         raise UserError(f"{label_path} holds {num_labels} labels; expected {count}, one for each image in {path.name}")
-    labels = retrying(lambda: _idx_labels(label_path, count), label_path)
-    return Source(kind="MNIST", name=path.name, names=numbered_names(path.name.split("-")[0], count),
-                  items=_IdxItems(path=path, shape=(count, height, width)), load=ArrayLoader(),
+    labels = retrying(lambda: list(_idx_rows(label_path, (count,), np.ones(count, dtype=bool))), label_path)
+    return Source(kind="MNIST", name=path.name, names=_numbered_names(path.name.split("-")[0], count),
+                  items=_IdxItems(path=path, shape=(count, height, width)), load=_load_item,
                   labels=np.array(labels, dtype=np.int64), shape=(width, height, 1))
 
 
@@ -272,18 +273,13 @@ class _IdxItems:
     shape: tuple[int, int, int]
 
     def __call__(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        return iterate_retrying(lambda: self._read(wanted), self.path)
-
-    def _read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
-        with gzip.open(self.path) as file:
-            file.seek(16)
-            yield from _rows(self.path, file, self.shape, np.dtype(np.uint8), wanted)
+        return iterate_retrying(lambda: _idx_rows(self.path, self.shape, wanted), self.path)
 
 
-def _idx_labels(path: Path, count: int) -> list[int]:
+def _idx_rows(path: Path, shape: tuple[int, ...], wanted: np.ndarray) -> Iterator[np.ndarray]:
     with gzip.open(path) as file:
-        file.seek(8)
-        return [int(row) for row in _rows(path, file, (count,), np.dtype(np.uint8), np.ones(count, dtype=bool))]
+        file.seek(4 + 4 * len(shape))
+        yield from _rows(path, file, shape, np.dtype(np.uint8), wanted)
 
 
 def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
@@ -300,29 +296,21 @@ def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-# MERGED from imagesets.sources.cifar
-# The CIFAR-10 python archive as a source; its pickles are read without importing or calling what they name.
-
-
-_MEMBERS = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
-_NUM_CLASSES = 10
-_SIZE = 32
-_MAX_BATCH_BYTES = 64 << 20  # twice what the archive has
-_DAMAGED_CIFAR = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError)
+# CIFAR-10: its pickles are read without importing or calling what they name
 
 
 def open_cifar(path: Path, split: str) -> Source:
     """Open cifar-10-python.tar.gz. Raises UserError when members are missing, damaged, or not what is expected."""
     if split == "val":
         raise UserError(f"{path.name} (CIFAR-10) has no part val; --split can be train, test or all")
-    chosen = tuple(_MEMBERS) if split == "all" else (split,)
-    members = [member for part in chosen for member in _MEMBERS[part]]
+    chosen = tuple(_BATCHES) if split == "all" else (split,)
+    members = [member for part in chosen for member in _BATCHES[part]]
     classes, labels, counts = retrying(lambda: _read_cifar_labels(path, members), path)
-    names = [name for part in chosen for name in numbered_names(part, sum(counts[m] for m in _MEMBERS[part]))]
-    return Source(kind="CIFAR-10", name=path.name, names=names, load=ArrayLoader(), labels=labels, classes=classes,
+    names = [name for part in chosen for name in _numbered_names(part, sum(counts[m] for m in _BATCHES[part]))]
+    return Source(kind="CIFAR-10", name=path.name, names=names, load=_load_item, labels=labels, classes=classes,
                   items=_CifarItems(path=path, members=tuple(members), counts=tuple(counts[m] for m in members)),
-                  shape=(_SIZE, _SIZE, 3),
-                  left_out={part: sum(counts[m] for m in _MEMBERS[part]) for part in _MEMBERS if part not in chosen})
+                  shape=(_CIFAR_SIDE, _CIFAR_SIDE, 3),
+                  left_out={part: sum(counts[m] for m in _BATCHES[part]) for part in _BATCHES if part not in chosen})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +326,10 @@ class _CifarItems:
             chosen = wanted[start:start + count]
             start += count
             if chosen.any():
-                pixels, _ = _read_batch(self.path, member, _read_member(self.path, member))
+                _, data = retrying(lambda member=member: next(_walk(self.path, member)), self.path)
+                pixels, _ = _read_batch(self.path, member, data)
                 for row in pixels[chosen]:
-                    yield np.ascontiguousarray(row.reshape(3, _SIZE, _SIZE).transpose(1, 2, 0))
+                    yield np.ascontiguousarray(row.reshape(3, _CIFAR_SIDE, _CIFAR_SIDE).transpose(1, 2, 0))
 
 
 def _read_cifar_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | None, np.ndarray, dict[str, int]]:
@@ -348,26 +337,25 @@ def _read_cifar_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | 
     classes, labels, counts = None, {}, {}
     for name, data in _walk(path):
         if name == "batches.meta":
-            classes = _read_classes(path, data)
-        elif any(name in batches for batches in _MEMBERS.values()):
+            classes = _load(path, name, data).get("label_names")
+            if not (isinstance(classes, list) and len(classes) == _CIFAR_CLASSES
+                    and all(isinstance(one, str) for one in classes)):
+                raise UserError(f"{path}: {name} does not hold 10 label_names; expected that of CIFAR-10")
+        elif any(name in batches for batches in _BATCHES.values()):
             labels[name] = _read_batch(path, name, data)[1]
             counts[name] = len(labels[name])
     if not counts and classes is None:
         raise UserError(f"--source={path} {unpack_advice(path)}")
-    missing = [name for batches in _MEMBERS.values() for name in batches if name not in counts]
+    missing = [name for batches in _BATCHES.values() for name in batches if name not in counts]
     if missing:
         raise UserError(f"{path} has no member {missing[0]}; expected the CIFAR-10 python archive, "
                         "cifar-10-python.tar.gz: download it again")
     return classes, np.concatenate([labels[name] for name in members]), counts
 
 
-def _read_member(path: Path, wanted: str) -> bytes:
-    return retrying(lambda: next(data for name, data in _walk(path, wanted)), path)
-
-
 def _walk(path: Path, wanted: str | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield (name without folders, content) of the files in the archive, or of the wanted one."""
-    known = {"batches.meta", *(name for batches in _MEMBERS.values() for name in batches)}
+    known = {"batches.meta", *(name for batches in _BATCHES.values() for name in batches)}
     suffixes = image_suffixes()
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -390,20 +378,13 @@ def _read_batch(path: Path, name: str, data: bytes) -> tuple[np.ndarray, np.ndar
     """Return uint8 [N, 3072] and int64 [N]."""
     content = _load(path, name, data)
     pixels, labels = _array(content.get("data")), content.get("labels")
-    fits = (pixels is not None and pixels.ndim == 2 and pixels.shape[1] == 3 * _SIZE * _SIZE
+    fits = (pixels is not None and pixels.ndim == 2 and pixels.shape[1] == 3 * _CIFAR_SIDE * _CIFAR_SIDE
             and isinstance(labels, list) and len(labels) == len(pixels)
-            and all(type(x) is int and 0 <= x < _NUM_CLASSES for x in labels))
+            and all(type(x) is int and 0 <= x < _CIFAR_CLASSES for x in labels))
     if not fits:
         raise UserError(f"{path}: {name} does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of "
                         "CIFAR-10")
     return pixels, np.array(labels, dtype=np.int64)
-
-
-def _read_classes(path: Path, data: bytes) -> list[str]:
-    names = _load(path, "batches.meta", data).get("label_names")
-    if not isinstance(names, list) or len(names) != _NUM_CLASSES or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: batches.meta does not hold 10 label_names; expected that of CIFAR-10")
-    return names
 
 
 def _load(path: Path, name: str, data: bytes) -> dict[str, Any]:
@@ -422,7 +403,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         known = {("numpy.core.multiarray", "_reconstruct"): _NewArray, ("numpy._core.multiarray", "_reconstruct"):
-                 _NewArray, ("numpy", "ndarray"): _Name, ("numpy", "dtype"): _Type}
+                 _NewArray, ("numpy", "ndarray"): object, ("numpy", "dtype"): _Record}
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
         return known[module, name]
@@ -431,31 +412,21 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
-class _Name:
-    """A name that may be mentioned."""
-    __slots__ = ()
+class _Record:
+    """What stands for numpy.dtype(code, ...), whose state says nothing of bytes."""
 
+    arguments: tuple = ()
+    state: Any = None
 
-class _Type:
-    """What stands for numpy.dtype(code, ...)."""
-    __slots__ = ("code",)
-
-    def __init__(self, code: Any, *_: Any):
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # byte order and alignment, which bytes do not have
-
-
-class _NewArray:
-    """What stands for an array: filled by the state (version, shape, type, Fortran order, bytes)."""
-    __slots__ = ("state",)
-
-    def __init__(self, *_: Any):
-        self.state: Any = None
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+class _NewArray(_Record):
+    """What stands for an array: filled by the state (version, shape, type, Fortran order, bytes)."""
 
 
 def _array(record: Any) -> np.ndarray | None:
@@ -466,7 +437,7 @@ def _array(record: Any) -> np.ndarray | None:
     _, shape, dtype, fortran, data = state
     if isinstance(data, str):  # Python 2 had one type for text and bytes
         data = data.encode("latin-1")
-    if not isinstance(dtype, _Type) or dtype.code != "u1" or fortran or not isinstance(data, bytes):
+    if type(dtype) is not _Record or dtype.arguments[:1] != ("u1",) or fortran or not isinstance(data, bytes):
         return None
     if not isinstance(shape, tuple) or not all(type(x) is int and x >= 0 for x in shape):
         return None

@@ -1,8 +1,15 @@
-"""Find classes by their names or numbers, and tell labels that are classes from labels that are vectors."""
+"""What labels of images are, classes or vectors; which are missing; and classes found, ordered and merged by name.
+
+The labels of N images are None, or int64 [N], the numbers of classes, with NO_LABEL where an image has none, or
+float32 [N, D], vectors, with NaN there. In dataset.json they are an integer, a list of numbers, or null.
+
+A name may hold commas, as "Melanoma, NOS" of the ISIC archive does: the longest name that exists is taken.
+
+LIMIT: names that contain a semicolon or an equals sign cannot be written in --merge.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -11,11 +18,57 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
 
+NO_LABEL = -1
+MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
 # Kinds of labels. In dataset.json an integer is a class, and a list of numbers a vector: several findings, or values.
 CLASS, VECTOR = "class", "vector"
 LABELS = {CLASS: "numbers of classes as labels", VECTOR: "lists of numbers as labels", None: "no labels"}  # in messages
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
+_MERGE_FORM = 'expected "new=a,b;other=c"'
+_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+
+
+def missing_labels(labels: np.ndarray | None, count: int | None = None) -> np.ndarray:
+    """Return which images have no label: bool [N]; all where labels are None, of `count` images then."""
+    if labels is None:
+        return np.ones(count, dtype=bool)
+    return labels == NO_LABEL if labels.ndim == 1 else np.isnan(labels).any(axis=1)
+
+
+def no_labels(count: int, shape: Sequence[int] = ()) -> np.ndarray:
+    """Return the labels of `count` images that have none: int64 [count], or float32 [count, *shape] of vectors."""
+    return np.full((count, *shape), np.nan if shape else NO_LABEL, dtype=np.float32 if shape else np.int64)
+
+
+def label_vectors(labels: np.ndarray, length: int) -> np.ndarray:
+    """Return labels as networks take them: float32 [N, length]; classes become one-hot, NO_LABEL zeros.
+
+    labels:  int64 [N] below `length`, or float32 [N, length], which come back as they are
+    """
+    return labels if labels.ndim == 2 else (labels[:, None] == np.arange(length)).astype(np.float32)
+
+
+def class_name(number: int, names: Sequence[str] | None, unnamed: str = "{}") -> str:
+    """Return the name of a class, or its number, as `unnamed` has it, where classes have no names."""
+    return unnamed.format(number) if names is None else names[number]
+
+
+def class_names(labels: np.ndarray | None, names: Sequence[str] | None) -> list[str]:
+    """Return a name for each class that labels may have, or for each number of vectors; numbers where there are none.
+
+    Numbers of classes stay as they are, also with gaps; then there are classes without images.
+    """
+    if labels is None:
+        return []
+    count = int(labels.max(initial=NO_LABEL)) + 1 if labels.ndim == 1 else labels.shape[1]
+    return [class_name(number, None) for number in range(count)] if names is None else list(names)
+
+
+def numbers_of(found: Sequence[str | None], classes: Sequence[str]) -> np.ndarray:
+    """Return the numbers of classes that are given by name: int64 [N], NO_LABEL for None."""
+    index = {name: number for number, name in enumerate(classes)} | {None: NO_LABEL}
+    return np.array([index[name] for name in found], dtype=np.int64)
 
 
 def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str = "--class") -> int:
@@ -35,6 +88,18 @@ def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str 
         return int(text)
     meant = "" if names is None else suggestion(text, names)
     raise UserError(f"{flag} names the class {text!r}{meant}; expected {known_classes(names, count)}")
+
+
+def known_classes(names: Sequence[str] | None, count: int) -> str:
+    """Return "one of nv, mel, or a number from 0 to 1", for messages."""
+    numbers = f"a number from 0 to {count - 1}"
+    if names is None:
+        return numbers
+    return f"one of {listed(names)}" + ("" if _are_numbers(names) else f", or {numbers}")
+
+
+def _are_numbers(names: Sequence[str] | None) -> bool:
+    return names is not None and any(_NUMBER.fullmatch(name) for name in names)
 
 
 def split_names(text: str, known: Sequence[str]) -> list[str]:
@@ -82,30 +147,6 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None) -> li
     return [list(names).index(name) for name in wanted]
 
 
-def known_classes(names: Sequence[str] | None, count: int) -> str:
-    """Return "one of nv, mel, or a number from 0 to 1", for messages."""
-    numbers = f"a number from 0 to {count - 1}"
-    if names is None:
-        return numbers
-    return f"one of {listed(names)}" + ("" if _are_numbers(names) else f", or {numbers}")
-
-
-def _are_numbers(names: Sequence[str] | None) -> bool:
-    return names is not None and any(_NUMBER.fullmatch(name) for name in names)
-
-
-# MERGED from imagesets.labels.classes
-# Choose, order and merge classes by name, wherever the names come from: a table, sub-folders or a data set.
-#
-# A name may hold commas, as "Melanoma, NOS" of the ISIC archive does: the longest name that exists is taken.
-#
-# LIMIT: names that contain a semicolon or an equals sign cannot be written in --merge.
-
-
-_MERGE_FORM = 'expected "new=a,b;other=c"'
-_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
-
-
 def order_classes(names: Iterable[str]) -> list[str]:
     """Return different names of classes in the order that numbers them, wherever they come from.
 
@@ -117,59 +158,26 @@ def order_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=Decimal) if numeric else names
 
 
-def names_of_numbers(labels: np.ndarray) -> list[str]:
-    """Return the names of classes that are known by bare numbers only, as in arrays: these numbers, from 0.
+def choose_classes(found: Sequence[str], classes: str | None = None,
+                   merge: str | None = None) -> tuple[list[str], dict[str, int | None]]:
+    """Apply --merge, then --classes; return the names of the classes, and the number of each found one, None for none.
 
-    labels: int64 [N], negative for none
+    found:   the names that exist, in the order that counts where nothing else is said
+    merge:   "melanoma=mel;benign=nv,bkl": classes named here get a new name, the others keep theirs; a merged class
+             stands where the first of its members stood. None merges nothing.
+    classes: "melanoma,benign": names after merging that are wanted, in this order. None takes all.
 
-    Such numbers stay as they are, also with gaps; then there are classes without images.
+    Raises UserError for names that do not exist, that come twice, and for texts of another form.
     """
-    return [str(number) for number in range(int(labels.max(initial=-1)) + 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassChoice:
-    """Which output class, if any, each class that was found becomes.
-
-    names:   the output classes in order; the index is the label
-    members: for each output class the found classes in it, in the order they were found
-    dropped: found classes that are not chosen
-    """
-
-    names: tuple[str, ...]
-    members: tuple[tuple[str, ...], ...]
-    dropped: tuple[str, ...]
-
-    @classmethod
-    def create(cls, found: Sequence[str], classes: str | None = None, merge: str | None = None) -> "ClassChoice":
-        """Apply --merge, then --classes.
-
-        found:   the names that exist, in the order that counts where nothing else is said
-        merge:   "melanoma=mel;benign=nv,bkl": classes named here get a new name, the others keep theirs; a merged
-                 class stands where the first of its members stood. None merges nothing.
-        classes: "melanoma,benign": names after merging that are wanted, in this order. None takes all.
-
-        Raises UserError for names that do not exist, that come twice, and for texts of another form.
-        """
-        found = list(found)
-        if twice := _first_repeated(found):
-            raise UserError(f"the class {twice} exists twice among {listed(found)}; expected different names")
-        new_name = {name: name for name in found} | ({} if merge is None else _parse_merge(merge, found))
-        members: dict[str, list[str]] = {}
-        for name in found:
-            members.setdefault(new_name[name], []).append(name)
-        names = list(members) if classes is None else _parse_classes(classes, members)
-        dropped = [name for name in found if new_name[name] not in names]
-        return cls(names=tuple(names), members=tuple(tuple(members[name]) for name in names), dropped=tuple(dropped))
-
-    def index_of(self, name: str) -> int | None:
-        """Return the label of a found class, None when it is not chosen. Raises KeyError for any other name."""
-        for index, members in enumerate(self.members):
-            if name in members:
-                return index
-        if name in self.dropped:
-            return None
-        raise KeyError(name)
+    found = list(found)
+    if twice := _first_repeated(found):
+        raise UserError(f"the class {twice} exists twice among {listed(found)}; expected different names")
+    new_name = {name: name for name in found} | ({} if merge is None else _parse_merge(merge, found))
+    members: dict[str, list[str]] = {}
+    for name in found:
+        members.setdefault(new_name[name], []).append(name)
+    names = list(members) if classes is None else _parse_classes(classes, members)
+    return names, {name: names.index(new_name[name]) if new_name[name] in names else None for name in found}
 
 
 def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
@@ -230,10 +238,6 @@ def _unknown(start: str, name: str, names: Sequence[str]) -> UserError:
 
 def _first_repeated(names: Sequence[str]) -> str | None:
     return next((name for index, name in enumerate(names) if name in names[:index]), None)
-
-
-# MERGED from imagesets.class_shares
-# Divide a number of images among classes.
 
 
 def class_counts(shares: Sequence[float], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The options of a conversion on the command line."""
+"""The commands of dataset_tool.py: the flags of convert, inspect, split and phantom, and what they print."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +12,26 @@ from dnnlib.cli import UserError, UserPath
 from dnnlib.progress import Progress
 from dnnlib.text import format_table, percent, plural, shorten
 from dnnlib.workers import usable_cores
-from imagesets.contact_sheet import write_sheets
-from imagesets.convert import FILTERS, FOLDERS, TRANSFORMS, convert, parse_resolution, parse_share
+from imagesets.contact_sheet import MAX_IMAGES, write_sheets
+from imagesets.convert import DEFAULT_SEED, FOLDERS, ConvertOptions, convert, parse_share
 from imagesets.deal import FIRST_CLASS, SIZE
 from imagesets.inspect import TRAINING, Inspection, measure, open_for_inspection, summarize
-from imagesets.labels import PRESENT
-from imagesets.phantoms.make import MAX_SIDE, TABLE, check_square, parse_bias, parse_classes, write_phantoms
+from imagesets.phantoms.make import (
+    DEFAULT_CLASSES,
+    MAX_SIDE,
+    TABLE,
+    PhantomOptions,
+    check_sides,
+    parse_bias,
+    parse_classes,
+    write_phantoms,
+)
 from imagesets.phantoms.scene import ARTEFACT_RATES
 from imagesets.pixel_formats import MAX_DEPTH, MIN_DEPTH
 from imagesets.pixel_hashes import read_pixel_hashes
-from imagesets.reader import ImageSet
-from imagesets.resize import MIN_RESOLUTION
-from imagesets.selection import UNLABELLED
+from imagesets.reader import PRESENT, ImageSet
+from imagesets.resize import FILTERS, MIN_RESOLUTION, TRANSFORMS, parse_resolution
+from imagesets.selection import UNLABELED
 from imagesets.sources import SPLITS
 from imagesets.split import Assignment, SplitRequest, assign, create_request, read_digests
 from imagesets.split_files import SplitPaths, write_split
@@ -39,10 +47,11 @@ _OPTIONS = [
     click.option("--height", type=int, metavar="INT", help="As the second number of --resolution."),
     click.option("--transform", type=click.Choice(TRANSFORMS), help="Cut a square from the centre, or a wide rectangle "
                  "that is padded to a square; without it images are stretched."),
-    click.option("--resize-filter", type=click.Choice(FILTERS), default="lanczos", show_default=True),
+    click.option("--resize-filter", type=click.Choice(FILTERS), default=ConvertOptions.resize_filter,
+                 show_default=True),
     click.option("--max-images", type=int, metavar="INT",
                  help="Convert a random sample of at most that many images: of each class its share."),
-    click.option("--seed", type=int, metavar="INT", help="Random seed of --max-images. [default: 0]"),
+    click.option("--seed", type=int, metavar="INT", help=f"Random seed of --max-images. [default: {DEFAULT_SEED}]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Take only files whose names fit, such as "
                  "'*.jpg'; may be repeated. '*' takes all, even several files of one row of --labels."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names fit, such as "
@@ -62,10 +71,10 @@ _OPTIONS = [
                  "set, such as images_part_1 or train: then say so."),
     click.option("--classes", metavar="A,B,...", help="Classes wanted, in this order."),
     click.option("--merge", metavar='"NEW=A,B;..."', help="Join classes under a new name."),
-    click.option("--unlabelled", type=click.Choice(UNLABELLED), default="error", show_default=True,
+    click.option("--unlabelled", type=click.Choice(UNLABELED), default=ConvertOptions.unlabelled, show_default=True,
                  help="What to do when some images have no label."),
     click.option("--split", type=click.Choice(SPLITS), help="Part of a MedMNIST or CIFAR-10 file; train if not given."),
-    click.option("--max-bad", default="1%", show_default=True, metavar="SHARE",
+    click.option("--max-bad", default=f"{ConvertOptions.max_bad:.0%}", show_default=True, metavar="SHARE",
                  help="Share of unreadable images above which nothing is written."),
     click.option("--report", type=UserPath(), metavar="FILE",
                  help="JSON file that names the images dropped, changed, or doubtful."),
@@ -94,20 +103,17 @@ def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | No
         if width is not None or height is not None:
             raise UserError("--resolution and --width or --height are both given; expected one of the two ways")
         width, height = parse_resolution(resolution)
-    summary = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad), **options)
-    for line in summary.lines:
+    done = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad), **options)
+    for line in done.lines:
         # Names of files can hold what a terminal's encoding cannot.
         click.echo(line.encode("ascii", "backslashreplace").decode())
-
-
-# MERGED from imagesets.commands.inspect
-# The command `inspect`: look at a data set.
 
 
 @click.command("inspect")
 @click.argument("path", type=UserPath(path_type=Path))
 @click.option("--sheet", metavar="FOLDER", type=UserPath(path_type=Path),
-              help="Write a contact sheet for each class there: up to 100 images, of as many groups as possible.")
+              help=f"Write a contact sheet for each class there: up to {MAX_IMAGES} images, of as many groups as "
+              "possible.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="COUNT",
               help="Processes; the result does not depend on it. All cores without it.")
@@ -146,7 +152,9 @@ def describe(found: Inspection) -> Iterator[str]:
         yield ""
         if found.label_kind == "lists":
             yield f"labels are lists of numbers; an image counts where its number is above {PRESENT}:"
-        yield from format_table(list(_class_rows(found)), left=(1,))
+        yield from format_table([["class", "name", "images", "share", "groups"], *(
+            [str(one.index), one.name, str(one.num_images), percent(one.num_images, found.num_images),
+             str(one.num_groups)] for one in found.classes)], left=(1,))
     yield ""
     for problem in found.problems:
         yield f"{'PROBLEM' if problem.blocks == TRAINING else 'problem'}: {problem.kind}: {problem.message}"
@@ -154,11 +162,8 @@ def describe(found: Inspection) -> Iterator[str]:
         if problem.files[5:]:
             yield f"    ... (all with --json; {problem.count} in total)"
     yield f"ready for training: {'yes' if found.ready else 'no'}"
-    yield f"ready for training with labels: {'yes' if found.ready_with_labels else 'no'}{_why_no_labels(found)}"
-
-
-def _why_no_labels(found: Inspection) -> str:
-    return " (there are none)" if found.label_kind is None and not found.ready_with_labels else ""
+    why = " (there are none)" if found.label_kind is None and not found.ready_with_labels else ""
+    yield f"ready for training with labels: {'yes' if found.ready_with_labels else 'no'}{why}"
 
 
 def _facts(found: Inspection) -> Iterator[list[str]]:
@@ -179,81 +184,28 @@ def _counts(counts: dict[str, int], limit: int = 8) -> str:
     return shorten(texts, limit) or "none"
 
 
-def _class_rows(found: Inspection) -> Iterator[list[str]]:
-    yield ["class", "name", "images", "share", "groups"]
-    for one in found.classes:
-        yield [str(one.index), one.name, str(one.num_images), percent(one.num_images, found.num_images),
-               str(one.num_groups)]
-
-
-# MERGED from imagesets.commands.phantom
-# The command that renders phantoms.
-
-
-@click.command()
-@click.option("--dest", required=True, type=UserPath(), metavar="PATH",
-              help="The data set to write: a name ending in .zip, or a new folder.")
-@click.option("--count", type=int, default=2000, show_default=True, metavar="INT", help="Number of images.")
-@click.option("--resolution", default="64x64", show_default=True, metavar="WxH",
-              help=f"Square, a power of two from {MIN_RESOLUTION} to {MAX_SIDE}.")
-@click.option("--classes", default="benign:0.87,melanoma:0.13", show_default=True, metavar="NAME:SHARE,...",
-              help="Classes and their shares of the images, which add up to 1; exact to one image.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="INT", help="Equal seeds give equal images.")
-@click.option("--bias", multiple=True, metavar="NAME=P:P:...", help="Probability of an artefact in each class, in the "
-              f"order of --classes; may be repeated. Names: {', '.join(ARTEFACT_RATES)}.")
-@click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given.")
-def phantom_command(dest: str, count: int, resolution: str, classes: str, seed: int, bias: tuple[str, ...],
-                    workers: int | None) -> None:
-    """Render drawings of skin lesions with known attributes, for tests and demonstrations.
-
-    They are no data: dataset.json says so. The class shows in the border, the symmetry and the colours of a lesion;
-    looks are known for benign, melanoma, bkl, bcc, akiec, vasc, df and their other names, any other name gets one of
-    its own. All other attributes are independent of the class unless --bias says otherwise. phantom.csv in the zip
-    lists them for each image. Some patients have two or three images of one lesion.
-
-    \b
-    python dataset_tool.py phantom --dest=phantom.zip --count=2000 --resolution=64x64 --seed=0
-    python dataset_tool.py phantom --dest=biased.zip --classes=benign:0.5,melanoma:0.5 --bias=frame=0.02:0.4
-    """
-    width, height = parse_resolution(resolution)
-    check_square(width, height)
-    counts = write_phantoms(dest, count=count, resolution=width, classes=parse_classes(classes), seed=seed,
-                            bias=parse_bias(bias), workers=workers)
-    shares = ", ".join(f"{name} {number}" for name, number in counts.items())
-    click.echo(f"{dest}: {count} phantoms of {width}x{width} pixels ({shares}); their attributes are in {TABLE}")
-
-
-# MERGED from imagesets.commands.split
-# The command `split`: divide a data set by patient or lesion.
-
-
-_HELP = {
-    "parts": "Parts and their shares of the images, which sum to 1: train:0.8,val:0.1,test:0.1. Fractions (1/3) are "
-             "understood, too.",
-    "institutions": "Divide the first of the --parts, or the whole set without --parts, among so many institutions.",
-    "sizes": "Shares of the institutions: 0.06,0.33,0.61. Without it they are equal.",
-    "skew": "Share of a class within each institution's images, instead of alike in all: 'melanoma=0.3,0.05,*', more "
-            "classes after a semicolon; * takes what is left of the class. Other classes fill up in proportion. Also a "
-            "file with a class a line.",
-    "seed": "Another seed gives another split.",
-    "dest": "Folder for the parts; beside the data set without it.",
-    "allow_missing": "Let parts lack a class that has fewer groups than there are parts.",
-    "leave_out": "With --skew: use fewer images, where the shares need more of a class than there are.",
-    "force": "Replace parts that exist.",
-}
-
-
 @click.command("split")
 @click.argument("path", type=UserPath(path_type=Path))
-@click.option("--parts", metavar="NAME:SHARE,...", help=_HELP["parts"])
-@click.option("--institutions", type=click.IntRange(min=1), metavar="COUNT", help=_HELP["institutions"])
-@click.option("--sizes", metavar="SHARE,...", help=_HELP["sizes"])
-@click.option("--skew", type=UserPath(), metavar="CLASS=SHARE,...|FILE", help=_HELP["skew"])
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help=_HELP["seed"])
-@click.option("--dest", metavar="FOLDER", type=UserPath(path_type=Path), help=_HELP["dest"])
-@click.option("--allow-missing", is_flag=True, help=_HELP["allow_missing"])
-@click.option("--leave-out", is_flag=True, help=_HELP["leave_out"])
-@click.option("--force", is_flag=True, help=_HELP["force"])
+@click.option("--parts", metavar="NAME:SHARE,...",
+              help="Parts and their shares of the images, which sum to 1: train:0.8,val:0.1,test:0.1. Fractions (1/3) "
+              "are understood, too.")
+@click.option("--institutions", type=click.IntRange(min=1), metavar="COUNT",
+              help="Divide the first of the --parts, or the whole set without --parts, among so many institutions.")
+@click.option("--sizes", metavar="SHARE,...",
+              help="Shares of the institutions: 0.06,0.33,0.61. Without it they are equal.")
+@click.option("--skew", type=UserPath(), metavar="CLASS=SHARE,...|FILE",
+              help="Share of a class within each institution's images, instead of alike in all: 'melanoma=0.3,0.05,*', "
+              "more classes after a semicolon; * takes what is left of the class. Other classes fill up in proportion. "
+              "Also a file with a class a line.")
+@click.option("--seed", type=click.IntRange(min=0), default=SplitRequest.seed, show_default=True,
+              help="Another seed gives another split.")
+@click.option("--dest", metavar="FOLDER", type=UserPath(path_type=Path),
+              help="Folder for the parts; beside the data set without it.")
+@click.option("--allow-missing", is_flag=True,
+              help="Let parts lack a class that has fewer groups than there are parts.")
+@click.option("--leave-out", is_flag=True,
+              help="With --skew: use fewer images, where the shares need more of a class than there are.")
+@click.option("--force", is_flag=True, help="Replace parts that exist.")
 def split_command(path: Path, dest: Path | None, force: bool, **options) -> None:
     """Divide the data set PATH into parts so that no group (patient or lesion) is in two of them.
 
@@ -319,3 +271,40 @@ def _skew_rows(assignment: Assignment, request: SplitRequest) -> Iterator[list[s
         yield [name, *[f"{percent(assignment.reached[part, column], assignment.reached[part, SIZE])} "
                        f"({percent(assignment.targets[part, column], assignment.targets[part, SIZE])})"
                        for part in range(len(request.institutions))]]
+
+
+@click.command()
+@click.option("--dest", required=True, type=UserPath(), metavar="PATH",
+              help="The data set to write: a name ending in .zip, or a new folder.")
+@click.option("--count", type=int, default=PhantomOptions.count, show_default=True, metavar="INT",
+              help="Number of images.")
+@click.option("--resolution", default=f"{PhantomOptions.resolution}x{PhantomOptions.resolution}", show_default=True,
+              metavar="WxH",
+              help=f"Square, a power of two from {MIN_RESOLUTION} to {MAX_SIDE}.")
+@click.option("--classes", default=",".join(f"{name}:{share:g}" for name, share in DEFAULT_CLASSES.items()),
+              show_default=True, metavar="NAME:SHARE,...",
+              help="Classes and their shares of the images, which add up to 1; exact to one image.")
+@click.option("--seed", type=int, default=PhantomOptions.seed, show_default=True, metavar="INT",
+              help="Equal seeds give equal images.")
+@click.option("--bias", multiple=True, metavar="NAME=P:P:...", help="Probability of an artefact in each class, in the "
+              f"order of --classes; may be repeated. Names: {', '.join(ARTEFACT_RATES)}.")
+@click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given.")
+def phantom_command(dest: str, count: int, resolution: str, classes: str, seed: int, bias: tuple[str, ...],
+                    workers: int | None) -> None:
+    """Render drawings of skin lesions with known attributes, for tests and demonstrations.
+
+    They are no data: dataset.json says so. The class shows in the border, the symmetry and the colours of a lesion;
+    looks are known for benign, melanoma, bkl, bcc, akiec, vasc, df and their other names, any other name gets one of
+    its own. All other attributes are independent of the class unless --bias says otherwise. phantom.csv in the zip
+    lists them for each image. Some patients have two or three images of one lesion.
+
+    \b
+    python dataset_tool.py phantom --dest=phantom.zip --count=2000 --resolution=64x64 --seed=0
+    python dataset_tool.py phantom --dest=biased.zip --classes=benign:0.5,melanoma:0.5 --bias=frame=0.02:0.4
+    """
+    width, height = parse_resolution(resolution)
+    check_sides(width, height)
+    counts = write_phantoms(dest, count=count, resolution=width, classes=parse_classes(classes), seed=seed,
+                            bias=parse_bias(bias), workers=workers)
+    shares = ", ".join(f"{name} {number}" for name, number in counts.items())
+    click.echo(f"{dest}: {count} phantoms of {width}x{width} pixels ({shares}); their attributes are in {TABLE}")

@@ -4,9 +4,7 @@ import io
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,12 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from dnnlib.cli import UserError
-from dnnlib.files import temporary_beside
 from dnnlib.text import plural, to_ascii
-from imagesets.labels import class_columns, class_names, is_unlabelled
 from imagesets.reader import ImageSet
+from imagesets.writer import check_folder, fill_folder
 
-MAX_COLUMNS = 10
+_MAX_COLUMNS = 10
+MAX_IMAGES = _MAX_COLUMNS**2
 _SMALLEST_CELL, _LARGEST_CELL = 64, 128  # pixels
 _GAP = 4
 _FONT_SIZE = 16
@@ -36,23 +33,24 @@ def write_sheets(images: ImageSet, usable: np.ndarray, folder: str | os.PathLike
 
     Raises UserError when the folder cannot be used. Then, as at any error, no sheet is written.
     """
-    with _fill_folder(Path(folder)) as temporary:
-        names = []
+    folder, names = Path(folder), []
+    check_folder(folder, "--sheet", "the sheets")
+    with fill_folder(folder, "sheet") as temporary:
         for file_name, title, rows in _sheets(images, usable):
-            _draw_sheet(images, title, rows, choose_evenly([images.groups[row] for row in rows], MAX_COLUMNS**2)
+            _draw_sheet(images, title, rows, choose_evenly([images.groups[row] for row in rows], MAX_IMAGES)
                         ).save(temporary / file_name)
             names.append(file_name)
-    return [Path(folder) / name for name in names]
+    return [folder / name for name in names]
 
 
 def _sheets(images: ImageSet, usable: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield file name, title and rows of each sheet."""
-    columns, names = class_columns(images), class_names(images)
+    columns, names = images.class_columns(), images.class_names()
     for index, name in enumerate(names):
         rows = np.flatnonzero(columns[:, index] & usable)
         if len(rows):
             yield sheet_name(index, len(names), name), name, rows
-    rows = np.flatnonzero(is_unlabelled(images) & usable)
+    rows = np.flatnonzero(images.missing_labels() & usable)
     if len(rows):
         yield ("all.png", "all images", rows) if images.labels is None else ("unlabelled.png", "no label", rows)
 
@@ -87,7 +85,7 @@ def _draw_sheet(images: ImageSet, name: str, rows: np.ndarray, places: Sequence[
     side = max(max(picture.size) for picture in pictures)
     factor = 2 ** max(0, math.ceil(math.log2(_SMALLEST_CELL / side)))
     cell = min(side * factor, _LARGEST_CELL)
-    columns = min(MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
+    columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
     num_rows = math.ceil(len(pictures) / columns)
     num_groups = len({images.groups[row] for row in rows})
     shown = "" if len(pictures) == len(rows) else f", {len(pictures)} of them here"
@@ -119,25 +117,3 @@ def _fit(picture: PIL.Image.Image, factor: int, cell: int) -> PIL.Image.Image:
     enlarged = picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
     enlarged.thumbnail((cell, cell), PIL.Image.Resampling.LANCZOS)
     return enlarged
-
-
-@contextmanager
-def _fill_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder; its files move into `folder` at the end, unless there was an error."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--sheet={folder} is a file; expected a folder for the sheets")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"--sheet={folder}: there is no folder {folder.parent}; make it first")
-    is_new = not folder.exists()
-    temporary = temporary_beside(folder / "sheet")
-    try:
-        temporary.mkdir(parents=is_new)
-        yield temporary
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, folder / path.name)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_new and folder.is_dir():
-            folder.rmdir()
-        raise
-    temporary.rmdir()

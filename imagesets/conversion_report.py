@@ -1,4 +1,7 @@
-"""Keep count of what became of each image, in a few bytes an image."""
+"""Keep count of what becomes of each image of a conversion, join its groups, and tell all by JSON and by lines.
+
+Counts take a few bytes an image. Groups are what one patient or lesion, one table row or equal bytes hold together.
+"""
 
 import hashlib
 import json
@@ -11,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
-from dnnlib.text import listed
-from imagesets.classes import names_of_numbers
-from imagesets.decode import BEYOND_DEPTH
+from dnnlib.text import listed, shorten
+from imagesets.classes import class_names, missing_labels
+from imagesets.decode import BEYOND_DEPTH, TOO_SMALL
 from imagesets.folders import Source
+from imagesets.metadata import image_name
 from imagesets.pixel_formats import Values, depth_remark
 from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.resize import PixelSpec
-from imagesets.selection import NOT_DRAWN, REASONS, Labelling, Selection, images_of_rows
+from imagesets.selection import NOT_DRAWN, REASONS, Labeling, Selection, images_of_rows
 from imagesets.sources import masks_among, repeated_names
-from imagesets.writer import image_name
 
-TOO_SMALL = "smaller than the wide crop"  # as it is called where images are decoded; such an image is readable
+_SHOWN = 3
+_UNLISTED = {"decoder downscaling"}  # as a rule all images, and of no interest by name
 _UNSEEN = -1
 
 
@@ -91,35 +94,29 @@ class Tally:
         return np.flatnonzero(np.isin(self._codes, codes))
 
 
-# MERGED from imagesets.conversion.linking
-# Groups of the images of a new data set: what one patient or lesion, one table row or equal bytes hold together.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Linked:
     """Of the K images kept, in order.
 
     groups:      K groups, None for an image alone
     num_groups:  different ones, each image alone being one
-    num_merged:  groups that vanished into another
     duplicates:  sets of byte-identical images, as positions
     """
     groups: list[str | None]
     num_groups: int
-    num_merged: int
     duplicates: list[np.ndarray]
 
 
 def link(selection: Selection, tally: Tally) -> Linked:
     """Join groups that share an image, or of which two images are of one row of the table."""
     kept = np.array(tally.kept, dtype=np.int64)
-    known = selection.labelling.groups
+    known = selection.labeling.groups
     texts = [image_name(position) if known is None or known[index] is None else known[index]
              for position, index in enumerate(kept)]
     duplicates = identical_sets(tally.digests)
-    rows = selection.labelling.rows
+    rows = selection.labeling.rows
     of_one_row = [] if rows is None else list(images_of_rows(rows[kept]).values())
-    units, merged = link_groups(texts, duplicates + of_one_row)
+    units, _ = link_groups(texts, duplicates + of_one_row)
     sizes = np.bincount(units)
     # A unit is named by the first patient or lesion in it, else by its first image.
     name_of: dict[int, str] = {}
@@ -129,33 +126,7 @@ def link(selection: Selection, tally: Tally) -> Linked:
                 name_of.setdefault(int(units[position]), texts[position])
     groups = [None if sizes[unit] == 1 and name_of[unit] == image_name(position) else name_of[unit]
               for position, unit in enumerate(units.tolist())]
-    return Linked(groups=groups, num_groups=len(sizes), num_merged=merged, duplicates=duplicates)
-
-
-def contradictions(selection: Selection, tally: Tally, linked: Linked) -> list[list[int]]:
-    """Return the sets of byte-identical images with different labels, as indices in the source.
-
-    An image without a label contradicts none.
-    """
-    sets = [[tally.kept[position] for position in positions] for positions in linked.duplicates]
-    return [indices for indices in sets
-            if len({selection.label_name(index) for index in indices if selection.label(index) is not None}) > 1]
-
-
-# MERGED from imagesets.conversion.report
-# Tell what became of each image of a conversion: by name in a JSON file, in short on the screen.
-
-
-_SHOWN = 3
-_UNLISTED = {"decoder downscaling"}  # as a rule all images, and of no interest by name
-
-
-def check_report(path: Path) -> None:
-    """Raise UserError, before the work, when the report will not be writable."""
-    if path.is_dir():
-        raise UserError(f"--report={path} is a folder; expected a file name such as report.json")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--report={path}: there is no folder {path.parent}; make it first")
+    return Linked(groups=groups, num_groups=len(sizes), duplicates=duplicates)
 
 
 def write_report(path: str | os.PathLike | None, report: Mapping[str, Any]) -> None:
@@ -167,7 +138,8 @@ def write_report(path: str | os.PathLike | None, report: Mapping[str, Any]) -> N
         file.write("\n")
 
 
-def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked, spec: PixelSpec) -> dict[str, Any]:
+def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked,
+                 spec: PixelSpec) -> dict[str, Any]:
     """Return the report. found = kept + the counts under dropped.
 
     spec: of the images written
@@ -182,7 +154,8 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                for code, reason in enumerate(REASONS) if code and (selection.reasons == code).any()}
     dropped |= {reason if reason == TOO_SMALL else f"unreadable: {reason}": named(indices)
                 for reason, indices in tally.bad()}
-    rows = selection.labelling.rows
+    rows = selection.labeling.rows
+    identical = [[tally.kept[position] for position in positions] for positions in linked.duplicates]
     report = {"source": source.name, "kind": source.kind, "found": len(source), "kept": len(tally.kept),
               "resolution": tally.side, "channels": spec.channels, "depth": spec.depth.bits, "dropped": dropped,
               "converted": {note: named(indices, note not in _UNLISTED) for note, indices in tally.notes()},
@@ -190,9 +163,9 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                                 "largest": found.largest} for kind, found in sorted(tally.values.items())},
               "classes": _count_classes(selection, tally.kept),
               "num_groups": linked.num_groups,
-              "duplicates": [named_set(source, tally, positions) for positions in linked.duplicates],
+              "duplicates": [[source.names[index] for index in indices] for indices in identical],
               "contradictions": [{source.names[index]: selection.label_name(index) for index in indices}
-                                 for indices in contradictions(selection, tally, linked)],
+                                 for indices in identical if _num_labels(selection, indices) > 1],
               "ignored_files": {"count": len(source.ignored), "names": list(source.ignored)},
               "left_out_splits": dict(source.left_out)}
     if source.not_chosen:
@@ -208,15 +181,15 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
                              for part, count in zip(source.parts, kept)]
         doubled = repeated_names(source)
         report["names_in_several_sources"] = {"count": len(doubled), "names": doubled}
-    for key, table in (("labels_table", selection.labelling.table), ("groups_table", selection.labelling.group_table)):
+    for key, table in (("labels_table", selection.labeling.table), ("groups_table", selection.labeling.group_table)):
         if table is not None:
             report[key] = {"name": table.name, "kind": table.kind, "label_columns": list(table.label_columns),
                            "group_columns": list(table.group_columns)}
-    if selection.labelling.groups is not None and any(group is not None for group in selection.labelling.groups):
+    if selection.labeling.groups is not None and any(group is not None for group in selection.labeling.groups):
         report["images_without_a_group"] = named(index for index in tally.kept
-                                                 if selection.labelling.groups[index] is None)
+                                                 if selection.labeling.groups[index] is None)
     if rows is not None:
-        absent = selection.labelling.rows_without_image
+        absent = selection.labeling.rows_without_image
         report["images_without_a_row"] = named(np.flatnonzero(rows < 0))
         found, counts = np.unique(rows[rows >= 0], return_counts=True)
         report["images_that_share_a_row"] = named(np.flatnonzero(np.isin(rows, found[counts > 1])))
@@ -224,8 +197,9 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
     return report
 
 
-def named_set(source: Source, tally: Tally, positions: Sequence[int]) -> list[str]:
-    return [source.names[tally.kept[position]] for position in positions]
+def _num_labels(selection: Selection, indices: Sequence[int]) -> int:
+    """Return how many labels images have; an image without a label contradicts none."""
+    return len({selection.label_name(index) for index in indices if selection.label(index) is not None})
 
 
 def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] | None:
@@ -234,9 +208,9 @@ def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] 
     if labels is None or labels.ndim == 2:
         return None
     chosen = labels[np.asarray(kept, dtype=np.int64)]
-    names = selection.classes or names_of_numbers(labels)
+    names = class_names(labels, selection.classes)
     counts = {name: int((chosen == number).sum()) for number, name in enumerate(names)}
-    without = int((chosen < 0).sum())
+    without = int(missing_labels(chosen).sum())
     return counts | ({"(none)": without} if without else {})
 
 
@@ -249,50 +223,12 @@ def _count_sample(selection: Selection, undrawn: np.ndarray) -> dict[str, list[i
     return {name: [drawn.get(name, 0), count] for name, count in there.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertSummary:
-    """What was done, in short.
-
-    resolution:         pixels a side
-    channels:           3, or 1 for grey
-    dropped, converted: counts by reason and by note
-    class_counts:       None where there are no classes
-    lines:              the same for people
-    """
-    dest: Path
-    found: int
-    kept: int
-    resolution: int
-    channels: int
-    dropped: Mapping[str, int]
-    converted: Mapping[str, int]
-    class_counts: Mapping[str, int] | None
-    num_groups: int
-    num_duplicates: int
-    num_contradictions: int
-    images_without_a_row: int
-    rows_without_an_image: int
-    lines: Sequence[str]
-
-
-def summarise(dest: Path, source: Source, selection: Selection, report: Mapping[str, Any]) -> ConvertSummary:
-    """Return the summary of a report."""
-    return ConvertSummary(
-        dest=dest, found=report["found"], kept=report["kept"], class_counts=report["classes"],
-        resolution=report["resolution"], channels=report["channels"],
-        dropped={reason: entry["count"] for reason, entry in report["dropped"].items()},
-        converted={note: entry["count"] for note, entry in report["converted"].items()},
-        num_groups=report["num_groups"], num_duplicates=sum(len(names) for names in report["duplicates"]),
-        num_contradictions=len(report["contradictions"]),
-        images_without_a_row=report.get("images_without_a_row", {"count": 0})["count"],
-        rows_without_an_image=report.get("rows_without_an_image", {"count": 0})["count"],
-        lines=list(_lines(dest, source, selection, report)))
-
-
-def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str, Any]) -> Iterable[str]:
+def describe_conversion(dest: Path, source: Source, selection: Selection,
+                        report: Mapping[str, Any]) -> Iterable[str]:
+    """Yield a report in short, as lines for people."""
     kept, found = report["kept"], report["found"]
-    side, colour = report["resolution"], "grey" if report["channels"] == 1 else "RGB"
-    yield f"{dest}: {kept} images, {side}x{side} {colour}, {report['num_groups']} groups"
+    side, color = report["resolution"], "grey" if report["channels"] == 1 else "RGB"
+    yield f"{dest}: {kept} images, {side}x{side} {color}, {report['num_groups']} groups"
     yield f"  found {found} in {source.name} ({source.kind}), kept {kept}, dropped {found - kept}"
     for part in report.get("sources", []):
         yield f"  from {part['name']} ({part['kind']}): found {part['found']}, kept {part['kept']}"
@@ -323,13 +259,13 @@ def _lines(dest: Path, source: Source, selection: Selection, report: Mapping[str
     else:
         names = f" ({listed(selection.classes)})" if selection.classes else ""
         yield f"  labels: lists of {selection.labels.shape[1]} numbers{names}"
-    yield from _tables(selection.labelling)
+    yield from _tables(selection.labeling)
     yield from _remarks(source, report)
 
 
-def _tables(labelling: Labelling) -> Iterable[str]:
+def _tables(labeling: Labeling) -> Iterable[str]:
     """Tell what was taken from tables, and what else there would be."""
-    table, groups = labelling.table, labelling.group_table
+    table, groups = labeling.table, labeling.group_table
     if table is not None:
         by_groups = f", groups by {' and '.join(table.group_columns)}" if table.group_columns else ", no groups"
         yield (f"  {table.name} ({table.kind}): labels from {listed(table.label_columns)}{by_groups}")
@@ -390,5 +326,5 @@ def _count_and_names(entry: Mapping[str, Any]) -> str:
     if not names:
         return str(entry["count"])
     details = entry.get("details", {})
-    shown = [f"{name} {details[name]}" if name in details else name for name in names[:_SHOWN]]
-    return f"{entry['count']} ({', '.join(shown)}{', ...' if len(names) > _SHOWN else ''})"
+    described = [f"{name} {details[name]}" if name in details else name for name in names]
+    return f"{entry['count']} ({shorten(described, _SHOWN)})"

@@ -1,11 +1,15 @@
-"""The choices of a conversion, checked before any image is read."""
+"""Convert an archive of images into a data set: kept and dropped images add up, and nothing is left half done.
+
+Options are checked before any image is read. Then the headers of all images are, where they must tell whether there are
+colors, and of what size images will be; then the images, by several processes.
+"""
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,19 +21,17 @@ from dnnlib.progress import Progress
 from dnnlib.workers import ordered_map, usable_cores
 from imagesets.conversion_report import (
     TOO_SMALL,
-    ConvertSummary,
     Tally,
     build_report,
-    check_report,
+    describe_conversion,
     link,
-    summarise,
     write_report,
 )
 from imagesets.decode import (
     BEYOND_DEPTH,
     BadImage,
+    Decoded,
     Header,
-    PixelSpec,
     decode,
     decode_array,
     may_need_range,
@@ -37,19 +39,18 @@ from imagesets.decode import (
     probe_range,
 )
 from imagesets.folders import Loader, Source, refuse_doubtful_folders
-from imagesets.pixel_formats import MAX_DEPTH, Depth, Values, widen
-from imagesets.resize import RESOLUTIONS, is_resolution, nearest_resolution
-from imagesets.selection import Labelling, LabelsUnclear, Selection, select
+from imagesets.pixel_formats import MAX_DEPTH, Depth, widen
+from imagesets.resize import RESOLUTIONS, PixelSpec, check_resolution, is_resolution, nearest_resolution
+from imagesets.selection import Labeling, LabelsUnclear, Selection, select
 from imagesets.sources import open_sources
 from imagesets.tables import read_groups, read_table
-from imagesets.writer import ImageSetWriter
+from imagesets.writer import ImageSetWriter, check_parent
 
-TRANSFORMS = ("center-crop", "center-crop-wide")
-FILTERS = ("box", "lanczos")
 FOLDERS = ("classes", "ignore")
-_RECORDED = ("split", "include", "exclude", "labels", "groups", "id_column", "label_column", "group_column", "folders",
-             "classes", "merge", "unlabelled", "max_images", "seed", "transform", "width", "height", "resize_filter",
-             "exact", "depth", "max_bad")
+DEFAULT_SEED = 0  # of the sample of --max-images
+_HEADER_BYTES = 1 << 16  # where most headers end
+_HEADERS = 32  # that travel together
+_CHUNK_BYTES = 1 << 20  # of pixels that travel together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class ConvertOptions:
     include, exclude: patterns of file names
     folders:       what names of sub-folders are: "classes", or nothing ("ignore"); None for classes where they look so
     unlabelled:    "error", "drop" or "keep"
-    seed:          of the sample of max_images, 0 where not given
+    seed:          of the sample of max_images
     transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
     width, height: of the result (of its content for center-crop-wide); both or none
     max_bad:       share of images, 0 to 1, that may be unreadable
@@ -91,16 +92,11 @@ class ConvertOptions:
     max_bad: float = 0.01
 
     def __post_init__(self):
-        if self.transform is not None and self.transform not in TRANSFORMS:
-            raise UserError(f"--transform={self.transform}; expected {' or '.join(TRANSFORMS)}")
-        if self.resize_filter not in FILTERS:
-            raise UserError(f"--resize-filter={self.resize_filter}; expected {' or '.join(FILTERS)}")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"--max-bad={self.max_bad}; expected a share from 0 to 1, or from 0% to 100%")
         for name in ("include", "exclude"):
             if not all(getattr(self, name)):
                 raise UserError(f'--{name} is empty; expected a pattern of file names, such as --{name}="*.png"')
-        Depth(bits=self.depth)  # checks
         tables = {"id_column": self.labels or self.groups, "label_column": self.labels,
                   "group_column": self.labels or self.groups}
         for name, table in tables.items():
@@ -109,7 +105,7 @@ class ConvertOptions:
         if self.seed is not None and self.max_images is None:
             raise UserError(f"--seed={self.seed} draws the images of --max-images, which is not given; add it, or "
                             "leave --seed out")
-        if not 0 <= (self.seed or 0) < 2**32:
+        if self.seed is not None and not 0 <= self.seed < 2**32:
             raise UserError(f"--seed={self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.folders is not None and self.folders not in FOLDERS:
             raise UserError(f"--folders={self.folders}; expected {' or '.join(FOLDERS)}")
@@ -121,8 +117,16 @@ class ConvertOptions:
             raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
         if self.width is not None:
             check_resolution(self.width, self.height, self.transform)
-        elif self.transform == "center-crop-wide":
-            raise UserError("--transform=center-crop-wide needs a size; add for example --resolution=256x192")
+        self.spec(channels=3)  # checks, too
+
+    @property
+    def sample_seed(self) -> int:
+        return DEFAULT_SEED if self.seed is None else self.seed
+
+    def spec(self, channels: int) -> PixelSpec:
+        """Return what each image becomes."""
+        return PixelSpec(width=self.width, height=self.height, transform=self.transform, channels=channels,
+                         resize_filter=self.resize_filter, exact=self.exact, depth=Depth(bits=self.depth, ranges={}))
 
     def record(self) -> dict[str, Any]:
         """Return what a data set says of its making: the same on every machine, so no paths."""
@@ -131,16 +135,8 @@ class ConvertOptions:
             if given[name] is not None:
                 given[name] = Path(given[name]).name
         if self.max_images is not None:
-            given["seed"] = self.seed or 0
-        return {name: given[name] for name in _RECORDED if given[name] not in (None, (), [])}
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Return (width, height) of "256x256"."""
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
-    if match is None:
-        raise UserError(f"--resolution={text}; expected WIDTHxHEIGHT, such as 256x256")
-    return int(match[1]), int(match[2])
+            given["seed"] = self.sample_seed
+        return {name: value for name, value in given.items() if value not in (None, (), [])}
 
 
 def parse_share(text: str) -> float:
@@ -152,194 +148,21 @@ def parse_share(text: str) -> float:
         raise UserError(f"--max-bad={text}; expected a share from 0 to 1, or from 0% to 100%") from None
 
 
-def check_resolution(width: int, height: int, transform: str | None) -> None:
-    """Raise UserError when images of this size would not become squares with a power of two a side."""
-    given = f"--resolution={width}x{height}"
-    near = nearest_resolution(width)
-    if transform == "center-crop-wide":
-        if height > width:
-            raise UserError(f"{given} is higher than wide; center-crop-wide expects the width first, such as "
-                            f"{near}x{near * 3 // 4}")
-        if height < 1:
-            raise UserError(f"{given} has no height; expected for example {near}x{near * 3 // 4}")
-    elif width != height:
-        near = nearest_resolution(min(width, height))
-        raise UserError(f"{given} is not square; expected equal sides, such as {near}x{near}, or "
-                        "--transform=center-crop-wide, which pads with black to a square")
-    if not is_resolution(width):
-        other = near if transform != "center-crop-wide" else max(1, near * height // max(width, 1))
-        raise UserError(f"{given}: {width} is not {RESOLUTIONS}, as networks take; expected for example "
-                        f"{near}x{other}")
-
-
-# MERGED from imagesets.conversion.survey
-# Look at the headers of all images: are there colours, and of what size will they be?
-
-
-_HEADER_BYTES = 1 << 16  # where most headers end
-_CHUNK = 32
-
-Size = tuple[int, int]
-
-
 @dataclass(frozen=True, kw_only=True)
-class ReadHeader:
-    """Returns the header of an image, None for one that cannot be read."""
-    load: Loader
-
-    def __call__(self, item: Any) -> Header | None:
-        for limit in (_HEADER_BYTES, None):
-            try:
-                return probe(self.load(item, limit))
-            except BadImage:
-                pass  # With the whole file it is bad indeed; the conversion will say so.
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadRange:
-    """Returns the kind and the range of the values of an image (see probe_range), None for one that cannot be read."""
-    load: Loader
-
-    def __call__(self, item: Any) -> tuple[str, float, float] | None:
-        try:
-            return probe_range(self.load(item))
-        except BadImage:
-            return None
-
-
-def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers: int,
-           progress: Progress) -> tuple[PixelSpec, np.ndarray]:
-    """Return how to convert the wanted images, in color if any has color by its header, else in gray; and bool [N]:
-    which images are scaled by the values of all of their kind, which read_ranges finds.
-
-    wanted: bool [N]
-
-    Reads no further than to the first image with color, unless the size of the result is to be found out, too; beyond
-    it only files whose names let such values be expected.
-    Raises UserError when no size is given and the images differ, or are not square with a power of two a side.
-    """
-    needs_size = options.width is None
-    channels, first = 1, None
-    deep = np.zeros(len(source), dtype=bool)
-    with closing(_headers(source, wanted, workers, progress)) as headers:
-        for index, header in headers:
-            channels = 3 if header.channels > 1 else channels
-            deep[index] = header.needs_range
-            if needs_size:
-                name, size = source.names[index], _natural_size(header.width, header.height, options.transform)
-                first = first or (name, size)
-                if size != first[1]:
-                    raise _mixed_sizes(first, (name, size))
-            elif channels == 3:
-                rest = wanted & (np.arange(len(source)) > index)
-                break
-        else:
-            rest = np.zeros(len(source), dtype=bool)
-    if first is not None:
-        _check_natural_size(*first)
-    if rest.any() and source.shape is None:
-        rest &= np.array([may_need_range(name) for name in source.names])
-        with closing(_headers(source, rest, workers, progress)) as headers:
-            for index, header in headers:
-                deep[index] = header.needs_range
-    spec = PixelSpec(width=options.width, height=options.height, transform=options.transform, channels=channels,
-                     resize_filter=options.resize_filter, exact=options.exact,
-                     depth=Depth(bits=options.depth, ranges={}))
-    return spec, deep
-
-
-def read_ranges(source: Source, deep: np.ndarray, workers: int, progress: Progress) -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest value of all images of each kind, without those that cannot be read.
-
-    deep: bool [N], from survey
-    """
-    ranges: dict[str, tuple[float, float]] = {}
-    with closing(ordered_map(ReadRange(load=source.load), source.items(deep), workers)) as results:
-        for found in results:
-            progress.advance()
-            if found is not None:
-                widen(ranges, *found)
-    return ranges
-
-
-def _headers(source: Source, wanted: np.ndarray, workers: int, progress: Progress) -> Iterator[tuple[int, Header]]:
-    """Yield the index and header of each image that can be read."""
-    indices = np.flatnonzero(wanted)
-    if source.shape is not None:
-        yield indices[0], Header(*source.shape)
-        return
-    read = ordered_map(ReadHeader(load=source.load), source.items(wanted), workers, chunk=_CHUNK)
-    with closing(read):
-        for index, header in zip(indices, read):
-            progress.advance()
-            if header is not None:
-                yield index, header
-
-
-def _natural_size(width: int, height: int, transform: str | None) -> Size:
-    return (width, height) if transform is None else (min(width, height),) * 2
-
-
-def _mixed_sizes(first: tuple[str, Size], other: tuple[str, Size]) -> UserError:
-    sizes = " but ".join(f"{name} is {size[0]}x{size[1]}" for name, size in (first, other))
-    near = nearest_resolution(min(*first[1], *other[1]))
-    return UserError(f"images differ in size: {sizes}; expected one size: give --resolution={near}x{near}, with "
-                     "--transform=center-crop if their shapes are not to be stretched")
-
-
-def _check_natural_size(name: str, size: Size) -> None:
-    width, height = size
-    if width != height or not is_resolution(width):
-        near = nearest_resolution(min(size))
-        raise UserError(f"images are {width}x{height} ({name} for example); expected squares with a side of "
-                        f"{RESOLUTIONS}: give --transform=center-crop --resolution={near}x{near}")
-
-
-# MERGED from imagesets.convert
-# Convert an archive of images into a data set: kept and dropped images add up, and nothing is left half done.
-
-
-_CHUNK_BYTES = 1 << 20  # of pixels that travel together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """digest: sha256 of the source's bytes; reason: why there is no png; detail: see BadImage"""
-    digest: bytes = b""
-    png: bytes = b""
-    pixel_hash: str | None = None
-    size: tuple[int, int] = (0, 0)
-    notes: tuple[str, ...] = ()
-    values: Values | None = None
-    reason: str | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertImage:
-    """What is done to each image, in any process."""
-    load: Loader
-    spec: PixelSpec
-
-    def __call__(self, item: Any) -> Converted:
-        try:
-            image = self.load(item)
-            result = decode(image, self.spec) if isinstance(image, bytes) else decode_array(image, self.spec)
-        except BadImage as error:
-            return Converted(reason=error.reason, detail=error.detail)
-        return Converted(digest=hashlib.sha256(image).digest(), png=result.png, size=(result.width, result.height),
-                         pixel_hash=result.pixel_hash, notes=tuple(result.notes), values=result.values)
+class Conversion:
+    """What was done: the report, as --report writes it, and the same in short, as lines for people."""
+    report: dict[str, Any]
+    lines: list[str]
 
 
 def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str | os.PathLike, *,
             report: str | os.PathLike | None = None, workers: int | None = None, stream: IO[str] | None = None,
-            **options) -> ConvertSummary:
+            **options) -> Conversion:
     """Write the images of `source`, in the order of their names, to the data set `dest`.
 
     source:   a path, or several folders and zips of one set, which are read one after the other
     report:   JSON file that lists by name what became of the images, written also when the conversion is refused
-              for unreadable or unlabelled ones
+              for unreadable or unlabeled ones
     workers:  processes, None for one a core; the result does not depend on them
     stream:   where progress is shown, None for standard error
     options:  fields of ConvertOptions
@@ -377,31 +200,31 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
         writer.set_groups(linked.groups)
         writer.source.update(_describe_origin(opened, options, tally, details))
         write_report(report, details)
-    return summarise(Path(dest), opened, selection, details)
+    return Conversion(report=details, lines=list(describe_conversion(Path(dest), opened, selection, details)))
 
 
-def _label(opened: Source, options: ConvertOptions) -> Labelling:
+def _label(opened: Source, options: ConvertOptions) -> Labeling:
     if options.folders is not None and not (opened.has_files and not all(
             part.is_ready for part in opened.parts or [opened])):
         raise UserError(f"--folders: {opened.name} ({opened.kind}) brings its own labels; leave the option out")
     if options.labels is None:
         refuse_doubtful_folders(opened, are_classes=options.folders is not None)
-        labelling = Labelling.of_source(opened, ignore_folders=options.folders == "ignore")
+        labeling = Labeling.of_source(opened, ignore_folders=options.folders == "ignore")
     else:
         table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
                            group_column=options.group_column if options.groups is None else None)
-        labelling = Labelling.of_table(opened, table, all_meant="*" in options.include)
+        labeling = Labeling.of_table(opened, table, all_meant="*" in options.include)
     if options.groups is None:
-        return labelling
+        return labeling
     table = read_groups(options.groups, id_column=options.id_column, group_column=options.group_column,
-                        beside=labelling.table)
-    return labelling.with_groups(opened, table)
+                        beside=labeling.table)
+    return labeling.with_groups(opened, table)
 
 
 def _select(opened: Source, options: ConvertOptions, report: str | os.PathLike | None) -> Selection:
     try:
         return select(opened, _label(opened, options), classes=options.classes, merge=options.merge,
-                      unlabelled=options.unlabelled, max_images=options.max_images, seed=options.seed or 0)
+                      unlabelled=options.unlabelled, max_images=options.max_images, seed=options.sample_seed)
     except LabelsUnclear as error:
         write_report(report, {"error": str(error), "found": len(opened)} | error.details)
         raise
@@ -409,26 +232,31 @@ def _select(opened: Source, options: ConvertOptions, report: str | os.PathLike |
 
 def _convert_all(opened: Source, selection: Selection, spec: PixelSpec, writer: ImageSetWriter, tally: Tally,
                  workers: int, progress: Progress) -> None:
-    indices = np.flatnonzero(selection.wanted).tolist()
-    for index, result in zip(indices, _results(opened, selection, spec, workers), strict=True):
-        progress.advance()
-        if result.reason is not None:
-            tally.add_bad(index, result.reason, result.detail)
-            continue
-        width, height = result.size
-        if width != height or not is_resolution(width) or width != (tally.side or width):
-            raise UserError(f"{opened.names[index]} became {width}x{height}; expected squares of one size with a side "
-                            f"of {RESOLUTIONS}: give --resolution, for example --resolution=256x256")
-        writer.add(result.png, selection.label(index), pixel_hash=result.pixel_hash)
-        tally.add_kept(index, width, result.digest, result.notes, result.values)
-
-
-def _results(opened: Source, selection: Selection, spec: PixelSpec, workers: int) -> Iterator[Converted]:
     side = spec.width or (opened.shape[0] if opened.shape else 1024)
     chunk = max(1, min(32, _CHUNK_BYTES // (side * side * 3)))
-    function = ConvertImage(load=opened.load, spec=spec)
+    function = partial(_convert_one, opened.load, spec)
     with closing(ordered_map(function, opened.items(selection.wanted), workers, chunk=chunk)) as results:
-        yield from results
+        for index, (digest, result) in zip(np.flatnonzero(selection.wanted).tolist(), results, strict=True):
+            progress.advance()
+            if isinstance(result, BadImage):
+                tally.add_bad(index, result.reason, result.detail)
+                continue
+            width, height = result.width, result.height
+            if width != height or not is_resolution(width) or width != (tally.side or width):
+                raise UserError(f"{opened.names[index]} became {width}x{height}; expected squares of one size with a "
+                                f"side of {RESOLUTIONS}: give --resolution, for example --resolution=256x256")
+            writer.add(result.png, selection.label(index), pixel_hash=result.pixel_hash)
+            tally.add_kept(index, width, digest, result.notes, result.values)
+
+
+def _convert_one(load: Loader, spec: PixelSpec, item: Any) -> tuple[bytes, Decoded | BadImage]:
+    """Return the sha256 of the source's bytes, and what became of an image; in any process."""
+    try:
+        image = load(item)
+        result = decode(image, spec) if isinstance(image, bytes) else decode_array(image, spec)
+    except BadImage as error:
+        return b"", error.with_traceback(None)
+    return hashlib.sha256(image).digest(), result
 
 
 def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: str | os.PathLike | None,
@@ -445,19 +273,14 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
         if BEYOND_DEPTH in unreadable:
             larger = "choose a larger one or leave it out" if options.depth < MAX_DEPTH else "leave it out"
             advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: {larger}, or {advice}"
-        example = next(iter(_details(details["dropped"])), "")
+        example = next((f"; {name} {detail}" for entry in details["dropped"].values()
+                        for name, detail in entry.get("details", {}).items()), "")
         message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}{example}; {advice}"
     else:
         message = (f"all {num_wanted} images are {TOO_SMALL} to {options.width}x{options.height}; choose a smaller "
                    "--resolution")
     write_report(report, {"error": message} | details)
     raise UserError(message)
-
-
-def _details(dropped: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is to be said of single images, such as how large they are."""
-    for entry in dropped.values():
-        yield from (f"; {name} {detail}" for name, detail in entry.get("details", {}).items())
 
 
 def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, details: dict[str, Any]) -> dict[str, Any]:
@@ -487,6 +310,102 @@ def _check_paths(source: Path, dest: Path, report: str | os.PathLike | None) -> 
     if source.exists() and dest.exists() and source.samefile(dest):
         raise UserError(f"--dest={dest} is the source itself; choose another name")
     if report is not None:
-        check_report(Path(report))
+        if Path(report).is_dir():
+            raise UserError(f"--report={report} is a folder; expected a file name such as report.json")
+        check_parent("--report", Path(report))
         if Path(report).absolute() == dest.absolute():
             raise UserError(f"--report={report} is --dest; choose another name")
+
+
+def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers: int,
+           progress: Progress) -> tuple[PixelSpec, np.ndarray]:
+    """Return how to convert the wanted images, in color if any has color by its header, else in gray; and bool [N]:
+    which images are scaled by the values of all of their kind, which read_ranges finds.
+
+    wanted: bool [N]
+
+    Reads no further than to the first image with color, unless the size of the result is to be found out, too; beyond
+    it only files whose names let such values be expected.
+    Raises UserError when no size is given and the images differ, or are not square with a power of two a side.
+    """
+    needs_size = options.width is None
+    channels, first = 1, None
+    deep = np.zeros(len(source), dtype=bool)
+    with closing(_headers(source, wanted, workers, progress)) as headers:
+        for index, header in headers:
+            channels = 3 if header.channels > 1 else channels
+            deep[index] = header.needs_range
+            if needs_size:
+                size = header.width, header.height
+                if options.transform is not None:
+                    size = (min(size),) * 2
+                name = source.names[index]
+                first = first or (name, size)
+                if size != first[1]:
+                    sizes = " but ".join(f"{name} is {size[0]}x{size[1]}" for name, size in (first, (name, size)))
+                    near = nearest_resolution(min(*first[1], *size))
+                    raise UserError(f"images differ in size: {sizes}; expected one size: give --resolution={near}x"
+                                    f"{near}, with --transform=center-crop if their shapes are not to be stretched")
+            elif channels == 3:
+                rest = wanted & (np.arange(len(source)) > index)
+                break
+        else:
+            rest = np.zeros(len(source), dtype=bool)
+    if first is not None:
+        name, (width, height) = first
+        if width != height or not is_resolution(width):
+            near = nearest_resolution(min(width, height))
+            raise UserError(f"images are {width}x{height} ({name} for example); expected squares with a side of "
+                            f"{RESOLUTIONS}: give --transform=center-crop --resolution={near}x{near}")
+    if rest.any() and source.shape is None:
+        rest &= np.array([may_need_range(name) for name in source.names])
+        with closing(_headers(source, rest, workers, progress)) as headers:
+            for index, header in headers:
+                deep[index] = header.needs_range
+    return options.spec(channels), deep
+
+
+def read_ranges(source: Source, deep: np.ndarray, workers: int, progress: Progress) -> dict[str, tuple[float, float]]:
+    """Return the smallest and the largest value of all images of each kind, without those that cannot be read.
+
+    deep: bool [N], from survey
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    with closing(ordered_map(partial(_read_range, source.load), source.items(deep), workers)) as results:
+        for found in results:
+            progress.advance()
+            if found is not None:
+                widen(ranges, *found)
+    return ranges
+
+
+def _headers(source: Source, wanted: np.ndarray, workers: int, progress: Progress) -> Iterator[tuple[int, Header]]:
+    """Yield the index and header of each image that can be read."""
+    indices = np.flatnonzero(wanted)
+    if source.shape is not None:
+        yield indices[0], Header(*source.shape)
+        return
+    read = ordered_map(partial(_read_header, source.load), source.items(wanted), workers, chunk=_HEADERS)
+    with closing(read):
+        for index, header in zip(indices, read):
+            progress.advance()
+            if header is not None:
+                yield index, header
+
+
+def _read_header(load: Loader, item: Any) -> Header | None:
+    """Return the header of an image, None for one that cannot be read."""
+    for limit in (_HEADER_BYTES, None):
+        try:
+            return probe(load(item, limit))
+        except BadImage:
+            pass  # With the whole file it is bad indeed; the conversion will say so.
+    return None
+
+
+def _read_range(load: Loader, item: Any) -> tuple[str, float, float] | None:
+    """Return the kind and the range of the values of an image (see probe_range), None for one that cannot be read."""
+    try:
+        return probe_range(load(item))
+    except BadImage:
+        return None

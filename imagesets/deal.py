@@ -1,4 +1,4 @@
-"""Deal units that must stay whole into parts, so that the counts of each part come near its targets.
+"""Turn shares into target counts of each part, and deal units that must stay whole so that counts come near them.
 
 Units with equal counts are interchangeable and make a kind. Each kind is dealt in proportion, which keeps large and
 small, pure and mixed units alike in all parts; what rounding leaves over goes, large units first, where counts lack
@@ -7,11 +7,20 @@ counts to targets, and above it, in this order: no part without a class it must 
 the largest unit.
 """
 
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
 import numpy as np
+
+from dnnlib.cli import UserError
+from dnnlib.text import shorten
 
 SIZE, UNITS = 0, 1  # columns of the counts: number of images, and of units
 FIRST_CLASS = 2  # the columns from here on are classes
+REST = None  # stands for * in a skew
 
+# Shares are given with two or three digits, so their sum meets the number of images of a class only about.
+_ROUNDING = 0.01
 _MISSING_COST = 1e6  # of a required count that is zero; far above any chi-square that a move can save
 _OVERSIZE_COST = 1e3  # of an image beyond the bound on sizes
 _SMALLEST_TARGET = 0.5  # images; a smaller divisor would let a class that is not wanted at all rule the rest
@@ -43,7 +52,8 @@ def deal(counts: np.ndarray, targets: np.ndarray, required: np.ndarray, order: n
     table.weights[:, [UNITS, *range(len(totals), table.weights.shape[1])]] *= _UNIT_WEIGHT
     first_place = np.full(len(kinds), len(order))
     np.minimum.at(first_place, kind_of[order], np.arange(len(order)))
-    for kind in _large_first(kinds, first_place):
+    # By powers of two of their size, at random within one, so that seeds differ in large units, too.
+    for kind in np.lexsort((first_place, -np.floor(np.log2(kinds[:, SIZE])))):
         for _ in range(amounts[kind] - table.dealt[kind].sum()):
             table.place(kind)
     table.refine()
@@ -58,12 +68,6 @@ def _shares(kinds: np.ndarray, totals: np.ndarray, targets: np.ndarray) -> np.nd
     weights[weights.sum(axis=1) == 0, SIZE] = 1  # nothing but images counts
     shares = weights @ fractions.T
     return shares / shares.sum(axis=1, keepdims=True)
-
-
-def _large_first(kinds: np.ndarray, first_place: np.ndarray) -> np.ndarray:
-    """Order kinds by powers of two of their size, at random within one, so that seeds differ in large units, too."""
-    magnitude = np.floor(np.log2(kinds[:, SIZE]))
-    return np.lexsort((first_place, -magnitude))
 
 
 def _hand_out(dealt: np.ndarray, kind_of: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -149,3 +153,85 @@ def _lowest(change: np.ndarray) -> tuple[int, ...]:
     """Return the place of the lowest value, of the first such."""
     # Sums differ in the last digits from machine to machine; ties must not.
     return np.unravel_index(np.argmin(np.round(change, _DECIMALS)), change.shape)
+
+
+# The targets of a skew
+
+
+def skewed_targets(totals: Sequence[int], classes: Sequence[str], sizes: Sequence[Fraction],
+                   skew: Mapping[str, Sequence[Fraction | None]], *, leave_out: bool) -> np.ndarray:
+    """Return the images of each class in each institution, and in the last row those left out: float64 [P + 1, C].
+
+    totals:  images of each class [C]
+    classes: their names
+    sizes:   shares of the institutions, P of them
+    skew:    class -> share within each institution; classes that are not named fill up in proportion to their numbers
+
+    Raises UserError when a class is unknown, and when a class has fewer images than needed. With leave_out the
+    institutions get smaller, at their relative sizes, until all have what they need.
+    """
+    unknown = [name for name in skew if name not in classes]
+    if unknown:
+        raise UserError(f"--skew names the class {unknown[0]}, which the data set has no images of; expected one of "
+                        f"{shorten(list(classes), 20)}")
+    available = np.array(totals, dtype=np.float64)
+    size = np.array([float(share) for share in sizes])
+    shares = np.zeros((len(sizes), len(classes)))
+    named = [classes.index(name) for name in skew]
+    for name, row in skew.items():
+        shares[:, classes.index(name)] = _resolve_rest(name, row, available[classes.index(name)], available.sum(), size)
+    _fill_up(shares, named, available)
+    needed = available.sum() * size @ shares  # [C]
+    scale = _common_scale(needed, available, classes, named, leave_out)
+    targets = scale * available.sum() * size[:, None] * shares
+    if not leave_out:
+        # What rounding left is spread, so that nothing stays out.
+        targets *= np.divide(available, targets.sum(axis=0), out=np.zeros_like(available), where=needed > 0)
+    return np.vstack([targets, np.maximum(available - targets.sum(axis=0), 0)])
+
+
+def _resolve_rest(name: str, row: Sequence[Fraction | None], available: float, whole: float,
+                  size: np.ndarray) -> np.ndarray:
+    """Return the shares of a class, float64 [P], with what is left of its images in place of REST."""
+    if REST not in row:
+        return np.array([float(share) for share in row])
+    place = list(row).index(REST)
+    shares = np.array([0.0 if share is REST else float(share) for share in row])
+    taken = whole * float(size @ shares)
+    if taken > available:
+        raise UserError(f"--skew needs {round(taken)} images of {name} for the institutions beside *; the data set has "
+                        f"{round(available)}: lower these shares")
+    shares[place] = (available - taken) / (whole * size[place])
+    if shares[place] > 1:
+        raise UserError(f"--skew leaves {round(available - taken)} images of {name} for institution{place + 1}, which "
+                        f"holds {round(whole * size[place])}: raise the other shares")
+    return shares
+
+
+def _fill_up(shares: np.ndarray, named: Sequence[int], available: np.ndarray) -> None:
+    """Divide what the named classes leave of each institution among the other classes, in proportion."""
+    others = np.setdiff1d(np.arange(len(available)), named)
+    for institution, row in enumerate(shares, start=1):
+        total = row[named].sum()
+        if total > 1 + 1e-9 or (not len(others) and total < 1 - 1e-9):
+            hint = "at most 1" if len(others) else "1, as all classes are named"
+            raise UserError(f"--skew: the shares of institution{institution} sum to {total:.4g}; expected {hint}")
+    if len(others):
+        rest = np.maximum(1 - shares[:, named].sum(axis=1), 0)
+        shares[:, others] = rest[:, None] * available[others] / available[others].sum()
+
+
+def _common_scale(needed: np.ndarray, available: np.ndarray, classes: Sequence[str], named: Sequence[int],
+           leave_out: bool) -> float:
+    """Return which share of all images the institutions can have together."""
+    scarcity = np.divide(needed, available, out=np.zeros_like(needed), where=available > 0)
+    if leave_out:
+        return min(1, 1 / scarcity.max())
+    worst = int(np.argmax(scarcity))
+    if needed[worst] - available[worst] > max(1, _ROUNDING * available[worst]):
+        usable = int(available.sum() / scarcity.max())
+        change = "lower its shares" if worst in named else "raise the shares of the classes it names"
+        raise UserError(f"--skew needs {round(needed[worst])} images of {classes[worst]}; there are "
+                        f"{round(available[worst])}: {change}, put * for one of them, or use only {usable} of "
+                        f"{round(available.sum())} images with --leave-out")
+    return 1.0

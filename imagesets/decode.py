@@ -1,4 +1,7 @@
-"""Keep off the screen what Pillow and the C libraries below it say about damaged or unusual files."""
+"""Read an image file of any kind and make it what a data set wants, or name in a few words why that cannot be done.
+
+What Pillow and the C libraries below it print about damaged or unusual files stays off the screen.
+"""
 
 import io
 import logging
@@ -16,17 +19,18 @@ import PIL.Image
 import PIL.PngImagePlugin
 
 from imagesets.pixel_formats import (
-    BeyondDepth,
+    BEYOND_DEPTH,
+    NOT_FINITE,
+    NOT_SURVEYED,
+    UNSUPPORTED,
+    BadImage,
     Deep,
     Depth,
-    NotFinite,
-    NotSurveyed,
-    Unsupported,
     Values,
     check_readable,
     deep_header,
     flatten,
-    is_grey,
+    is_gray,
     read_values,
     reduce_values,
     split_bytes,
@@ -37,54 +41,11 @@ from imagesets.pixel_hashes import channels_first, describe_excess, hash_pixels
 from imagesets.resize import PixelSpec, Size, crop_and_resize, crop_box, decoder_reduction, picture_size
 from imagesets.writer import encode_png
 
-_STDERR = 2
-
-
-@contextmanager
-def pillow_silenced() -> Iterator[None]:
-    """Drop Pillow's warnings, and its log unless the program listens to it; nothing stays changed."""
-    log, deaf = logging.getLogger("PIL"), logging.NullHandler()
-    log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.removeHandler(deaf)
-
-
-@contextmanager
-def stderr_silenced() -> Iterator[None]:
-    """Drop what anyone in this process writes to standard error, as libtiff does past Python's knowledge."""
-    try:
-        screen = os.dup(_STDERR)
-    except OSError:  # closed: nothing can be written there
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, _STDERR)
-        yield
-    finally:
-        os.dup2(screen, _STDERR)
-        os.close(screen)
-        os.close(nowhere)
-
-
-# MERGED from imagesets.pixels.decode
-# Read an image file of any kind and make it what a data set wants, or say in a few words why that cannot be done.
-
-
 # Pillow's own limit against files that claim to be huge, about 13,000 x 13,000; written here so that it cannot move.
 MAX_PIXELS = 178_956_970
-BEYOND_DEPTH = "values beyond --depth"
-_NOT_SURVEYED = "32-bit or float, but not named .tif or .pfm"
-REASONS = ("zero bytes", "not an image", "unsupported format", "truncated", "corrupt", "too large",
-           "not-a-number pixels", BEYOND_DEPTH, _NOT_SURVEYED, "smaller than the wide crop")
-
-_REASON_OF = {NotFinite: "not-a-number pixels", BeyondDepth: BEYOND_DEPTH, NotSurveyed: _NOT_SURVEYED,
-              Unsupported: "unsupported format"}
-
+TOO_SMALL = "smaller than the wide crop"  # such an image is readable
+REASONS = ("zero bytes", "not an image", UNSUPPORTED, "truncated", "corrupt", "too large", NOT_FINITE, BEYOND_DEPTH,
+           NOT_SURVEYED, TOO_SMALL)
 # Formats that are told by their content. Not the ones that start another program (EPS) or that match nearly anything.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP|BM....\0\0\0\0|\0\0\0\x0cjP", re.DOTALL)
@@ -93,19 +54,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180,
             4: PIL.Image.Transpose.FLIP_TOP_BOTTOM, 5: PIL.Image.Transpose.TRANSPOSE,
             6: PIL.Image.Transpose.ROTATE_270, 7: PIL.Image.Transpose.TRANSVERSE, 8: PIL.Image.Transpose.ROTATE_90}
-
-
-class BadImage(ValueError):
-    """An image that cannot be used; `reason` is a few words, from this module one of REASONS.
-
-    detail: what was found, what the limit is and what to do, to go on from the image's name; "" where the reason says
-            all
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
+_STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +97,7 @@ def probe(data: bytes) -> Header:
         image = _open(data)
         deep = deep_header(image)
         width, height = _upright_size(image, _orientation(image, data))
-        return Header(width, height, 1 if is_grey(image) else 3, deep is not None and deep.needs_range)
+        return Header(width, height, 1 if is_gray(image) else 3, deep is not None and deep.needs_range)
 
 
 def probe_range(data: bytes) -> tuple[str, float, float] | None:
@@ -173,11 +122,11 @@ def may_need_range(name: str) -> bool:
 
 def decode(data: bytes, spec: PixelSpec) -> Decoded:
     """Return the data set's picture of an image file. Raises BadImage."""
-    # LIMIT: JPEG has no checksum; bytes flipped inside one may give stripes of a wrong colour, and nobody is told.
+    # LIMIT: JPEG has no checksum; bytes flipped inside one may give stripes of a wrong color, and nobody is told.
     with _failures_named():
         image = _open(data)
         check_readable(image)
-        grey, mode, deep, notes = is_grey(image), image.mode, deep_header(image), set()
+        gray, mode, deep, notes = is_gray(image), image.mode, deep_header(image), set()
         orientation = _orientation(image, data)
         if (frames := _frame_count(image)) != 1:
             notes.add(f"first frame of {frames or 'several'}")
@@ -195,13 +144,13 @@ def decode(data: bytes, spec: PixelSpec) -> Decoded:
             image, values = _to_8_bits(layers, deep, spec.depth)
             notes.add(f"{deep.kind} scaled")
         profile = None if mode == "CMYK" else image.info.get("icc_profile")
-        flat, more = flatten(image, grey=grey)
+        flat, more = flatten(image, gray=gray)
     return _finish(flat, spec, size=size, mode=mode, notes=notes | more, values=values, reduction=reduction,
                    profile=profile)
 
 
 def decode_array(pixels: np.ndarray, spec: PixelSpec) -> Decoded:
-    """Return the data set's picture of uint8 or uint16 pixels: [H, W] or [H, W, 1] grey, [H, W, 3] RGB, [H, W, 4] RGBA.
+    """Return the data set's picture of uint8 or uint16 pixels: [H, W] or [H, W, 1] gray, [H, W, 3] RGB, [H, W, 4] RGBA.
 
     Raises ValueError for other arrays, BadImage for pictures too small for the transform.
     """
@@ -217,7 +166,7 @@ def decode_array(pixels: np.ndarray, spec: PixelSpec) -> Decoded:
             pixels, values = reduce_values(pixels, Deep(kind="16-bit"), spec.depth)
         notes.add("16-bit scaled")
     image = PIL.Image.fromarray(np.ascontiguousarray(pixels))
-    flat, more = flatten(image, grey=pixels.ndim == 2)
+    flat, more = flatten(image, gray=pixels.ndim == 2)
     return _finish(flat, spec, size=image.size, mode=image.mode, notes=notes | more, values=values)
 
 
@@ -240,7 +189,7 @@ def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, no
     """Crop, resize and encode an L or RGB image whose sides the decoder has divided by `reduction`."""
     box = crop_box(size, spec)
     if box is None:
-        raise BadImage("smaller than the wide crop")
+        raise BadImage(TOO_SMALL)
     picture = crop_and_resize(flat, box, spec, reduction=reduction)
     notes = set(notes)
     if reduction > 1:
@@ -278,7 +227,7 @@ def _why_unidentified(data: bytes) -> str:
     if _MAGIC.match(data) or (data[4:12] == b"ftypavif" and "AVIF" in _formats()):
         return "corrupt"
     if data[4:8] == b"ftyp" or data[128:132] == b"DICM":  # HEIC photographs of phones, DICOM
-        return "unsupported format"
+        return UNSUPPORTED
     return "not an image"
 
 
@@ -352,8 +301,6 @@ def _failures_named() -> Iterator[None]:
         raise
     except PIL.Image.DecompressionBombError as error:
         raise BadImage("too large", describe_excess(error)) from error
-    except (NotFinite, BeyondDepth, NotSurveyed, Unsupported) as error:
-        raise BadImage(_REASON_OF[type(error)]) from error
     except Exception as error:  # damaged files make Pillow raise nearly every kind of exception
         text = str(error).lower()
         if "max_text_" in text:
@@ -361,3 +308,34 @@ def _failures_named() -> Iterator[None]:
                            f"{PIL.PngImagePlugin.MAX_TEXT_CHUNK:,} bytes that are read (all together "
                            f"{PIL.PngImagePlugin.MAX_TEXT_MEMORY:,}): save it without") from error
         raise BadImage("truncated" if "truncated" in text or "end of file" in text else "corrupt") from error
+
+
+@contextmanager
+def pillow_silenced() -> Iterator[None]:
+    """Drop Pillow's warnings, and its log unless the program listens to it; nothing stays changed."""
+    log, deaf = logging.getLogger("PIL"), logging.NullHandler()
+    log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.removeHandler(deaf)
+
+
+@contextmanager
+def stderr_silenced() -> Iterator[None]:
+    """Drop what anyone in this process writes to standard error, as libtiff does past Python's knowledge."""
+    try:
+        screen = os.dup(_STDERR)
+    except OSError:  # closed: nothing can be written there
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, _STDERR)
+        yield
+    finally:
+        os.dup2(screen, _STDERR)
+        os.close(screen)
+        os.close(nowhere)

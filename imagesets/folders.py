@@ -1,4 +1,7 @@
-"""What every archive of images looks like to the conversion."""
+"""What every archive of images is to the conversion, a `Source`; and folders and zips of images as such.
+
+Labels come from dataset.json, else from sub-folders.
+"""
 
 import os
 import re
@@ -9,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +21,19 @@ import numpy as np
 from dnnlib.cli import UserError
 from dnnlib.files import retrying
 from dnnlib.text import listed
-from imagesets.classes import order_classes
+from imagesets.classes import numbers_of, order_classes
 from imagesets.decode import BadImage
-from imagesets.reader import METADATA, NO_LABEL, NUMBERED_NAME, ImageSet, MisplacedMetadata, excess_of
+from imagesets.metadata import METADATA, NUMBERED_NAME
+from imagesets.reader import ImageSet, MisplacedMetadata, excess_of
+
+_TABLES = (".csv", ".tsv", ".xlsx")
+# Words of folder names that divide a set rather than name a class: alone, or with a number behind them.
+_PARTS = {"dev", "eval", "evaluation", "holdout", "part", "parts", "test", "testing", "testset", "train", "training",
+          "trainset", "val", "valid", "validation", "valset"}
+_CONTENTS = {"annotations", "archive", "batch", "chunk", "data", "dataset", "folder", "fold", "image", "images", "img",
+             "imgs", "input", "jpeg", "jpg", "masks", "photos", "pictures", "png", "segmentations", "set", "shard",
+             "split", "vol", "volume"}
+_UNITS = {"case", "lesion", "patient", "subject"}
 
 
 class Loader(Protocol):
@@ -87,37 +101,12 @@ class Source:
     def has_vectors(self) -> bool:
         return self.labels is not None and self.labels.ndim == 2
 
-    def unlabelled(self) -> np.ndarray:
-        """Return bool [N]: which images have no label."""
-        return missing_labels(self.labels, len(self))
-
-
-def missing_labels(labels: np.ndarray | None, count: int) -> np.ndarray:
-    """Return bool [count]: which labels are missing, all where there are none."""
-    if labels is None:
-        return np.ones(count, dtype=bool)
-    return labels == NO_LABEL if labels.ndim == 1 else np.isnan(labels).any(axis=1)
-
-
-# MERGED from imagesets.sources.files
-# Folders and zips of images as sources: labels from dataset.json, else from sub-folders.
-
-
-_TABLES = (".csv", ".tsv", ".xlsx")
-# Words of folder names that divide a set rather than name a class: alone, or with a number behind them.
-_PARTS = {"dev", "eval", "evaluation", "holdout", "part", "parts", "test", "testing", "testset", "train", "training",
-          "trainset", "val", "valid", "validation", "valset"}
-_CONTENTS = {"annotations", "archive", "batch", "chunk", "data", "dataset", "folder", "fold", "image", "images", "img",
-             "imgs", "input", "jpeg", "jpg", "masks", "photos", "pictures", "png", "segmentations", "set", "shard",
-             "split", "vol", "volume"}
-_UNITS = {"case", "lesion", "patient", "subject"}
-
 
 def open_folder(path: Path) -> Source:
     """Open a folder of images, with all its sub-folders. Raises UserError when there are none."""
     images, fault = _open(path)
     places = [images.locate(name) for name in images.names]
-    return _describe(images, "image folder", _NamedItems(places), FolderLoader(root=str(path)), fault)
+    return _describe(images, "image folder", _ListedItems(places), _FolderLoader(root=str(path)), fault)
 
 
 def open_zip(path: Path) -> Source:
@@ -130,7 +119,7 @@ def open_zip(path: Path) -> Source:
         raise UserError(f"{path} holds {doubled[0]} more than once ({len(doubled)} such names); expected each name "
                         "once: unpack it and use the folder")
     places = np.array([members[images.locate(name)] for name in images.names], dtype=np.int64)
-    return _describe(images, "zip of images", _PlacedItems(places), ZipLoader(path=str(path)), fault)
+    return _describe(images, "zip of images", _ListedItems(places), _ZipLoader(path=str(path)), fault)
 
 
 def _open(path: Path) -> tuple[ImageSet, str | None]:
@@ -142,24 +131,16 @@ def _open(path: Path) -> tuple[ImageSet, str | None]:
 
 
 @dataclass(frozen=True)
-class _NamedItems:
-    names: Sequence[str]
+class _ListedItems:
+    """items: names of files, or int64 [N, 5] as _ZipLoader takes them"""
+    items: Sequence[str] | np.ndarray
 
-    def __call__(self, wanted: np.ndarray) -> Iterator[str]:
-        return (name for name, want in zip(self.names, wanted) if want)
-
-
-@dataclass(frozen=True)
-class _PlacedItems:
-    """places: int64 [N, 5], see ZipLoader"""
-    places: np.ndarray
-
-    def __call__(self, wanted: np.ndarray) -> Iterator[tuple[int, ...]]:
-        return (tuple(place.tolist()) for place, want in zip(self.places, wanted) if want)
+    def __call__(self, wanted: np.ndarray) -> Iterator[str | np.ndarray]:
+        return (item for item, want in zip(self.items, wanted) if want)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderLoader:
+class _FolderLoader:
     root: str
 
     def __call__(self, item: str, limit: int | None = None) -> bytes:
@@ -181,7 +162,7 @@ class FolderLoader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZipLoader:
+class _ZipLoader:
     """Reads members by their place in the file.
 
     The list of members, which is large for a large zip, is thus needed in one process only. An item is (place of the
@@ -189,12 +170,12 @@ class ZipLoader:
     """
     path: str
 
-    def __call__(self, item: tuple[int, int, int, int, int], limit: int | None = None) -> bytes:
+    def __call__(self, item: np.ndarray, limit: int | None = None) -> bytes:
         """Return the bytes of a member, at most the first `limit` ones. Raises BadImage, and DiskFailure."""
         return retrying(lambda: self._unpack(item, limit), self.path)
 
-    def _unpack(self, item: tuple[int, int, int, int, int], limit: int | None) -> bytes:
-        place, packed_size, size, checksum, kind = item
+    def _unpack(self, item: np.ndarray, limit: int | None) -> bytes:
+        place, packed_size, size, checksum, kind = item.tolist()
         method, flags = kind & 0xffff, kind >> 16
         if flags & 1:
             raise BadImage("encrypted in the zip")
@@ -255,8 +236,7 @@ def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str
     if found is None:
         return None, None
     classes = order_classes({folder for folder in found if folder is not None})
-    index = {name: number for number, name in enumerate(classes)}
-    return np.array([NO_LABEL if folder is None else index[folder] for folder in found], dtype=np.int64), classes
+    return numbers_of(found, classes), classes
 
 
 def class_folders(names: Sequence[str]) -> list[str | None] | None:
@@ -270,18 +250,13 @@ def class_folders(names: Sequence[str]) -> list[str | None] | None:
 def enclosing_folders(names: Sequence[str]) -> list[str]:
     """Return the folders around all images, from the outermost to the innermost."""
     folders = [name.split("/")[:-1] for name in names]
-    first, last = min(folders), max(folders)  # what these two begin with, all between them do
-    return first[:_num_common(first, last)]
+    pairs = zip(min(folders), max(folders))  # what these two begin with, all between them do
+    return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def is_numbered(names: Sequence[str]) -> bool:
     """Return whether images are named as in a data set, whose folders are no classes."""
     return all(NUMBERED_NAME.fullmatch("/".join(name.split("/")[-2:])) for name in names)
-
-
-def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return how many leading parts are equal."""
-    return next((count for count, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def refuse_doubtful_folders(source: Source, are_classes: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Decode every image of a data set once, and keep what it is: size, mode, digest, or what is wrong with it."""
+"""Look at a data set: decode every image once, count classes, groups, sizes and duplicates, and find what is wrong."""
 
 import hashlib
 import io
@@ -19,13 +19,92 @@ import PIL.Image
 from dnnlib.cli import UserError
 from dnnlib.text import plural
 from dnnlib.workers import ordered_map
-from imagesets.labels import are_findings, class_columns, class_names, label_of, label_text
+from imagesets.classes import VECTOR, class_name
+from imagesets.metadata import METADATA
 from imagesets.pixel_formats import MAX_DEPTH, MIN_DEPTH, depth_remark
-from imagesets.pixel_hashes import DIGEST_SIZE, describe_excess, identical_sets
-from imagesets.reader import METADATA, ImageSet
-from imagesets.resize import MAX_RESOLUTION, MIN_RESOLUTION
+from imagesets.pixel_hashes import DIGEST_SIZE, describe_excess, identical_sets, number_texts
+from imagesets.reader import ImageSet
+from imagesets.resize import MAX_RESOLUTION, MIN_RESOLUTION, is_power_of_two
 
+TRAINING, LABELS = "training", "labels"  # what a problem blocks: all training, or only training with --cond
+
+MAX_LISTED = 1000  # names in a list; counts are always of all
+_MAX_IN_SET = 5  # names of a set of identical images
+_DARK = 64  # of 255: what the largest number of 14 bits becomes when it is taken for one of 16
 _CHUNK = 32  # images that travel together; one of 64x64 pixels takes a third of a millisecond
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCount:
+    """Images of one class; `share` is of all images. Classes of multi-label images overlap."""
+
+    index: int
+    name: str
+    num_images: int
+    share: float
+    num_groups: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something to put right.
+
+    kind:    which, in a word or two
+    blocks:  TRAINING, LABELS, or None where training may ignore it
+    count:   number of files, classes or sets of files that have it
+    message: what it is, and what to do
+    files:   names, with reasons where they differ; up to 1000
+    """
+
+    kind: str
+    blocks: str | None
+    count: int
+    message: str
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found; as JSON, an object with these fields as keys.
+
+    kind:           "zip" or "folder"
+    phantom:        True where dataset.json says that the images are rendered
+    num_groups:     groups; an image that is in none counts as one
+    label_kind:     "classes", "lists" or None
+    folders:        images by sub-folder, where there is no dataset.json
+    mixed_groups:   names of groups whose images have different labels, of num_mixed_groups
+    sizes, modes:   number of usable images of each "64x64", and of each of Pillow's modes, the most frequent first
+    num_duplicates: images that are byte for byte equal to an earlier one
+    duplicates:     lists of the names of identical images
+    other_files:    members that are not images
+    problems:       objects with kind, blocks ("training", "labels" or null), count, message, and files
+    ready:          whether a network can be trained on the set; ready_with_labels: also with --cond
+    source:         what dataset.json says of the origin
+
+    Lists hold up to 1000 entries.
+    """
+
+    path: str
+    kind: str
+    phantom: bool
+    num_images: int
+    num_bytes: int
+    num_groups: int
+    num_unlabelled: int
+    label_kind: str | None
+    classes: list[ClassCount]
+    folders: dict[str, int]
+    num_mixed_groups: int
+    mixed_groups: list[str]
+    sizes: dict[str, int]
+    modes: dict[str, int]
+    num_duplicates: int
+    duplicates: list[list[str]]
+    other_files: list[str]
+    problems: list[Problem]
+    ready: bool
+    ready_with_labels: bool
+    source: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +135,18 @@ class Measures:
         return result
 
 
+def open_for_inspection(path: str | os.PathLike) -> tuple[ImageSet, str | None]:
+    """Open a data set, and return with it what is wrong with its dataset.json, which is then left aside.
+
+    Raises UserError when there is no data set to look at.
+    """
+    try:
+        return ImageSet(path), None
+    except UserError as error:
+        # Raises again unless dataset.json was the reason.
+        return ImageSet(path, with_metadata=False), str(error).removeprefix(f"{os.fspath(path)}: ")
+
+
 def measure(images: ImageSet, *, workers: int = 1, on_image: Callable[[], None] = lambda: None) -> Measures:
     """Read and decode all images; a fault is noted, not raised."""
     digests, numbers, mode_names, faults = bytearray(), array("q"), {}, {}
@@ -72,6 +163,52 @@ def measure(images: ImageSet, *, workers: int = 1, on_image: Callable[[], None] 
                     faults=faults)
 
 
+def summarize(images: ImageSet, measures: Measures, metadata_fault: str | None = None) -> Inspection:
+    """Draw up what is known of a data set."""
+    usable = measures.usable
+    rows = np.flatnonzero(usable)
+    duplicates = [rows[run] for run in identical_sets(measures.digests[usable])] if len(rows) else []
+    group_of = number_texts(images.groups)
+    mixed = _mixed_groups(images, group_of)
+    sizes = Counter(f"{width}x{height}" for width, height in measures.sizes[usable].tolist())
+    modes = Counter(measures.mode_names[mode] for mode in measures.modes[usable].tolist())
+    problems = _find_problems(images, measures, duplicates, metadata_fault)
+    ready = not any(problem.blocks == TRAINING for problem in problems)
+    has_labels = images.labels is not None and not any(problem.blocks == LABELS for problem in problems)
+    folders = Counter(os.path.dirname(name) for name in images.names)
+    has_folders = METADATA not in images.other_members and set(folders) != {""}
+    return Inspection(
+        path=os.fspath(images.path), kind="zip" if images.is_zip else "folder",
+        phantom=images.source.get("phantom") is True, num_images=len(images), num_bytes=int(measures.bytes.sum()),
+        num_groups=int(group_of.max()) + 1, num_unlabelled=int(images.missing_labels().sum()),
+        label_kind=None if images.labels is None else "lists" if images.label_kind == VECTOR else "classes",
+        classes=_count_classes(images, group_of), folders=dict(sorted(folders.items())) if has_folders else {},
+        num_mixed_groups=len(mixed), mixed_groups=mixed[:MAX_LISTED],
+        sizes=dict(sizes.most_common()), modes=dict(modes.most_common()),
+        num_duplicates=sum(len(run) - 1 for run in duplicates),
+        duplicates=[[images.names[row] for row in run[:MAX_LISTED]] for run in duplicates[:MAX_LISTED]],
+        other_files=[name for name in images.other_members if name != METADATA][:MAX_LISTED],
+        problems=problems, ready=ready, ready_with_labels=ready and has_labels, source=images.source)
+
+
+def _count_classes(images: ImageSet, group_of: np.ndarray) -> list[ClassCount]:
+    columns, findings = images.class_columns(), images.are_findings()
+    return [ClassCount(index=index, name=name, num_images=int(columns[:, index].sum()),
+                       share=float(columns[:, index].mean()), num_groups=len(np.unique(group_of[columns[:, index]])))
+            for index, name in enumerate(images.class_names()) if findings[index]]
+
+
+def _mixed_groups(images: ImageSet, group_of: np.ndarray) -> list[str]:
+    """Return the groups whose images have different labels, in order; images without a label do not count."""
+    if images.labels is None:
+        return []
+    labels = images.labels.reshape(len(images), -1)
+    _, label_of = np.unique(labels, axis=0, return_inverse=True)
+    pairs = np.unique(np.column_stack([group_of, label_of.reshape(-1)])[~images.missing_labels()], axis=0)
+    names = list(dict.fromkeys(images.groups))
+    return [names[group] for group in np.flatnonzero(np.bincount(pairs[:, 0]) > 1)]
+
+
 def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str, int, str | None]:
     """Return digest, number of bytes, width, height, mode, largest value, and what is wrong or None."""
     try:
@@ -81,34 +218,22 @@ def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str
         return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, why
     except OSError as error:
         return bytes(DIGEST_SIZE), 0, 0, 0, "", 0, f"unreadable: {error.strerror}"
-    digest = hashlib.sha256(data).digest()
-    try:
-        width, height, mode, largest = _decode(data)
-    except _BadImage as error:
-        return digest, len(data), 0, 0, "", 0, str(error)
-    return digest, len(data), width, height, mode, largest, None
-
-
-class _BadImage(ValueError):
-    """The reason is the message."""
-
-
-def _decode(data: bytes) -> tuple[int, int, str, int]:
-    if not data:
-        raise _BadImage("zero bytes")
+    digest, num_bytes = hashlib.sha256(data).digest(), len(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # training refuses what Pillow warns of, too
             image = PIL.Image.open(io.BytesIO(data))
             image.load()
-    except PIL.UnidentifiedImageError as error:
-        raise _BadImage("not an image") from error
+    except PIL.UnidentifiedImageError:
+        fault = "not an image" if data else "zero bytes"
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise _BadImage(f"too large: {describe_excess(error)}") from error
+        fault = f"too large: {describe_excess(error)}"
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Warning) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise _BadImage("truncated" if "truncated" in text else text) from error
-    return image.width, image.height, image.mode, _largest_value(image)
+        fault = "truncated" if "truncated" in text else text
+    else:
+        return digest, num_bytes, image.width, image.height, image.mode, _largest_value(image), None
+    return digest, num_bytes, 0, 0, "", 0, fault
 
 
 def _largest_value(image: PIL.Image.Image) -> int:
@@ -117,36 +242,7 @@ def _largest_value(image: PIL.Image.Image) -> int:
     return int(largest) if np.isfinite(largest) else 0
 
 
-# MERGED from imagesets.inspecting.problems
-# Find what is wrong with a data set, and what that stops.
-
-
-TRAINING, LABELS = "training", "labels"  # what a problem blocks: all training, or only training with --cond
-
-MAX_LISTED = 1000  # names in a list; counts are always of all
-_MAX_IN_SET = 5  # names of a set of identical images
-_DARK = 64  # of 255: what the largest number of 14 bits becomes when it is taken for one of 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Something to put right.
-
-    kind:    which, in a word or two
-    blocks:  TRAINING, LABELS, or None where training may ignore it
-    count:   number of files, classes or sets of files that have it
-    message: what it is, and what to do
-    files:   names, with reasons where they differ; up to 1000
-    """
-
-    kind: str
-    blocks: str | None
-    count: int
-    message: str
-    files: list[str]
-
-
-def find_problems(images: ImageSet, measures: Measures, duplicates: Sequence[np.ndarray],
+def _find_problems(images: ImageSet, measures: Measures, duplicates: Sequence[np.ndarray],
                   metadata_fault: str | None) -> list[Problem]:
     """Return all problems, those that stop training first.
 
@@ -198,12 +294,13 @@ def _size_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
         files = files_where(wrong)
         yield _problem("not square", TRAINING, f"{plural(len(files), 'image is', 'images are')} not square: "
                        "convert with --transform=center-crop", files)
-    if (wrong := (width == height) & (width & (width - 1) != 0)).any():
+    is_power = np.array([is_power_of_two(side) for side in width.tolist()])
+    if (wrong := (width == height) & ~is_power).any():
         files = files_where(wrong)
         yield _problem("not a power of two", TRAINING, f"{plural(len(files), 'image has', 'images have')} sides that "
                        "are no power of two: convert with --resolution=256x256, say", files)
     beyond = (width < MIN_RESOLUTION) | (width > MAX_RESOLUTION)
-    if (wrong := (width == height) & (width & (width - 1) == 0) & beyond).any():
+    if (wrong := (width == height) & is_power & beyond).any():
         files = files_where(wrong)
         yield _problem("size out of range", TRAINING, f"{plural(len(files), 'image is', 'images are')} not of "
                        f"{MIN_RESOLUTION} to {MAX_RESOLUTION} pixels a side: convert with --resolution", files)
@@ -216,11 +313,11 @@ def _mode_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
     if wrong:
         yield _problem("mode", TRAINING, f"{plural(len(wrong), 'image is', 'images are')} neither RGB nor 8-bit grey: "
                        "convert the set", [f"{images.names[row]} ({modes[row]})" for row in wrong])
-    grey = [row for row in usable if modes[row] == "L"]
-    colour = [row for row in usable if modes[row] == "RGB"]
-    if grey and colour:
-        yield _problem("mixed modes", TRAINING, f"{plural(len(grey), 'grey image')} and {len(colour)} in colour; "
-                       "expected one kind: convert the set", [images.names[row] for row in min(grey, colour, key=len)])
+    gray = [row for row in usable if modes[row] == "L"]
+    color = [row for row in usable if modes[row] == "RGB"]
+    if gray and color:
+        yield _problem("mixed modes", TRAINING, f"{plural(len(gray), 'grey image')} and {len(color)} in colour; "
+                       "expected one kind: convert the set", [images.names[row] for row in min(gray, color, key=len)])
 
 
 def _depth_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
@@ -252,13 +349,13 @@ def _recorded_values(source: Mapping[str, Any]) -> list[tuple[str, float, float]
 def _label_problems(images: ImageSet) -> Iterator[Problem]:
     if images.labels is None:
         return
-    missing = [name for row, name in enumerate(images.names) if label_of(images, row) is None]
+    missing = [images.names[row] for row in np.flatnonzero(images.missing_labels())]
     if missing:
         yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({images.num_unnamed} "
                        f"not named in {METADATA}): convert with --unlabelled=drop, or run train.py without --cond",
                        missing)
-    is_empty = are_findings(images) & ~class_columns(images).any(axis=0)
-    empty = [name for name, empty in zip(class_names(images), is_empty, strict=True) if empty]
+    is_empty = images.are_findings() & ~images.class_columns().any(axis=0)
+    empty = [name for name, empty in zip(images.class_names(), is_empty, strict=True) if empty]
     if empty:
         # A class without images still takes a place in the label, and nothing trains it.
         yield _problem("empty class", None, f"{plural(len(empty), 'class', 'classes')} without an image: "
@@ -269,9 +366,9 @@ def _duplicate_problems(images: ImageSet, duplicates: Sequence[np.ndarray]) -> I
     contradictory, scattered = [], []
     for rows in duplicates:
         # One image of each label, and of each group, is enough to find the others.
-        by_label = {label_text(images, row): row for row in rows[::-1] if label_of(images, row) is not None}
+        by_label = {_label_text(images, label): row for row in rows[::-1] if (label := images.label(row)) is not None}
         if len(by_label) > 1:
-            texts = [f"{images.names[row]} ({label})" for label, row in by_label.items()]
+            texts = [f"{images.names[row]} ({text})" for text, row in by_label.items()]
             contradictory.append(" = ".join(sorted(texts)[:_MAX_IN_SET]))
         by_group = {images.groups[row]: row for row in rows[::-1]}
         if len(by_group) > 1:
@@ -284,129 +381,6 @@ def _duplicate_problems(images: ImageSet, duplicates: Sequence[np.ndarray]) -> I
                        "different groups; split keeps these together", scattered)
 
 
-# MERGED from imagesets.inspection
-# Say what a data set holds: classes, groups, sizes, duplicates, problems, and whether it can be trained on.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassCount:
-    """Images of one class; `share` is of all images. Classes of multi-label images overlap."""
-
-    index: int
-    name: str
-    num_images: int
-    share: float
-    num_groups: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What was found; as JSON, an object with these fields as keys.
-
-    kind:           "zip" or "folder"
-    phantom:        True where dataset.json says that the images are rendered
-    num_groups:     groups; an image that is in none counts as one
-    label_kind:     "classes", "lists" or None
-    folders:        images by sub-folder, where there is no dataset.json
-    mixed_groups:   names of groups whose images have different labels, of num_mixed_groups
-    sizes, modes:   number of usable images of each "64x64", and of each of Pillow's modes, the most frequent first
-    num_duplicates: images that are byte for byte equal to an earlier one
-    duplicates:     lists of the names of identical images
-    other_files:    members that are not images
-    problems:       objects with kind, blocks ("training", "labels" or null), count, message, and files
-    ready:          whether a network can be trained on the set; ready_with_labels: also with --cond
-    source:         what dataset.json says of the origin
-
-    Lists hold up to 1000 entries.
-    """
-
-    path: str
-    kind: str
-    phantom: bool
-    num_images: int
-    num_bytes: int
-    num_groups: int
-    num_unlabelled: int
-    label_kind: str | None
-    classes: list[ClassCount]
-    folders: dict[str, int]
-    num_mixed_groups: int
-    mixed_groups: list[str]
-    sizes: dict[str, int]
-    modes: dict[str, int]
-    num_duplicates: int
-    duplicates: list[list[str]]
-    other_files: list[str]
-    problems: list[Problem]
-    ready: bool
-    ready_with_labels: bool
-    source: dict[str, Any]
-
-
-def open_for_inspection(path: str | os.PathLike) -> tuple[ImageSet, str | None]:
-    """Open a data set, and return with it what is wrong with its dataset.json, which is then left aside.
-
-    Raises UserError when there is no data set to look at.
-    """
-    try:
-        return ImageSet(path), None
-    except UserError as error:
-        # Raises again unless dataset.json was the reason.
-        return ImageSet(path, with_metadata=False), str(error).removeprefix(f"{os.fspath(path)}: ")
-
-
-def summarize(images: ImageSet, measures: Measures, metadata_fault: str | None = None) -> Inspection:
-    """Draw up what is known of a data set."""
-    usable = measures.usable
-    rows = np.flatnonzero(usable)
-    duplicates = [rows[run] for run in identical_sets(measures.digests[usable])] if len(rows) else []
-    group_of = number(images.groups)
-    mixed = _mixed_groups(images, group_of)
-    sizes = Counter(f"{width}x{height}" for width, height in measures.sizes[usable].tolist())
-    modes = Counter(measures.mode_names[mode] for mode in measures.modes[usable].tolist())
-    problems = find_problems(images, measures, duplicates, metadata_fault)
-    ready = not any(problem.blocks == TRAINING for problem in problems)
-    has_labels = images.labels is not None and not any(problem.blocks == LABELS for problem in problems)
-    has_metadata = METADATA in images.other_members
-    return Inspection(
-        path=os.fspath(images.path), kind="zip" if images.is_zip else "folder",
-        phantom=images.source.get("phantom") is True, num_images=len(images), num_bytes=int(measures.bytes.sum()),
-        num_groups=int(group_of.max()) + 1, num_unlabelled=images.num_unlabelled,
-        label_kind=None if images.labels is None else "classes" if images.labels.ndim == 1 else "lists",
-        classes=_count_classes(images, group_of), folders={} if has_metadata else _count_folders(images.names),
-        num_mixed_groups=len(mixed), mixed_groups=mixed[:MAX_LISTED],
-        sizes=dict(sizes.most_common()), modes=dict(modes.most_common()),
-        num_duplicates=sum(len(run) - 1 for run in duplicates),
-        duplicates=[[images.names[row] for row in run[:MAX_LISTED]] for run in duplicates[:MAX_LISTED]],
-        other_files=[name for name in images.other_members if name != METADATA][:MAX_LISTED],
-        problems=problems, ready=ready, ready_with_labels=ready and has_labels, source=images.source)
-
-
-def number(texts: Sequence[str]) -> np.ndarray:
-    """Number texts in the order in which they first appear: int64 [N]."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
-
-
-def _count_classes(images: ImageSet, group_of: np.ndarray) -> list[ClassCount]:
-    columns, findings = class_columns(images), are_findings(images)
-    return [ClassCount(index=index, name=name, num_images=int(columns[:, index].sum()),
-                       share=float(columns[:, index].mean()), num_groups=len(np.unique(group_of[columns[:, index]])))
-            for index, name in enumerate(class_names(images)) if findings[index]]
-
-
-def _count_folders(names: Sequence[str]) -> dict[str, int]:
-    folders = Counter(os.path.dirname(name) for name in names)
-    return dict(sorted(folders.items())) if set(folders) != {""} else {}
-
-
-def _mixed_groups(images: ImageSet, group_of: np.ndarray) -> list[str]:
-    """Return the groups whose images have different labels, in order; images without a label do not count."""
-    if images.labels is None:
-        return []
-    labels = images.labels.reshape(len(images), -1)
-    _, label_of = np.unique(labels, axis=0, return_inverse=True)
-    known = labels[:, 0] >= 0 if images.labels.ndim == 1 else ~np.isnan(labels).any(axis=1)
-    pairs = np.unique(np.column_stack([group_of, label_of.reshape(-1)])[known], axis=0)
-    names = list(dict.fromkeys(images.groups))
-    return [names[group] for group in np.flatnonzero(np.bincount(pairs[:, 0]) > 1)]
+def _label_text(images: ImageSet, label: int | list[float]) -> str:
+    """Return a label for people: the name of a class, or the numbers of a vector."""
+    return str(label) if isinstance(label, list) else class_name(label, images.classes)

@@ -1,4 +1,4 @@
-"""Recognize a table of labels or groups by its header, and say how a row of it is read.
+"""Recognize a table of labels or groups by its header, and tell how a row of it is read.
 
 Sources of the known headers: the ground truth files of the ISIC challenges 2017, 2018 (task 3), 2019, 2020 (SIIM) and
 2024 at challenge.isic-archive.com, the files of lesions beside those of 2018 and 2019, Kaggle's train-metadata.csv of
@@ -8,6 +8,7 @@ benign_malignant), and the metadata of HAM10000 (Tschandl et al. 2018).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
@@ -163,31 +164,24 @@ def _build_column(header: Sequence[str], columns: frozenset[str]) -> tuple[Seque
     return [index], _read_column(index), None
 
 
-def _build_one_hot(header: Sequence[str], columns: frozenset[str]) -> tuple[Sequence[int], Callable, tuple[str, ...]]:
-    indices = [index for index, name in enumerate(header) if name.lower() in _ONE_HOT_CLASSES]
-    return indices, *_read_one_hot([(index, header[index]) for index in indices], implied=None)
-
-
-def _build_isic_2017(header: Sequence[str], columns: frozenset[str]) -> tuple[Sequence[int], Callable, tuple[str, ...]]:
-    indices = [index for index, name in enumerate(header) if name.lower() in columns]
-    return indices, *_read_one_hot([(index, header[index]) for index in indices], implied="nevus")
-
-
-def _read_one_hot(columns: Sequence[tuple[int, str]], implied: str | None) -> tuple[Callable, tuple[str, ...]]:
-    """implied: the class of a row of zeros; None makes such a row an error."""
-    names = [name for _, name in columns]
-    amount = "at most one" if implied else "one"
+def _build_one_hot(header: Sequence[str], columns: frozenset[str], *,
+                   implied: str | None = None) -> tuple[Sequence[int], Callable, tuple[str, ...]]:
+    """Read 1 in one of several columns. implied: the class of a row of zeros; None makes such a row an error"""
+    taken = _ONE_HOT_CLASSES if implied is None else columns
+    indices = [index for index, name in enumerate(header) if name.lower() in taken]
+    names = [header[index] for index in indices]
 
     def label_of(cells: Sequence[str]) -> str | None:
-        if not any(cells[index] for index, _ in columns):
+        if not any(cells[index] for index in indices):
             return None
-        hot = [name for index, name in columns if _flag(name, cells[index])]
+        hot = [name for index, name in zip(indices, names) if _flag(name, cells[index])]
         if len(hot) > 1 or not (hot or implied):
             found = f"1 in {' and '.join(hot)}" if hot else "no 1"
+            amount = "at most one" if implied else "one"
             raise ValueError(f"has {found}; expected 1 in {amount} of {listed(names)} and 0 in the others")
         return hot[0] if hot else implied
 
-    return label_of, tuple(names + ([implied] if implied else []))
+    return indices, label_of, (*names, implied) if implied else tuple(names)
 
 
 def _build_target(header: Sequence[str], columns: frozenset[str]) -> tuple[Sequence[int], Callable, tuple[str, ...]]:
@@ -228,7 +222,7 @@ _KNOWN = (
     _Known(kind="ISIC 2020 / SIIM", id_column="image_name", build=_build_target,
            label_columns=frozenset({"target"})),
     _Known(kind="HAM10000", id_column="image_id", label_columns=frozenset({"dx"}), build=_build_column),
-    _Known(kind="ISIC 2017", id_column="image_id", build=_build_isic_2017,
+    _Known(kind="ISIC 2017", id_column="image_id", build=partial(_build_one_hot, implied="nevus"),
            label_columns=frozenset({"melanoma", "seborrheic_keratosis"})),
     _Known(kind="ISIC 2019", id_column="image", build=_build_one_hot,
            label_columns=_ONE_HOT_CLASSES - {"akiec", "unk"}, groups_file="ISIC_2019_Training_Metadata.csv"),

@@ -1,7 +1,8 @@
-"""Bring images of more than 8 bits a channel to 8 bits, all images of a set by one scale.
+"""Make images of all kinds 8-bit gray or RGB in sRGB: more bits, color profiles, and any of Pillow's modes.
 
-Three kinds: "16-bit" (unsigned integers in PNG, TIFF, PGM, PPM and arrays), "32-bit" (other integers, among them signed
-ones of 16 bits) and "float". Cameras and scanners put 10, 12 or 14 bits into the first: the file does not say so.
+Images of more than 8 bits a channel are brought to 8 bits, all images of a set by one scale. Three kinds: "16-bit"
+(unsigned integers in PNG, TIFF, PGM, PPM and arrays), "32-bit" (other integers, among them signed ones of 16 bits) and
+"float". Cameras and scanners put 10, 12 or 14 bits into the first: the file does not say so.
 """
 
 import io
@@ -18,26 +19,33 @@ from PIL import ImageCms
 from dnnlib.cli import UserError
 
 MIN_DEPTH, MAX_DEPTH = 8, 16
+# Why an image cannot be used; the third: it is scaled by the values of its set, and its name did not tell so.
+NOT_FINITE, BEYOND_DEPTH = "not-a-number pixels", "values beyond --depth"
+NOT_SURVEYED = "32-bit or float, but not named .tif or .pfm"
+UNSUPPORTED = "unsupported format"
 _LARGEST_16_BIT = 65535
 _SAMPLE_FORMAT, _PLANAR_CONFIGURATION, _BITS_PER_SAMPLE = 339, 284, 258  # TIFF tags
 # Read in the wrong order of bytes, the low one comes in place of the high one.
 _LOW_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
+# What LittleCMS and Pillow raise for profiles that are damaged or of another kind.
+_PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+_GRAY_MODES = {"1", "L", "LA", "La", "I", "F"}
+_ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
+_WHITE = {"L": 255, "RGB": (255, 255, 255)}
+_NOTES = {"1": "1-bit", "P": "palette", "PA": "palette", "CMYK": "CMYK", "LAB": "LAB", "HSV": "HSV", "YCbCr": "YCbCr"}
 
 
-class NotFinite(ValueError):
-    """A float image holds NaN or infinity."""
+class BadImage(ValueError):
+    """An image that cannot be used; `reason` is a few words, of an image file one of imagesets.decode.REASONS.
 
+    detail: what was found, what the limit is and what to do, to go on from the image's name; "" where the reason says
+            all
+    """
 
-class BeyondDepth(ValueError):
-    """An image holds values for which --depth has no place."""
-
-
-class NotSurveyed(ValueError):
-    """An image is scaled by the values of its set, and was not taken for such a one by its name."""
-
-
-class Unsupported(ValueError):
-    """Pillow misreads these pixels."""
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,7 @@ class Depth:
             return 0, (1 << self.bits) - 1
         low, high = found if self.ranges is None else self.ranges.get(kind, (None, None))
         if low is None:
-            raise NotSurveyed
+            raise BadImage(NOT_SURVEYED)
         if kind == "float" and low >= 0 and high <= 1:
             return 0, 1
         if self.bits is not None:
@@ -138,9 +146,9 @@ def raw_mode(image: PIL.Image.Image) -> str:
 
 
 def check_readable(image: PIL.Image.Image) -> None:
-    """Raise Unsupported for what Pillow reads wrongly: uncompressed 16-bit colors that lie one after the other."""
+    """Raise BadImage for what Pillow reads wrongly: uncompressed 16-bit colors that lie one after the other."""
     if _is_planar(image) and image.tile[0][0] == "raw" and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8:
-        raise Unsupported
+        raise BadImage(UNSUPPORTED)
 
 
 def _is_planar(image: PIL.Image.Image) -> bool:
@@ -185,10 +193,10 @@ def read_values(layers: Sequence[PIL.Image.Image], deep: Deep) -> np.ndarray:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """Return the smallest and the largest number. Raises NotFinite."""
+    """Return the smallest and the largest number. Raises BadImage where one is not finite."""
     low, high = values.min().item(), values.max().item()
     if not (np.isfinite(low) and np.isfinite(high)):  # also where any is NaN
-        raise NotFinite
+        raise BadImage(NOT_FINITE)
     return low, high
 
 
@@ -203,15 +211,15 @@ def reduce_values(values: np.ndarray, deep: Deep, depth: Depth) -> tuple[np.ndar
 
     values: [H, W], or [H, W, 2 or 4] with alpha in the last place, or [H, W, 3]
 
-    None in place of Values where the file itself says which number is white. Raises NotFinite, BeyondDepth for numbers
-    that the depth has no place for, and NotSurveyed.
+    None in place of Values where the file itself says which number is white. Raises BadImage for numbers that are not
+    finite, or that the depth has no place for, and where the values of the set were not looked at.
     """
     has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
     colors = values[..., :-1] if has_alpha else values
     low, high = value_range(colors)
     black, white = (0, deep.white) if deep.white is not None else depth.scale(deep.kind, (low, high))
     if low < black or high > white:
-        raise NotSurveyed if depth.bits is None else BeyondDepth
+        raise BadImage(NOT_SURVEYED if depth.bits is None else BEYOND_DEPTH)
     reduced = _scale(colors, black, white)
     if has_alpha:
         alpha = values[..., -1:]
@@ -248,16 +256,60 @@ def depth_remark(images: str, white: float, largest: float) -> str | None:
             f"{(1 << bits) - 1} white")
 
 
-# MERGED from imagesets.pixels.profiles
-# Turn colours into sRGB by the profile (ICC) that a file carries.
+# Color profiles (ICC) and modes
 
 
-# What LittleCMS and Pillow raise for profiles that are damaged or of another kind.
-_PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
+def is_gray(image: PIL.Image.Image) -> bool:
+    """Tell whether the header promises an image without color; reads no pixels."""
+    if image.mode in _GRAY_MODES or image.mode.startswith("I;16"):
+        return True
+    if image.mode in ("P", "PA"):
+        return _palette_is_gray(image)
+    return raw_mode(image).startswith("LA")  # 16-bit gray with alpha, which Pillow opens as RGBA
+
+
+def flatten(image: PIL.Image.Image, *, gray: bool) -> tuple[PIL.Image.Image, set[str]]:
+    """Return a loaded image of 8 bits a channel as L, if `gray`, or RGB, and notes; transparency goes on white."""
+    notes = {_NOTES[image.mode]} if image.mode in _NOTES else set()
+    target = "L" if gray else "RGB"
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image, note = _put_on_white(image, target)
+        notes.add(note)
+    if image.mode == "CMYK":
+        image, note = cmyk_to_srgb(image)
+        notes |= {note} - {None}
+    return (image if image.mode == target else image.convert(target)), notes
+
+
+def _put_on_white(image: PIL.Image.Image, target: str) -> tuple[PIL.Image.Image, str]:
+    if image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # color comes multiplied with alpha
+    elif image.mode not in ("LA", "RGBA"):
+        image = image.convert("RGBA")  # a palette, or one color that stands for transparency
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return image.convert(target), "opaque alpha dropped"
+    canvas = PIL.Image.new(target, image.size, _WHITE[target])
+    canvas.paste(image.convert(target), mask=alpha)
+    return canvas, "alpha on white"
+
+
+def _palette_is_gray(image: PIL.Image.Image) -> bool:
+    if image.palette is None:
+        return False
+    layout, data = image.palette.getdata()
+    if layout == "RGB;L":  # all reds, then all greens, then all blues
+        red, green, blue = np.frombuffer(data, dtype=np.uint8).reshape(3, -1)
+    elif layout[:3] in ("RGB", "BGR") and layout.isalpha():
+        colors = np.frombuffer(data[:len(data) // len(layout) * len(layout)], dtype=np.uint8)
+        red, green, blue = colors.reshape(-1, len(layout)).T[:3]
+    else:
+        return False
+    return bool((red == green).all() and (red == blue).all())
 
 
 def to_srgb(image: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, str | None]:
-    """Return an RGB image in sRGB, and a note if the profile asked for anything; a grey image stays as it is."""
+    """Return an RGB image in sRGB, and a note if the profile asked for anything; a gray image stays as it is."""
     if not profile:
         return image, None
     if image.mode != "RGB":
@@ -289,62 +341,3 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(parsed).lower():
         return None
     return ImageCms.buildTransform(parsed, ImageCms.createProfile("sRGB"), mode, "RGB")
-
-
-# MERGED from imagesets.pixels.modes
-# Bring an image of any of Pillow's modes to 8-bit grey or RGB.
-
-
-_GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
-_ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
-_WHITE = {"L": 255, "RGB": (255, 255, 255)}
-_NOTES = {"1": "1-bit", "P": "palette", "PA": "palette", "CMYK": "CMYK", "LAB": "LAB", "HSV": "HSV", "YCbCr": "YCbCr"}
-
-
-def is_grey(image: PIL.Image.Image) -> bool:
-    """Say whether the header promises an image without colour; reads no pixels."""
-    if image.mode in _GREY_MODES or image.mode.startswith("I;16"):
-        return True
-    if image.mode in ("P", "PA"):
-        return _palette_is_grey(image)
-    return raw_mode(image).startswith("LA")  # 16-bit grey with alpha, which Pillow opens as RGBA
-
-
-def flatten(image: PIL.Image.Image, *, grey: bool) -> tuple[PIL.Image.Image, set[str]]:
-    """Return a loaded image of 8 bits a channel as L, if `grey`, or RGB, and notes; transparency goes on white."""
-    notes = {_NOTES[image.mode]} if image.mode in _NOTES else set()
-    target = "L" if grey else "RGB"
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        image, note = _put_on_white(image, target)
-        notes.add(note)
-    if image.mode == "CMYK":
-        image, note = cmyk_to_srgb(image)
-        notes |= {note} - {None}
-    return (image if image.mode == target else image.convert(target)), notes
-
-
-def _put_on_white(image: PIL.Image.Image, target: str) -> tuple[PIL.Image.Image, str]:
-    if image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")  # colour comes multiplied with alpha
-    elif image.mode not in ("LA", "RGBA"):
-        image = image.convert("RGBA")  # a palette, or one colour that stands for transparency
-    alpha = image.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return image.convert(target), "opaque alpha dropped"
-    canvas = PIL.Image.new(target, image.size, _WHITE[target])
-    canvas.paste(image.convert(target), mask=alpha)
-    return canvas, "alpha on white"
-
-
-def _palette_is_grey(image: PIL.Image.Image) -> bool:
-    if image.palette is None:
-        return False
-    layout, data = image.palette.getdata()
-    if layout == "RGB;L":  # all reds, then all greens, then all blues
-        red, green, blue = np.frombuffer(data, dtype=np.uint8).reshape(3, -1)
-    elif layout[:3] in ("RGB", "BGR") and layout.isalpha():
-        colours = np.frombuffer(data[:len(data) // len(layout) * len(layout)], dtype=np.uint8)
-        red, green, blue = colours.reshape(-1, len(layout)).T[:3]
-    else:
-        return False
-    return bool((red == green).all() and (red == blue).all())

@@ -1,4 +1,9 @@
-"""Decode the members of a data set to pixels: 8-bit, grey or RGB, of one shape."""
+"""Which images a set holds: decode its members to pixels, hash these, and find equal images and the groups they link.
+
+Hashes of pixels tell images whatever their files, names, order, labels and left and right are. dataset_tool.py writes
+the hash of each image into dataset.json, with size and CRC-32 of the file it was computed from: one whose file was
+changed since then does not count. What is not there is computed once and kept in the cache.
+"""
 
 import hashlib
 import io
@@ -18,9 +23,15 @@ from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
 from dnnlib.workers import ordered_map
-from imagesets.reader import PIXEL_HASH, ImageSet
+from imagesets.metadata import PIXEL_HASH
+from imagesets.reader import ImageSet
 
 Shape = tuple[int, int, int]  # channels, height, width
+
+DIGEST_SIZE = 32  # bytes of a sha256
+_VERSION = 1  # of cached hashes; raise it when hash_pixels gives others, and rename the field of dataset.json
+_DIGEST_BYTES = 16  # as imagesets.metadata.PIXEL_HASH has it
+_CHUNK = 32  # images that travel together; one of 64x64 pixels takes half a millisecond
 
 
 def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.ndarray:
@@ -28,7 +39,7 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
 
     shape:  that of the first image, which this one must have too; None takes any
 
-    Raises UserError, naming the member, when it cannot be read or decoded, is neither 8-bit grey nor RGB, or has
+    Raises UserError, naming the member, when it cannot be read or decoded, is neither 8-bit gray nor RGB, or has
     another shape.
     """
     data = images.read(name)
@@ -70,71 +81,10 @@ def describe_shape(shape: Shape) -> str:
     return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"
 
 
-# MERGED from imagesets.duplicates
-# Find byte-identical images by their digests, and join the groups that they link.
-
-
-DIGEST_SIZE = 32  # bytes of a sha256
-
-
-def identical_sets(digests: np.ndarray) -> list[np.ndarray]:
-    """Return the rows of equal digests, as ascending int64 arrays of two or more, in the order of their first rows.
-
-    digests: uint8 [N, B], B a multiple of 8
-    """
-    words = np.ascontiguousarray(digests).view(np.uint64)  # [N, B / 8]
-    order = np.lexsort(words.T)  # stable, so that equal rows stay ascending
-    changes = (words[order][1:] != words[order][:-1]).any(axis=1)
-    runs = np.split(order, np.flatnonzero(changes) + 1)
-    return sorted((run for run in runs if len(run) > 1), key=lambda run: run[0])
-
-
-def link_groups(groups: Sequence[str], identical: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
-    """Return the unit of each image, int64 [N], and how many groups vanished into another's unit.
-
-    A unit is a group, or several that share an image, directly or in a chain. Units are numbered by their first image.
-
-    groups:    one text an image
-    identical: rows of byte-identical images
-    """
-    numbers: dict[str, int] = {}
-    group_of = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
-    # Links lead from a group to an earlier one of its unit; a root leads to itself.
-    links = list(range(len(numbers)))
-    for rows in identical:
-        roots = {_root(links, group) for group in group_of[rows].tolist()}
-        for root in roots:
-            links[root] = min(roots)
-    roots = np.array([_root(links, group) for group in range(len(links))], dtype=np.int64)
-    # Groups are numbered by their first image, and a root is the first of its unit.
-    found, unit_of_group = np.unique(roots, return_inverse=True)
-    return unit_of_group.reshape(-1)[group_of], len(numbers) - len(found)
-
-
-def _root(links: list[int], group: int) -> int:
-    """Follow the links to their end, and halve the way for the next time."""
-    while links[group] != group:
-        links[group] = links[links[group]]
-        group = links[group]
-    return group
-
-
-# MERGED from imagesets.pixel_hashes
-# Tell by their pixels which images a set holds, whatever their files, names, order, labels and left and right are.
-#
-# dataset_tool.py writes the hash of each image into dataset.json, with size and CRC-32 of the file it was computed
-# from: one whose file was changed since then does not count. What is not there is computed once and kept in the cache.
-
-
-_VERSION = 1  # of cached hashes; raise it when hash_pixels gives others, and rename the field of dataset.json
-_DIGEST_BYTES = 16  # as imagesets.reader.PIXEL_HASH has it
-_CHUNK = 32  # images that travel together; one of 64x64 pixels takes half a millisecond
-
-
 def hash_pixels(pixels: np.ndarray) -> str:
     """Return 32 hexadecimal digits that an image, its mirror image, and no other image have.
 
-    pixels: uint8 [C, H, W], as networks get them; grey is another image than RGB of equal channels
+    pixels: uint8 [C, H, W], as networks get them; gray is another image than RGB of equal channels
     """
     return min(hashlib.blake2b(f"{pixels.shape}".encode() + np.ascontiguousarray(side).tobytes(),
                                digest_size=_DIGEST_BYTES).hexdigest() for side in (pixels, pixels[:, :, ::-1]))
@@ -186,10 +136,7 @@ def _find(images: ImageSet, rows: Sequence[int]) -> tuple[list[str | None], dict
     checksums = images.checksums()
     hashes = [images.recorded_hash(images.names[row], *checksums[row]) for row in rows]
     missing = {place: row for place, row in enumerate(rows) if hashes[place] is None}
-    content = hashlib.sha256(f"{_VERSION}".encode())
-    for row in missing.values():
-        content.update("/{}/{}".format(*checksums[row]).encode())
-    path = cache_folder() / "pixel_hashes" / f"{content.hexdigest()}.txt"
+    path = cache_folder() / "pixel_hashes" / f"{images.content_hash(f'{_VERSION}', missing.values())}.txt"
     cached = _read(path, len(missing)) if missing else None
     if cached is not None:
         for place, found in zip(missing, cached, strict=True):
@@ -219,3 +166,50 @@ def _keep(path: Path, hashes: Sequence[str], stream: IO[str]) -> None:
 
 def _hash_member(images: ImageSet, name: str) -> str:
     return hash_pixels(load_pixels(images, name))
+
+
+def identical_sets(digests: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of equal digests, as ascending int64 arrays of two or more, in the order of their first rows.
+
+    digests: uint8 [N, B], B a multiple of 8
+    """
+    words = np.ascontiguousarray(digests).view(np.uint64)  # [N, B / 8]
+    order = np.lexsort(words.T)  # stable, so that equal rows stay ascending
+    changes = (words[order][1:] != words[order][:-1]).any(axis=1)
+    runs = np.split(order, np.flatnonzero(changes) + 1)
+    return sorted((run for run in runs if len(run) > 1), key=lambda run: run[0])
+
+
+def number_texts(texts: Sequence[str]) -> np.ndarray:
+    """Number texts in the order in which they first appear: int64 [N]."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+
+
+def link_groups(groups: Sequence[str], identical: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Return the unit of each image, int64 [N], and how many groups vanished into another's unit.
+
+    A unit is a group, or several that share an image, directly or in a chain. Units are numbered by their first image.
+
+    groups:    one text an image
+    identical: rows of byte-identical images
+    """
+    group_of = number_texts(groups)
+    # Links lead from a group to an earlier one of its unit; a root leads to itself.
+    links = list(range(int(group_of.max(initial=-1)) + 1))
+    for rows in identical:
+        roots = {_root(links, group) for group in group_of[rows].tolist()}
+        for root in roots:
+            links[root] = min(roots)
+    roots = np.array([_root(links, group) for group in range(len(links))], dtype=np.int64)
+    # Groups are numbered by their first image, and a root is the first of its unit.
+    found, unit_of_group = np.unique(roots, return_inverse=True)
+    return unit_of_group.reshape(-1)[group_of], len(roots) - len(found)
+
+
+def _root(links: list[int], group: int) -> int:
+    """Follow the links to their end, and halve the way for the next time."""
+    while links[group] != group:
+        links[group] = links[links[group]]
+        group = links[group]
+    return group

@@ -1,22 +1,17 @@
 """Open a data set, a zip or a folder of images with an optional dataset.json, and read its members.
 
-dataset.json holds {"labels": [[file, label], ...] or null}; ours adds "classes", "groups", "pixel_hashes" and "source"
-beside it. A label is an integer, a list of floats, or null for an image without one. What other programs write is read
-as it is meant: 1.0 is the integer 1, NaN is null, and names may have "\\" between folders or begin with "./". A set may
-lie in a folder inside, as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
+A set may lie in a folder inside, as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
 """
 
-import json
-import math
+import hashlib
 import os
-import posixpath
-import re
 import stat
-import unicodedata
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +20,30 @@ import PIL.Image
 
 from dnnlib.cli import UserError
 from dnnlib.files import packed_names, retrying, unpack_advice
-from dnnlib.text import listed
-from imagesets.classes import CLASS, VECTOR, class_order
+from dnnlib.text import listed, shorten
+from imagesets.classes import CLASS, NO_LABEL, VECTOR, class_names, class_order, missing_labels
+from imagesets.metadata import METADATA, NUMBERED_NAME, Metadata
 
-METADATA = "dataset.json"
-NO_LABEL = -1
-MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
 MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
-_LARGEST_NUMBER = float(np.finfo(np.float32).max)
-PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
-NUMBERED_NAME = re.compile(r"\d{5}/img\d{8}\.png")  # of an image of a data set, and of a group of duplicates there
+PRESENT = 0.5  # a vector's number above this says that the image is of that class
 
 
 class MisplacedMetadata(UserError):
     """dataset.json lies in a folder inside that does not hold all images, or in several."""
 
 
-def image_suffixes() -> set[str]:
+@cache
+def image_suffixes() -> frozenset[str]:
     """Return the file name endings of images, as ".png"."""
-    return set(PIL.Image.registered_extensions())
+    return frozenset(PIL.Image.registered_extensions())
 
 
 class ImageSet:
     """The images of a data set in the order of their names, with labels and groups.
 
     names:    paths inside the zip or folder, with "/"; those beside dataset.json where that lies in a folder inside
-    labels:   None, or int64 [N] with NO_LABEL where there is none, or float32 [N, D] with NaN there
-    num_unnamed: images that the labels of dataset.json do not name at all; all of them when there are no labels
-    classes:  names of the integer labels, or None when the file names none
-    groups:   one text an image: what must not be split; the image's own name where the file names none
-    source:   what the file says of its origin
+    labels, num_unnamed, classes, groups, source: see imagesets.metadata.Metadata
+    other_members: files that are no images
 
     with_metadata=False leaves dataset.json unread, so that images beside an unfit one can be looked at. The zip is
     opened on first use in each process, so that an ImageSet may be handed to workers. Raises UserError when the path is
@@ -69,22 +58,16 @@ class ImageSet:
         self._raw_names: dict[str, str] = {}  # of members that are listed under another name
         self._folder = ""  # inside, that holds dataset.json, with "/" at its end
         members = retrying(self._list_members, self.path, reset=self.close)
-        suffixes = image_suffixes()
-        self.names = sorted(name for name in members if _is_image(name, suffixes))
+        self.names = sorted(filter(_is_image, members))
         if not self.names:
             raise UserError(f"{self.path} holds no images; {_what_else(members)}")
         found = _find_metadata(self.path, members, self.names) if with_metadata else None
         if found not in (None, METADATA):
             members = self._enter_folder_of(found, members)
             self.names = [name.removeprefix(self._folder) for name in self.names]
-        metadata = {} if found is None else _parse_metadata(self.path, self.read(METADATA), self.names)
-        self.labels = _labels_of(self.path, self.names, metadata.get("labels"))
-        self.num_unnamed = len(set(self.names).difference(name for name, _ in metadata.get("labels") or []))
-        self.classes = _classes_of(self.path, self.labels, metadata.get("classes"))
-        self.groups = _groups_of(self.path, self.names, metadata.get("groups"))
-        self._hashes = _hashes_of(self.path, self.names, metadata.get("pixel_hashes"))
-        source = metadata.get("source")
-        self.source: dict[str, Any] = source if isinstance(source, dict) else {}
+        metadata = Metadata.parse(self.path, b"{}" if found is None else self.read(METADATA), self.names)
+        self.labels, self.num_unnamed, self.classes = metadata.labels, metadata.num_unnamed, metadata.classes
+        self.groups, self.source, self._hashes = metadata.groups, metadata.source, metadata.hashes
         self.other_members = sorted(set(members) - set(self.names))
 
     def __len__(self) -> int:
@@ -106,12 +89,43 @@ class ImageSet:
         return CLASS if self.labels.ndim == 1 else VECTOR
 
     @property
-    def num_unlabelled(self) -> int:
-        """Number of images without a label; all of them when there are no labels."""
-        if self.labels is None:
-            return len(self)
-        missing = self.labels == NO_LABEL if self.labels.ndim == 1 else np.isnan(self.labels).any(axis=1)
-        return int(missing.sum())
+    def label_dim(self) -> int:
+        """Length of a label as networks take it: the number of classes, or of a vector's numbers; 0 without labels."""
+        return self.labels.shape[1] if self.label_kind == VECTOR else len(self.class_names())
+
+    def missing_labels(self) -> np.ndarray:
+        """Return which images have no label: bool [N]."""
+        return missing_labels(self.labels, len(self))
+
+    def class_names(self) -> list[str]:
+        """Return a name for each class that labels may have; the number where dataset.json names none."""
+        return class_names(self.labels, self.classes)
+
+    def class_columns(self) -> np.ndarray:
+        """Return whether an image is of a class: bool [N, C], C = len(self.class_names()); False for measures."""
+        columns = np.zeros((len(self), len(self.class_names())), dtype=bool)
+        if self.label_kind == VECTOR:
+            columns[:, :self.labels.shape[1]] = self.labels > PRESENT
+            return columns & self.are_findings()
+        return columns if self.labels is None else self.labels[:, None] == np.arange(columns.shape[1])
+
+    def are_findings(self) -> np.ndarray:
+        """Return which columns tell whether something is there: bool [C]; of vectors those with numbers from 0 to 1.
+
+        Others are measures, such as an age, of which no number means that an image is of a class.
+        """
+        found = np.ones(len(self.class_names()), dtype=bool)
+        if self.label_kind == VECTOR:
+            values = np.nan_to_num(self.labels)
+            found[:values.shape[1]] = ((values >= 0) & (values <= 1)).all(axis=0)
+        return found
+
+    def label(self, row: int) -> int | list[float] | None:
+        """Return the label of an image as dataset.json holds it."""
+        if self.labels is None or missing_labels(self.labels[row:row + 1])[0]:
+            return None
+        # The shortest text that gives the same float32: 0.1, not 0.10000000149.
+        return int(self.labels[row]) if self.label_kind == CLASS else [float(str(x)) for x in self.labels[row]]
 
     def locate(self, name: str) -> str:
         """Return the path of a member inside the zip or folder, as it is stored there."""
@@ -125,7 +139,10 @@ class ImageSet:
         try:
             if not self.is_zip:
                 return _read_file(self.path / self.locate(name))
-            return _read_member(self._zip(), self.locate(name), self.path)
+            archive, member = self._zip(), self.locate(name)
+            if excess := excess_of(archive.getinfo(member).file_size):
+                raise UserError(f"{self.path}: {member} {excess}")
+            return archive.read(member)
         except (KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -139,6 +156,17 @@ class ImageSet:
         if self._checksums is None:
             self._checksums = retrying(self._read_checksums, self.path, reset=self.close)
         return self._checksums
+
+    def content_hash(self, start: str, rows: Iterable[int], more: Iterable[bytes] = repeat(b"")) -> str:
+        """Return a sha256 of images in this order, by size and CRC-32, so that a large zip need not be read.
+
+        start:  what else it follows from
+        more:   what belongs to each image besides, such as its label
+        """
+        digest, checksums = hashlib.sha256(start.encode()), self.checksums()
+        for row, extra in zip(rows, more):
+            digest.update("/{}/{}".format(*checksums[row]).encode() + extra)
+        return digest.hexdigest()
 
     def recorded_hash(self, name: str, size: int, crc: int) -> str | None:
         """Return the hash of an image's pixels in dataset.json; None where there is none, or of another file.
@@ -217,41 +245,12 @@ class ImageSet:
         return list(listed)
 
 
-def plain_path(name: str) -> str:
-    """Return the name of a file as a table or a list gives it, with "/" between folders and no "./" or first "/"."""
-    path = name.replace("\\", "/")
-    if not path.isascii():  # some systems write an accent as a character of its own
-        path = unicodedata.normalize("NFC", path)
-    return posixpath.normpath(path).lstrip("/") if "/" in path else path
-
-
-def names_of_files(written: Collection[str], files: Iterable[str]) -> list[str]:
-    """Return each name as the file has it; those of no file as they are."""
-    known = set(files)
-    # A name as it stands comes first: on some systems a file's own name may hold a backslash.
-    if known.issuperset(written):
-        return list(written)
-    by_plain_path: dict[str, str | None] = {}
-    for name in known:
-        path = plain_path(name)
-        by_plain_path[path] = None if path in by_plain_path else name  # of two such files neither is meant
-    return [name if name in known else by_plain_path.get(plain_path(name)) or name for name in written]
-
-
 def _member_path(name: str) -> str:
     """Return a zip member's name with "/" between folders, where some programs of Windows write "\\"; without "./"."""
     path = name.replace("\\", "/")
     while path.startswith("./"):
         path = path[2:]
     return path
-
-
-def label_vectors(labels: np.ndarray, length: int) -> np.ndarray:
-    """Return labels as networks take them: float32 [N, length]; classes become one-hot, NO_LABEL zeros.
-
-    labels:  int64 [N] below `length`, or float32 [N, length], which come back as they are
-    """
-    return labels if labels.ndim == 2 else (labels[:, None] == np.arange(length)).astype(np.float32)
 
 
 def _files_below(path: Path) -> list[str]:
@@ -276,13 +275,6 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    """Return the bytes of a zip's member. Raises UserError for one that would fill the memory."""
-    if excess := excess_of(archive.getinfo(name).file_size):
-        raise UserError(f"{path}: {name} {excess}")
-    return archive.read(name)
-
-
 def excess_of(size: int) -> str | None:
     """Return why a file of so many bytes is too large, to go on from its name; None for one that is not."""
     if size <= MAX_FILE_BYTES:
@@ -305,15 +297,15 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _what_else(members: Sequence[str]) -> str:
-    """Say what to do with a folder or zip without images."""
+    """Return what to do with a folder or zip without images."""
     packed = packed_names(sorted(name for name in members if not _is_hidden(name)))
     if not packed:
         return "expected files such as .png or .jpg"
     return f"expected files such as .png or .jpg, not packed ones: take or unpack what lies in it ({listed(packed)})"
 
 
-def _is_image(name: str, suffixes: set[str]) -> bool:
-    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes
+def _is_image(name: str) -> bool:
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def _is_hidden(name: str) -> bool:
@@ -326,124 +318,12 @@ def _find_metadata(path: Path, members: Iterable[str], images: Iterable[str]) ->
     if not found:
         return None
     if len(found) > 1:
-        examples = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({examples}); expected one: give one "
-                                "of these folders, take the others out, or join them by dataset_tool.py with a "
-                                "--source for each")
+        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({shorten(found)}); expected one: "
+                                "give one of these folders, take the others out, or join them by dataset_tool.py with "
+                                "a --source for each")
     outside = next((name for name in images if not name.startswith(found[0][:-len(METADATA)])), None)
     if outside is not None:
         raise MisplacedMetadata(f"{path}: {METADATA} lies in a folder inside ({found[0]}), and images lie outside of "
                                 f"that folder ({outside}); expected it at the top: give that folder, or zip its "
                                 "content without the folder")
     return found[0]
-
-
-def _parse_metadata(path: Path, data: bytes, images: Iterable[str]) -> dict[str, Any]:
-    """Return what dataset.json holds, with the files in it under the names that they have in `images`."""
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {METADATA} is not JSON ({error}); expected an object with labels") from error
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path}: {METADATA} holds a {type(metadata).__name__}; expected an object with labels")
-    for field, value in metadata.items():
-        if field == "labels" and _are_label_rows(value):
-            found = names_of_files([name for name, _ in value], images)
-            metadata[field] = [[name, label] for name, (_, label) in zip(found, value)]
-        elif field in ("groups", "pixel_hashes") and isinstance(value, dict):
-            metadata[field] = dict(zip(names_of_files(value, images), value.values()))
-            if len(metadata[field]) != len(value):
-                raise UserError(f"{path}: {field} in {METADATA} name a file twice")
-    return metadata
-
-
-def _are_label_rows(rows: Any) -> bool:
-    return isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str)
-                                          for row in rows)
-
-
-def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
-    if rows is None:
-        return None
-    if not _are_label_rows(rows):
-        raise UserError(f"{path}: labels in {METADATA} are not [[file, label], ...]")
-    by_name = {name: _plain_label(label) for name, label in rows}
-    if len(by_name) != len(rows):
-        raise UserError(f"{path}: {METADATA} labels a file twice")
-    _refuse_unknown(path, "labels", by_name, names)
-    kinds = {_kind_of(path, name, label) for name, label in by_name.items() if label is not None}
-    if len(kinds) > 1:
-        raise UserError(f"{path}: labels in {METADATA} are of mixed kinds ({', '.join(sorted(kinds))}); expected "
-                        "integers, or lists of one length")
-    if not kinds:
-        return None
-    kind = kinds.pop()
-    if kind == "integers":
-        return np.array([NO_LABEL if by_name.get(name) is None else by_name[name] for name in names], dtype=np.int64)
-    missing = [float("nan")] * int(kind.split()[2])
-    return np.array([missing if by_name.get(name) is None else by_name[name] for name in names], dtype=np.float32)
-
-
-def _plain_label(label: Any) -> Any:
-    """Return 1 for 1.0, and None for NaN: a column of integers of which some are missing is one of floats in pandas."""
-    if isinstance(label, float):
-        return None if math.isnan(label) else int(label) if label.is_integer() and abs(label) < 1 << 53 else label
-    return label
-
-
-def _kind_of(path: Path, name: str, label: Any) -> str:
-    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
-        if label >= MAX_CLASSES:
-            raise UserError(f"{path}: {METADATA} gives {name} the label {label}; expected less than {MAX_CLASSES}, the "
-                            "number of a class")
-        return "integers"
-    if isinstance(label, list) and label and all(isinstance(x, (int, float)) and not isinstance(x, bool) and
-                                                 abs(x) <= _LARGEST_NUMBER for x in label):
-        return f"lists of {len(label)}"
-    raise UserError(f"{path}: {METADATA} gives {name} the label {label!r}; expected an integer >= 0, a list of "
-                    "numbers, or null")
-
-
-def _classes_of(path: Path, labels: np.ndarray | None, classes: Any) -> list[str] | None:
-    if classes is None:
-        return None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path}: classes in {METADATA} are {classes!r}; expected a list of names")
-    if len(set(classes)) != len(classes):
-        raise UserError(f"{path}: classes in {METADATA} name one twice; expected {len(classes)} different names")
-    if labels is not None:
-        needed = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-        if needed > len(classes):
-            raise UserError(f"{path}: {METADATA} names {len(classes)} classes; expected {needed}, as its labels need")
-    return classes
-
-
-def _groups_of(path: Path, names: list[str], groups: Any) -> list[str]:
-    if groups is None:
-        return list(names)
-    if not isinstance(groups, dict) or not all(isinstance(group, str) for group in groups.values()):
-        raise UserError(f"{path}: groups in {METADATA} are not an object of texts")
-    _refuse_unknown(path, "groups", groups, names)
-    return [groups.get(name, name) for name in names]
-
-
-def _hashes_of(path: Path, names: list[str], hashes: Any) -> dict[str, list[Any]]:
-    if hashes is None:
-        return {}
-    if not isinstance(hashes, dict) or not all(map(_is_hash, hashes.values())):
-        raise UserError(f"{path}: pixel_hashes in {METADATA} are not an object of [hash, size, CRC-32]; remove the "
-                        "field, and they are computed anew")
-    _refuse_unknown(path, "pixel_hashes", hashes, names)
-    return hashes
-
-
-def _is_hash(record: Any) -> bool:
-    return (isinstance(record, list) and len(record) == 3 and isinstance(record[0], str)
-            and PIXEL_HASH.fullmatch(record[0]) is not None and all(type(number) is int for number in record[1:]))
-
-
-def _refuse_unknown(path: Path, field: str, found: Mapping[str, Any], names: Iterable[str]) -> None:
-    unknown = sorted(set(found) - set(names))
-    if unknown:
-        examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise UserError(f"{path}: {field} in {METADATA} name {len(unknown)} files that are not there ({examples})")

@@ -1,5 +1,9 @@
-"""Which image sizes there are: the networks take squares with a power of two a side, within these limits."""
+"""Which image sizes there are, and crop and resize to them, equal to the original's transforms.
 
+Networks take squares with a power of two a side, within the limits here.
+"""
+
+import re
 from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Literal
@@ -9,9 +13,17 @@ import PIL.Image
 from dnnlib.cli import UserError
 from imagesets.pixel_formats import Depth
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+Size = tuple[int, int]  # width, height
+
 # A discriminator has a block with an RGB input from 8 on; at 4096 --cfg=auto would pass one image at a time.
 MIN_RESOLUTION, MAX_RESOLUTION = 8, 2048
 RESOLUTIONS = f"a power of two from {MIN_RESOLUTION} to {MAX_RESOLUTION}"  # for messages
+TRANSFORMS = ("center-crop", "center-crop-wide")
+_FILTERS = {"box": PIL.Image.Resampling.BOX, "lanczos": PIL.Image.Resampling.LANCZOS}
+FILTERS = tuple(_FILTERS)
+_DECODER_REDUCTIONS = (8, 4, 2)  # what JPEG decoders do by themselves
+_SPARE = 2  # a reduced image has at least this many times the wanted pixels a side, so that our filter still shapes it
 
 
 def is_power_of_two(number: int) -> bool:
@@ -30,16 +42,32 @@ def nearest_resolution(side: int, largest: int = MAX_RESOLUTION) -> int:
     return min(powers, key=lambda power: abs(power - side))
 
 
-# MERGED from imagesets.pixels.resize
-# Crop and resize to the data set's pixels, equal to the original's transforms.
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return (width, height) of "256x256"."""
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if match is None:
+        raise UserError(f"--resolution={text}; expected WIDTHxHEIGHT, such as 256x256")
+    return int(match[1]), int(match[2])
 
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom
-Size = tuple[int, int]  # width, height
-
-_FILTERS = {"box": PIL.Image.Resampling.BOX, "lanczos": PIL.Image.Resampling.LANCZOS}
-_DECODER_REDUCTIONS = (8, 4, 2)  # what JPEG decoders do by themselves
-_SPARE = 2  # a reduced image has at least this many times the wanted pixels a side, so that our filter still shapes it
+def check_resolution(width: int, height: int, transform: str | None) -> None:
+    """Raise UserError when images of this size would not become squares with a power of two a side."""
+    given = f"--resolution={width}x{height}"
+    near = nearest_resolution(width)
+    if transform == "center-crop-wide":
+        if height > width:
+            raise UserError(f"{given} is higher than wide; center-crop-wide expects the width first, such as "
+                            f"{near}x{near * 3 // 4}")
+        if height < 1:
+            raise UserError(f"{given} has no height; expected for example {near}x{near * 3 // 4}")
+    elif width != height:
+        near = nearest_resolution(min(width, height))
+        raise UserError(f"{given} is not square; expected equal sides, such as {near}x{near}, or "
+                        "--transform=center-crop-wide, which pads with black to a square")
+    if not is_resolution(width):
+        other = near if transform != "center-crop-wide" else max(1, near * height // max(width, 1))
+        raise UserError(f"{given}: {width} is not {RESOLUTIONS}, as networks take; expected for example "
+                        f"{near}x{other}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +92,10 @@ class PixelSpec:
     depth: Depth = field(default_factory=Depth)
 
     def __post_init__(self):
-        if self.transform not in (None, "center-crop", "center-crop-wide"):
-            raise UserError(f"--transform is {self.transform}; expected center-crop or center-crop-wide")
+        if self.transform not in (None, *TRANSFORMS):
+            raise UserError(f"--transform is {self.transform}; expected {' or '.join(TRANSFORMS)}")
         if self.resize_filter not in _FILTERS:
-            raise UserError(f"--resize-filter is {self.resize_filter}; expected {' or '.join(_FILTERS)}")
+            raise UserError(f"--resize-filter is {self.resize_filter}; expected {' or '.join(FILTERS)}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; expected 1 or 3")
         for name, size in (("width", self.width), ("height", self.height)):

@@ -7,15 +7,23 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
-from dnnlib.text import listed, plural
-from imagesets.classes import ClassChoice, class_counts, names_of_numbers
-from imagesets.folders import Source, missing_labels
+from dnnlib.text import listed, plural, shorten
+from imagesets.classes import (
+    NO_LABEL,
+    choose_classes,
+    class_counts,
+    class_name,
+    class_names,
+    missing_labels,
+    no_labels,
+    numbers_of,
+)
+from imagesets.folders import Source
 from imagesets.pixel_hashes import link_groups
-from imagesets.reader import NO_LABEL
 from imagesets.sources import file_ending, patterns_of
 from imagesets.tables import LabelTable
 
-UNLABELLED = ("error", "drop", "keep")
+UNLABELED = ("error", "drop", "keep")
 WANTED = ""
 NO_CLASS, NOT_CHOSEN, NOT_DRAWN = "no label", "class not chosen", "not drawn for --max-images"
 REASONS = (WANTED, NO_CLASS, NOT_CHOSEN, NOT_DRAWN)
@@ -34,7 +42,7 @@ class LabelsUnclear(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelling:
+class Labeling:
     """What a source, or a table in its place, says of the N images.
 
     labels, classes, groups: as in Source
@@ -51,19 +59,19 @@ class Labelling:
     group_table: LabelTable | None = None
 
     @classmethod
-    def of_source(cls, source: Source, ignore_folders: bool = False) -> "Labelling":
+    def of_source(cls, source: Source, ignore_folders: bool = False) -> "Labeling":
         """ignore_folders: labels come from dataset.json alone"""
         if not ignore_folders or source.labels is None:
             return cls(labels=source.labels, classes=source.classes, groups=source.groups)
         is_ready = np.concatenate([np.full(len(part), part.is_ready) for part in source.parts or [source]])
         if not is_ready.any():
             return cls(labels=None, classes=None, groups=source.groups)
-        labels = source.labels.copy()
-        labels[~is_ready] = NO_LABEL if labels.ndim == 1 else np.nan
+        labels = no_labels(len(source), source.labels.shape[1:])
+        labels[is_ready] = source.labels[is_ready]
         return cls(labels=labels, classes=source.classes, groups=source.groups)
 
     @classmethod
-    def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labelling":
+    def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labeling":
         """Look up each image of the source. Groups that the source itself brings stay where the table has none.
 
         all_meant: the user says that several files may share a row
@@ -74,18 +82,14 @@ class Labelling:
         names, rows = _find_rows(source, table, "--labels")
         if not all_meant:
             _refuse_shared_rows(source, table, rows)
-        position = {name: index for index, name in enumerate(table.class_names)}
-        labels = np.full(len(source), NO_LABEL, dtype=np.int64)
-        for index in np.flatnonzero(rows >= 0):
-            name = table.class_of(names[index])
-            labels[index] = NO_LABEL if name is None else position[name]
+        labels = numbers_of([table.class_of(name) for name in names], table.class_names)
         unused = np.ones(len(table), dtype=bool)
         unused[rows[rows >= 0]] = False
         groups = [table.group_of(name) for name in names] if table.group_columns else source.groups
         return cls(labels=labels, classes=table.class_names, groups=groups, rows=rows, table=table,
                    rows_without_image=[table.ids[row] for row in np.flatnonzero(unused)])
 
-    def with_groups(self, source: Source, table: LabelTable) -> "Labelling":
+    def with_groups(self, source: Source, table: LabelTable) -> "Labeling":
         """Add the groups of another table: images that are of one group in either are in one.
 
         Raises UserError when no image has a row there, or the images are no files.
@@ -145,12 +149,12 @@ class Selection:
     reasons:  int8 [N], index into REASONS; 0 is wanted
     labels:   None, int64 [N] into `classes`, or float32 [N, D]
     classes:  names of the integer labels, or None
-    groups:   as in Labelling
+    groups:   as in Labeling
     """
     reasons: np.ndarray
     labels: np.ndarray | None
     classes: list[str] | None
-    labelling: Labelling
+    labeling: Labeling
 
     @property
     def wanted(self) -> np.ndarray:
@@ -158,7 +162,7 @@ class Selection:
         return self.reasons == 0
 
     def label(self, index: int) -> int | list[float] | None:
-        if self.labels is None or missing_labels(self.labels[index:index + 1], 1)[0]:
+        if self.labels is None or missing_labels(self.labels[index:index + 1])[0]:
             return None
         return self.labels[index].tolist()
 
@@ -167,54 +171,53 @@ class Selection:
         label = self.label(index)
         if label is None:
             return "(none)"
-        return self.classes[label] if self.classes is not None and isinstance(label, int) else str(label)
+        return class_name(label, self.classes) if isinstance(label, int) else str(label)
 
 
-def select(source: Source, labelling: Labelling, *, classes: str | None, merge: str | None, unlabelled: str,
+def select(source: Source, labeling: Labeling, *, classes: str | None, merge: str | None, unlabelled: str,
            max_images: int | None, seed: int) -> Selection:
     """Apply --classes, --merge, --unlabelled and --max-images, whose sample follows from `seed`.
 
     Raises UserError when an option does not fit the labels or nothing is left, LabelsUnclear when some images have
     no label and unlabelled is "error".
     """
-    if unlabelled not in UNLABELLED:
-        raise UserError(f"--unlabelled={unlabelled}; expected one of {', '.join(UNLABELLED)}")
+    if unlabelled not in UNLABELED:
+        raise UserError(f"--unlabelled={unlabelled}; expected one of {', '.join(UNLABELED)}")
     if max_images is not None and max_images < 1:
         raise UserError(f"--max-images={max_images}; expected at least 1")
     reasons = np.zeros(len(source), dtype=np.int8)
-    missing = missing_labels(labelling.labels, len(source))
-    if labelling.labels is not None and missing.any() and unlabelled != "keep":
+    missing = missing_labels(labeling.labels, len(source))
+    if labeling.labels is not None and missing.any() and unlabelled != "keep":
         if unlabelled == "error":
-            raise _unlabelled_error(source, labelling, missing)
+            raise _unlabeled_error(source, labeling, missing)
         reasons[missing] = REASONS.index(NO_CLASS)
-    labels, names = _choose(source, labelling, classes, merge, missing, reasons)
+    labels, names = _choose(source, labeling, classes, merge, missing, reasons)
     if max_images is not None and np.count_nonzero(reasons == 0) > max_images:
         reasons[_not_drawn(np.flatnonzero(reasons == 0), labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
     if reasons.all():
         raise UserError(f"{source.name}: none of its {len(source)} images is left by --unlabelled and --classes; "
                         "expected at least one")
-    return Selection(reasons=reasons, labels=labels, classes=names, labelling=labelling)
+    return Selection(reasons=reasons, labels=labels, classes=names, labeling=labeling)
 
 
-def _choose(source: Source, labelling: Labelling, classes: str | None, merge: str | None, missing: np.ndarray,
+def _choose(source: Source, labeling: Labeling, classes: str | None, merge: str | None, missing: np.ndarray,
             reasons: np.ndarray) -> tuple[np.ndarray | None, list[str] | None]:
     """Return the labels and names of the classes chosen; marks images of others in `reasons`."""
     if classes is None and merge is None:
-        return labelling.labels, labelling.classes
+        return labeling.labels, labeling.classes
     option = "--classes" if classes is not None else "--merge"
-    if labelling.labels is None:
+    if labeling.labels is None:
         raise UserError(f"{option}: the images of {source.name} have no labels; expected sub-folders, a dataset.json "
                         "with labels, or --labels=FILE")
-    if labelling.labels.ndim == 2:
-        raise UserError(f"{option}: the labels of {source.name} are lists of {labelling.labels.shape[1]} numbers, "
+    if labeling.labels.ndim == 2:
+        raise UserError(f"{option}: the labels of {source.name} are lists of {labeling.labels.shape[1]} numbers, "
                         "from which no class can be chosen; leave the option out")
-    found = labelling.classes or names_of_numbers(labelling.labels)
-    choice = ClassChoice.create(found, classes, merge)
-    indices = [choice.index_of(name) for name in found]
-    new_index = np.array([NO_LABEL if index is None else index for index in indices], dtype=np.int64)
-    labels = np.where(missing, NO_LABEL, new_index[labelling.labels])
+    found = class_names(labeling.labels, labeling.classes)
+    names, label_of = choose_classes(found, classes, merge)
+    new_index = np.array([NO_LABEL if label_of[name] is None else label_of[name] for name in found], dtype=np.int64)
+    labels = np.where(missing, NO_LABEL, new_index[labeling.labels])
     reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
-    return labels, list(choice.names)
+    return labels, names
 
 
 def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
@@ -288,13 +291,12 @@ def images_of_rows(rows: np.ndarray) -> dict[int, np.ndarray]:
     return {int(rows[run[0]]): run for run in runs if len(run) > 1 and rows[run[0]] >= 0}
 
 
-def _unlabelled_error(source: Source, labelling: Labelling, missing: np.ndarray) -> LabelsUnclear:
+def _unlabeled_error(source: Source, labeling: Labeling, missing: np.ndarray) -> LabelsUnclear:
     names = [source.names[index] for index in np.flatnonzero(missing)]
-    shown = listed(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    in_table = "" if labelling.rows is None else f", {int((labelling.rows < 0).sum())} of them no row in the table"
+    in_table = "" if labeling.rows is None else f", {int((labeling.rows < 0).sum())} of them no row in the table"
     others = patterns_of(names, [source.names[index] for index in np.flatnonzero(~missing)]) if source.has_files else []
     patterns = " ".join(f'--exclude="{pattern}"' for pattern in others)
     leave_out = f", leave them out ({patterns})" if others else ""
-    return LabelsUnclear(f"{len(names)} of {len(source)} images have no label{in_table} ({shown}); expected a label "
-                         f"for each: add them{leave_out}, or give --unlabelled=drop or "
+    return LabelsUnclear(f"{len(names)} of {len(source)} images have no label{in_table} ({shorten(names, _SHOWN)}); "
+                         f"expected a label for each: add them{leave_out}, or give --unlabelled=drop or "
                          "--unlabelled=keep", {"unlabelled": names})

@@ -1,4 +1,9 @@
-"""Choose files of a folder or zip by their names: --include and --exclude."""
+"""Recognize what an archive of images is, and open it; choose files by their names; join several folders and zips.
+
+Each kind answers with a `Source`: names and labels of all images, kept compact, and the images themselves one after
+the other, so that an archive of any size passes through. --include and --exclude choose files of a folder or zip.
+Several folders and zips of one set become one source: HAM10000, for example, comes as two.
+"""
 
 import os
 import re
@@ -13,9 +18,9 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.files import retrying, unpack_advice
-from dnnlib.text import listed, plural
+from dnnlib.text import listed, plural, shorten
 from imagesets.arrays import open_cifar, open_mnist, open_npz
-from imagesets.classes import order_classes
+from imagesets.classes import NO_LABEL, no_labels, numbers_of, order_classes
 from imagesets.folders import (
     Items,
     Loader,
@@ -27,10 +32,104 @@ from imagesets.folders import (
     open_folder,
     open_zip,
 )
-from imagesets.reader import NO_LABEL
 
+SPLITS = ("train", "val", "test", "all")
+_GZIP, _ZIP = b"\x1f\x8b", b"PK"
+_EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "
+             "images (-images-idx3-ubyte.gz)")
 _SHOWN = 3
 _TAIL = re.compile(r"_[a-z]+\.[a-z0-9]+$")  # what masks add to the name of their image, such as _segmentation.png
+
+
+def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None, include: Sequence[str] = (),
+                 exclude: Sequence[str] = ()) -> Source:
+    """Open an archive of images, or several folders and zips of one set, one after the other, as one source.
+
+    include, exclude: patterns of file names, see choose_files
+
+    Raises UserError as open_source() and choose_files() do, and when a folder or an archive would be read twice.
+    """
+    paths = [Path(path) for path in paths]
+    sources = [open_source(path, split=split) for path in paths]
+    if len(sources) == 1:
+        return choose_files(sources, include, exclude)[0]
+    for index, path in enumerate(paths):
+        for earlier in paths[:index]:
+            _refuse_repeated(path, earlier)
+    names = _short_names(paths)
+    return join(choose_files(sources, include, exclude, names), names)
+
+
+def _refuse_repeated(path: Path, earlier: Path) -> None:
+    if path.samefile(earlier):
+        raise UserError(f"--source={path} is given twice{'' if path == earlier else f', also as {earlier}'}; expected "
+                        "each folder or archive once")
+    for outer, inner in ((path, earlier), (earlier, path)):
+        if inner.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
+            raise UserError(f"--source={inner} lies in --source={outer}, which is read with all its folders; leave one "
+                            "of the two out")
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Return as much of the paths' ends as tells them apart: "part1" and "part2", or "a/images" and "b/images"."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    for length in range(1, max(map(len, parts))):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
+    """Open an archive of images, recognized by its name and its first bytes.
+
+    split:  "train", "val", "test" or "all", for MedMNIST and CIFAR-10; None for "train" there
+
+    Raises UserError when the path is missing, is of no known kind, is damaged or empty, or knows no splits.
+    """
+    path = Path(path)
+    if split is not None and split not in SPLITS:
+        raise UserError(f"--split={split}; expected one of {', '.join(SPLITS)}")
+    if not path.exists():
+        raise UserError(f"--source={path} does not exist; {_EXPECTED}")
+    if path.is_dir():
+        return _without_split(open_folder(path), split)
+    if not path.is_file():
+        raise UserError(f"--source={path} is neither a file nor a folder; {_EXPECTED}")
+    start, name = _first_bytes(path), path.name.lower()
+    if name.endswith(".npz"):
+        return open_npz(path, split or "train")
+    if start.startswith(_GZIP) and "idx" in name:
+        return _without_split(open_mnist(path), split)
+    if start.startswith(_GZIP) and name.endswith((".tar.gz", ".tgz")):
+        return open_cifar(path, split or "train")
+    if start.startswith(_ZIP) or name.endswith(".zip"):
+        return _without_split(open_zip(path), split)
+    raise UserError(f"--source={path} {unpack_advice(path) or f'is of no known kind; {_EXPECTED}'}")
+
+
+def _first_bytes(path: Path) -> bytes:
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(4)
+
+    try:
+        start = retrying(read, path)
+    except OSError as error:
+        raise UserError(f"--source={path} cannot be opened: {error.strerror}") from error
+    if not start:
+        raise UserError(f"--source={path} is empty (0 bytes); {_EXPECTED}")
+    return start
+
+
+def _without_split(source: Source, split: str | None) -> Source:
+    if split is not None:
+        raise UserError(f"--split={split}: {source.name} ({source.kind}) has no splits; only MedMNIST and CIFAR-10 do: "
+                        "leave the option out")
+    return source
+
+
+# Choosing files by --include and --exclude
 
 
 @dataclass(frozen=True)
@@ -70,8 +169,10 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
         for pattern in patterns:
             fits = _matches(pattern, names)
             if not fits.any():
-                raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(titles, names)}'
-                                f"{_advice(pattern, names)}")
+                is_folder = pattern.lower() in {folder.lower() for name in names for folder in name.split("/")[:-1]}
+                advice = (f'the folder of that name is "{pattern}/"' if is_folder else
+                          'expected a pattern of names, such as "*.jpg", or of a folder, such as "masks/*"')
+                raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(titles, names)}; {advice}')
             chosen[fits] = option == "include"
     parts = np.split(chosen, np.cumsum([len(source) for source in sources])[:-1])
     for title, part, inside in zip(titles, parts, paths):
@@ -153,19 +254,10 @@ def _what_is_there(titles: Sequence[str], names: Sequence[str]) -> str:
     """Return "the 20 images of lesions (.jpg 10, .png 10; mel/a.jpg, ...)"."""
     endings = Counter(file_ending(name) or "without an ending" for name in names).most_common()
     counts = ", ".join(f"{ending} {count}" for ending, count in endings[:_SHOWN])
-    examples = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"the {plural(len(names), 'image')} of {' + '.join(titles)} ({counts}; {examples})"
+    return f"the {plural(len(names), 'image')} of {' + '.join(titles)} ({counts}; {shorten(names, _SHOWN)})"
 
 
-def _advice(pattern: str, names: Sequence[str]) -> str:
-    folders = {folder.lower() for name in names for folder in name.split("/")[:-1]}
-    if pattern.lower() in folders:
-        return f'; the folder of that name is "{pattern}/"'
-    return "; expected a pattern of names, such as \"*.jpg\", or of a folder, such as \"masks/*\""
-
-
-# MERGED from imagesets.sources.joining
-# Several folders and zips of one set as one source: HAM10000, for example, comes as two.
+# Joining sources
 
 
 @dataclass(frozen=True)
@@ -304,10 +396,9 @@ def _labels_of(source: Source, folders: Sequence[str | None] | None, classes: Se
                shape: tuple[int, ...]) -> np.ndarray:
     """Return the labels of a source as numbers of `classes`, or lists of numbers of this shape."""
     if folders is not None:
-        index = {name: number for number, name in enumerate(classes)} | {None: NO_LABEL}
-        return np.array([index[folder] for folder in folders], dtype=np.int64)
+        return numbers_of(folders, classes)
     if not source.is_ready or source.labels is None:
-        return np.full((len(source), *shape), np.nan if shape else NO_LABEL, dtype=np.float32 if shape else np.int64)
+        return no_labels(len(source), shape)
     if classes is None or source.has_vectors:
         return source.labels
     new_number = np.array([*(classes.index(name) for name in source.classes), NO_LABEL], dtype=np.int64)
@@ -320,104 +411,3 @@ def _hints_on_folders(sources: Sequence[Source], labels: np.ndarray | None) -> I
     if labels is None and all(around) and len({tuple(folders) for folders in around}) > 1:
         yield (f"the folders {listed([folders[-1] for folders in around])} are not taken as classes, since each source "
                "has one only; if they are classes, put them into one folder, or give --labels=FILE")
-
-
-# MERGED from imagesets.sources.opening
-# Recognise what an archive of images is, and open it.
-#
-# Each kind answers with a `Source`: names and labels of all images, kept compact, and the images themselves one after
-# the other, so that an archive of any size passes through.
-
-
-SPLITS = ("train", "val", "test", "all")
-_GZIP, _ZIP = b"\x1f\x8b", b"PK"
-_EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10 python archive (.tar.gz), or MNIST "
-             "images (-images-idx3-ubyte.gz)")
-
-
-def open_sources(paths: Sequence[str | os.PathLike], *, split: str | None = None, include: Sequence[str] = (),
-                 exclude: Sequence[str] = ()) -> Source:
-    """Open an archive of images, or several folders and zips of one set, one after the other, as one source.
-
-    include, exclude: patterns of file names, see choose_files
-
-    Raises UserError as open_source() and choose_files() do, and when a folder or an archive would be read twice.
-    """
-    paths = [Path(path) for path in paths]
-    sources = [open_source(path, split=split) for path in paths]
-    if len(sources) == 1:
-        return choose_files(sources, include, exclude)[0]
-    for index, path in enumerate(paths):
-        for earlier in paths[:index]:
-            _refuse_repeated(path, earlier)
-    names = _short_names(paths)
-    return join(choose_files(sources, include, exclude, names), names)
-
-
-def _refuse_repeated(path: Path, earlier: Path) -> None:
-    if path.samefile(earlier):
-        raise UserError(f"--source={path} is given twice{'' if path == earlier else f', also as {earlier}'}; expected "
-                        "each folder or archive once")
-    for outer, inner in ((path, earlier), (earlier, path)):
-        if inner.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
-            raise UserError(f"--source={inner} lies in --source={outer}, which is read with all its folders; leave one "
-                            "of the two out")
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Return as much of the paths' ends as tells them apart: "part1" and "part2", or "a/images" and "b/images"."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    for length in range(1, max(map(len, parts))):
-        names = ["/".join(one[-length:]) for one in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
-def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
-    """Open an archive of images, recognised by its name and its first bytes.
-
-    split:  "train", "val", "test" or "all", for MedMNIST and CIFAR-10; None for "train" there
-
-    Raises UserError when the path is missing, is of no known kind, is damaged or empty, or knows no splits.
-    """
-    path = Path(path)
-    if split is not None and split not in SPLITS:
-        raise UserError(f"--split={split}; expected one of {', '.join(SPLITS)}")
-    if not path.exists():
-        raise UserError(f"--source={path} does not exist; {_EXPECTED}")
-    if path.is_dir():
-        return _without_split(open_folder(path), split)
-    if not path.is_file():
-        raise UserError(f"--source={path} is neither a file nor a folder; {_EXPECTED}")
-    start, name = _first_bytes(path), path.name.lower()
-    if name.endswith(".npz"):
-        return open_npz(path, split or "train")
-    if start.startswith(_GZIP) and "idx" in name:
-        return _without_split(open_mnist(path), split)
-    if start.startswith(_GZIP) and name.endswith((".tar.gz", ".tgz")):
-        return open_cifar(path, split or "train")
-    if start.startswith(_ZIP) or name.endswith(".zip"):
-        return _without_split(open_zip(path), split)
-    raise UserError(f"--source={path} {unpack_advice(path) or f'is of no known kind; {_EXPECTED}'}")
-
-
-def _first_bytes(path: Path) -> bytes:
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            return file.read(4)
-
-    try:
-        start = retrying(read, path)
-    except OSError as error:
-        raise UserError(f"--source={path} cannot be opened: {error.strerror}") from error
-    if not start:
-        raise UserError(f"--source={path} is empty (0 bytes); {_EXPECTED}")
-    return start
-
-
-def _without_split(source: Source, split: str | None) -> Source:
-    if split is not None:
-        raise UserError(f"--split={split}: {source.name} ({source.kind}) has no splits; only MedMNIST and CIFAR-10 do: "
-                        "leave the option out")
-    return source

@@ -1,10 +1,14 @@
-"""Read what --parts, --institutions, --sizes and --skew ask for."""
+"""Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts.
+
+--parts, --institutions, --sizes and --skew make a request; images that must stay together make units, which are
+counted and dealt to the parts (imagesets.deal).
+"""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,17 +16,16 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.files import retrying
-from dnnlib.text import plural, shorten
-from imagesets.deal import FIRST_CLASS, SIZE, deal
-from imagesets.labels import class_columns, class_names, is_unlabelled
+from dnnlib.text import plural
+from imagesets.deal import FIRST_CLASS, REST, SIZE, UNITS, deal, skewed_targets
 from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.reader import ImageSet
 
-PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
-SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
-REST = None  # stands for * in a skew
-
+LEFT_OUT = -1  # in place of the number of a part
+_PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
+_SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NO_LABEL_COLUMN = "(no label)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ def create_request(*, parts: str | None, institutions: int | None, sizes: str | 
                    allow_missing: bool, leave_out: bool) -> SplitRequest:
     """Return the request that options make. Raises UserError for a wrong text or options that do not go together."""
     if parts is None and institutions is None:
-        raise UserError(f"neither --parts nor --institutions is given; expected --parts={PARTS_SYNTAX}, "
+        raise UserError(f"neither --parts nor --institutions is given; expected --parts={_PARTS_SYNTAX}, "
                         "or --institutions=3")
     for option, value in (("--sizes", sizes), ("--skew", skew)):
         if value is not None and institutions is None:
@@ -90,7 +93,7 @@ def parse_parts(text: str) -> tuple[Part, ...]:
     for item in text.split(","):
         name, colon, share = (piece.strip() for piece in item.partition(":"))
         if not colon or not _PART_NAME.fullmatch(name):
-            raise UserError(f"--parts={text}: {item.strip()!r} is not NAME:SHARE; expected {PARTS_SYNTAX}")
+            raise UserError(f"--parts={text}: {item.strip()!r} is not NAME:SHARE; expected {_PARTS_SYNTAX}")
         # Names become file names, which some systems compare without regard to case.
         if name.lower() in [part.name.lower() for part in parts]:
             raise UserError(f"--parts={text} names {name} twice; expected each name once")
@@ -119,7 +122,7 @@ def read_skew(text: str) -> str:
     try:
         lines = retrying(lambda: Path(text).read_text(encoding="utf-8"), text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--skew={text} is neither a readable file nor a skew; expected {SKEW_SYNTAX}") from error
+        raise UserError(f"--skew={text} is neither a readable file nor a skew; expected {_SKEW_SYNTAX}") from error
     lines = [line.split("#")[0].strip() for line in lines]
     return ";".join(line for line in lines if line)
 
@@ -130,7 +133,7 @@ def parse_skew(text: str, institutions: int) -> dict[str, tuple[Fraction | None,
     for item in text.split(";"):
         name, equals, values = (piece.strip() for piece in item.rpartition("="))
         if not equals or not name or not values:
-            raise UserError(f"--skew: {item.strip()!r} is not understood; expected {SKEW_SYNTAX}")
+            raise UserError(f"--skew: {item.strip()!r} is not understood; expected {_SKEW_SYNTAX}")
         if name in skew:
             raise UserError(f"--skew names {name} twice; expected each class once")
         texts = [value.strip() for value in values.split(",")]
@@ -161,111 +164,12 @@ def _check_sum(what: str, shares: Sequence[Fraction]) -> None:
         raise UserError(f"{what}: the shares sum to {float(sum(shares)):.6g}; expected 1")
 
 
-# MERGED from imagesets.splitting.targets
-# Turn the shares of a request into numbers of images for each part and class.
-
-
-# Shares are given with two or three digits, so their sum meets the number of images of a class only about.
-_ROUNDING = 0.01
-
-
-def even_targets(totals: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
-    """Return the counts of each part when all are alike: float64 [P, F], for totals [F]."""
-    return np.array([float(share) for share in shares])[:, None] * totals
-
-
-def skewed_targets(totals: Sequence[int], classes: Sequence[str], sizes: Sequence[Fraction],
-                   skew: Mapping[str, Sequence[Fraction | None]], *, leave_out: bool) -> np.ndarray:
-    """Return the images of each class in each institution, and in the last row those left out: float64 [P + 1, C].
-
-    totals:  images of each class [C]
-    classes: their names
-    sizes:   shares of the institutions, P of them
-    skew:    class -> share within each institution; classes that are not named fill up in proportion to their numbers
-
-    Raises UserError when a class is unknown, and when a class has fewer images than needed. With leave_out the
-    institutions get smaller, at their relative sizes, until all have what they need.
-    """
-    unknown = [name for name in skew if name not in classes]
-    if unknown:
-        raise UserError(f"--skew names the class {unknown[0]}, which the data set has no images of; expected one of "
-                        f"{shorten(list(classes), 20)}")
-    available = np.array(totals, dtype=np.float64)
-    size = np.array([float(share) for share in sizes])
-    shares = np.zeros((len(sizes), len(classes)))
-    named = [classes.index(name) for name in skew]
-    for name, row in skew.items():
-        shares[:, classes.index(name)] = _resolve_rest(name, row, available[classes.index(name)], available.sum(), size)
-    _fill_up(shares, named, available)
-    needed = available.sum() * size @ shares  # [C]
-    scale = _scale(needed, available, classes, named, leave_out)
-    targets = scale * available.sum() * size[:, None] * shares
-    if not leave_out:
-        # What rounding left is spread, so that nothing stays out.
-        targets *= np.divide(available, targets.sum(axis=0), out=np.zeros_like(available), where=needed > 0)
-    return np.vstack([targets, np.maximum(available - targets.sum(axis=0), 0)])
-
-
-def _resolve_rest(name: str, row: Sequence[Fraction | None], available: float, whole: float,
-                  size: np.ndarray) -> np.ndarray:
-    """Return the shares of a class, float64 [P], with what is left of its images in place of REST."""
-    if REST not in row:
-        return np.array([float(share) for share in row])
-    place = list(row).index(REST)
-    shares = np.array([0.0 if share is REST else float(share) for share in row])
-    taken = whole * float(size @ shares)
-    if taken > available:
-        raise UserError(f"--skew needs {round(taken)} images of {name} for the institutions beside *; the data set has "
-                        f"{round(available)}: lower these shares")
-    shares[place] = (available - taken) / (whole * size[place])
-    if shares[place] > 1:
-        raise UserError(f"--skew leaves {round(available - taken)} images of {name} for institution{place + 1}, which "
-                        f"holds {round(whole * size[place])}: raise the other shares")
-    return shares
-
-
-def _fill_up(shares: np.ndarray, named: Sequence[int], available: np.ndarray) -> None:
-    """Divide what the named classes leave of each institution among the other classes, in proportion."""
-    others = np.setdiff1d(np.arange(len(available)), named)
-    for institution, row in enumerate(shares, start=1):
-        total = row[named].sum()
-        if total > 1 + 1e-9 or (not len(others) and total < 1 - 1e-9):
-            hint = "at most 1" if len(others) else "1, as all classes are named"
-            raise UserError(f"--skew: the shares of institution{institution} sum to {total:.4g}; expected {hint}")
-    if len(others):
-        rest = np.maximum(1 - shares[:, named].sum(axis=1), 0)
-        shares[:, others] = rest[:, None] * available[others] / available[others].sum()
-
-
-def _scale(needed: np.ndarray, available: np.ndarray, classes: Sequence[str], named: Sequence[int],
-           leave_out: bool) -> float:
-    """Return which share of all images the institutions can have together."""
-    scarcity = np.divide(needed, available, out=np.zeros_like(needed), where=available > 0)
-    if leave_out:
-        return min(1, 1 / scarcity.max())
-    worst = int(np.argmax(scarcity))
-    if needed[worst] - available[worst] > max(1, _ROUNDING * available[worst]):
-        usable = int(available.sum() / scarcity.max())
-        change = "lower its shares" if worst in named else "raise the shares of the classes it names"
-        raise UserError(f"--skew needs {round(needed[worst])} images of {classes[worst]}; there are "
-                        f"{round(available[worst])}: {change}, put * for one of them, or use only {usable} of "
-                        f"{round(available.sum())} images with --leave-out")
-    return 1.0
-
-
-# MERGED from imagesets.splitting.units
-# Count what must stay together, and divide it among parts.
-
-
-NO_LABEL_COLUMN = "(no label)"
-
-
 @dataclass(frozen=True, kw_only=True)
-class UnitTable:
+class _UnitTable:
     """Counts of the units of a data set: int64 [U, F], images, 1, and images of each class, F = 2 + C.
 
     keys:     a text a unit, which decides its place in the random order
-    classes:  names of the C columns, only those with images, and NO_LABEL_COLUMN
+    classes:  names of the C columns, only those with images, and _NO_LABEL_COLUMN
     required: bool [C], whether each part needs the class; False for images without a label
     where:    what the units are of, for messages: "the data set"
     """
@@ -277,17 +181,17 @@ class UnitTable:
     where: str
 
     @classmethod
-    def create(cls, images: ImageSet, units: np.ndarray) -> "UnitTable":
+    def create(cls, images: ImageSet, units: np.ndarray) -> "_UnitTable":
         """Count the images of each unit; units: int64 [N], the unit of each image."""
-        columns, names = class_columns(images), class_names(images)
+        columns, names = images.class_columns(), images.class_names()
         required = np.ones(len(names), dtype=bool)
-        if images.labels is not None and images.num_unlabelled:
-            columns = np.column_stack([columns, is_unlabelled(images)])
-            names, required = [*names, NO_LABEL_COLUMN], np.append(required, False)
+        if images.labels is not None and (missing := images.missing_labels()).any():
+            columns = np.column_stack([columns, missing])
+            names, required = [*names, _NO_LABEL_COLUMN], np.append(required, False)
         present = np.flatnonzero(columns.any(axis=0))
         counts = np.zeros((int(units.max()) + 1, FIRST_CLASS + len(present)), dtype=np.int64)
         counts[:, SIZE] = np.bincount(units)
-        counts[:, SIZE + 1] = 1
+        counts[:, UNITS] = 1
         for place, column in enumerate(present, start=FIRST_CLASS):
             counts[:, place] = np.bincount(units[columns[:, column]], minlength=len(counts))
         _, first = np.unique(units, return_index=True)
@@ -304,10 +208,10 @@ class UnitTable:
         """Number of units that hold a class: int64 [C]."""
         return (self.counts[:, FIRST_CLASS:] > 0).sum(axis=0)
 
-    def select(self, chosen: np.ndarray, where: str) -> "UnitTable":
+    def select(self, chosen: np.ndarray, where: str) -> "_UnitTable":
         """Return the chosen units, bool [U], with all classes."""
-        return UnitTable(counts=self.counts[chosen], keys=[self.keys[row] for row in np.flatnonzero(chosen)],
-                         classes=self.classes, required=self.required, where=where)
+        return replace(self, counts=self.counts[chosen], keys=[self.keys[row] for row in np.flatnonzero(chosen)],
+                       where=where)
 
     def check_groups(self, parts: Sequence[Part], *, allow_missing: bool) -> None:
         """Raise UserError when some part would have to stay without images, or without a class."""
@@ -323,7 +227,7 @@ class UnitTable:
 
     def even_split(self, parts: Sequence[Part], order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the part of each unit, int64 [U], and the counts aimed at, [P, F]; all parts are to be alike."""
-        return self.split(parts, even_targets(self.totals, [part.share for part in parts]), order)
+        return self.split(parts, np.array([float(part.share) for part in parts])[:, None] * self.totals, order)
 
     def split(self, parts: Sequence[Part], targets: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the part of each unit, int64 [U], and the targets.
@@ -349,13 +253,6 @@ class UnitTable:
         # A library's generator may change from version to version, a hash does not: a split is cited for years.
         hashes = [hashlib.sha256(f"{seed}/{stage}/{key}".encode(errors="surrogatepass")).digest() for key in self.keys]
         return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
-
-
-# MERGED from imagesets.split
-# Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts.
-
-
-LEFT_OUT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,7 +307,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
         packed = np.frombuffer(bytes.fromhex("".join(pixel_hashes)), dtype=np.uint8)
         equal += identical_sets(packed.reshape(len(pixel_hashes), -1))
     units, num_linked = link_groups(images.groups, equal)
-    table = UnitTable.create(images, units)
+    table = _UnitTable.create(images, units)
     table.check_groups(request.final_parts, allow_missing=request.allow_missing)
     part_of_unit = np.zeros(len(table.counts), dtype=np.int64)
     targets = table.totals[None].astype(np.float64)
@@ -428,7 +325,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
                       targets=targets, classes=tuple(table.classes))
 
 
-def _divide(table: UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.ndarray]:
+def _divide(table: _UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.ndarray]:
     """Divide units among the institutions: int64 [U] with LEFT_OUT, and the counts aimed at, [P, F]."""
     parts = request.institutions
     table.check_groups(parts, allow_missing=request.allow_missing)
@@ -439,7 +336,7 @@ def _divide(table: UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.nda
     return np.where(part_of_unit == len(parts), LEFT_OUT, part_of_unit), targets[:-1]
 
 
-def _skewed_table(table: UnitTable, request: SplitRequest) -> np.ndarray:
+def _skewed_table(table: _UnitTable, request: SplitRequest) -> np.ndarray:
     """Return the counts of the institutions, and of what is left out, in the columns of the table: [P + 1, F]."""
     totals = table.totals
     columns = FIRST_CLASS + np.flatnonzero(totals[FIRST_CLASS:])
@@ -448,5 +345,5 @@ def _skewed_table(table: UnitTable, request: SplitRequest) -> np.ndarray:
     targets = np.zeros((len(by_class), len(totals)))
     targets[:, columns] = by_class
     targets[:, SIZE] = by_class.sum(axis=1)
-    targets[:, SIZE + 1] = targets[:, SIZE] * totals[SIZE + 1] / totals[SIZE]
+    targets[:, UNITS] = targets[:, SIZE] * totals[UNITS] / totals[SIZE]
     return targets

@@ -5,22 +5,20 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from dnnlib.cli import UserError
-from dnnlib.files import temporary_beside
-from imagesets.deal import FIRST_CLASS
-from imagesets.labels import label_of
-from imagesets.reader import METADATA, ImageSet, names_of_files
+from imagesets.deal import FIRST_CLASS, REST
+from imagesets.metadata import METADATA, image_name, names_of_files
+from imagesets.reader import ImageSet
 from imagesets.split import LEFT_OUT, Assignment, SplitRequest
-from imagesets.writer import ImageSetWriter, image_name
+from imagesets.writer import ImageSetWriter, check_folder, fill_folder
 
 MANIFEST_VERSION = 1
 
@@ -47,10 +45,7 @@ class SplitPaths:
 
     def check(self, *, force: bool) -> None:
         """Raise UserError when the folder cannot hold the files, or when one exists and is not to be replaced."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--dest={self.folder} is a file; expected a folder for the parts")
-        if not self.folder.absolute().parent.is_dir():
-            raise UserError(f"--dest={self.folder}: there is no folder {self.folder.parent}; make it first")
+        check_folder(self.folder, "--dest", "the parts")
         for path in (*self.parts, self.manifest):
             if path.is_dir():
                 raise UserError(f"{path} is a folder; expected to write a file of this name: choose another --dest")
@@ -62,7 +57,7 @@ def content_hash(images: ImageSet, digests: np.ndarray) -> str:
     """Return a sha256 of images, labels, classes and groups in order; where the set lies does not matter."""
     digest = hashlib.sha256(json.dumps(images.classes).encode())
     for row, group in enumerate(images.groups):
-        digest.update(b"\n" + digests[row].tobytes() + json.dumps([label_of(images, row), group]).encode())
+        digest.update(b"\n" + digests[row].tobytes() + json.dumps([images.label(row), group]).encode())
     return digest.hexdigest()
 
 
@@ -84,8 +79,8 @@ def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, r
     split = {"name": images.path.absolute().name, "content_hash": content_hash(images, digests)}
     tables = {name: table for name in images.other_members if name.lower().endswith(".csv")
               if (table := _read_table(images.read(name))) is not None}
-    with _all_or_none(paths) as folder:
-        with ExitStack() as stack:
+    with fill_folder(paths.folder, paths.manifest.name) as folder:
+        with _named_as(paths.folder, folder), ExitStack() as stack:
             writers = [stack.enter_context(ImageSetWriter(folder / path.name, classes=images.classes,
                                                           source=_source_of(images, split, request, part.name)))
                        for path, part in zip(paths.parts, request.final_parts, strict=True)]
@@ -96,8 +91,17 @@ def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, r
                     renamed = {images.names[row]: image_name(places[row]) for row in rows}
                     writer.add_file(name, _filter_table(table, renamed))
         with open(folder / paths.manifest.name, "x", encoding="utf-8", newline="\n") as file:
-            _write_manifest(file, _Manifest(images, digests, assignment, request, paths, places, split))
+            file.writelines(_manifest(images, digests, assignment, request, paths, places, split))
     return [name for name in images.other_members if name != METADATA and name not in tables]
+
+
+@contextmanager
+def _named_as(folder: Path, temporary: Path) -> Iterator[None]:
+    """Let errors name the folder in place of the temporary one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(folder))) from error
 
 
 def _source_of(images: ImageSet, split: dict[str, str], request: SplitRequest, part: str) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def _copy_images(images: ImageSet, assignment: Assignment, writers: Sequence[Ima
         if assignment.part_of[row] != LEFT_OUT:
             # The reader gives an image without a group its own name, which it has only in the whole set.
             group = None if images.groups[row] == name else images.groups[row]
-            writers[assignment.part_of[row]].add(images.read(name), label_of(images, row), group,
+            writers[assignment.part_of[row]].add(images.read(name), images.label(row), group,
                                                  None if pixel_hashes is None else pixel_hashes[row])
         on_image()
 
@@ -139,77 +143,42 @@ def _filter_table(table: list[list[str]], renamed: dict[str, str]) -> bytes:
     return text.getvalue().encode()
 
 
-@contextmanager
-def _all_or_none(paths: SplitPaths) -> Iterator[Path]:
-    """Give a temporary folder whose files move to their places at the end, the manifest last."""
-    is_new = not paths.folder.exists()
-    temporary = temporary_beside(paths.manifest)
-    try:
-        temporary.mkdir(parents=is_new)
-        yield temporary
-        for path in (*paths.parts, paths.manifest):
-            os.replace(temporary / path.name, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_new and paths.folder.is_dir():
-            paths.folder.rmdir()
-        if isinstance(error, UserError):  # it names the temporary folder
-            raise UserError(str(error).replace(str(temporary), str(paths.folder))) from error
-        raise
-    temporary.rmdir()
+def _manifest(images: ImageSet, digests: np.ndarray, assignment: Assignment, request: SplitRequest, paths: SplitPaths,
+              places: np.ndarray, split: dict[str, str]) -> Iterator[str]:
+    """Yield JSON in pieces, a line an image, so that a million of them need little memory."""
+    def describe(part: int, names: dict[str, str]) -> Iterator[str]:
+        rows = np.flatnonzero(assignment.part_of == part)
+        counts = dict(zip(assignment.classes, assignment.reached[part, FIRST_CLASS:].tolist(), strict=True))
+        groups = dict.fromkeys(images.groups[row] for row in rows)
+        yield "\n  " + json.dumps({**names, "num_images": len(rows), "num_groups": len(groups)})[:-1]
+        yield f',\n   "classes": {json.dumps(counts)},\n   "groups": ['
+        for index, group in enumerate(groups):
+            yield ("," if index else "") + "\n    " + json.dumps(group)
+        yield '],\n   "files": ['
+        for index, row in enumerate(rows):
+            new_name = {} if part == LEFT_OUT else {"file": image_name(places[row])}
+            record = {**new_name, "from": images.names[row], "sha256": digests[row].tobytes().hex(),
+                      "group": images.groups[row]}
+            yield ("," if index else "") + "\n    " + json.dumps(record)
+        yield "]}"
 
-
-@dataclass(frozen=True)
-class _Manifest:
-    """What the manifest is made of."""
-
-    images: ImageSet
-    digests: np.ndarray
-    assignment: Assignment
-    request: SplitRequest
-    paths: SplitPaths
-    places: np.ndarray
-    split: dict[str, str]
-
-
-def _write_manifest(file: IO[str], made: _Manifest) -> None:
-    """Write JSON in pieces, a line an image, so that a million of them need little memory."""
-    request = made.request
     head = {
         "version": MANIFEST_VERSION,
         "tool": "dataset_tool.py split",
-        "source": {**made.split, "num_images": len(made.images)},
+        "source": {**split, "num_images": len(images)},
         "seed": request.seed,
         "parts_asked": {part.name: float(part.share) for part in request.parts},
         "institutions_asked": {part.name: float(part.share) for part in request.institutions},
-        "skew_asked": request.skew and {name: ["*" if share is None else float(share) for share in row]
+        "skew_asked": request.skew and {name: ["*" if share is REST else float(share) for share in row]
                                         for name, row in request.skew.items()},
         "allow_missing": request.allow_missing,
         "leave_out": request.leave_out,
-        "linked_groups": made.assignment.num_linked,
+        "linked_groups": assignment.num_linked,
     }
-    file.write(json.dumps(head, indent=1)[:-2] + ',\n "parts": [')
-    for part, path in enumerate(made.paths.parts):
-        file.write("," if part else "")
-        _write_part(file, made, part, {"name": request.final_parts[part].name, "zip": path.name})
-    file.write("\n ],\n \"left_out\": ")
-    _write_part(file, made, LEFT_OUT, {})
-    file.write("\n}\n")
-
-
-def _write_part(file: IO[str], made: _Manifest, part: int, names: dict[str, str]) -> None:
-    rows = np.flatnonzero(made.assignment.part_of == part)
-    counts = made.assignment.reached[part, FIRST_CLASS:].tolist()
-    groups = dict.fromkeys(made.images.groups[row] for row in rows)
-    file.write("\n  " + json.dumps({**names, "num_images": len(rows), "num_groups": len(groups)})[:-1])
-    file.write(f',\n   "classes": {json.dumps(dict(zip(made.assignment.classes, counts, strict=True)))}')
-    file.write(',\n   "groups": [')
-    for index, group in enumerate(groups):
-        file.write(("," if index else "") + "\n    " + json.dumps(group))
-    file.write('],\n   "files": [')
-    for index, row in enumerate(rows):
-        new_name = {} if part == LEFT_OUT else {"file": image_name(made.places[row])}
-        record = {**new_name, "from": made.images.names[row], "sha256": made.digests[row].tobytes().hex(),
-                  "group": made.images.groups[row]}
-        file.write(("," if index else "") + "\n    " + json.dumps(record))
-    file.write("]}")
+    yield json.dumps(head, indent=1)[:-2] + ',\n "parts": ['
+    for part, path in enumerate(paths.parts):
+        yield "," if part else ""
+        yield from describe(part, {"name": request.final_parts[part].name, "zip": path.name})
+    yield "\n ],\n \"left_out\": "
+    yield from describe(LEFT_OUT, {})
+    yield "\n}\n"

@@ -1,4 +1,8 @@
-"""Hold many short texts in little memory."""
+"""Read a table that gives images their labels and groups: delimited text (CSV) as people have it.
+
+Commas, semicolons or tabs, any line ends, UTF-8, UTF-16 or Latin-1; what a row means follows from the header, see
+imagesets.layouts. Tables of a million rows are kept in little memory.
+"""
 
 import codecs
 import csv
@@ -9,14 +13,19 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from dnnlib.cli import UserError
 from dnnlib.files import iterate_retrying, retrying, unpack_advice
-from imagesets.classes import order_classes
+from dnnlib.text import plural
+from imagesets.classes import MAX_CLASSES, NO_LABEL, order_classes
 from imagesets.layouts import Layout, groups_layout_of, layout_of
-from imagesets.reader import MAX_CLASSES, NO_LABEL, image_suffixes, plain_path
+from imagesets.metadata import plain_path
+from imagesets.reader import image_suffixes
+
+_DELIMITERS = ",;\t"
+_CHUNK = 1 << 20
+_WHOLE_NUMBER = re.compile(r"([+-]?\d+)(?:\.0*|,0)?", re.ASCII)
 
 
 class CompactTexts(Sequence[str]):
@@ -52,14 +61,6 @@ class CompactTexts(Sequence[str]):
         return index if index < len(self) and self[index] == text else None
 
 
-# MERGED from imagesets.labels.delimited
-# Read delimited text (CSV) as people have it: comma, semicolon or tab, any line ends, UTF-8, UTF-16 or Latin-1.
-
-
-_DELIMITERS = ",;\t"
-_CHUNK = 1 << 20
-
-
 class DelimitedFile:
     """A table in a text file: its header at once, its rows as they are asked for.
 
@@ -88,7 +89,7 @@ class DelimitedFile:
         next(rows)
         for line, cells in rows:
             if len(cells) != len(self.header):
-                raise UserError(f"{self.path}, line {line}: the row has {_cells(len(cells))}; expected "
+                raise UserError(f"{self.path}, line {line}: the row has {plural(len(cells), 'cell')}; expected "
                                 f"{len(self.header)}, as the header has")
             yield line, cells
 
@@ -133,52 +134,27 @@ class DelimitedFile:
                     yield line, cells
 
 
-def _cells(count: int) -> str:
-    return "1 cell" if count == 1 else f"{count} cells"
-
-
 def _encoding_of(path: Path) -> str:
     """Look through the whole file, in pieces, for what cannot be UTF-8."""
+    encoding = "utf-8-sig"
     with open(path, "rb") as file:
-        start = file.read(2)
-        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # "Unicode text" of a spreadsheet
-            return _checked_utf16(path)
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # "Unicode text" of a spreadsheet
+            encoding = "utf-16"
         file.seek(0)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        encoding = "utf-8-sig"
-        while chunk := file.read(_CHUNK):
+        while encoding != "utf-16" and (chunk := file.read(_CHUNK)):
             if b"\x00" in chunk:
                 what = unpack_advice(path) or "is no text file"
                 raise UserError(f"{path} {what}; expected a table as CSV (a workbook: save it as CSV)")
-            if encoding == "utf-8-sig" and not _decodes(decoder, chunk):
-                encoding = "latin-1"
-        return encoding if encoding == "latin-1" or _decodes(decoder, b"", final=True) else "latin-1"
-
-
-def _decodes(decoder: codecs.IncrementalDecoder, data: bytes, final: bool = False) -> bool:
     try:
-        decoder.decode(data, final)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _checked_utf16(path: Path) -> str:
-    with open(path, encoding="utf-16") as file:
-        try:
+        with open(path, encoding=encoding) as file:
             while file.read(_CHUNK):
                 pass
-        except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:
+        if encoding == "utf-16":
             raise UserError(f"{path} begins like UTF-16 but is damaged ({error.reason}); save the table as CSV in "
                             "UTF-8") from error
-    return "utf-16"
-
-
-# MERGED from imagesets.labels.tables
-# Read a table that gives images their labels and groups.
-
-
-_WHOLE_NUMBER = re.compile(r"([+-]?\d+)(?:\.0*|,0)?", re.ASCII)
+        return "latin-1"
+    return encoding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -255,7 +231,7 @@ def image_key(name: str) -> str:
     """
     name = plain_path(name.strip())
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in _suffixes() else name
+    return stem if suffix.lower() in image_suffixes() else name
 
 
 def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
@@ -299,13 +275,15 @@ def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
     names = order_classes(rows.labels) if layout.class_names is None else list(layout.class_names)
     position = {name: index for index, name in enumerate(names)}
     code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
+    # What the first and the last of a sorted list begin with, all begin with.
+    common = posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
     return LabelTable(name=file.path.name, kind=layout.kind, label_columns=layout.label_columns,
                       other_levels=layout.other_levels, groups_file=layout.groups_file,
                       group_columns=tuple(file.header[index] for index in layout.group_index),
                       class_names=names, ids=ids, num_rows=len(rows.ids), num_duplicates=len(rows.ids) - len(kept),
                       _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
                       _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
-                      _has_folders=any("/" in name for name in ids), _common=_common_folder(ids))
+                      _has_folders=any("/" in name for name in ids), _common=common)
 
 
 class _Rows:
@@ -404,14 +382,3 @@ def _without_duplicates(path: Path, rows: _Rows, groups: Sequence[str] | None, o
         more = f" ({len(clashes) - 1} more such rows)" if len(clashes) > 1 else ""
         raise UserError(f"{path}, line {rows.lines[row]}: {rows.ids[row]} is {what[0]}, but {what[1]} in line "
                         f"{rows.lines[first]}{more}; expected rows of one image to agree: correct or remove one")
-
-
-def _common_folder(ids: CompactTexts) -> str:
-    """Return the folders that all ids begin with, "" where there are none. ids: ascending"""
-    # What the first and the last of a sorted list begin with, all begin with.
-    return posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    return frozenset(image_suffixes())

@@ -1,12 +1,10 @@
-"""Encode 8-bit pixels as a PNG that is fast to write and to read, and the same bytes on every machine.
+"""Write a data set, a zip or a folder, whole or not at all; and encode its images.
 
-The pixels are stored neither filtered nor compressed. On 256x256 lesion images that takes 197 kB, as Pillow's
-compress_level=0 does (level 1: 108 kB), but is written 14 times and read 8 times as fast, since Pillow tries filters on
-every row even when it does not compress. Compressed bytes would also differ between versions of zlib.
+Equal images, labels and groups give equal bytes: members have fixed dates and come in the order of their addition.
+Images pass through; what stays in memory is a label and a group an image.
 """
 
 import errno
-import json
 import os
 import shutil
 import struct
@@ -14,7 +12,7 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +20,14 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write, temporary_beside
-from imagesets.reader import METADATA, NO_LABEL
+from imagesets.classes import NO_LABEL
+from imagesets.metadata import METADATA, format_metadata, image_name
 
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _STORED_MAX = 65535  # bytes in a stored block of deflate, RFC 1951 section 3.2.4
 _ZLIB_HEADER = b"\x78\x01"  # deflate with a 32 kB window, fastest; RFC 1950 section 2.2
-_COLOUR_TYPES = {1: 0, 3: 2}  # channels -> grey or RGB, PNG specification section 11.2.1
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Return the PNG file of uint8 pixels: [H, W] or [H, W, 1] grey, [H, W, 3] RGB. Raises ValueError for others."""
-    height, width = pixels.shape[:2]
-    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    if pixels.dtype != np.uint8 or pixels.ndim > 3 or channels not in _COLOUR_TYPES or not pixels.size:
-        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8, [H, W] or [H, W, 1 or 3]")
-    rows = np.zeros([height, 1 + width * channels], dtype=np.uint8)  # each row starts with its filter type, 0 = none
-    rows[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
-    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", _store(rows.tobytes())) + _chunk(b"IEND", b"")
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
-
-
-def _store(data: bytes) -> bytes:
-    """Return a zlib stream of stored blocks."""
-    parts = [_ZLIB_HEADER]
-    for start in range(0, len(data), _STORED_MAX):
-        block = data[start:start + _STORED_MAX]
-        is_last = start + _STORED_MAX >= len(data)
-        parts += [struct.pack("<BHH", is_last, len(block), len(block) ^ 0xFFFF), block]
-    parts.append(struct.pack(">I", zlib.adler32(data)))
-    return b"".join(parts)
-
-
-# MERGED from imagesets.writer
-# Write a data set, a zip or a folder, whole or not at all.
-#
-# Equal images, labels and groups give equal bytes: members have fixed dates and come in the order of their addition.
-# Images pass through; what stays in memory is a label and a group an image.
-
-
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
-
-
-def image_name(index: int) -> str:
-    """Return the name of the index-th image, a thousand to a folder: "00000/img00000000.png"."""
-    return f"{index // 1000:05d}/img{index:08d}.png"
+_COLOR_TYPES = {1: 0, 3: 2}  # channels -> gray or RGB, PNG specification section 11.2.1
 
 
 class ImageSetWriter:
@@ -86,7 +44,7 @@ class ImageSetWriter:
     def __init__(self, dest: str | os.PathLike, *, classes: Sequence[str] | None = None,
                  source: dict[str, Any] | None = None, option: str = "--dest"):
         self.dest = Path(dest)
-        self._flag = f"{option}={self.dest}"
+        self._option, self._flag = option, f"{option}={self.dest}"
         self.classes = None if classes is None else list(classes)
         self.source = {} if source is None else source
         self._count = 0
@@ -104,7 +62,7 @@ class ImageSetWriter:
                 self._zip = self._stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED))
             else:
                 self._zip = None
-                self._folder = self._stack.enter_context(_TemporaryFolder(self.dest))
+                self._folder = self._stack.enter_context(_new_folder(self.dest.absolute()))
         except OSError as error:
             raise self._cannot_write(error) from error
         return self
@@ -173,44 +131,16 @@ class ImageSetWriter:
         has_integers = any(label != NO_LABEL for label in self._integers)
         if has_integers and self._vectors:
             raise UserError(f"{self.dest}: labels are of mixed kinds; expected integers, or lists of one length")
-        has_labels = has_integers or bool(self._vectors)
+        labels = (self._vectors.get(index, None if number == NO_LABEL else number)
+                  for index, number in enumerate(self._integers))
+        text = format_metadata(labels=labels if has_integers or self._vectors else None, classes=self.classes,
+                               groups=self._groups, hashes=self._hashes, source=self.source)
         if self._zip is None:
             with open(self._folder / METADATA, "w", encoding="utf-8") as file:
-                file.writelines(self._metadata(has_labels))
+                file.writelines(text)
         else:
             with self._zip.open(_zip_info(METADATA), "w", force_zip64=True) as file:
-                for text in self._metadata(has_labels):
-                    file.write(text.encode())
-
-    def _metadata(self, has_labels: bool) -> Iterator[str]:
-        """Yield dataset.json in pieces, a line an image."""
-        if has_labels:
-            yield '{"labels": [\n'
-            for index, number in enumerate(self._integers):
-                label = self._vectors.get(index, None if number == NO_LABEL else number)
-                label = list(label) if isinstance(label, Sequence) else label
-                yield f"{json.dumps([image_name(index), label])}{',' if index + 1 < self._count else ''}\n"
-            yield "]"
-        else:
-            yield '{"labels": null'
-        if self.classes is not None:
-            yield f',\n"classes": {json.dumps(self.classes)}'
-        if any(group is not None for group in self._groups):
-            yield ',\n"groups": {\n'
-            separator = ""
-            for index, group in enumerate(self._groups):
-                if group is not None:
-                    yield f"{separator}{json.dumps(image_name(index))}: {json.dumps(group)}"
-                    separator = ",\n"
-            yield "\n}"
-        if self._hashes:
-            yield ',\n"pixel_hashes": {'
-            separator = "\n"
-            for index, record in self._hashes.items():
-                yield f"{separator}{json.dumps(image_name(index))}: {json.dumps(record)}"
-                separator = ",\n"
-            yield "\n}"
-        yield f',\n"source": {json.dumps(self.source, allow_nan=False)}}}\n'
+                file.writelines(part.encode() for part in text)
 
     def _check_dest(self) -> None:
         if self.dest.suffix.lower() == ".zip":
@@ -222,8 +152,7 @@ class ImageSetWriter:
             raise UserError(f"{self._flag} is a file; expected a name ending in .zip, or a folder")
         elif self.dest.is_dir() and any(self.dest.iterdir()):
             raise UserError(f"{self._flag} is a folder with files in it; expected an empty or a new one")
-        if not self.dest.absolute().parent.is_dir():
-            raise UserError(f"{self._flag}: there is no folder {self.dest.parent}; make it first")
+        check_parent(self._option, self.dest)
 
     def _cannot_write(self, error: OSError) -> UserError:
         reason = "the disk is full" if _is_full(error) else error.strerror or str(error)
@@ -234,26 +163,51 @@ def _is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-class _TemporaryFolder:
-    """A folder beside `dest` that takes its place at the end, or is removed."""
+@contextmanager
+def _new_folder(dest: Path) -> Iterator[Path]:
+    """Give a folder beside `dest` that takes its place at the end, or is removed."""
+    temporary = temporary_beside(dest)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, dest)  # an empty folder may be replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
-    def __init__(self, dest: Path):
-        self.dest = dest.absolute()
-        self.path = temporary_beside(self.dest)
 
-    def __enter__(self) -> Path:
-        self.path.mkdir()
-        return self.path
+@contextmanager
+def fill_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Give a temporary folder; its files move into `folder` at the end, `name` as the last, unless there was an error.
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is None:
-            try:
-                os.replace(self.path, self.dest)  # an empty folder may be replaced
-                return
-            except BaseException:
-                shutil.rmtree(self.path, ignore_errors=True)
-                raise
-        shutil.rmtree(self.path, ignore_errors=True)
+    folder:  made when it is missing; files of the same names are replaced
+    """
+    is_new = not folder.exists()
+    temporary = temporary_beside(folder / name)
+    try:
+        temporary.mkdir(parents=is_new)
+        yield temporary
+        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == name, path.name)):
+            os.replace(path, folder / path.name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
+    temporary.rmdir()
+
+
+def check_folder(folder: Path, option: str, content: str) -> None:
+    """Raise UserError when a folder that an option names is a file, or cannot be made. content: what is to be in it"""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option}={folder} is a file; expected a folder for {content}")
+    check_parent(option, folder)
+
+
+def check_parent(option: str, path: Path) -> None:
+    """Raise UserError when the folder of a path that an option names does not exist."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option}={path}: there is no folder {path.parent}; make it first")
 
 
 def _zip_info(name: str) -> zipfile.ZipInfo:
@@ -261,3 +215,36 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
     info.external_attr = 0o644 << 16
     info.create_system = 3  # the same bytes on every system
     return info
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return the PNG file of uint8 pixels: [H, W] or [H, W, 1] gray, [H, W, 3] RGB. Raises ValueError for others.
+
+    The file is fast to write and to read, and the same bytes on every machine, since pixels are stored neither filtered
+    nor compressed. On 256x256 lesion images that takes 197 kB, as Pillow's compress_level=0 does (level 1: 108 kB), but
+    is written 14 times and read 8 times as fast, since Pillow tries filters on every row even when it does not
+    compress. Compressed bytes would also differ between versions of zlib.
+    """
+    height, width = pixels.shape[:2]
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if pixels.dtype != np.uint8 or pixels.ndim > 3 or channels not in _COLOR_TYPES or not pixels.size:
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8, [H, W] or [H, W, 1 or 3]")
+    rows = np.zeros([height, 1 + width * channels], dtype=np.uint8)  # each row starts with its filter type, 0 = none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", _store(rows.tobytes())) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def _store(data: bytes) -> bytes:
+    """Return a zlib stream of stored blocks."""
+    parts = [_ZLIB_HEADER]
+    for start in range(0, len(data), _STORED_MAX):
+        block = data[start:start + _STORED_MAX]
+        is_last = start + _STORED_MAX >= len(data)
+        parts += [struct.pack("<BHH", is_last, len(block), len(block) ^ 0xFFFF), block]
+    parts.append(struct.pack(">I", zlib.adler32(data)))
+    return b"".join(parts)

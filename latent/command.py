@@ -21,9 +21,9 @@ from generation.image_generator import choose_batch
 from generation.network import OpenNetwork, open_network, require_same
 from generation.pictures import make_outdir
 from imagesets.classes import VECTOR
-from imagesets.convert import FILTERS
 from imagesets.pixel_formats import Depth
 from imagesets.reader import ImageSet
+from imagesets.resize import FILTERS
 from latent.image_set import (
     FAILED,
     STYLES,

@@ -20,13 +20,11 @@ from dnnlib.cli import UserError
 from dnnlib.files import retrying, unpack_advice
 from dnnlib.progress import Progress
 from generation.network import Classes, Label
-from imagesets.classes import VECTOR, known_classes
-from imagesets.convert import TRANSFORMS
+from imagesets.classes import NO_LABEL, VECTOR, class_name, known_classes, missing_labels, no_labels
 from imagesets.decode import BEYOND_DEPTH, BadImage, Decoded, decode, may_need_range, probe, probe_range
-from imagesets.labels import label_of
 from imagesets.pixel_formats import Depth, depth_remark, widen
-from imagesets.reader import NO_LABEL, ImageSet, excess_of
-from imagesets.resize import PixelSpec
+from imagesets.reader import ImageSet, excess_of
+from imagesets.resize import TRANSFORMS, PixelSpec
 
 STRETCH = "none"  # what dataset_tool.py does without --transform
 TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
@@ -213,8 +211,8 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
     labels = _classes_of(images, classes)
     own = _own_labels(images, labels, classes)
     rows = _wanted_rows(images, labels, own, classes, start)
-    if group_by_class and not (labels[rows] >= 0).all():
-        raise UserError(f"{images.path} has {int((labels[rows] < 0).sum())} images without a class; expected one each "
+    if group_by_class and (missing := missing_labels(labels[rows])).any():
+        raise UserError(f"{images.path} has {int(missing.sum())} images without a class; expected one each "
                         "for --group-by-class")
     random = np.random.RandomState(seed % 2**32)
     if group_by_class:
@@ -244,7 +242,7 @@ def _starts(start: StartClass, own: Label, classes: Classes) -> tuple[Label, ...
 
 
 def _label_of(images: ImageSet, row: int) -> Label:
-    label = label_of(images, row)
+    label = images.label(row)
     return tuple(label) if isinstance(label, list) else label
 
 
@@ -322,7 +320,7 @@ def _classes_of(images: ImageSet, classes: Classes) -> np.ndarray:
     """
     labels = images.labels
     if labels is None or (labels.ndim == 2 and classes.kind == VECTOR):
-        return np.full(len(images), NO_LABEL)
+        return no_labels(len(images))
     if labels.ndim == 1:
         return labels
     is_one_hot = ((labels == 0) | (labels == 1)).all(axis=1) & (labels.sum(axis=1) == 1)
@@ -330,9 +328,7 @@ def _classes_of(images: ImageSet, classes: Classes) -> np.ndarray:
 
 
 def _name_of(images: ImageSet, label: int) -> str | None:
-    if label == NO_LABEL:
-        return None
-    return str(label) if images.classes is None else images.classes[label]
+    return None if label == NO_LABEL else class_name(label, images.classes)
 
 
 def _draw(rows: np.ndarray, count: int | None, random: np.random.RandomState) -> np.ndarray:

@@ -3,7 +3,6 @@
 `Reference` is the data set that is measured against: which of its images each metric takes, and the labels of fakes.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from imagesets.classes import LABELS, VECTOR, find_class, label_kind_of, named_classes
+from imagesets.classes import (
+    LABELS,
+    VECTOR,
+    find_class,
+    label_kind_of,
+    label_vectors,
+    missing_labels,
+    named_classes,
+)
 from imagesets.pixel_hashes import Shape, describe_shape, equal_images, known_pixel_hashes, load_pixels
-from imagesets.reader import NO_LABEL, ImageSet, label_vectors
+from imagesets.reader import ImageSet
 from metrics.names import MetricRequest
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
@@ -49,7 +56,7 @@ class SetImages:
         self.class_name: str | None = None  # of `chosen`, where it has a name
         if chosen is not None:
             indices = self._class_indices()
-            index = find_class(chosen, self.classes, self._num_classes())
+            index = find_class(chosen, self.classes, self._set.label_dim)
             self.class_name = None if self.classes is None else self.classes[index]
             self.rows = np.flatnonzero(indices == index)
             if not len(self.rows):
@@ -81,13 +88,9 @@ class SetImages:
 
     def content_hash(self, items: np.ndarray) -> str:
         """Return a sha256 of images in their order, by their sizes and CRC-32; names and labels do not matter."""
-        checksums = self._set.checksums()
-        digest = hashlib.sha256(f"{CONTENT_VERSION}".encode())
-        for index in items:
-            mirrored, row = divmod(int(index), len(self))
-            size, crc = checksums[self.rows[row]]
-            digest.update(f"/{size}/{crc}/{mirrored}".encode())
-        return digest.hexdigest()
+        mirrored, places = np.divmod(items, len(self))
+        return self._set.content_hash(f"{CONTENT_VERSION}", self.rows[places],
+                                      (f"/{half}".encode() for half in mirrored))
 
     def num_shared(self, other: "SetImages") -> int:
         """Return how many images are in the other set too: by their pixels where both sets record these, else by file.
@@ -110,13 +113,13 @@ class SetImages:
         labels = self._set.labels
         if labels is None:
             raise UserError(f"{self.path} has no labels; expected them, since the network has {c_dim} classes")
-        found = labels.shape[1] if labels.ndim == 2 else self._num_classes()
+        found = self._set.label_dim
         named = labels.ndim == 2 or self.classes is not None
         if found > c_dim or (named and found != c_dim):
             raise UserError(f"{self.path} has labels of length {found} and the network takes {c_dim}; expected the "
                             "data set that it was trained on, or another part of it")
         labels = labels[self.rows]
-        missing = int((np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL).sum())
+        missing = int(missing_labels(labels).sum())
         if missing:
             raise UserError(f"{self.path}: {missing} of {len(labels)} images have no label; expected one each: convert "
                             "it with dataset_tool.py --unlabelled=drop")
@@ -132,9 +135,6 @@ class SetImages:
             raise UserError(f"{self.path} has {what}, but --class is given; expected numbers of classes: leave --class "
                             "out")
         return labels
-
-    def _num_classes(self) -> int:
-        return len(self.classes) if self.classes is not None else int(self._set.labels.max()) + 1
 
 
 class SelectedImages:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from dnnlib.cli import UserError
+from imagesets.classes import label_vectors, missing_labels
 from imagesets.pixel_hashes import Shape, describe_shape, hash_set, known_pixel_hashes, load_pixels, read_pixel_hashes
-from imagesets.reader import NO_LABEL, ImageSet, label_vectors
+from imagesets.reader import ImageSet
 from training.options import DatasetFacts
 
 CONTENT_HASH_VERSION = 1
@@ -83,12 +84,7 @@ class ImageDataset(torch.utils.data.Dataset):
     @property
     def label_dim(self) -> int:
         """Length of a label vector of the data set, used or not."""
-        labels = self._set.labels
-        if labels is None:
-            return 0
-        if labels.ndim == 2:
-            return labels.shape[1]
-        return len(self.classes) if self.classes is not None else int(labels.max()) + 1
+        return self._set.label_dim
 
     @property
     def label_kind(self) -> str | None:
@@ -181,13 +177,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
         Images enter by size and CRC-32, which a zip's directory holds, so that large sets need not be read.
         """
-        digest = hashlib.sha256(f"{CONTENT_HASH_VERSION}/{self.label_dim if self.use_labels else 0}".encode())
-        checksums = self._set.checksums()
-        for row in self._chosen:
-            size, crc = checksums[row]
-            label = self._set.labels[row].tobytes() if self.use_labels else b""
-            digest.update(f"/{size}/{crc}/".encode() + label)
-        return digest.hexdigest()
+        labels = (self._set.labels[row].tobytes() if self.use_labels else b"" for row in self._chosen)
+        return self._set.content_hash(f"{CONTENT_HASH_VERSION}/{self.label_dim if self.use_labels else 0}",
+                                      self._chosen, (b"/" + label for label in labels))
 
     def close(self) -> None:
         self._set.close()
@@ -202,7 +194,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path} has no labels; expected them: convert it with dataset_tool.py --labels, or "
                             "leave --cond out")
         labels = self._set.labels[self._chosen]
-        missing = np.isnan(labels).any(axis=1) if labels.ndim == 2 else labels == NO_LABEL
+        missing = missing_labels(labels)
         if missing.any():
             first = self._set.names[self._chosen[int(missing.argmax())]]
             raise UserError(f"{self.path}: {int(missing.sum())} of {self.num_images} images have no label ({first}, "

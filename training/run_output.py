@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dnnlib.cli import StopRequest
 from dnnlib.files import DiskFailure, sha256_of
-from imagesets.classes import CLASS, VECTOR
+from imagesets.classes import CLASS, VECTOR, class_name, missing_labels
 from imagesets.pixel_hashes import describe_shape
-from imagesets.reader import NO_LABEL
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import choose_precision
 from torch_utils.distributed import Processes
@@ -107,7 +106,7 @@ def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen)
         items = np.concatenate([_fill(order[classes[order] == label], columns * each) for label in shown])
         row_labels = np.repeat(shown, each)
         rows = len(row_labels)
-        names = tuple(_class_name(dataset, label) for label in row_labels)
+        names = tuple(class_name(label, dataset.classes, unnamed="class {}") for label in row_labels)
         one_hot = torch.nn.functional.one_hot(torch.from_numpy(row_labels), dataset.label_dim).float()
         labels = one_hot.repeat_interleave(columns, dim=0)
     latents = generator_for(seed_for(seed, 0, 0, "grid/latents"))
@@ -146,12 +145,8 @@ def _fill(items: np.ndarray, cells: int) -> np.ndarray:
 
 def _largest(classes: np.ndarray, limit: int) -> np.ndarray:
     """Return up to `limit` classes that have images, those with most images, in the order of their numbers."""
-    labels, counts = np.unique(classes[classes != NO_LABEL], return_counts=True)
+    labels, counts = np.unique(classes[~missing_labels(classes)], return_counts=True)
     return np.sort(labels[np.argsort(-counts, kind="stable")[:limit]])
-
-
-def _class_name(dataset: ImageDataset, label: int) -> str:
-    return dataset.classes[label] if dataset.classes is not None else f"class {label}"
 
 
 # MERGED from training.run_output

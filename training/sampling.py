@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dnnlib.cli import SIGNALS, UserError
 from dnnlib.files import DiskFailure, retrying
-from imagesets.reader import NO_LABEL
+from imagesets.classes import class_name, missing_labels
 from torch_utils.seeding import seed_for
 from training.dataset import ImageDataset
 
@@ -123,15 +123,15 @@ def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarr
 def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: str) -> np.ndarray:
     """Divide each class's share equally among its images; None gives every class the same share."""
     classes = dataset.class_indices()
-    if classes is None or (classes == NO_LABEL).all():
+    if classes is None or (missing := missing_labels(classes)).all():
         raise UserError(f"{flag}: {dataset.path} has no classes; expected integer labels")
     weights = np.zeros(len(classes))
-    for label in np.unique(classes[classes != NO_LABEL]):
+    for label in np.unique(classes[~missing]):
         members = classes == label
         weights[members] = (1 if shares is None else shares.pop(int(label), 0)) / members.sum()
     absent = {label: share for label, share in (shares or {}).items() if share > 0}
     if absent:
-        name = _class_name(dataset, min(absent))
+        name = class_name(min(absent), dataset.classes)
         raise UserError(f"{flag}: class {name} has a weight but no image in {dataset.path}")
     return weights
 
@@ -141,7 +141,7 @@ def _from_file(path: Path, dataset: ImageDataset) -> np.ndarray:
     rows = _read_rows(path, flag)
     by_class = rows.pop("class", None)
     if by_class is not None:
-        names = {_class_name(dataset, label): label for label in range(dataset.label_dim)}
+        names = {class_name(label, dataset.classes): label for label in range(dataset.label_dim)}
         _refuse_unknown(flag, "class", by_class, names)
         weights = _of_classes(dataset, {names[name]: weight for name, weight in by_class.items()}, flag)
     else:
@@ -185,10 +185,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) and value >= 0 else None
-
-
-def _class_name(dataset: ImageDataset, label: int) -> str:
-    return dataset.classes[label] if dataset.classes is not None else str(label)
 
 
 def _refuse_unknown(flag: str, kind: str, named, known) -> None:

@@ -24,7 +24,7 @@ def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
 
 
 class Canvas:
-    """Pixel coordinates of a square image in units of its width, the centre at 0.
+    """Pixel coordinates of a square image in units of its width, the center at 0.
 
     x: [1, size], y: [size, 1] float32 in (-0.5, 0.5)
     pixel: width of one pixel
@@ -118,7 +118,7 @@ def _line_cover(distance: np.ndarray, width: float, pixel: float) -> np.ndarray:
 
 
 def step_cover(inside: np.ndarray, pixel: float) -> np.ndarray:
-    """Return the part of a pixel inside an edge, given the distance of its centre to the inside of it."""
+    """Return the part of a pixel inside an edge, given the distance of its center to the inside of it."""
     return np.clip(inside * np.float32(1 / pixel) + np.float32(0.5), 0, 1)
 
 
@@ -154,5 +154,5 @@ def blend(rgb: np.ndarray, color: np.ndarray, cover: np.ndarray) -> None:
 
 
 def tint(rgb: np.ndarray, transmittance: np.ndarray, cover: np.ndarray) -> None:
-    """Lay a coloured film over [3, H, W] in place; transmittance: [3], cover: [H, W] from 0 to 1."""
+    """Lay a colored film over [3, H, W] in place; transmittance: [3], cover: [H, W] from 0 to 1."""
     rgb *= 1 - cover * (1 - transmittance.reshape(3, 1, 1).astype(np.float32))

@@ -1,4 +1,8 @@
-"""Paint what lies between skin and camera: ink, hair, bubbles, a ruler, uneven light, a black frame."""
+"""Render a scene to pixels: skin, the lesion on it, what lies between skin and camera, then down to the size asked for.
+
+A lesion has an outline, colors, a network, dots, and the structures that single classes have; between skin and camera
+are ink, hair, bubbles, a ruler, uneven light, a black frame.
+"""
 
 import math
 
@@ -20,112 +24,23 @@ from imagesets.phantoms.fields import (
 )
 from imagesets.phantoms.scene import NUM_SKIN_TONES, PIGMENTS, Lesion, Scene, View
 
-_INK, _HAIR, _BUBBLES, _RULER, _FRAME = range(20, 25)  # purposes of random streams
-_INKS = np.array([[0.42, 0.36, 0.78], [0.30, 0.50, 0.72], [0.50, 0.30, 0.62]])
-_HAIR_COLORS = np.array([[0.07, 0.05, 0.04], [0.16, 0.09, 0.06], [0.28, 0.17, 0.10], [0.74, 0.70, 0.66]])
-_RULER_COLOR, _FRAME_COLOR = np.array([0.10, 0.10, 0.13]), np.array([0.025, 0.02, 0.022])
-_GLINT, _RIM = np.array([1.0, 1.0, 1.0]), np.array([0.72, 0.66, 0.66])
-_BUBBLE = ((1.0, tint, _RIM, 0.8), (0.78, blend, _GLINT, 0.35), (0.55, tint, _RIM, 0.35))  # from the rim inwards
-
-
-def paint_artefacts(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
-    """Paint in place on rgb [3, H, W] float32, from the skin up to the camera; values may leave [0, 1]."""
-    view = scene.view
-    for name, purpose, paint in _LAYERS:
-        if name in view.artefacts:
-            paint(rgb, canvas, view, stream(scene.seed, purpose, scene.index))
-    _light(rgb, canvas, view)
-    if "frame" in view.artefacts:
-        _paint_frame(rgb, canvas, view, stream(scene.seed, _FRAME, scene.index))
-
-
-def _paint_ink(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint surgical marker strokes around the lesion."""
-    turn, reach, shade, count = rng.random(4).tolist()
-    ink = _INKS[int(shade * len(_INKS))]
-    for number in range(1 + int(2.5 * count)):
-        direction = math.tau * turn + 2.1 * number
-        far = 0.33 + 0.1 * reach
-        tint(rgb, ink, np.float32(0.85) * stroke(
-            canvas, x=far * math.cos(direction), y=far * math.sin(direction), angle=direction + math.pi / 2,
-            length=0.35, bend=-1.1, width=0.9 / view.field_mm))
-
-
-def _paint_hair(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint hairs that run roughly one way."""
-    grain, spread, shade = rng.random(3).tolist()
-    cover = np.zeros((canvas.size, canvas.size), np.float32)
-    for x, y, turn, length, bend, width in rng.random((view.num_hairs, 6)).tolist():
-        cover = np.maximum(cover, stroke(
-            canvas, x=1.1 * (x - 0.5), y=1.1 * (y - 0.5), angle=math.tau * grain + (0.4 + 1.6 * spread) * (turn - 0.5),
-            length=0.3 + 0.8 * length, bend=1.6 * (bend - 0.5), width=(0.09 + 0.11 * width) / view.field_mm))
-    color = _HAIR_COLORS[min(int(shade * 4.3), len(_HAIR_COLORS) - 1)]
-    blend(rgb, color, cover * np.float32(0.92))
-
-
-def _paint_bubbles(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint bubbles in the gel: a dark rim, a bright ring in it, and a glint."""
-    for x, y, size in rng.random((3 + int(7 * rng.random()), 3)).tolist():
-        x, y, radius = x - 0.5, y - 0.5, (0.15 + 0.55 * size ** 2) / view.field_mm
-        for part, paint, color, opacity in _BUBBLE:
-            window, cover = disc(canvas, x, y, part * radius, 0.3)
-            paint(rgb[:, *window], color, cover * np.float32(opacity))
-        window, cover = disc(canvas, x - 0.3 * radius, y - 0.3 * radius, 0.3 * radius, 0.5)
-        blend(rgb[:, *window], _GLINT, cover * np.float32(0.95))
-
-
-def _paint_ruler(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint a scale along one side: a mark every millimetre, a longer one every five."""
-    side, tilt, shift, inset = rng.random(4).tolist()
-    angle = math.pi / 2 * int(4 * side) + 0.24 * (tilt - 0.5)
-    along, depth = _turned(canvas, angle)
-    along, depth = along + np.float32(shift), depth - np.float32(0.36 + 0.06 * inset)
-    mm, pixel = 1 / view.field_mm, float(canvas.pixel)
-    short = comb(along, mm, 0.18 * mm, pixel) * step_cover(0.55 * mm - np.abs(depth), pixel)
-    long = comb(along, 5 * mm, 0.24 * mm, pixel) * step_cover(1.1 * mm - np.abs(depth - 0.55 * mm), pixel)
-    blend(rgb, _RULER_COLOR, np.maximum(short, long) * np.float32(0.9))
-
-
-def _turned(canvas: Canvas, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return coordinates [size, size] along a direction and across it."""
-    cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
-    return canvas.x * cos + canvas.y * sin, canvas.y * cos - canvas.x * sin
-
-
-def _light(rgb: np.ndarray, canvas: Canvas, view: View) -> None:
-    """Apply brightness, white balance, a gradient, and the fall of light to the corners."""
-    toward_lamp, _ = _turned(canvas, view.light_angle)
-    light = np.float32(view.brightness) * (1 + np.float32(0.09) * toward_lamp)
-    if view.vignette_strength:
-        light = light * (1 - np.float32(view.vignette_strength) * smoothstep(0.25, 0.8, np.hypot(canvas.x, canvas.y)))
-    balance = np.array([1 + view.warmth, 1 - view.pinkness, 1 - view.warmth + view.pinkness], np.float32)
-    rgb *= balance.reshape(3, 1, 1) * light
-
-
-def _paint_frame(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint the black edge of a round field of view; the corners are always dark."""
-    size, x, y, soft = rng.random(4).tolist()
-    distance = np.hypot(canvas.x - np.float32(0.04 * (x - 0.5)), canvas.y - np.float32(0.04 * (y - 0.5)))
-    edge = max(0.008 + 0.02 * soft, float(canvas.pixel))
-    radius = 0.47 + 0.13 * size
-    blend(rgb, _FRAME_COLOR, smoothstep(radius - edge, radius + edge, distance))
-
-
-_LAYERS = (("ink", _INK, _paint_ink), ("hair", _HAIR, _paint_hair), ("bubbles", _BUBBLES, _paint_bubbles),
-           ("ruler", _RULER, _paint_ruler))
-
-
-# MERGED from imagesets.phantoms.lesion
-# Paint a lesion on skin: outline, colours, network, dots, and the structures that single classes have.
-
-
+_SKIN = 30  # purpose of a random stream
+_TONES = np.array([  # red, green, blue of the skin tones
+    [0.93, 0.79, 0.73], [0.89, 0.71, 0.63], [0.83, 0.63, 0.53],
+    [0.70, 0.49, 0.39], [0.58, 0.40, 0.31], [0.45, 0.31, 0.25]])
+_SCENE_FIELDS = (
+    Band(low=1, high=3, slope=1.0),  # shading
+    Band(low=2, high=9, slope=1.0),  # blotches of red
+    Band(low=4, high=14, slope=0.5),  # thin vessels, where it is near 0
+    Band(low=12, high=50, slope=0.5),  # skin lines and pores
+)
 _TEXTURE, _OUTLINE, _PATCHES, _DOTS, _STRUCTURE = range(10, 15)  # purposes of random streams
 _PERIOD = 4.0  # of the noise, in lesion radii: more than any lesion is across
 _FIELDS = (
     Band(low=4, high=26, slope=0.7),  # feathered border
     Band(low=2, high=9, slope=1.0),  # bent network, across
     Band(low=2, high=9, slope=1.0),  # idem, down
-    Band(low=2, high=10, slope=1.2),  # outlines of the colour patches: each takes another mixture of the two
+    Band(low=2, high=10, slope=1.2),  # outlines of the color patches: each takes another mixture of the two
     Band(low=2, high=10, slope=1.2),
     Band(low=5, high=34, slope=0.8),  # mottled pigment
 )
@@ -134,6 +49,51 @@ _DOT_PIGMENT = np.array([0.40, 0.32, 0.32])
 _CYST, _COMEDO = np.array([0.96, 0.90, 0.74]), np.array([0.30, 0.20, 0.15])
 _VESSEL, _LACUNA = np.array([0.78, 0.22, 0.28]), np.array([0.50, 0.12, 0.26])
 _SCAR, _SCALE = np.array([0.96, 0.88, 0.86]), np.array([0.97, 0.93, 0.82])
+_INK, _HAIR, _BUBBLES, _RULER, _FRAME = range(20, 25)  # purposes of random streams
+_INKS = np.array([[0.42, 0.36, 0.78], [0.30, 0.50, 0.72], [0.50, 0.30, 0.62]])
+_HAIR_COLORS = np.array([[0.07, 0.05, 0.04], [0.16, 0.09, 0.06], [0.28, 0.17, 0.10], [0.74, 0.70, 0.66]])
+_RULER_COLOR, _FRAME_COLOR = np.array([0.10, 0.10, 0.13]), np.array([0.025, 0.02, 0.022])
+_GLINT, _RIM = np.array([1.0, 1.0, 1.0]), np.array([0.72, 0.66, 0.66])
+_BUBBLE = ((1.0, tint, _RIM, 0.8), (0.78, blend, _GLINT, 0.35), (0.55, tint, _RIM, 0.35))  # from the rim inwards
+
+
+def render(scene: Scene, resolution: int) -> np.ndarray:
+    """Return uint8 [resolution, resolution, 3] pixels.
+
+    resolution: a power of two
+    """
+    # Fine shapes are drawn on 64 pixels at least, and twice as large as asked for where a pixel is coarse.
+    factor = max(64 // resolution, 2 if resolution < 256 else 1)
+    canvas = Canvas(factor * resolution)
+    rgb = _skin(canvas, scene)
+    _paint_lesion(rgb, canvas, scene)
+    _paint_artefacts(rgb, canvas, scene)
+    pixels = _shrink(np.clip(rgb, 0, 1), factor) * np.float32(255)
+    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(1, 2, 0))
+
+
+def _skin(canvas: Canvas, scene: Scene) -> np.ndarray:
+    """Return skin alone, [3, H, W] float32."""
+    rng = stream(scene.seed, _SKIN, scene.index)
+    shading, blotches, vessels, fine = (noise_field(rng, band, canvas.size) for band in _SCENE_FIELDS)
+    redness = scene.lesion.redness
+    light = 1 + np.float32(0.022) * shading + np.float32(0.016) * fine
+    red = np.float32(0.10 * redness) + np.float32(0.014 + 0.03 * redness) * blotches
+    red += np.float32(0.10 * redness) * np.exp(-np.square(vessels * np.float32(9)))
+    rgb = _TONES[scene.lesion.skin_tone - 1].astype(np.float32).reshape(3, 1, 1) * light
+    rgb[1:] *= 1 - red
+    return rgb
+
+
+def _shrink(rgb: np.ndarray, factor: int) -> np.ndarray:
+    """Average squares of factor by factor pixels; [3, H, W] -> [3, H / factor, W / factor]."""
+    if factor == 1:
+        return rgb
+    rows = sum(rgb[:, offset::factor] for offset in range(factor))
+    return sum(rows[:, :, offset::factor] for offset in range(factor)) * np.float32(factor ** -2)
+
+
+# Lesion
 
 
 class _Frame:
@@ -162,7 +122,7 @@ class _Frame:
                 self.center[1] + self.radius * (u * self.sin + v * self.cos))
 
 
-def paint_lesion(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
+def _paint_lesion(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
     """Paint in place on rgb [3, H, W] float32 in [0, 1]."""
     lesion = scene.lesion
     frame = _Frame(canvas, scene)
@@ -230,7 +190,7 @@ def _density(color: str) -> np.ndarray:
 
 
 def _patch_masks(frame: _Frame, lesion: Lesion, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return where each colour after the first lies, [H, W] from 0 to 1; rings around the middle without asymmetry."""
+    """Return where each color after the first lies, [H, W] from 0 to 1; rings around the middle without asymmetry."""
     masks = []
     first_turn = math.tau * rng.random()
     for number in range(len(lesion.colors) - 1):
@@ -282,7 +242,7 @@ def _paint_cysts(rgb: np.ndarray, frame: _Frame, inside: np.ndarray, rng: np.ran
 
 
 def _paint_vessels(rgb: np.ndarray, frame: _Frame, inside: np.ndarray, rng: np.random.Generator) -> None:
-    """Paint arborising vessels: thick red trunks with thinner branches."""
+    """Paint arborizing vessels: thick red trunks with thinner branches."""
     cover = np.zeros_like(inside)
     scale = frame.radius
     for u, v, extra in _spots(rng, 4, 0.55):
@@ -301,7 +261,7 @@ def _paint_vessels(rgb: np.ndarray, frame: _Frame, inside: np.ndarray, rng: np.r
 
 
 def _paint_lacunae(rgb: np.ndarray, frame: _Frame, inside: np.ndarray, rng: np.random.Generator) -> None:
-    """Paint the round blood-filled spaces of a haemangioma."""
+    """Paint the round blood-filled spaces of a hemangioma."""
     for u, v, extra in _spots(rng, 12, 0.75):
         _paint_disc(rgb, frame, u, v, 0.14 + 0.16 * extra, tint, _LACUNA, 0.65, softness=0.25)
 
@@ -321,53 +281,91 @@ _PAINT_STRUCTURE = {"cysts": _paint_cysts, "vessels": _paint_vessels, "lacunae":
                     "scales": _paint_scales}
 
 
-# MERGED from imagesets.phantoms.render
-# Render a scene to pixels: skin, the lesion on it, what lies above, then down to the size asked for.
+# Between skin and camera
 
 
-_SKIN = 30  # purpose of a random stream
-_TONES = np.array([  # red, green, blue of the skin tones
-    [0.93, 0.79, 0.73], [0.89, 0.71, 0.63], [0.83, 0.63, 0.53],
-    [0.70, 0.49, 0.39], [0.58, 0.40, 0.31], [0.45, 0.31, 0.25]])
-_SCENE_FIELDS = (
-    Band(low=1, high=3, slope=1.0),  # shading
-    Band(low=2, high=9, slope=1.0),  # blotches of red
-    Band(low=4, high=14, slope=0.5),  # thin vessels, where it is near 0
-    Band(low=12, high=50, slope=0.5),  # skin lines and pores
-)
+def _paint_artefacts(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
+    """Paint in place on rgb [3, H, W] float32, from the skin up to the camera; values may leave [0, 1]."""
+    view = scene.view
+    for name, purpose, paint in _LAYERS:
+        if name in view.artefacts:
+            paint(rgb, canvas, view, stream(scene.seed, purpose, scene.index))
+    _light(rgb, canvas, view)
+    if "frame" in view.artefacts:
+        _paint_frame(rgb, canvas, view, stream(scene.seed, _FRAME, scene.index))
 
 
-def render(scene: Scene, resolution: int) -> np.ndarray:
-    """Return uint8 [resolution, resolution, 3] pixels.
-
-    resolution: a power of two
-    """
-    # Fine shapes are drawn on 64 pixels at least, and twice as large as asked for where a pixel is coarse.
-    factor = max(64 // resolution, 2 if resolution < 256 else 1)
-    canvas = Canvas(factor * resolution)
-    rgb = _skin(canvas, scene)
-    paint_lesion(rgb, canvas, scene)
-    paint_artefacts(rgb, canvas, scene)
-    pixels = _shrink(np.clip(rgb, 0, 1), factor) * np.float32(255)
-    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(1, 2, 0))
+def _paint_ink(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
+    """Paint surgical marker strokes around the lesion."""
+    turn, reach, shade, count = rng.random(4).tolist()
+    ink = _INKS[int(shade * len(_INKS))]
+    for number in range(1 + int(2.5 * count)):
+        direction = math.tau * turn + 2.1 * number
+        far = 0.33 + 0.1 * reach
+        tint(rgb, ink, np.float32(0.85) * stroke(
+            canvas, x=far * math.cos(direction), y=far * math.sin(direction), angle=direction + math.pi / 2,
+            length=0.35, bend=-1.1, width=0.9 / view.field_mm))
 
 
-def _skin(canvas: Canvas, scene: Scene) -> np.ndarray:
-    """Return skin alone, [3, H, W] float32."""
-    rng = stream(scene.seed, _SKIN, scene.index)
-    shading, blotches, vessels, fine = (noise_field(rng, band, canvas.size) for band in _SCENE_FIELDS)
-    redness = scene.lesion.redness
-    light = 1 + np.float32(0.022) * shading + np.float32(0.016) * fine
-    red = np.float32(0.10 * redness) + np.float32(0.014 + 0.03 * redness) * blotches
-    red += np.float32(0.10 * redness) * np.exp(-np.square(vessels * np.float32(9)))
-    rgb = _TONES[scene.lesion.skin_tone - 1].astype(np.float32).reshape(3, 1, 1) * light
-    rgb[1:] *= 1 - red
-    return rgb
+def _paint_hair(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
+    """Paint hairs that run roughly one way."""
+    grain, spread, shade = rng.random(3).tolist()
+    cover = np.zeros((canvas.size, canvas.size), np.float32)
+    for x, y, turn, length, bend, width in rng.random((view.num_hairs, 6)).tolist():
+        cover = np.maximum(cover, stroke(
+            canvas, x=1.1 * (x - 0.5), y=1.1 * (y - 0.5), angle=math.tau * grain + (0.4 + 1.6 * spread) * (turn - 0.5),
+            length=0.3 + 0.8 * length, bend=1.6 * (bend - 0.5), width=(0.09 + 0.11 * width) / view.field_mm))
+    color = _HAIR_COLORS[min(int(shade * 4.3), len(_HAIR_COLORS) - 1)]
+    blend(rgb, color, cover * np.float32(0.92))
 
 
-def _shrink(rgb: np.ndarray, factor: int) -> np.ndarray:
-    """Average squares of factor by factor pixels; [3, H, W] -> [3, H / factor, W / factor]."""
-    if factor == 1:
-        return rgb
-    rows = sum(rgb[:, offset::factor] for offset in range(factor))
-    return sum(rows[:, :, offset::factor] for offset in range(factor)) * np.float32(factor ** -2)
+def _paint_bubbles(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
+    """Paint bubbles in the gel: a dark rim, a bright ring in it, and a glint."""
+    for x, y, size in rng.random((3 + int(7 * rng.random()), 3)).tolist():
+        x, y, radius = x - 0.5, y - 0.5, (0.15 + 0.55 * size ** 2) / view.field_mm
+        for part, paint, color, opacity in _BUBBLE:
+            window, cover = disc(canvas, x, y, part * radius, 0.3)
+            paint(rgb[:, *window], color, cover * np.float32(opacity))
+        window, cover = disc(canvas, x - 0.3 * radius, y - 0.3 * radius, 0.3 * radius, 0.5)
+        blend(rgb[:, *window], _GLINT, cover * np.float32(0.95))
+
+
+def _paint_ruler(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
+    """Paint a scale along one side: a mark every millimeter, a longer one every five."""
+    side, tilt, shift, inset = rng.random(4).tolist()
+    angle = math.pi / 2 * int(4 * side) + 0.24 * (tilt - 0.5)
+    along, depth = _turned(canvas, angle)
+    along, depth = along + np.float32(shift), depth - np.float32(0.36 + 0.06 * inset)
+    mm, pixel = 1 / view.field_mm, float(canvas.pixel)
+    short = comb(along, mm, 0.18 * mm, pixel) * step_cover(0.55 * mm - np.abs(depth), pixel)
+    long = comb(along, 5 * mm, 0.24 * mm, pixel) * step_cover(1.1 * mm - np.abs(depth - 0.55 * mm), pixel)
+    blend(rgb, _RULER_COLOR, np.maximum(short, long) * np.float32(0.9))
+
+
+def _turned(canvas: Canvas, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return coordinates [size, size] along a direction and across it."""
+    cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+    return canvas.x * cos + canvas.y * sin, canvas.y * cos - canvas.x * sin
+
+
+def _light(rgb: np.ndarray, canvas: Canvas, view: View) -> None:
+    """Apply brightness, white balance, a gradient, and the fall of light to the corners."""
+    toward_lamp, _ = _turned(canvas, view.light_angle)
+    light = np.float32(view.brightness) * (1 + np.float32(0.09) * toward_lamp)
+    if view.vignette_strength:
+        light = light * (1 - np.float32(view.vignette_strength) * smoothstep(0.25, 0.8, np.hypot(canvas.x, canvas.y)))
+    balance = np.array([1 + view.warmth, 1 - view.pinkness, 1 - view.warmth + view.pinkness], np.float32)
+    rgb *= balance.reshape(3, 1, 1) * light
+
+
+def _paint_frame(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
+    """Paint the black edge of a round field of view; the corners are always dark."""
+    size, x, y, soft = rng.random(4).tolist()
+    distance = np.hypot(canvas.x - np.float32(0.04 * (x - 0.5)), canvas.y - np.float32(0.04 * (y - 0.5)))
+    edge = max(0.008 + 0.02 * soft, float(canvas.pixel))
+    radius = 0.47 + 0.13 * size
+    blend(rgb, _FRAME_COLOR, smoothstep(radius - edge, radius + edge, distance))
+
+
+_LAYERS = (("ink", _INK, _paint_ink), ("hair", _HAIR, _paint_hair), ("bubbles", _BUBBLES, _paint_bubbles),
+           ("ruler", _RULER, _paint_ruler))

@@ -1,6 +1,9 @@
-"""What the classes of phantoms look like: known names have their own looks, any other name gets one from its letters.
+"""Draw what a phantom shows: the attributes of a lesion, as its class looks, and of one view of it.
 
-Cartoons after the textbook descriptions of dermoscopy, not measured from any data.
+Known names of classes have their own looks, cartoons after the textbook descriptions of dermoscopy, not measured from
+any data; any other name gets one from its letters. Each attribute comes from its own uniform number of a stream of
+(seed, lesion) or (seed, image), so that it depends on nothing else: not on the class, unless the class's look or a bias
+says so, not on the resolution, not on other images.
 """
 
 import hashlib
@@ -16,14 +19,21 @@ from dnnlib.cli import UserError
 from imagesets.phantoms.fields import stream
 
 STRUCTURES = ("none", "cysts", "vessels", "lacunae", "scar", "scales")
+NUM_SKIN_TONES = 6
+# artefact -> how often it is seen
+ARTEFACT_RATES: Mapping[str, float] = MappingProxyType({
+    "hair": 0.35, "ruler": 0.15, "vignette": 0.45, "frame": 0.12, "ink": 0.06, "bubbles": 0.20})
+_LESION, _COLORS, _VIEW, _ARTEFACTS = range(4)  # purposes of random streams; paint.py numbers its own from 10
+_NORMAL = NormalDist()
+_NUM_DRAWS = 16  # uniform numbers a stream gives out; more than are used, so that a new attribute moves no other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pigment:
-    """How a colour changes skin: light goes through a film, then part of it is veiled by scattered light.
+    """How a color changes skin: light goes through a film, then part of it is veiled by scattered light.
 
     transmittance: red, green, blue parts of the skin's light that pass, in (0, 1]
-    veil:          colour of the scattered light on the lightest skin, in [0, 1]
+    veil:          color of the scattered light on the lightest skin, in [0, 1]
     opacity:       part of the light that the veil replaces
     """
 
@@ -53,9 +63,9 @@ class Look:
     """The law of a class's own attributes; all others follow one law for all classes.
 
     irregularity, asymmetry: mean and standard deviation, before clipping to [0.02, 0.98]
-    num_colors: weights of 1, 2, ... colours
-    base:       weights of the colour that the whole lesion has
-    patches:    weights of the colours of patches in it
+    num_colors: weights of 1, 2, ... colors
+    base:       weights of the color that the whole lesion has
+    patches:    weights of the colors of patches in it
     structure:  one of STRUCTURES, what the class alone has
     """
 
@@ -143,22 +153,7 @@ def _look_from_letters(name: str) -> Look:
         structure=STRUCTURES[digest[5] % len(STRUCTURES)])
 
 
-# MERGED from imagesets.phantoms.scene
-# Draw what a phantom shows: the attributes of a lesion, and of one view of it.
-#
-# Each attribute comes from its own uniform number of a stream of (seed, lesion) or (seed, image), so that it depends on
-# nothing else: not on the class, unless the class's look or a bias says so, not on the resolution, not on other images.
-
-
-NUM_SKIN_TONES = 6
-
-# artefact -> how often it is seen
-ARTEFACT_RATES: Mapping[str, float] = MappingProxyType({
-    "hair": 0.35, "ruler": 0.15, "vignette": 0.45, "frame": 0.12, "ink": 0.06, "bubbles": 0.20})
-
-_LESION, _COLORS, _VIEW, _ARTEFACTS = range(4)  # purposes of random streams; phantom_render numbers its own from 10
-_NORMAL = NormalDist()
-_NUM_DRAWS = 16  # uniform numbers a stream gives out; more than are used, so that a new attribute moves no other
+# Scenes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +167,7 @@ class Lesion:
     border_irregularity: float  # 0 to 1
     asymmetry: float  # 0 to 1
     edge_mm: float  # width of the fall from lesion to skin
-    pigmentation: float  # 1 for the colours as phantom_looks.PIGMENTS has them, less for paler
+    pigmentation: float  # 1 for the colors as PIGMENTS has them, less for paler
     colors: tuple[str, ...]
     network: float  # contrast of the pigment network, 0 where there is none
     num_dots: int

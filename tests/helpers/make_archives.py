@@ -85,3 +85,8 @@ def make_cifar(path, per_batch=3, **replaced):
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return np.concatenate(pixels), labels
+
+
+def counts(entries):
+    """Return the numbers of images, by reason or note, of "dropped" or "converted" in the report of a conversion."""
+    return {name: entry["count"] for name, entry in entries.items()}

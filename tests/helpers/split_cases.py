@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from imagesets.reader import ImageSet
 from imagesets.split import create_request
 
 THREE = "train:0.8,val:0.1,test:0.1"
@@ -16,7 +17,7 @@ def unique_digests(count, seed=0):
     return np.random.RandomState(seed).randint(0, 256, (count, 32), dtype=np.uint8)
 
 
-class Labels:
+class Labels(ImageSet):
     """Stands for an ImageSet where no file is read: labels and groups without images."""
 
     path = "set.zip"
@@ -26,10 +27,5 @@ class Labels:
         count = len(self.labels) if groups is None else len(groups)
         self.groups = [f"image{index}" for index in range(count)] if groups is None else groups
         self.classes = classes
+        self.names = [f"{index}.png" for index in range(count)]
 
-    def __len__(self):
-        return len(self.groups)
-
-    @property
-    def num_unlabelled(self):
-        return int((self.labels < 0).sum()) if self.labels.ndim == 1 else 0

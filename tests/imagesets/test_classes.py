@@ -1,91 +1,106 @@
-"""imagesets.classes and dnnlib.text: choosing, ordering and merging classes by name."""
+"""imagesets.classes and dnnlib.text: classes found, chosen, ordered, merged and counted by name."""
+
+from typing import NamedTuple
 
 import pytest
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
-from imagesets.classes import ClassChoice, order_classes
+from imagesets.classes import choose_classes, class_counts, find_class, order_classes
 
 HAM = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 MERGE = "melanoma=mel;benign=nv,bkl,df,vasc"
 ALL = "akiec, bcc, bkl, df, mel, nv, vasc"
 
 
+class Choice(NamedTuple):
+    """What choose_classes() returns, and the found classes in each class and in none."""
+    names: tuple
+    members: tuple
+    dropped: tuple
+    label_of: dict
+
+
+def choose(*args, **options):
+    names, label_of = choose_classes(*args, **options)
+    members = tuple(tuple(name for name in label_of if label_of[name] == index) for index in range(len(names)))
+    return Choice(tuple(names), members, tuple(name for name in label_of if label_of[name] is None), label_of)
+
+
 def labels(choice, found=HAM):
-    return [choice.index_of(name) for name in found]
+    return [choice.label_of[name] for name in found]
 
 
 def test_choice_nothing_said_keeps_the_order_found():
-    choice = ClassChoice.create(["b", "a", "c"])
+    choice = choose(["b", "a", "c"])
     assert choice.names == ("b", "a", "c")
     assert choice.members == (("b",), ("a",), ("c",))
     assert (labels(choice, "bac"), choice.dropped) == ([0, 1, 2], ())
 
 
 def test_choice_no_class_found_is_empty():
-    assert ClassChoice.create([]).names == ()
+    assert choose([]).names == ()
 
 
 def test_choice_classes_fixes_order_and_drops_the_others():
-    choice = ClassChoice.create(HAM, "nv, mel")
+    choice = choose(HAM, "nv, mel")
     assert choice.names == ("nv", "mel")
     assert labels(choice) == [None, None, None, None, 1, 0, None]
     assert choice.dropped == ("akiec", "bcc", "bkl", "df", "vasc")
 
 
 def test_choice_merge_puts_a_group_where_its_first_member_stood():
-    choice = ClassChoice.create(HAM, merge=MERGE)
+    choice = choose(HAM, merge=MERGE)
     assert choice.names == ("akiec", "bcc", "benign", "melanoma")
     assert choice.members == (("akiec",), ("bcc",), ("bkl", "df", "nv", "vasc"), ("mel",))
     assert (labels(choice), choice.dropped) == ([0, 1, 2, 2, 3, 2, 2], ())
 
 
 def test_choice_classes_after_merge_names_the_merged():
-    choice = ClassChoice.create(HAM, "melanoma,benign", MERGE)
+    choice = choose(HAM, "melanoma,benign", MERGE)
     assert choice.names == ("melanoma", "benign")
     assert labels(choice) == [None, None, 1, 1, 0, 1, 1]
     assert choice.dropped == ("akiec", "bcc")
 
 
 def test_choice_spaces_and_a_last_semicolon_do_not_count():
-    spaced = ClassChoice.create(HAM, " melanoma , benign ", " melanoma = mel ; benign=nv, bkl,df ,vasc ;")
-    assert spaced == ClassChoice.create(HAM, "melanoma,benign", MERGE)
+    spaced = choose(HAM, " melanoma , benign ", " melanoma = mel ; benign=nv, bkl,df ,vasc ;")
+    assert spaced == choose(HAM, "melanoma,benign", MERGE)
 
 
 ARCHIVE = ["Melanoma, NOS", "Nevus", "Nevus, Atypical, Dysplastic, or Clark", "Melanoma"]
 
 
 def test_choice_takes_names_that_hold_commas_whole():
-    choice = ClassChoice.create(ARCHIVE, "Nevus,Nevus, Atypical, Dysplastic, or Clark ,Melanoma, NOS,Melanoma")
+    choice = choose(ARCHIVE, "Nevus,Nevus, Atypical, Dysplastic, or Clark ,Melanoma, NOS,Melanoma")
     assert choice.names == (ARCHIVE[1], ARCHIVE[2], ARCHIVE[0], ARCHIVE[3])
-    merged = ClassChoice.create(ARCHIVE, "nv,mel", "mel=Melanoma, NOS, Melanoma;"
+    merged = choose(ARCHIVE, "nv,mel", "mel=Melanoma, NOS, Melanoma;"
                                                    "nv=Nevus, Atypical, Dysplastic, or Clark,Nevus")
     assert labels(merged, ARCHIVE) == [1, 0, 0, 1]
 
 
 def test_choice_merge_may_keep_the_name_of_a_member():
-    choice = ClassChoice.create(["mel", "nv", "bkl"], merge="nv=nv,bkl")
+    choice = choose(["mel", "nv", "bkl"], merge="nv=nv,bkl")
     assert choice.members == (("mel",), ("nv", "bkl"))
 
 
 def test_choice_merge_may_exchange_names():
-    choice = ClassChoice.create(["a", "b"], merge="b=a;a=b")
+    choice = choose(["a", "b"], merge="b=a;a=b")
     assert (choice.names, choice.members) == (("b", "a"), (("a",), ("b",)))
 
 
 def test_choice_names_with_spaces_and_numbers_work():
-    choice = ClassChoice.create(["basal cell", "10", "9"], "9,tumour", "tumour=basal cell,10")
+    choice = choose(["basal cell", "10", "9"], "9,tumour", "tumour=basal cell,10")
     assert (choice.names, labels(choice, ["basal cell", "10", "9"])) == (("9", "tumour"), [1, 1, 0])
 
 
-def test_index_of_unknown_name_raises():
-    with pytest.raises(KeyError, match="zzz"):
-        ClassChoice.create(HAM, "nv").index_of("zzz")
+def test_choice_has_a_label_for_found_names_alone():
+    assert set(choose(HAM, "nv").label_of) == set(HAM)
 
 
 def test_choice_found_twice_raises():
     with pytest.raises(UserError) as error:
-        ClassChoice.create(["a", "b", "a"])
+        choose(["a", "b", "a"])
     assert str(error.value) == "the class a exists twice among a, b, a; expected different names"
 
 
@@ -100,13 +115,13 @@ def test_choice_found_twice_raises():
 ])
 def test_classes_wrong_says_what_exists(classes, message):
     with pytest.raises(UserError) as error:
-        ClassChoice.create(HAM, classes)
+        choose(HAM, classes)
     assert str(error.value) == f"--classes={classes} {message}"
 
 
 def test_classes_merged_member_says_where_it_went():
     with pytest.raises(UserError) as error:
-        ClassChoice.create(HAM, "mel,benign", MERGE)
+        choose(HAM, "mel,benign", MERGE)
     assert str(error.value) == ("--classes=mel,benign names mel, which --merge has put into melanoma; "
                                 "expected some of akiec, bcc, benign, melanoma")
 
@@ -128,7 +143,7 @@ def test_classes_merged_member_says_where_it_went():
 ])
 def test_merge_wrong_says_what_was_expected(merge, message):
     with pytest.raises(UserError) as error:
-        ClassChoice.create(HAM, merge=merge)
+        choose(HAM, merge=merge)
     assert str(error.value) == f"--merge={merge} {message}"
 
 
@@ -156,3 +171,50 @@ def test_suggestion_ignores_case_and_stays_silent_when_nothing_is_near():
 def test_classes_are_ordered_by_value_when_all_are_numbers_else_by_text(names, ordered):
     assert order_classes(names) == ordered
     assert order_classes(set(names)) == ordered
+
+
+NAMES = ["nevus", "melanoma"]
+LISTED = "expected one of nevus, melanoma, or a number from 0 to 1"
+
+
+@pytest.mark.parametrize(("text", "names", "expected"), [
+    ("melanoma", NAMES, 1), (" melanoma ", NAMES, 1), ("0", NAMES, 0), (" 01", None, 1),
+    ("1", ["1", "0"], 0),  # a name wins over a number
+    ("7", ["1", "7"], 1), ("2", ["x", "2"], 1),
+    (" a", ["a", " a"], 1),
+])
+def test_find_class_takes_names_and_numbers(text, names, expected):
+    assert find_class(text, names, 2) == expected
+
+
+@pytest.mark.parametrize(("text", "names", "message"), [
+    ("melanomas", NAMES, f"--class names the class 'melanomas' (did you mean melanoma?); {LISTED}"),
+    ("", NAMES, f"--class names the class ''; {LISTED}"),
+    ("2", NAMES, f"--class names the class '2'; {LISTED}"),
+    ("-1", NAMES, f"--class names the class '-1'; {LISTED}"),
+    ("+1", None, "--class names the class '+1'; expected a number from 0 to 1"),
+    ("\u0661", None, "--class names the class '\u0661'; expected a number from 0 to 1"),  # another script's 1
+    ("9" * 5000, None, f"--class names the class '{'9' * 5000}'; expected a number from 0 to 1"),
+    ("1", ["0", "2"], "--class names the class '1'; expected one of 0, 2"),  # and is not the class 2, though number 1
+    ("0", ["1", "7"], "--class names the class '0'; expected one of 1, 7"),
+    ("nevus", None, "--class names the class 'nevus'; expected a number from 0 to 1"),
+])
+def test_find_class_says_what_is_wrong(text, names, message):
+    with pytest.raises(UserError) as caught:
+        find_class(text, names, 2)
+    assert str(caught.value) == message
+
+
+def test_find_class_names_the_option():
+    with pytest.raises(UserError, match=r"^--classes names the class '7'; "):
+        find_class("7", NAMES, 2, flag="--classes")
+
+
+@pytest.mark.parametrize(("shares", "count", "expected"), [
+    ([0.87, 0.13], 2000, [1740, 260]), ([0.87, 0.13], 4, [3, 1]), ([0.34, 0.33, 0.33], 10, [4, 3, 3]),
+    ([0.5, 0.5], 5, [3, 2]), ([0.333, 0.333, 0.333], 3, [1, 1, 1]),
+    ([0.67, 0.11, 0.11, 0.05, 0.03, 0.02, 0.01], 1000, [670, 110, 110, 50, 30, 20, 10]),
+    ([700, 200, 101], 1001, [700, 200, 101]), ([5, 0, 1], 3, [3, 0, 0]), ([1.0], 7, [7]),
+])
+def test_class_counts_follow_the_largest_remainder(shares, count, expected):
+    assert class_counts(shares, count) == expected

@@ -14,10 +14,8 @@ import pytest
 
 from dnnlib.cli import UserError
 from imagesets.convert import convert
-from imagesets.labels import class_names
-from imagesets.reader import NO_LABEL, ImageSet
-from imagesets.writer import ImageSetWriter
-from tests.helpers.make_archives import encode, make_cifar, make_folder, make_idx, make_zip, noise
+from imagesets.reader import ImageSet
+from tests.helpers.make_archives import counts, encode, make_cifar, make_folder, make_idx, make_zip, noise
 
 
 def image(seed, size=8, channels=3):
@@ -57,8 +55,8 @@ def test_a_folder_becomes_a_data_set_in_the_order_of_its_names(folder, tmp_path)
     assert result.classes == ["mel", "nv", "vasc"]
     for name, seed in zip(result.names, (1, 2, 2, 3, 4, 5)):
         assert np.array_equal(pixels(result, name), noise(seed, 8, 8, 3))
-    assert (summary.found, summary.kept, summary.dropped) == (6, 6, {})
-    assert summary.class_counts == {"mel": 2, "nv": 3, "vasc": 1}
+    assert (summary.report["found"], summary.report["kept"], counts(summary.report["dropped"])) == (6, 6, {})
+    assert summary.report["classes"] == {"mel": 2, "nv": 3, "vasc": 1}
 
 
 def test_a_folder_can_be_written_as_a_folder(folder, tmp_path):
@@ -73,11 +71,11 @@ def test_byte_identical_images_are_kept_in_one_group_and_contradictions_named(fo
     summary = run(folder, tmp_path / "set.zip", report=tmp_path / "report.json")
     groups = ImageSet(tmp_path / "set.zip").groups
     assert groups[1] == groups[2] == "00000/img00000001.png"
-    assert len(set(groups)) == summary.num_groups == 5
+    assert len(set(groups)) == summary.report["num_groups"] == 5
     report = read_json(tmp_path / "report.json")
     assert report["duplicates"] == [["mel/b.png", "nv/b.png"]]
     assert report["contradictions"] == [{"mel/b.png": "mel", "nv/b.png": "nv"}]
-    assert (summary.num_duplicates, summary.num_contradictions) == (2, 1)
+    assert (sum(map(len, summary.report["duplicates"])), len(summary.report["contradictions"])) == (2, 1)
     assert "  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv" in summary.lines
     for name in ("mel/c", "mel/d", "nv/c"):
         (folder / f"{name}.png").write_bytes((folder / "nv/b.png").read_bytes())
@@ -96,7 +94,7 @@ def test_an_unlabelled_duplicate_is_no_contradiction(folder, tmp_path):
     (folder / "nv/b.png").unlink()
     (folder / "b.png").write_bytes(image(2))
     summary = run(folder, tmp_path / "set.zip", unlabelled="keep")
-    assert (summary.num_duplicates, summary.num_contradictions) == (2, 0)
+    assert (sum(map(len, summary.report["duplicates"])), len(summary.report["contradictions"])) == (2, 0)
 
 
 def test_classes_and_merge_choose_and_order(folder, tmp_path):
@@ -104,14 +102,14 @@ def test_classes_and_merge_choose_and_order(folder, tmp_path):
     result = ImageSet(tmp_path / "set.zip")
     assert result.classes == ["benign"]
     assert result.labels.tolist() == [0, 0, 0, 0]
-    assert summary.dropped == {"class not chosen": 2}
+    assert counts(summary.report["dropped"]) == {"class not chosen": 2}
     assert read_json(tmp_path / "r.json")["dropped"]["class not chosen"]["names"] == ["mel/a.png", "mel/b.png"]
 
 
 def test_max_images_draws_from_the_classes_chosen_and_counts_the_rest(folder, tmp_path):
     summary = run(folder, tmp_path / "set.zip", classes="nv", max_images=2, report=tmp_path / "r.json")
-    assert (summary.found, summary.kept) == (6, 2)
-    assert summary.dropped == {"class not chosen": 3, "not drawn for --max-images": 1}
+    assert (summary.report["found"], summary.report["kept"]) == (6, 2)
+    assert counts(summary.report["dropped"]) == {"class not chosen": 3, "not drawn for --max-images": 1}
     assert "  sample: 2 of 3 images, drawn at random (--max-images, --seed): nv 2 of 3" in summary.lines
     report = read_json(tmp_path / "r.json")
     assert report["sample"] == {"drawn": 2, "of": 3, "classes": {"nv": [2, 3]}}
@@ -146,7 +144,7 @@ def drawn_by(path, dest, **options):
     """Return the images' hashes, in order, and the counts of the classes."""
     summary = run(path, dest, max_images=15, **options)
     found = ImageSet(dest)
-    return [hash(found.read(name)) for name in found.names], list(summary.class_counts.values())
+    return [hash(found.read(name)) for name in found.names], list(summary.report["classes"].values())
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "data set", "halves", "table", "npz"])
@@ -175,7 +173,7 @@ def test_max_images_of_a_set_without_classes_is_a_sample_and_of_enough_images_al
     first = [ImageSet(plain).read(f"{index:02d}.png") for index in range(6)]
     assert [ImageSet(tmp_path / "set.zip").read(name) for name in names] != first
     summary = run(archives["folder"][0], tmp_path / "all.zip", max_images=60)
-    assert summary.dropped == {}
+    assert counts(summary.report["dropped"]) == {}
     assert not [line for line in summary.lines if "sample" in line]
 
 
@@ -187,16 +185,16 @@ def test_an_unlabelled_image_is_an_error_until_decided(folder, tmp_path):
         run(folder, tmp_path / "set.zip", report=tmp_path / "r.json")
     assert not (tmp_path / "set.zip").exists()
     assert read_json(tmp_path / "r.json") == {"error": message, "found": 7, "unlabelled": ["stray.png"]}
-    assert run(folder, tmp_path / "drop.zip", unlabelled="drop").dropped == {"no label": 1}
+    assert counts(run(folder, tmp_path / "drop.zip", unlabelled="drop").report["dropped"]) == {"no label": 1}
     summary = run(folder, tmp_path / "keep.zip", unlabelled="keep")
-    assert summary.class_counts == {"mel": 2, "nv": 3, "vasc": 1, "(none)": 1}
+    assert summary.report["classes"] == {"mel": 2, "nv": 3, "vasc": 1, "(none)": 1}
     assert ImageSet(tmp_path / "keep.zip").labels.tolist() == [0, 0, 1, 1, 1, -1, 2]
 
 
 def test_images_without_any_labels_need_no_decision(tmp_path):
     folder = make_folder(tmp_path / "plain", {"a.png": image(1), "b.png": image(2)})
     summary = run(folder, tmp_path / "set.zip")
-    assert summary.class_counts is None
+    assert summary.report["classes"] is None
     assert ImageSet(tmp_path / "set.zip").labels is None
     with pytest.raises(UserError, match=r"^--classes: the images of plain have no labels; expected sub-folders, a "):
         run(folder, tmp_path / "set.zip", classes="mel")
@@ -222,7 +220,7 @@ def test_a_table_gives_labels_and_groups_and_counts_what_is_missing(tmp_path):
     report = read_json(tmp_path / "r.json")
     assert report["images_without_a_row"] == {"count": 1, "names": ["e.png"]}
     assert report["rows_without_an_image"] == {"count": 1, "names": ["f"]}
-    assert (summary.images_without_a_row, summary.rows_without_an_image) == (1, 1)
+    assert (summary.report["images_without_a_row"]["count"], summary.report["rows_without_an_image"]["count"]) == (1, 1)
     assert result.source["options"]["labels"] == "truth.csv"
 
 
@@ -234,7 +232,7 @@ def test_duplicates_join_groups_and_images_of_one_row_share_theirs(tmp_path):
     result = ImageSet(tmp_path / "set.zip")
     # a = c joins p1 and p2; d.png and x/d.png are of the row d, which names no patient.
     assert result.groups == ["p1", "p1", "p1", result.names[3], result.names[3]]
-    assert summary.num_groups == 2
+    assert summary.report["num_groups"] == 2
 
 
 def test_a_table_without_a_row_for_any_image_raises(folder, tmp_path):
@@ -253,7 +251,7 @@ def test_grey_images_stay_grey_only_among_themselves(tmp_path):
     summary = run(make_folder(tmp_path / "mixed", grey | {"d.png": image(4)}), tmp_path / "mixed.zip")
     result = ImageSet(tmp_path / "mixed.zip")
     assert np.array_equal(pixels(result, result.names[1]), np.repeat(noise(1, 8, 8)[:, :, None], 3, axis=2))
-    assert summary.converted == {"grey to RGB": 3}
+    assert counts(summary.report["converted"]) == {"grey to RGB": 3}
 
 
 def test_dropped_images_do_not_decide_on_colour(tmp_path):
@@ -285,8 +283,9 @@ def test_more_bad_images_than_allowed_leave_only_the_report(tmp_path):
 def test_as_many_bad_images_as_allowed_are_dropped_and_named(tmp_path):
     options = {"width": 8, "height": 8, "max_bad": 0.34, "report": tmp_path / "r.json"}
     summary = run(bad_folder(tmp_path), tmp_path / "set.zip", **options)
-    assert (summary.found, summary.kept) == (9, 6)
-    assert summary.dropped == {"unreadable: not an image": 1, "unreadable: truncated": 1, "unreadable: zero bytes": 1}
+    assert (summary.report["found"], summary.report["kept"]) == (9, 6)
+    assert counts(summary.report["dropped"]) == {"unreadable: not an image": 1, "unreadable: truncated": 1,
+                                                 "unreadable: zero bytes": 1}
     found = read_json(tmp_path / "r.json")
     assert {reason: entry["names"] for reason, entry in found["dropped"].items()} == {
         "unreadable: not an image": ["text.png"], "unreadable: truncated": ["cut.png"],
@@ -332,8 +331,8 @@ def test_wide_crop_pads_and_drops_what_is_too_small_without_calling_it_unreadabl
     result = ImageSet(tmp_path / "set.zip")
     assert np.array_equal(pixels(result, result.names[0])[2:14], noise(1, 12, 16, 3))
     assert not pixels(result, result.names[0])[[0, 1, 14, 15]].any()
-    assert (summary.kept, summary.resolution) == (1, 16)
-    assert summary.dropped == {"smaller than the wide crop": 2}
+    assert (summary.report["kept"], summary.report["resolution"]) == (1, 16)
+    assert counts(summary.report["dropped"]) == {"smaller than the wide crop": 2}
     message = "all 3 images are smaller than the wide crop to 32x24; choose a smaller --resolution"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(folder, tmp_path / "set.zip", transform="center-crop-wide", width=32, height=24)
@@ -405,7 +404,7 @@ def test_source_records_what_was_done_and_no_path(folder, tmp_path):
     (folder / "nv" / "f.png").write_bytes(b"")
     summary = run(folder, tmp_path / "set.zip", width=16, height=16, resize_filter="box", max_bad=0.2)
     source = ImageSet(tmp_path / "set.zip").source
-    assert summary.kept == 6
+    assert summary.report["kept"] == 6
     content_hash = source.pop("images_sha256")
     assert re.fullmatch("[0-9a-f]{64}", content_hash)
     assert source == {
@@ -442,8 +441,8 @@ def test_a_zip_and_a_folder_of_the_same_images_give_the_same_images(folder, tmp_
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"transform": "centre"}, "--transform=centre; expected center-crop or center-crop-wide"),
-    ({"resize_filter": "cubic"}, "--resize-filter=cubic; expected box or lanczos"),
+    ({"transform": "centre"}, "--transform is centre; expected center-crop or center-crop-wide"),
+    ({"resize_filter": "cubic"}, "--resize-filter is cubic; expected box or lanczos"),
     ({"max_bad": 1.5}, "--max-bad=1.5; expected a share from 0 to 1, or from 0% to 100%"),
     ({"max_images": 0}, "--max-images=0; expected at least 1"),
     ({"seed": 3}, "--seed=3 draws the images of --max-images, which is not given; add it, or leave --seed out"),
@@ -453,7 +452,7 @@ def test_a_zip_and_a_folder_of_the_same_images_give_the_same_images(folder, tmp_
     ({"width": 8}, "--height is missing; expected both, or --resolution=WIDTHxHEIGHT"),
     ({"id_column": "x"}, "--id-column names a column, but there is no table; add --labels=FILE"),
     ({"transform": "center-crop-wide"},
-     "--transform=center-crop-wide needs a size; add for example --resolution=256x192"),
+     "--transform=center-crop-wide needs the picture's size; give --resolution=WxH, for example 256x192"),
     ({"report": "/nowhere/r.json"}, "--report=/nowhere/r.json: there is no folder /nowhere; make it first"),
     ({"merge": "bad=nv,scc"}, "--merge=bad=nv,scc takes scc into bad, but there is no class scc; expected some of mel, "
                               "nv, vasc"),
@@ -526,7 +525,7 @@ def test_classes_of_folders_a_table_and_arrays_get_the_same_numbers(tmp_path):
             found = ImageSet(tmp_path / path)
             # Images of folders come by name: 0/, 1/, 10/.
             assert found.labels.tolist() == ([int(name) for name in sorted(names)] if source == "folders" else expected)
-            assert class_names(found) == names
+            assert found.class_names() == names
 
 
 def test_numeric_classes_with_gaps_of_folders_and_a_table_get_the_same_numbers(tmp_path):
@@ -544,213 +543,3 @@ def test_classes_given_override_the_order_of_numbers(tmp_path):
     run(tmp_path / "folders", tmp_path / "set.zip", classes="10,1,2")
     found = ImageSet(tmp_path / "set.zip")
     assert (found.classes, found.labels.tolist()) == (["10", "1", "2"], [1, 0, 2])
-
-
-# ---- several sources
-
-
-HAM = "lesion_id,image_id,dx,dx_type,age,sex,localization\n"
-
-
-@pytest.fixture
-def halves(tmp_path):
-    """A set of five images in two folders, with one table; lesion L2 has an image in both."""
-    make_folder(tmp_path / "part_1", {f"ISIC_{number}.png": image(number) for number in (5, 6, 7)})
-    make_folder(tmp_path / "part_2", {f"ISIC_{number}.png": image(number) for number in (1, 2)})
-    (tmp_path / "table.csv").write_text(HAM + "".join(f"{row},,,,\n" for row in (
-        "L1,ISIC_1,nv", "L2,ISIC_2,mel", "L2,ISIC_5,mel", "L3,ISIC_6,nv", "L4,ISIC_7,bcc")))
-    return tmp_path
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_two_sources_of_one_set_are_read_one_after_the_other_with_one_table(halves, zipped):
-    parts = [halves / "part_1", halves / "part_2"]
-    if zipped:  # with its enclosing folder
-        parts[1] = make_zip(halves / "part_2.zip", {f"part_2/{path.name}": path.read_bytes()
-                                                    for path in parts[1].iterdir()})
-    summary = run(parts, halves / "set.zip", labels=str(halves / "table.csv"), report=halves / "report.json", workers=2)
-    found = ImageSet(halves / "set.zip")
-    for name, seed in zip(found.names, (5, 6, 7, 1, 2), strict=True):
-        assert np.array_equal(pixels(found, name), noise(seed, 8, 8, 3))
-    assert (found.classes, found.labels.tolist()) == (["bcc", "mel", "nv"], [1, 2, 0, 2, 1])
-    assert found.groups == ["L2", "L3", "L4", "L1", "L2"]
-    kinds = ["image folder", "zip of images" if zipped else "image folder"]
-    counts = [{"name": path.name, "kind": kind, "found": count, "kept": count}
-              for path, kind, count in zip(parts, kinds, (3, 2))]
-    assert read_json(halves / "report.json")["sources"] == counts
-    assert found.source["sources"] == counts
-    assert summary.lines[1:4] == [
-        f"  found 5 in part_1 + {parts[1].name} ({' + '.join(dict.fromkeys(kinds))}), kept 5, dropped 0",
-        "  from part_1 (image folder): found 3, kept 3", f"  from {parts[1].name} ({kinds[1]}): found 2, kept 2"]
-    assert summary.rows_without_an_image == 0
-
-
-def test_kept_images_are_counted_by_source(halves):
-    (halves / "part_1/ISIC_6.png").write_bytes(b"")
-    run([halves / "part_1", halves / "part_2"], halves / "set.zip", labels=str(halves / "table.csv"), classes="nv,mel",
-        report=halves / "report.json", max_bad=0.5)
-    report = read_json(halves / "report.json")
-    assert [(part["found"], part["kept"]) for part in report["sources"]] == [(3, 1), (2, 2)]
-    assert report["dropped"]["unreadable: zero bytes"]["names"] == ["part_1/ISIC_6.png"]
-
-
-def test_a_name_in_two_sources_is_two_images_and_reported(halves):
-    make_folder(halves / "part_2", {"ISIC_5.png": image(50), "ISIC_6.png": image(6)})
-    summary = run([halves / "part_1", halves / "part_2"], halves / "set.zip", report=halves / "report.json")
-    found = ImageSet(halves / "set.zip")
-    assert summary.kept == 7
-    assert np.array_equal(pixels(found, found.names[5]), noise(50, 8, 8, 3))
-    report = read_json(halves / "report.json")
-    assert report["names_in_several_sources"] == {"count": 2, "names": ["ISIC_5.png", "ISIC_6.png"]}
-    assert report["duplicates"] == [["part_1/ISIC_6.png", "part_2/ISIC_6.png"]]
-    assert found.groups[1] == found.groups[6]
-    assert len(set(found.groups)) == 6
-    assert "  names in several sources: 2 (ISIC_5.png, ISIC_6.png); all these images are kept" in summary.lines
-
-
-def test_tables_tell_images_of_several_sources_apart_by_their_folders(halves):
-    make_folder(halves / "part_2", {"ISIC_5.png": image(50)})
-    (halves / "t.csv").write_text("image,dx\n" + "".join(f"{row}\n" for row in (
-        "part_1/ISIC_5.png,a", "part_2/ISIC_5.png,b", "part_1/ISIC_6.png,a", "part_1/ISIC_7.png,a",
-        "part_2/ISIC_1.png,b", "part_2/ISIC_2.png,b")))
-    run([halves / "part_1", halves / "part_2"], halves / "set.zip", labels=str(halves / "t.csv"), id_column="image",
-        label_column="dx")
-    assert ImageSet(halves / "set.zip").labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("first", "second", "classes", "labels"), [
-    (["mel/a", "nv/b"], ["bcc/c", "nv/d"], ["bcc", "mel", "nv"], [1, 2, 0, 2]),
-    (["mel/a", "nv/b"], ["nv/c", "nv/d"], ["mel", "nv"], [0, 1, 1, 1]),
-    (["mel/a", "nv/b"], ["bcc/c"], ["bcc", "mel", "nv"], [1, 2, 0]),
-    (["x/mel/a", "x/nv/b"], ["bcc/c", "mel/d"], ["bcc", "mel", "nv"], [1, 2, 0, 1]),
-    (["x/mel/a", "x/nv/b"], ["y/nv/c"], ["mel", "nv"], [0, 1, 1]),
-    (["2/a", "10/b"], ["1/c", "10/d"], ["1", "2", "10"], [2, 1, 0, 2]),
-    (["x/a"], ["y/b"], None, None)])
-def test_class_folders_of_several_sources_are_joined_by_name(tmp_path, first, second, classes, labels):
-    paths = [make_folder(tmp_path / name, {f"{file}.png": image(number * 10 + seed) for seed, file in enumerate(files)})
-             for number, (name, files) in enumerate((("one", first), ("two", second)))]
-    summary = run(paths, tmp_path / "set.zip")
-    found = ImageSet(tmp_path / "set.zip")
-    assert found.classes == classes
-    assert (None if found.labels is None else found.labels.tolist()) == labels
-    assert (classes is None) == any("x, y are not taken as classes" in line for line in summary.lines)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_folders_that_look_like_parts_wait_for_a_word_of_the_user(tmp_path, several):
-    files = {f"images_part_{part}/{name}.png": image(ord(name)) for part, name in ((1, "a"), (1, "b"), (2, "c"))}
-    source = make_folder(tmp_path / "in", files)
-    if several:
-        source = [source, make_folder(tmp_path / "more", {"images_part_1/d.png": image(9), "images_part_2/e.png":
-                                                          image(10)})]
-    with pytest.raises(UserError, match=r"the folders images_part_1, images_part_2 look like parts of a data set, not"):
-        run(source, tmp_path / "set.zip")
-    assert not (tmp_path / "set.zip").exists()
-    counts = run(source, tmp_path / "set.zip", folders="classes").class_counts
-    assert counts == ({"images_part_1": 3, "images_part_2": 2} if several else {"images_part_1": 2, "images_part_2": 1})
-    assert ImageSet(tmp_path / "set.zip").source["options"]["folders"] == "classes"
-    run(source, tmp_path / "none.zip", folders="ignore")
-    assert ImageSet(tmp_path / "none.zip").labels is None
-    (tmp_path / "t.csv").write_text("image,dx\n" + "".join(f"{name},{name in 'ab'}\n" for name in "abcde"))
-    table = {"labels": tmp_path / "t.csv", "id_column": "image", "label_column": "dx"}
-    assert run(source, tmp_path / "table.zip", **table).class_counts["True"] == 2
-    with pytest.raises(UserError, match=r"^--folders=ignore and --labels are both given, and a table takes the place"):
-        run(source, tmp_path / "x.zip", folders="ignore", **table)
-
-
-def test_folders_of_archives_that_bring_labels_are_not_asked_about(folder, tmp_path):
-    run(folder, tmp_path / "ready.zip")
-    np.savez(tmp_path / "set.npz", train_images=noise(0, 2, 8, 8), train_labels=[[0], [1]])
-    for name, kind in (("ready.zip", "zip of images with dataset.json"), ("set.npz", "MedMNIST npz")):
-        with pytest.raises(UserError) as caught:
-            run(tmp_path / name, tmp_path / "x.zip", folders="ignore")
-        assert str(caught.value) == f"--folders: {name} ({kind}) brings its own labels; leave the option out"
-    run([tmp_path / "ready.zip", folder], tmp_path / "both.zip", folders="ignore", unlabelled="keep")
-    assert ImageSet(tmp_path / "both.zip").labels.tolist() == [0, 0, 1, 1, 1, 2, *[NO_LABEL] * 6]
-
-
-def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabelled(tmp_path):
-    make_folder(tmp_path / "one", {"mel/a.png": image(1), "nv/b.png": image(2)})
-    make_folder(tmp_path / "two", {"c.png": image(3)})
-    with pytest.raises(UserError, match=r"^1 of 3 images have no label \(two/c\.png\); expected a label for each"):
-        run([tmp_path / "one", tmp_path / "two"], tmp_path / "set.zip")
-
-
-def make_labelled(path, labels, classes, groups=None, seed=0, source=None):
-    with ImageSetWriter(path, classes=classes, source=source) as writer:
-        for index, label in enumerate(labels):
-            writer.add(image(seed + index), label, None if groups is None else groups[index])
-    return path
-
-
-def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path):
-    one = make_labelled(tmp_path / "one.zip", [0, 1, 1], ["mel", "nv"], ["p", "00000/img00000001.png", None])
-    two = make_labelled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
-                        source={"phantom": True})
-    folders = make_folder(tmp_path / "folders", {"nv/x.png": image(20)})
-    run([one, two, folders], tmp_path / "set.zip", unlabelled="keep", report=tmp_path / "report.json")
-    found = ImageSet(tmp_path / "set.zip")
-    assert (found.classes, found.labels.tolist()) == (["mel", "nv"], [0, 1, 1, 1, 0, NO_LABEL, 1])
-    assert found.groups[0] == found.groups[3] == "p"
-    assert len(set(found.groups)) == 6  # a group named after an image of one set is no group of the other
-    assert found.source["phantom"] is True
-    assert read_json(tmp_path / "report.json")["names_in_several_sources"]["count"] == 0  # numbers are no names
-
-
-@pytest.mark.parametrize(("one", "two", "message"), [
-    (([0, 1], ["mel", "nv"]), ([0, 1], ["bcc", "nv"]),
-     "the classes of one.zip are mel, nv, those of two.zip bcc, nv; expected the same in both: make both with the same "
-     "--classes, or give --labels"),
-    (([0, 1], ["mel", "nv"]), ([0, 1], None),
-     "the classes of one.zip are mel, nv, those of two.zip numbers without names; expected the same in both: make both "
-     "with the same --classes, or give --labels"),
-    (([0, 1], ["mel", "nv"]), ([[0.5, 0.5]], ["mel", "nv"]),
-     "the labels of one.zip are classes, those of two.zip lists of 2 numbers; expected one kind: convert each alone, "
-     "or give --labels"),
-    (([0, 1], ["mel", "nv"]), "folders",
-     "one.zip has the classes mel, nv as labels, and the folders of other sources are named bcc, nv; expected the same "
-     "classes in all: convert each alone, or give --labels"),
-    (([0, 1], None), "folders",
-     "one.zip has numbers of classes without names as labels, and the folders of other sources are named bcc, nv; "
-     "expected the same classes in all: convert each alone, or give --labels")])
-def test_sources_of_other_classes_are_refused_unless_a_table_labels_them(tmp_path, one, two, message):
-    one = make_labelled(tmp_path / "one.zip", *one)
-    if two == "folders":
-        two = make_folder(tmp_path / "folders", {"bcc/x.png": image(20), "nv/y.png": image(21)})
-    else:
-        two = make_labelled(tmp_path / "two.zip", *two, seed=5)
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        run([one, two], tmp_path / "set.zip")
-    assert not (tmp_path / "set.zip").exists()
-    (tmp_path / "t.csv").write_text("image,dx\n" + "".join(f"{name},a\n" for name in (
-        "img00000000", "img00000001", "x", "y")))
-    assert run([one, two], tmp_path / "set.zip", labels=str(tmp_path / "t.csv"), id_column="image",
-               label_column="dx").class_counts["a"] in (3, 4)
-
-
-def test_numbers_without_names_of_several_data_sets_stay(tmp_path):
-    one = make_labelled(tmp_path / "one.zip", [3, 1], None)
-    two = make_labelled(tmp_path / "two.zip", [2, 0], None, seed=5)
-    run([one, two], tmp_path / "set.zip")
-    assert ImageSet(tmp_path / "set.zip").labels.tolist() == [3, 1, 2, 0]
-
-
-def test_sources_of_one_folder_name_are_told_apart_by_more_of_their_paths(tmp_path):
-    paths = [make_folder(tmp_path / name / "images", {"a.png": image(seed)}) for seed, name in enumerate("xy")]
-    run(paths, tmp_path / "set.zip")
-    assert ImageSet(tmp_path / "set.zip").source["name"] == "x/images + y/images"
-
-
-def test_a_source_given_twice_or_inside_another_is_refused(halves):
-    (halves / "link").symlink_to("part_1")
-    for paths, message in [
-            (["part_1", "part_1"], "--source={0}/part_1 is given twice; expected each folder or archive once"),
-            (["part_1", "part_2", "link"],
-             "--source={0}/link is given twice, also as {0}/part_1; expected each folder or archive once"),
-            ([".", "part_1"], "--source={0}/part_1 lies in --source={0}, which is read with all its folders; leave one "
-                              "of the two out"),
-            (["part_1", "set.npz"], "--source: set.npz (MedMNIST npz) cannot be joined with others; expected folders "
-                                    "or zips of images: convert it alone")]:
-        np.savez(halves / "set.npz", train_images=noise(0, 2, 8, 8))
-        with pytest.raises(UserError, match=f"^{re.escape(message.format(halves))}$"):
-            run([halves / path for path in paths], halves / "set.zip")

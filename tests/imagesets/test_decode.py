@@ -1,5 +1,7 @@
-"""imagesets.decode: any file becomes the right picture, or a reason why not."""
+"""imagesets.decode: any file becomes the right picture, or a reason why not; and all in silence."""
+
 import logging
+import os
 import pickle
 import struct
 import warnings
@@ -11,7 +13,17 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 
-from imagesets.decode import MAX_PIXELS, REASONS, BadImage, PixelSpec, decode, decode_array, probe
+from imagesets.decode import (
+    MAX_PIXELS,
+    REASONS,
+    BadImage,
+    PixelSpec,
+    decode,
+    decode_array,
+    pillow_silenced,
+    probe,
+    stderr_silenced,
+)
 from tests.helpers.image_files import encode, lesion_like, png_16_bit, png_chunk, read_png
 
 LESION = lesion_like(60, 45)
@@ -150,7 +162,7 @@ def test_decode_notes_are_sorted_and_complete():
 
 
 def test_decode_colour_profile_is_applied():
-    from tests.imagesets.test_profiles import SRGB, matrix_profile
+    from tests.imagesets.test_pixel_formats import SRGB, matrix_profile
     grey = np.full((4, 4, 3), 128, np.uint8)
     found = decode(encode(grey, icc_profile=matrix_profile(1.0)), spec_with())
     assert np.abs(read_png(found.png).astype(int) - 188).max() <= 1  # linear 0.502 is 188 in sRGB
@@ -339,3 +351,34 @@ def test_decode_mutated_files_give_a_picture_or_a_reason_and_no_noise(image_form
     assert outcomes
     assert outcomes <= set(REASONS)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_stderr_silenced_drops_writes_and_restores(capfd, fails):
+    def write():
+        with stderr_silenced():
+            os.write(2, b"inside")
+            if fails:
+                raise KeyError
+
+    before = os.listdir("/proc/self/fd")
+    if fails:
+        with pytest.raises(KeyError):
+            write()
+    else:
+        write()
+    os.write(2, b"outside")
+    assert capfd.readouterr() == ("", "outside")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_pillow_silenced_drops_warnings_and_log_and_restores(monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that has set up no logging
+    log, filters = logging.getLogger("PIL.TiffImagePlugin"), list(warnings.filters)
+    with pillow_silenced():
+        warnings.warn("inside", UserWarning, stacklevel=1)
+        log.error("inside")
+    assert capsys.readouterr() == ("", "")
+    assert (list(warnings.filters), logging.getLogger("PIL").handlers) == (filters, [])
+    log.error("outside")
+    assert capsys.readouterr().err == "outside\n"

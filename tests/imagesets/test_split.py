@@ -1,14 +1,18 @@
-"""imagesets.split, split_units, split_targets, split_deal: groups stay whole, and parts are alike."""
+"""imagesets.split and deal: groups stay whole, and parts are alike; the command `split`."""
 
+import zipfile
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
-from dnnlib.cli import UserError
+from dnnlib.cli import UserError, run
+from imagesets.classes import NO_LABEL
+from imagesets.commands import describe_split, split_command
 from imagesets.deal import deal
-from imagesets.reader import NO_LABEL
+from imagesets.reader import ImageSet
 from imagesets.split import LEFT_OUT, assign
+from tests.helpers.make_sets import enclose, make_set
 from tests.helpers.split_cases import THREE, Labels, make_request, unique_digests
 
 
@@ -178,3 +182,183 @@ def test_deal_prefers_a_required_class_to_equal_sizes():
     targets = np.array([0.5, 0.5])[:, None] * counts.sum(axis=0)
     required = np.array([[False, False, False, True]] * 2)
     assert sorted(deal(counts, targets, required, np.arange(3))[1:]) == [0, 1]
+
+
+def test_split_command_writes_parts_beside_the_set_and_prints_what_was_reached(tmp_path, capsys):
+    groups = [f"g{index // 2}" for index in range(40)]
+    path = make_set(tmp_path / "isic.zip", 40, labels=[0] * 30 + [1] * 10, classes=["benign", "melanoma"],
+                    groups=groups)
+    assert run(split_command, [str(path), "--parts=train:0.8,test:0.2"]) == 0
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "isic-split.json", "isic-test.zip", "isic-train.zip", "isic.zip"]
+    assert capsys.readouterr().out.splitlines() == [
+        "          all  train         test",
+        "aimed at              80.0%        20.0%",
+        "images     40     32  80.0%     8  20.0%",
+        "groups     20     16  80.0%     4  20.0%",
+        "benign     30     24  80.0%     6  20.0%",
+        "melanoma   10      8  80.0%     2  20.0%",
+        f"written to {tmp_path}: isic-train.zip, isic-test.zip, isic-split.json",
+    ]
+
+
+def test_describe_split_tells_phantoms_links_and_skew():
+    images = Labels(np.repeat([0, 1], [30, 10]))
+    digests = unique_digests(40)
+    digests[1] = digests[0]
+    asked = make_request(institutions=2, skew="1=0.5,0.1", leave_out=True)
+    lines = list(describe_split(assign(images, digests, asked), asked, is_phantom=True))
+    assert lines[:2] == ["PHANTOM: rendered images, no data of patients",
+                         "1 group joined with others, for they share identical images"]
+    assert lines[-3:] == ["    institution1   institution2", "0  50.0% (50.0%)  88.2% (90.0%)",
+                          "1  50.0% (50.0%)  11.8% (10.0%)"]
+
+
+def test_split_command_skew_file_means_the_same_as_the_text(tmp_path):
+    path = make_set(tmp_path / "set.zip", 40, labels=[0, 1, 2, 2] * 10, classes=["a", "b", "c"])
+    (tmp_path / "skew.txt").write_text("# shares of two institutions\na=0.1,*\n\nb = *, 0.1  # few\n")
+    for folder, skew in (("one", "a=0.1,*;b=*,0.1"), ("two", str(tmp_path / "skew.txt"))):
+        assert run(split_command, [str(path), "--institutions=2", f"--skew={skew}", f"--dest={tmp_path / folder}"]) == 0
+    for name in ("set-institution1.zip", "set-split.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+ERRORS = [
+    ([], "neither --parts nor --institutions is given; expected --parts=NAME:SHARE,NAME:SHARE,... such as "
+         "train:0.8,val:0.1,test:0.1, or --institutions=3"),
+    (["--parts=train:0.8,val:0.1"], "--parts=train:0.8,val:0.1: the shares sum to 0.9; expected 1"),
+    (["--parts=a:0.5,A:0.5"], "--parts=a:0.5,A:0.5 names A twice; expected each name once"),
+    (["--parts=train=0.8"], "--parts=train=0.8: 'train=0.8' is not NAME:SHARE; expected NAME:SHARE,NAME:SHARE,... such "
+                            "as train:0.8,val:0.1,test:0.1"),
+    (["--parts=a:0.5,"], "--parts=a:0.5,: '' is not NAME:SHARE; expected NAME:SHARE,NAME:SHARE,... such as "
+                         "train:0.8,val:0.1,test:0.1"),
+    (["--parts=../a:1"], "--parts=../a:1: '../a:1' is not NAME:SHARE; expected NAME:SHARE,NAME:SHARE,... such as "
+                         "train:0.8,val:0.1,test:0.1"),
+    (["--parts=a:half,b:0.5"], "--parts=a:half,b:0.5: the share 'half' is not a number; expected one such as 0.8 or "
+                               "1/3"),
+    (["--parts=a:nan,b:0.5"], "--parts=a:nan,b:0.5: the share 'nan' is not a number; expected one such as 0.8 or 1/3"),
+    (["--parts=a:1,b:0"], "--parts=a:1,b:0: the share 0 is out of range; expected a number above 0 and up to 1"),
+    (["--parts=a:1.5,b:-0.5"], "--parts=a:1.5,b:-0.5: the share 1.5 is out of range; expected a number above 0 and up "
+                               "to 1"),
+    (["--parts=a:0.25,b:0.25,c:0.25,d:0.25"],
+     "the data set has 3 groups (3 images) of class c; expected at least 4, one for each part (a, b, c, d): join "
+     "classes when converting (--merge), ask for fewer parts, or give --allow-missing"),
+    (["--parts=a:0.5,b:0.5", "--sizes=0.5,0.5"], "--sizes is given without --institutions; add --institutions=3, say"),
+    (["--parts=a:0.5,b:0.5", "--skew=a=0.5"], "--skew is given without --institutions; add --institutions=3, say"),
+    (["--institutions=2", "--leave-out"], "--leave-out is given without --skew; only a skew may leave images out"),
+    (["--institutions=2", "--sizes=0.5"], "--sizes=0.5 has 1 numbers; expected 2, one for each of --institutions=2"),
+    (["--institutions=2", "--sizes=0.5,0.6"], "--sizes=0.5,0.6: the shares sum to 1.1; expected 1"),
+    (["--institutions=1", "--parts=x:0.5,institution1:0.5"],
+     "--parts names institution1, which --institutions makes, too; choose another name"),
+    (["--institutions=0"], "Invalid value for '--institutions': 0 is not in the range x>=1."),
+    (["--institutions=2", "--skew=nothing.txt"],
+     "--skew=nothing.txt is neither a readable file nor a skew; expected CLASS=SHARE,SHARE,...;CLASS=... with a share, "
+     "or *, for each institution, such as melanoma=0.3,0.05,*"),
+    (["--institutions=2", "--skew==0.1,0.2"],
+     "--skew: '=0.1,0.2' is not understood; expected CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each "
+     "institution, such as melanoma=0.3,0.05,*"),
+    (["--institutions=2", "--skew=a=0.1,0.2;a=0.1,0.2"], "--skew names a twice; expected each class once"),
+    (["--institutions=2", "--skew=a=0.1"], "--skew: a has 1 shares; expected 2, one for each of --institutions=2"),
+    (["--institutions=2", "--skew=a=*,*"], "--skew: a has 2 shares *; expected at most one"),
+    (["--institutions=2", "--skew=a=2,*"], "--skew: a: the share 2 is out of range; expected a number from 0 and up to "
+                                           "1"),
+    (["--institutions=2", "--skew=z=0.1,*"], "--skew names the class z, which the data set has no images of; expected "
+                                             "one of a, b, c"),
+    (["--institutions=2", "--skew=b=0.6,0.4"],
+     "--skew needs 20 images of b; there are 12: lower its shares, put * for one of them, or use only 24 of 40 images "
+     "with --leave-out"),
+    (["--institutions=2", "--skew=b=0.1,0.1"],
+     "--skew needs 32 images of a; there are 25: raise the shares of the classes it names, put * for one of them, or "
+     "use only 31 of 40 images with --leave-out"),
+    (["--institutions=2", "--skew=b=0.8,*"], "--skew needs 16 images of b for the institutions beside *; the data set "
+                                             "has 12: lower these shares"),
+    (["--institutions=2", "--sizes=0.9,0.1", "--skew=a=0.5,*"],
+     "--skew leaves 7 images of a for institution2, which holds 4: raise the other shares"),
+    (["--institutions=2", "--skew=a=0.6,*;b=0.5,*"], "--skew: the shares of institution1 sum to 1.1; expected at most "
+                                                     "1"),
+    (["--institutions=2", "--skew=a=0.5,0.5;b=0.2,0.2;c=0.1,0.1"],
+     "--skew: the shares of institution1 sum to 0.8; expected 1, as all classes are named"),
+    (["--parts=a:0.5,b:0.5", "--dest=none/there"], "--dest=none/there: there is no folder none; make it first"),
+    (["--parts=a:0.5,b:0.5", "--dest=set.zip"], "--dest=set.zip is a file; expected a folder for the parts"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ERRORS)
+def test_split_command_bad_options_gives_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "set.zip", 40, labels=[0] * 25 + [1] * 12 + [2] * 3, classes=["a", "b", "c"])
+    assert run(split_command, ["set.zip", *options]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {message}"]
+    assert [item.name for item in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_split_command_more_parts_than_groups_tells_both(tmp_path, capsys):
+    path = make_set(tmp_path / "set.zip", 6, groups=["a", "a", "a", "b", "b", "b"])
+    assert run(split_command, [str(path), f"--parts={THREE}"]) == 2
+    assert capsys.readouterr().err == ("error: the data set has 2 groups; expected at least 3, one for each part "
+                                       "(train, val, test): ask for fewer parts\n")
+
+
+def test_split_command_lists_with_skew_is_refused(tmp_path, capsys):
+    path = make_set(tmp_path / "set.zip", 6, labels=[[1.0, 0.0]] * 6)
+    assert run(split_command, [str(path), "--institutions=2", "--skew=0=0.1,*"]) == 2
+    assert capsys.readouterr().err == f"error: --skew needs labels, one class an image; in {path} they are lists of " \
+                                      "numbers\n"
+
+
+def test_split_command_file_that_is_no_png_is_named(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"\xff\xd8\xff")
+    assert run(split_command, [str(tmp_path / "photos"), "--parts=a:1"]) == 2
+    photos = tmp_path / "photos"
+    assert capsys.readouterr().err == (f"error: {photos}: a.jpg is not a PNG file; expected a data set for training: "
+                                       f"make it with dataset_tool.py --source={photos} --dest=NAME.zip\n")
+    assert [item.name for item in tmp_path.iterdir()] == ["photos"]
+
+
+def test_split_command_damaged_member_is_named_and_nothing_written(tmp_path, capsys):
+    path = make_set(tmp_path / "set.zip", 6)
+    data = bytearray(path.read_bytes())
+    place = data.find(b"IDAT", data.find(b"IDAT") + 4)  # in the second image
+    data[place + 10] ^= 255
+    path.write_bytes(data)
+    assert run(split_command, [str(path), "--parts=a:0.5,b:0.5"]) == 2
+    assert f"{path}: 00000/img00000001.png is damaged" in capsys.readouterr().err
+    assert [item.name for item in tmp_path.iterdir()] == ["set.zip"]
+
+
+def test_split_command_existing_output_needs_force(tmp_path, capsys):
+    path = make_set(tmp_path / "set.zip", 6)
+    (tmp_path / "set-b.zip").write_bytes(b"old")
+    arguments = [str(path), "--parts=a:0.5,b:0.5"]
+    assert run(split_command, arguments) == 2
+    assert capsys.readouterr().err == (f"error: {tmp_path / 'set-b.zip'} exists; give --force to replace it, or choose "
+                                       "another --dest\n")
+    assert (tmp_path / "set-b.zip").read_bytes() == b"old"
+    assert not (tmp_path / "set-a.zip").exists()
+    assert run(split_command, [*arguments, "--force"]) == 0
+    assert zipfile.ZipFile(tmp_path / "set-b.zip").testzip() is None
+
+
+def test_split_command_folder_as_source_names_parts_after_it(tmp_path):
+    make_set(tmp_path / "set", 8)
+    assert run(split_command, [str(tmp_path / "set"), "--parts=a:0.5,b:0.5", f"--dest={tmp_path / 'new'}"]) == 0
+    assert sorted(item.name for item in (tmp_path / "new").iterdir()) == ["set-a.zip", "set-b.zip", "set-split.json"]
+
+
+@pytest.mark.parametrize("name", ["inside/lesions.zip", "inside/lesions"])
+def test_split_of_a_set_in_a_folder_inside_keeps_groups_together(tmp_path, name):
+    groups = [f"lesion{index % 15}" for index in range(60)]
+    flat = make_set(tmp_path / "lesions.zip", 60, labels=[index % 3 for index in range(60)], groups=groups)
+    (tmp_path / "inside").mkdir()
+    inside = enclose(flat, tmp_path / name)
+    found = {}
+    for path in (flat, inside):
+        assert run(split_command, [str(path), "--parts=train:0.5,test:0.5", f"--dest={tmp_path / 'out'}",
+                                   "--force"]) == 0
+        found[path] = [ImageSet(tmp_path / f"out/lesions-{part}.zip") for part in ("train", "test")]
+        found[path] = [(images.groups, images.labels.tolist(), images.checksums()) for images in found[path]]
+    (train, _, _), (test, _, _) = found[inside]
+    assert not set(train) & set(test)
+    assert len({*train, *test}) == 15
+    assert found[inside] == found[flat]

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.reader import NO_LABEL, ImageSet, label_vectors
+from imagesets.classes import NO_LABEL, label_vectors
+from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
 from tests.helpers.make_archives import make_zip
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
@@ -303,7 +304,7 @@ def test_image_set_round_trip_keeps_everything(tmp_path):
     for name in ("a.zip", "folder"):
         opened = ImageSet(tmp_path / name)
         assert opened.labels.tolist() == [1, -1, 0, 1]
-        assert opened.num_unlabelled == 1
+        assert opened.missing_labels().sum() == 1
         assert opened.classes == ["x", "y"]
         assert opened.groups == ["p1", "00000/img00000001.png", "p1", "p2"]
         assert opened.source == {"made": "here"}

@@ -1,4 +1,4 @@
-"""Sets of phantoms and the command that makes them."""
+"""imagesets.phantoms.make and the command `phantom`: options, classes and lesions, and the data set written."""
 
 import csv
 import io
@@ -10,9 +10,18 @@ import pytest
 
 from dnnlib.cli import run
 from imagesets.commands import phantom_command
-from imagesets.phantoms.make import TABLE, parse_bias, parse_classes, render_phantom, write_phantoms
+from imagesets.metadata import METADATA
+from imagesets.phantoms.make import (
+    TABLE,
+    deal_lesions,
+    lesion_numbers,
+    parse_bias,
+    parse_classes,
+    render_phantom,
+    write_phantoms,
+)
 from imagesets.phantoms.scene import ARTEFACT_RATES
-from imagesets.reader import METADATA, ImageSet
+from imagesets.reader import ImageSet
 
 
 def read_table(path):
@@ -148,3 +157,27 @@ def test_command_destination_is_a_folder(tmp_path, capsys):
 def test_parsers_return_numbers_in_order():
     assert list(parse_classes("nv: 0.67, mel:0.33").items()) == [("nv", 0.67), ("mel", 0.33)]
     assert parse_bias(["frame=0.4:0.02", "hair=1:0"]) == {"frame": (0.4, 0.02), "hair": (1.0, 0.0)}
+
+
+@pytest.mark.parametrize("counts", [[1740, 260], [1, 1, 1], [2, 0, 1], [20, 3, 3, 2, 1, 1], [1], [0, 500]])
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_meets_the_counts_and_keeps_lesions_in_one_class(counts, seed):
+    labels, lesions = deal_lesions(counts, seed)
+    assert np.bincount(labels, minlength=len(counts)).tolist() == counts
+    assert np.bincount(lesions).max() <= 3
+    for lesion in np.unique(lesions):
+        assert len(np.unique(labels[lesions == lesion])) == 1
+
+
+def test_plan_gives_lesions_of_every_size_to_both_classes():
+    labels, lesions = deal_lesions([1740, 260], 0)
+    for label in range(2):
+        sizes = np.bincount(lesions[labels == label])
+        shares = np.bincount(sizes[sizes > 0], minlength=4)[1:] / (sizes > 0).sum()
+        # 260 images are about 185 lesions: the standard error of a share is below 0.035, the bound three of it.
+        assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.105)
+
+
+def test_lesion_numbers_of_fewer_images_begin_those_of_more():
+    assert np.array_equal(lesion_numbers(3, 50), lesion_numbers(3, 500)[:50])
+    assert not np.array_equal(lesion_numbers(3, 50), lesion_numbers(4, 50))

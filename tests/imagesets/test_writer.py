@@ -1,4 +1,5 @@
 """imagesets.writer: what is written is what Pillow reads, and never another byte."""
+
 import hashlib
 
 import numpy as np

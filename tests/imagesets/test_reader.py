@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from dnnlib.cli import UserError
+from imagesets.classes import MAX_CLASSES
 from imagesets.convert import convert
 from imagesets.inspect import measure
 from imagesets.pixel_hashes import load_pixels
-from imagesets.reader import MAX_CLASSES, ImageSet
+from imagesets.reader import ImageSet
 from imagesets.sources import open_source
 from imagesets.tables import read_table
 from tests.helpers.image_files import png_chunk
-from tests.helpers.make_archives import encode, make_folder, make_zip, noise
+from tests.helpers.make_archives import counts, encode, make_folder, make_zip, noise
 from tests.helpers.make_sets import pixels_of, png
 
 
@@ -82,7 +83,7 @@ def test_images_that_are_too_large_name_size_and_limit(tmp_path, monkeypatch, pa
     source = make_zip(tmp_path / "a.zip", files) if packed else make_folder(tmp_path / "a", files)
     options = {"workers": 1, "stream": io.StringIO(), "report": tmp_path / "r.json"}
     done = convert(source, tmp_path / "set.zip", max_bad=1, **options)
-    assert done.dropped == {"unreadable: too large": 2}
+    assert counts(done.report["dropped"]) == {"unreadable: too large": 2}
     assert f"  dropped: unreadable: too large: 2 (huge.png {MANY_PIXELS}, long.png {MANY_BYTES})" in done.lines
     found = json.loads((tmp_path / "r.json").read_text())["dropped"]["unreadable: too large"]
     assert found == {"count": 2, "names": ["huge.png", "long.png"], "details": {"huge.png": MANY_PIXELS,

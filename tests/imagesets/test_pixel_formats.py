@@ -1,4 +1,4 @@
-"""Images of more than 8 bits: one scale for all images of a set, and what is said about it."""
+"""imagesets.pixel_formats: images of more than 8 bits, color profiles, and every mode made 8-bit gray or RGB."""
 
 import io
 import json
@@ -8,17 +8,18 @@ import struct
 import numpy as np
 import PIL.Image
 import pytest
+from PIL import ImageCms
 
 from dnnlib.cli import UserError, run
 from dnnlib.progress import Progress
 from imagesets.commands import inspect_command
 from imagesets.convert import convert
 from imagesets.decode import BadImage, decode, decode_array, probe
-from imagesets.pixel_formats import Depth, Values, depth_remark
+from imagesets.pixel_formats import Depth, Values, cmyk_to_srgb, depth_remark, flatten, is_gray, to_srgb
 from imagesets.reader import ImageSet
 from imagesets.resize import PixelSpec
 from tests.helpers.image_files import encode, png_16_bit, read_png
-from tests.helpers.make_archives import make_folder, make_zip, noise
+from tests.helpers.make_archives import counts, make_folder, make_zip, noise
 
 PIXELS = np.array([[[4080, 2048, 0], [1, 4095, 17]], [[65, 300, 4000], [9, 8, 7]]])  # [2, 2, 3], 12 bits
 
@@ -253,7 +254,7 @@ def test_depth_leaves_images_of_8_bits_as_they_are(tmp_path):
     one, other = pixels(ImageSet(tmp_path / "set.zip"))
     np.testing.assert_array_equal(one, eight)
     np.testing.assert_array_equal(other[..., 0], scaled(values_12_bit(1), 4095))
-    assert summary.converted["16-bit scaled"] == 1
+    assert counts(summary.report["converted"])["16-bit scaled"] == 1
     (source / "b.png").unlink()
     note = "  note: --depth=12 changed nothing: no image has more than 8 bits a channel"
     assert note in run_convert(source, tmp_path / "set.zip", depth=12).lines
@@ -280,7 +281,7 @@ def test_images_without_a_place_for_their_values_are_dropped_and_depth_is_not_sa
     for name, pixels in (("a", np.zeros((8, 8), np.uint8)), ("b", np.full((8, 8), 4096, np.uint16))):
         PIL.Image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
     summary = run_convert(tmp_path / "in", tmp_path / "set.zip", depth=12, max_bad=0.5)
-    assert summary.dropped == {"unreadable: values beyond --depth": 1}
+    assert counts(summary.report["dropped"]) == {"unreadable: values beyond --depth": 1}
     assert not [line for line in summary.lines if "changed nothing" in line]
 
 
@@ -300,7 +301,7 @@ def test_values_beyond_the_largest_depth_are_read_without_it(tmp_path):
     PIL.Image.fromarray(np.full((8, 8), 65536, np.int32)).save(tmp_path / "in" / "a.tif")
     with pytest.raises(UserError, match=r"; --depth=16 takes 0 to 65535: leave it out, or list them by --report=FILE$"):
         run_convert(tmp_path / "in", tmp_path / "set.zip", depth=16)
-    assert run_convert(tmp_path / "in", tmp_path / "set.zip").kept == 1
+    assert run_convert(tmp_path / "in", tmp_path / "set.zip").report["kept"] == 1
 
 
 @pytest.mark.parametrize("bits", [7, 17, 0, -1])
@@ -331,7 +332,7 @@ def test_32_bit_and_float_images_of_a_set_share_one_scale_for_any_workers(dtype,
         np.testing.assert_array_equal(image[..., 0], np.rint((values + 100) * (255 / 630)).astype(int))
     kind = "float" if dtype == np.float32 else "32-bit"
     assert f"  values of {kind} images: -100 became black, 530 white; the largest is 530" in summary.lines
-    assert summary.dropped == ({"unreadable: not-a-number pixels": 1} if dtype == np.float32 else {})
+    assert counts(summary.report["dropped"]) == ({"unreadable: not-a-number pixels": 1} if dtype == np.float32 else {})
     run_convert(source, tmp_path / "3.zip", workers=3, max_bad=0.5, unlabelled="keep", **options)
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "3.zip").read_bytes()
 
@@ -355,8 +356,9 @@ def test_float_image_under_another_name_is_not_scaled_by_itself(tmp_path):
     files = {"a.png": encode(noise(0, 8, 8, 3)), "b.png": tif(np.full((8, 8), 7, np.float32))}
     source = make_folder(tmp_path / "in", files)
     summary = run_convert(source, tmp_path / "set.zip", width=8, height=8, max_bad=0.5)
-    assert summary.dropped == {"unreadable: 32-bit or float, but not named .tif or .pfm": 1}
-    assert run_convert(source, tmp_path / "set.zip").dropped == {}  # all headers are read for the size
+    assert counts(summary.report["dropped"]) == {"unreadable: 32-bit or float, but not named .tif or .pfm": 1}
+    summary = run_convert(source, tmp_path / "set.zip")
+    assert counts(summary.report["dropped"]) == {}  # all headers are read for the size
 
 
 def test_inspect_tells_a_dark_set_without_a_record_and_16_bit_files(tmp_path, capsys):
@@ -371,3 +373,195 @@ def test_inspect_tells_a_dark_set_without_a_record_and_16_bit_files(tmp_path, ca
     (tmp_path / "dark/a.png").write_bytes(encode(np.full((8, 8, 3), 65, np.uint8)))
     assert run(inspect_command, [str(tmp_path / "dark"), "--workers=1"]) == 0
     assert "problem: dark" not in capsys.readouterr().out
+
+
+def opened(data):
+    return PIL.Image.open(io.BytesIO(data))
+
+
+def flat(image, *, gray):
+    image.load()
+    found, notes = flatten(image, gray=gray)
+    assert found.mode == ("L" if gray else "RGB")
+    return np.asarray(found), notes
+
+
+def on_white(value, alpha):
+    return round((value * alpha + 255 * (255 - alpha)) / 255)
+
+
+def test_flatten_rgba_goes_on_white():
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [10, 20, 30, 128], [200, 0, 255, 51]]], dtype=np.uint8)
+    pixels, notes = flat(opened(encode(rgba)), gray=False)
+    assert pixels.tolist() == [[[on_white(value, pixel[3]) for value in pixel[:3]] for pixel in rgba[0].tolist()]]
+    assert pixels[0, 1].tolist() == [255, 255, 255]
+    assert notes == {"alpha on white"}
+
+
+def test_flatten_la_goes_on_white_and_stays_grey():
+    image = PIL.Image.merge("LA", [PIL.Image.fromarray(np.array([[0, 0, 100]], np.uint8)),
+                                   PIL.Image.fromarray(np.array([[0, 255, 128]], np.uint8))])
+    image = opened(encode(image))
+    assert is_gray(image)
+    pixels, notes = flat(image, gray=True)
+    assert (pixels.tolist(), notes) == ([[255, 0, on_white(100, 128)]], {"alpha on white"})
+
+
+def test_flatten_premultiplied_alpha_is_divided_first():
+    image = PIL.Image.frombytes("RGBa", (1, 1), bytes([50, 25, 0, 128]))  # colour 100, 50, 0 at half strength
+    pixels, _ = flat(image, gray=False)
+    assert np.abs(pixels[0, 0].astype(int) - [on_white(100, 128), on_white(50, 128), on_white(0, 128)]).max() <= 1
+
+
+def test_flatten_opaque_alpha_changes_nothing():
+    rgb = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    pixels, notes = flat(opened(encode(np.dstack([rgb, np.full((3, 4), 255, np.uint8)]))), gray=False)
+    np.testing.assert_array_equal(pixels, rgb)
+    assert notes == {"opaque alpha dropped"}
+
+
+PALETTE = [200, 10, 30, 0, 0, 255, 90, 90, 90]
+
+
+def palette_image(palette=PALETTE):
+    image = PIL.Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    image.putdata([0, 1, 2])
+    image.putpalette(palette)
+    return image
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "GIF", "BMP", "TIFF"])
+def test_flatten_palette_gives_its_colours(image_format):
+    image = opened(encode(palette_image(), image_format))
+    assert (image.mode, is_gray(image)) == ("P", False)
+    pixels, notes = flat(image, gray=False)
+    assert (pixels.reshape(-1).tolist(), notes) == (PALETTE, {"palette"})
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])])
+def test_flatten_palette_transparent_colour_goes_on_white(transparency):
+    pixels, notes = flat(opened(encode(palette_image(), transparency=transparency)), gray=False)
+    assert pixels.tolist() == [[[200, 10, 30], [255, 255, 255], [90, 90, 90]]]
+    assert notes == {"palette", "alpha on white"}
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_flatten_palette_of_greys_is_gray(image_format):
+    image = opened(encode(palette_image([7, 7, 7, 0, 0, 0, 255, 255, 255]), image_format))
+    assert (image.mode, is_gray(image)) == ("P", True)
+    assert flat(image, gray=True)[0].tolist() == [[7, 0, 255]]
+
+
+def test_flatten_rgb_with_one_transparent_colour_goes_on_white():
+    pixels = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+    found, notes = flat(opened(encode(pixels, transparency=(1, 2, 3))), gray=False)
+    assert (found.tolist(), notes) == ([[[255, 255, 255], [4, 5, 6]]], {"alpha on white"})
+
+
+def test_flatten_one_bit_is_black_and_white():
+    image = opened(encode(PIL.Image.fromarray(np.array([[False, True]]))))
+    assert (image.mode, is_gray(image)) == ("1", True)
+    pixels, notes = flat(image, gray=True)
+    assert (pixels.tolist(), notes) == ([[0, 255]], {"1-bit"})
+
+
+@pytest.mark.parametrize(("cmyk", "rgb"), [((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)),
+                                           ((255, 0, 0, 0), (0, 255, 255)), ((0, 128, 255, 0), (255, 127, 0)),
+                                           ((0, 51, 102, 51), (204, 163, 122))])
+@pytest.mark.parametrize("image_format", ["JPEG", "TIFF"])
+def test_flatten_cmyk_known_colours(cmyk, rgb, image_format):
+    image = opened(encode(PIL.Image.new("CMYK", (16, 16), cmyk), image_format, quality=100))
+    pixels, notes = flat(image, gray=False)
+    assert np.abs(pixels.astype(int) - rgb).max() <= 1  # JPEG's own rounding
+    assert notes == {"CMYK"}
+
+
+def test_flatten_ycck_jpeg_turns_colours_round_once():
+    data = bytearray(encode(PIL.Image.new("CMYK", (16, 16), (105, 155, 115, 51)), "JPEG", quality=100))
+    marker = data.index(b"Adobe\0")
+    assert data[marker + 11] == 0
+    data[marker + 11] = 2  # now the stored, inverted numbers 150 100 140 204 mean Y Cb Cr K
+    pixels, _ = flat(opened(bytes(data)), gray=False)
+    luma, blue, red = 150, 100 - 128, 140 - 128
+    inks = np.array([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue])  # JFIF
+    assert np.abs(pixels - (255 - inks) * (255 - 51) / 255).max() <= 2
+
+
+@pytest.mark.parametrize(("mode", "colour", "rgb", "tolerance"), [
+    ("HSV", (0, 255, 255), (255, 0, 0), 0), ("YCbCr", (76, 85, 255), (254, 0, 0), 1),
+    ("LAB", (255, 128, 128), (255, 255, 255), 2), ("LAB", (0, 128, 128), (0, 0, 0), 2)])
+def test_flatten_other_colour_spaces_known_colours(mode, colour, rgb, tolerance):
+    pixels, notes = flat(PIL.Image.new(mode, (2, 2), colour), gray=False)
+    assert np.abs(pixels.astype(int) - rgb).max() <= tolerance
+    assert notes == {mode}
+
+
+# sRGB's primaries and white, adapted to D50, as the sRGB profile itself gives them.
+PRIMARIES = {b"rXYZ": (0.43607, 0.22249, 0.01392), b"gXYZ": (0.38515, 0.71687, 0.09708),
+             b"bXYZ": (0.14307, 0.06061, 0.71410), b"wtpt": (0.96420, 1.0, 0.82491)}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def fixed(value):
+    return struct.pack(">i", round(value * 65536))
+
+
+def matrix_profile(gamma):
+    """Return an ICC profile (version 2) of sRGB's primaries with another gamma."""
+    tags = {name: b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz)) for name, xyz in PRIMARIES.items()}
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    text = b"gamma\0"
+    tags[b"desc"] = (b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78)).ljust(96, b"\0")
+    offset, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    header = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
+    header += b"".join(map(fixed, PRIMARIES[b"wtpt"]))
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def srgb_curve(linear):
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.8])
+def test_to_srgb_other_gamma_follows_the_formula(gamma):
+    pixels = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3))
+    found, note = to_srgb(PIL.Image.fromarray(pixels), matrix_profile(gamma))
+    expected = 255 * srgb_curve((np.arange(256) / 255) ** gamma)
+    assert note == "colour profile to sRGB"
+    # 2: LittleCMS computes in 8 and 16 bits.
+    assert np.abs(np.asarray(found)[0] - expected[:, None]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [None, b"", SRGB])
+def test_to_srgb_nothing_asked_returns_the_image(profile):
+    image = PIL.Image.new("RGB", (2, 2), (1, 2, 3))
+    found, note = to_srgb(image, profile)
+    assert found is image
+    assert note is None
+
+
+@pytest.mark.parametrize("profile", [b"no profile", SRGB[:100], bytes(500),
+                                     ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
+def test_to_srgb_unusable_profile_is_ignored_and_said(profile):
+    image = PIL.Image.new("RGB", (2, 2), (1, 2, 3))
+    found, note = to_srgb(image, profile)
+    assert found is image
+    assert note == "colour profile ignored"
+
+
+def test_cmyk_to_srgb_profile_of_another_kind_leaves_the_plain_formula():
+    image = PIL.Image.new("CMYK", (1, 1), (0, 51, 102, 51))
+    for profile, expected in ((SRGB, "colour profile ignored"), (None, None)):
+        image.info["icc_profile"] = profile
+        found, note = cmyk_to_srgb(image)
+        assert (found.mode, found.getpixel((0, 0)), note) == ("RGB", (204, 163, 122), expected)
+
+
+def test_to_srgb_grey_image_stays_as_it_is():
+    image = PIL.Image.new("L", (1, 1), 100)
+    assert to_srgb(image, matrix_profile(1.0)) == (image, "colour profile ignored")

@@ -52,7 +52,7 @@ def test_groups_come_from_the_file_beside_the_labels(challenge):
     summary, images, report = run(challenge, labels="truth.csv", groups="lesions.csv", classes="MEL,NV")
     assert images.labels.tolist() == [0, 1, 0, 1, 1]
     assert groups_of(images) == {"a": "BCN_1", "b": "BCN_2", "c": "BCN_1", "d": None, "e": None}
-    assert summary.num_groups == 4
+    assert summary.report["num_groups"] == 4
     assert report["images_without_a_group"] == {"count": 2, "names": ["d.png", "e.png"]}
     assert report["groups_table"] == {"name": "lesions.csv", "kind": "groups", "label_columns": [],
                                       "group_columns": ["lesion_id"]}

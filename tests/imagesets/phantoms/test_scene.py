@@ -1,12 +1,21 @@
-"""The attributes of phantoms: their law, and what they depend on."""
+"""imagesets.phantoms.scene: what lesions of a class look like, and the attributes that are drawn."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from imagesets.phantoms.make import PhantomOptions, make_plan, render_phantom
-from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, draw_scene, look_of
+from dnnlib.cli import UserError
+from imagesets.phantoms.make import PhantomOptions, deal_lesions, render_phantom
+from imagesets.phantoms.scene import (
+    ARTEFACT_RATES,
+    LOOKS,
+    STRUCTURES,
+    attributes,
+    check_looks_differ,
+    draw_scene,
+    look_of,
+)
 from tests.helpers.phantom_helpers import auc
 
 OF_CLASS = ["border_irregularity", "asymmetry", "num_colors", "colors", "structure"]
@@ -27,15 +36,15 @@ def test_attributes_but_those_of_the_look_are_the_same_in_every_class():
 
 
 def test_attributes_are_independent_of_the_class_in_a_set():
-    plan = make_plan([1000, 1000], 1)
+    labels, lesions = deal_lesions([1000, 1000], 1)
     looks = [look_of("benign"), look_of("melanoma")]
     rows = [attributes(draw_scene(seed=1, lesion_number=lesion, index=index, look=looks[label], rates=ARTEFACT_RATES))
-            for index, (label, lesion) in enumerate(zip(plan.labels.tolist(), plan.lesions.tolist()))]
+            for index, (label, lesion) in enumerate(zip(labels.tolist(), lesions.tolist()))]
     for name in rows[0]:
         if name not in OF_CLASS:
             # About 1400 lesions: the standard error of the area is sqrt(1400 / (12 * 700 * 700)) = 0.0154, or 1.2 times
             # that with lesions of up to three images; the bound is three of it, for 18 attributes.
-            assert auc([row[name] for row in rows], plan.labels) == pytest.approx(0.5, abs=0.056), name
+            assert auc([row[name] for row in rows], labels) == pytest.approx(0.5, abs=0.056), name
 
 
 def test_class_attributes_differ_and_overlap():
@@ -82,3 +91,25 @@ def test_images_of_one_lesion_share_its_attributes_and_not_the_view():
     assert [first[name] for name in shared] == [second[name] for name in shared]
     assert first["rotation_deg"] != second["rotation_deg"]
     assert first["field_mm"] != second["field_mm"]
+
+
+@pytest.mark.parametrize(("name", "look"), [
+    ("benign", "nevus"), ("NV", "nevus"), ("Melanoma", "melanoma"), ("mel", "melanoma"), ("bkl", "keratosis"),
+    ("Seborrheic Keratosis", "keratosis"), ("seborrheic-keratosis", "keratosis"), ("bcc", "basal_cell"),
+    ("akiec", "actinic"), ("vasc", "vascular"), ("df", "dermatofibroma")])
+def test_look_of_known_names(name, look):
+    assert look_of(name) is LOOKS[look]
+
+
+def test_look_of_unknown_name_is_its_own():
+    first, again, other = look_of("lentigo"), look_of("lentigo"), look_of("wart")
+    assert first == again
+    assert first != other
+    assert first.structure in STRUCTURES
+    assert all(first != look for look in LOOKS.values())
+
+
+def test_two_names_of_one_look_are_refused():
+    with pytest.raises(UserError) as error:
+        check_looks_differ(["nv", "mel", "benign"])
+    assert str(error.value) == "--classes has nv and benign, which look the same; keep one of them"

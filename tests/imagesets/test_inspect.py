@@ -1,4 +1,4 @@
-"""imagesets.inspect, measure, duplicates: counts, problems and the verdict; the command `inspect`."""
+"""imagesets.inspect: counts, problems and the verdict; identical images; the command `inspect`."""
 
 import io
 import json
