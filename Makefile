@@ -11,12 +11,13 @@ LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 	OPENBLAS_CORETYPE=Nehalem
 # The tests that compute with networks, operators, augmentations, metrics and projections, and compare the results with
 # stored ones or with those of another implementation: two minutes of one core. Left out for their time: whole programs
-# (test_loop, test_training_runs, test_projector*, test_generate_runs, test_calc_metrics), several processes
-# (test_distributed), and what is computed in float64 and integers (test_compiled, test_kernels, data sets).
+# (test_loop, test_training_runs, test_projector*, test_one_image, test_image_set, test_generate_runs,
+# test_calc_metrics), several processes (test_distributed), and what is computed in float64 and integers
+# (test_compiled, test_kernels, data sets).
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers grid_sample \
 	half_precision ops_training loss step state transfer snapshot augment augment_color augment_filters \
-	augment_geometry latent_sampling generate grids video projection pivotal_tuning distances similarity \
-	similarity_input detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
+	augment_geometry image_generator generate grids video projection pivotal_tuning similarity \
+	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
 	perceptual_path feature_tensors frechet inception_score kernel precision_recall validation
 
 .PHONY: help setup demo test test-portable slow soak bench lint clean

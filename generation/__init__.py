@@ -1,1 +1,1 @@
-"""Images of trained networks: what generate.py makes."""
+"""Make images with trained networks: the work of generate.py."""

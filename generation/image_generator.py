@@ -1,4 +1,7 @@
-"""Turn seeds and labels into styles, and styles into pixels: the same image for a seed whoever asks for it."""
+"""Turn seeds and labels into styles, and styles into pixels: the same image for a seed whoever asks for it.
+
+Seeds are given as lists such as 0,1,5-9; styles come from seeds, or from a file that a projector saved.
+"""
 
 import os
 import re
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnnlib.cli import UserError
-from dnnlib.files import retrying
+from dnnlib.files import atomic_write, retrying
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
 from training.generator import truncate
@@ -22,19 +25,125 @@ TRUNC_CENTERS = (GLOBAL_CENTER, CLASS_CENTER)
 MEAN_LATENTS = 10_000  # of the mean style of a class, as in the original's projector
 
 LARGEST_SEED = 2**32 - 1  # numpy's RandomState takes no larger one
+MOST_SEEDS = 1_000_000
 
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _MEAN_SEED, _MEAN_BATCH = 123, 1000
 _GPU_PIXELS, _GPU_BATCH = 1 << 21, 64  # of a batch: 32 images of 256x256, and 64 of the smallest
 
 
-def z_of_seed(seed: int, z_dim: int) -> np.ndarray:
-    """Return the latent of a seed, as the original draws it: float64 [1, Z]."""
-    return np.random.RandomState(seed).randn(1, z_dim)
+@dataclass(frozen=True, kw_only=True)
+class SynthesisSettings:
+    """How images are made, beside latent and class."""
+
+    truncation: float = 1.0  # psi: 1 keeps the variety, 0 gives the mean image
+    center: str = GLOBAL_CENTER  # of truncation: the network's mean style of all classes, or that of each image's own
+    noise_mode: str = "const"
+    fp32: bool = False  # compute half precision blocks in float32
+
+    def require_support(self, G: nn.Module) -> None:
+        """Raise UserError where a network cannot make images with these settings."""
+        if self.center == CLASS_CENTER:
+            if G.c_dim == 0:
+                raise UserError("--trunc-center is class, but this network was trained without classes; expected "
+                                "global: leave --trunc-center out")
+        elif self.truncation != 1 and G.mapping.w_avg_beta is None:
+            raise UserError(f"--trunc is {self.truncation:g}, but this network keeps no mean style to truncate "
+                            "towards; leave --trunc out")
+
+
+class ImageGenerator:
+    """Makes images with a network. Nothing random is left: equal arguments give equal images.
+
+    G:          the averaged generator, in eval mode, on the device that is to compute
+    batch:      images of a pass
+    fp32_flag:  the program's option for `SynthesisSettings.fp32`, for messages; None where it has none
+
+    An image is the same in batches of any size, and with any number of threads, up to the order of sums: in float32
+    one value in some 10,000 moves by one level.
+    """
+
+    def __init__(self, G: nn.Module, settings: SynthesisSettings, *, batch: int, fp32_flag: str | None = None):
+        self.G, self.settings, self.batch, self.fp32_flag = G, settings, batch, fp32_flag
+        self.device = next(G.parameters()).device
+        # Half precision is what makes a GPU fast; most CPUs are slower with it.
+        self.fp32 = settings.fp32 or self.device.type == "cpu"
+        self._centers: dict[tuple[float, ...], Tensor] = {}  # label -> mean style, [K]
+
+    def generate(self, seeds: Sequence[int], labels: Tensor,
+                 on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
+        """Yield the images of seeds in batches, uint8 [n, C, R, R] on the CPU.
+
+        labels:     float32 [N, c_dim], one row a seed
+        on_images:  is told how many images were made, after each batch
+        """
+        for start in range(0, len(seeds), self.batch):
+            some = seeds[start:start + self.batch]
+            pixels = self.render(self.map_seeds(some, labels[start:start + self.batch]), some)
+            on_images(len(pixels))
+            yield pixels
+
+    def render_all(self, ws: Tensor, on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
+        """Yield the images of styles [N, L, K] in batches, uint8 [n, C, R, R] on the CPU. on_images: see `generate`"""
+        for start in range(0, len(ws), self.batch):
+            some = ws[start:start + self.batch]
+            yield self.render(some, range(start, start + len(some)))
+            on_images(len(some))
+
+    @torch.no_grad()
+    def map_seeds(self, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        """Return truncated styles: float32 [N, L, K] on the device. labels: float32 [N, c_dim]"""
+        z, psi = latents_of(seeds, self.G.z_dim).to(self.device), self.settings.truncation
+        if self.settings.center == GLOBAL_CENTER or psi == 1:
+            return self.G.mapping(z, labels.to(self.device), truncation_psi=psi)
+        centers = torch.stack([self._center(label) for label in labels])
+        return truncate(self.G.mapping(z, labels.to(self.device)), centers[:, None], psi)
+
+    @torch.no_grad()
+    def render(self, ws: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+        """Return the images of styles in one pass: uint8 [N, C, R, R] on the CPU.
+
+        ws:           [N, L, K]
+        noise_seeds:  what the noise of each image follows from with the noise mode "random"
+
+        Raises UserError where the network makes something else than finite numbers.
+        """
+        if self.settings.noise_mode != "random":
+            return to_pixels(self._synthesize(ws)).cpu()
+        # LIMIT: one image a pass, since a batch draws the noise of all its images from one stream.
+        streams = (generator_for(seed_for(seed, 0, 0, "generate/noise"), self.device) for seed in noise_seeds)
+        return torch.cat([to_pixels(self._synthesize(w, generator=stream)).cpu()
+                          for w, stream in zip(ws.split(1), streams, strict=True)])
+
+    def _center(self, label: Tensor) -> Tensor:
+        """Return the mean style of a label, [K] float32 on the device; each is computed once."""
+        key = tuple(label.tolist())
+        if key not in self._centers:
+            self._centers[key] = styles_of_label(self.G, label).mean(dim=0).float().to(self.device)
+        return self._centers[key]
+
+    def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        images = self.G.synthesis(ws.to(self.device), noise_mode=self.settings.noise_mode, force_fp32=self.fp32,
+                                  generator=generator)
+        if not images.isfinite().all():  # they would become pixels all the same
+            other = "" if self.fp32 or self.fp32_flag is None else f", or {self.fp32_flag}"
+            raise UserError("the network of --network makes images that are no finite numbers, perhaps since its "
+                            f"training diverged; expected a sound one: try an earlier snapshot{other}")
+        return images
+
+
+def choose_batch(resolution: int, device: torch.device | str) -> int:
+    """Return how many images a pass takes: on a GPU what fits into a few GB for usual networks, on a CPU one.
+
+    On a CPU larger batches are faster, but with one image a pass it is the same one, bit for bit, in a file, on a sheet
+    and in a set.
+    """
+    return 1 if torch.device(device).type == "cpu" else min(max(_GPU_PIXELS // resolution**2, 1), _GPU_BATCH)
 
 
 def latents_of(seeds: Sequence[int], z_dim: int) -> Tensor:
-    """Return the latents of several seeds: float64 [N, Z]."""
-    return torch.from_numpy(np.concatenate([z_of_seed(seed, z_dim) for seed in seeds]))
+    """Return the latents of seeds, each as the original draws it: float64 [N, Z]."""
+    return torch.from_numpy(np.concatenate([np.random.RandomState(seed).randn(1, z_dim) for seed in seeds]))
 
 
 @torch.no_grad()
@@ -50,114 +159,6 @@ def styles_of_label(G: nn.Module, label: Tensor) -> Tensor:
                       for some in z.split(_MEAN_BATCH)])
 
 
-def choose_batch(resolution: int, device: torch.device | str) -> int:
-    """Return how many images a pass takes: on a GPU what fits into a few GB for usual networks, on a CPU one.
-
-    On a CPU larger batches are faster, but with one image a pass it is the same one, bit for bit, in a file, on a sheet
-    and in a set.
-    """
-    return 1 if torch.device(device).type == "cpu" else min(max(_GPU_PIXELS // resolution**2, 1), _GPU_BATCH)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How images are made, beside latent and class."""
-
-    truncation: float = 1.0  # psi: 1 keeps the variety, 0 gives the mean image
-    center: str = GLOBAL_CENTER  # of truncation: the network's mean style of all classes, or that of each image's own
-    noise_mode: str = "const"
-    fp32: bool = False  # compute half precision blocks in float32
-
-
-class Painter:
-    """Makes images with a generator. Nothing random is left: equal arguments give equal images.
-
-    G:          the averaged generator, in eval mode, on the device that is to compute
-    batch:      images of a pass
-    fp32_flag:  the program's option for `Look.fp32`, for messages; None where it has none
-
-    An image is the same in batches of any size, and with any number of threads, up to the order of sums: in float32
-    one value in some 10,000 moves by one level.
-    """
-
-    def __init__(self, G: nn.Module, look: Look, *, batch: int, fp32_flag: str | None = None):
-        self.G, self.look, self.batch, self.fp32_flag = G, look, batch, fp32_flag
-        self.device = next(G.parameters()).device
-        # Half precision is what makes a GPU fast; most CPUs are slower with it.
-        self.fp32 = look.fp32 or self.device.type == "cpu"
-        self._centers: dict[tuple[float, ...], Tensor] = {}  # label -> mean style, [K]
-
-    @torch.no_grad()
-    def styles(self, seeds: Sequence[int], labels: Tensor) -> Tensor:
-        """Return truncated styles: float32 [N, L, W] on the device. labels: float32 [N, c_dim]"""
-        z, psi = latents_of(seeds, self.G.z_dim).to(self.device), self.look.truncation
-        if self.look.center == GLOBAL_CENTER or psi == 1:
-            return self.G.mapping(z, labels.to(self.device), truncation_psi=psi)
-        centers = torch.stack([self._center(label) for label in labels])
-        return truncate(self.G.mapping(z, labels.to(self.device)), centers[:, None], psi)
-
-    @torch.no_grad()
-    def pixels(self, ws: Tensor, noise_seeds: Sequence[int]) -> Tensor:
-        """Return uint8 [N, C, R, R] on the CPU.
-
-        ws:           [N, L, W]
-        noise_seeds:  what the noise of each image follows from with the noise mode "random"
-
-        Raises UserError where the network makes something else than finite numbers.
-        """
-        if self.look.noise_mode != "random":
-            return to_pixels(self._synthesize(ws)).cpu()
-        # LIMIT: one image a pass, since a batch draws the noise of all its images from one stream.
-        streams = (generator_for(seed_for(seed, 0, 0, "generate/noise"), self.device) for seed in noise_seeds)
-        return torch.cat([to_pixels(self._synthesize(w, generator=stream)).cpu()
-                          for w, stream in zip(ws.split(1), streams, strict=True)])
-
-    def paint(self, seeds: Sequence[int], labels: Tensor,
-              on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
-        """Yield the images of seeds in batches, uint8 [n, C, R, R] on the CPU.
-
-        labels:     float32 [N, c_dim], one row a seed
-        on_images:  is told how many images were made, after each batch
-        """
-        for start in range(0, len(seeds), self.batch):
-            some = seeds[start:start + self.batch]
-            pixels = self.pixels(self.styles(some, labels[start:start + self.batch]), some)
-            on_images(len(pixels))
-            yield pixels
-
-    def show(self, ws: Tensor, on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
-        """Yield the images of styles [N, L, W] in batches, uint8 [n, C, R, R] on the CPU. on_images: as in `paint`"""
-        for start in range(0, len(ws), self.batch):
-            some = ws[start:start + self.batch]
-            yield self.pixels(some, range(start, start + len(some)))
-            on_images(len(some))
-
-    def _center(self, label: Tensor) -> Tensor:
-        """Return the mean style of a label, [K] float32 on the device; each is computed once."""
-        key = tuple(label.tolist())
-        if key not in self._centers:
-            self._centers[key] = styles_of_label(self.G, label).mean(dim=0).float().to(self.device)
-        return self._centers[key]
-
-    def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        images = self.G.synthesis(ws.to(self.device), noise_mode=self.look.noise_mode, force_fp32=self.fp32,
-                                  generator=generator)
-        if not images.isfinite().all():  # they would become pixels all the same
-            other = "" if self.fp32 or self.fp32_flag is None else f", or {self.fp32_flag}"
-            raise UserError("the network of --network makes images that are no finite numbers, perhaps since its "
-                            f"training diverged; expected a sound one: try an earlier snapshot{other}")
-        return images
-
-
-# MERGED from latent.seeds
-# Read lists of whole numbers such as 0,1,5-9: seeds, and layers of styles.
-
-
-MOST_SEEDS = 1_000_000
-
-_PART = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
-
-
 def parse_ranges(flag: str, text: str, *, largest: int, what: str) -> list[range]:
     """Return what "0,1,5-9" names, in its order.
 
@@ -169,7 +170,7 @@ def parse_ranges(flag: str, text: str, *, largest: int, what: str) -> list[range
     """
     found = []
     for part in text.split(","):
-        match = _PART.fullmatch(part.strip())
+        match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise UserError(f"{flag} has {part.strip()!r}; expected numbers and ranges, such as 0,1,5-9")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -191,7 +192,7 @@ def parse_seeds(flag: str, text: str) -> list[int]:
 
 
 def parse_first_seed(flag: str, text: str) -> int:
-    """Return the one seed that a labelled set starts from. Raises UserError."""
+    """Return the one seed that a labeled set starts from. Raises UserError."""
     ranges = parse_ranges(flag, text, largest=LARGEST_SEED, what="seed")
     if len(ranges) != 1 or len(ranges[0]) != 1:
         raise UserError(f"{flag} is {text}; with --zip expected the first seed alone, such as --seeds=0: --count says "
@@ -199,19 +200,25 @@ def parse_first_seed(flag: str, text: str) -> int:
     return ranges[0][0]
 
 
-# MERGED from latent.projected
-# Read the styles that a projector saved.
+def save_projected_w(path: str | os.PathLike, ws: np.ndarray, **columns: np.ndarray) -> None:
+    """Write styles as `read_projected_w` takes them, with what else belongs to each row beside them. Raises OSError.
+
+    ws:       float32 [M, L, K]
+    columns:  arrays of length M, by name
+    """
+    with atomic_write(path) as file:
+        np.savez(file, w=ws, **columns)
 
 
 def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
-    """Return the styles of --projected-w: float32 [M, L, W], from the entry "w" of an npz file.
+    """Return the styles of --projected-w: float32 [M, L, K], from the entry "w" of an npz file.
 
     Raises UserError, one line, when the file is missing, no npz, or holds styles of another network.
     """
     flag = f"--projected-w={path}"
     expected = f"expected an .npz file with an array w of shape [M, {G.num_ws}, {G.w_dim}], as a projector writes it"
     try:
-        w = retrying(lambda: _read_array(path, flag, expected), path)
+        w = retrying(lambda: _read_w(path, flag, expected), path)
     except FileNotFoundError as error:
         raise UserError(f"{flag} does not exist; {expected}") from error
     except UserError:
@@ -227,7 +234,7 @@ def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
     return torch.from_numpy(w.astype(np.float32))
 
 
-def _read_array(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
+def _read_w(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
     with open(path, "rb") as file:
         start = file.read(len(np.lib.format.MAGIC_PREFIX))
     if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):  # numpy would advise to unpickle it

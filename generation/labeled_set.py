@@ -1,10 +1,14 @@
-"""Plan a labelled set of images: which seed, which label and which piece of the work each image belongs to."""
+"""Write a labeled data set of generated images, piece by piece; the same command continues after any end.
+
+What it holds is settled first: which seed, which label and which piece of the work each image belongs to. Labels come
+class by class, or are drawn from those of a data set.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import torch
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
 from dnnlib.text import listed
-from generation.image_generator import GLOBAL_CENTER, LARGEST_SEED, Painter
+from generation.image_generator import GLOBAL_CENTER, LARGEST_SEED, ImageGenerator
 from generation.network import Classes, Label, OpenNetwork
 from generation.pictures import as_png
 from imagesets.classes import CLASS, LABELS, VECTOR, class_name, known_classes
@@ -32,8 +36,8 @@ _MOST_CENTERS = 1000  # a second each for large networks on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetPlan:
-    """What a labelled set holds. Images are numbered from 0; image i is that of seed first_seed + i.
+class SetContents:
+    """What a labeled set holds. Images are numbered from 0; image i is that of seed first_seed + i.
 
     first_seed:  of image 0
     count:       images in all
@@ -82,9 +86,102 @@ class SetPlan:
         return found
 
 
+def write_labeled_set(dest: str | os.PathLike, network: OpenNetwork, generator: ImageGenerator, contents: SetContents,
+                       processes: Processes) -> bool:
+    """Write the zip `dest`; False where it holds just this set already. What was drawn is what is written.
+
+    All processes of a run call this; they share the folder of `dest`. What a piece holds does not depend on their
+    number. Finished pieces wait in a folder beside `dest` until all are there.
+    LIMIT: equal contents give equal bytes where each process has equally many threads. On a CPU one with a single
+    thread sums in another order than one with several: one value in some 10,000 moves by a level.
+
+    Raises UserError when `dest` is another file, or cannot be written, another process works on it, or other pieces
+    lie there.
+    """
+    # The operators that computed it are not part of what it follows from: pieces keep theirs (torch_utils.piecework).
+    origin = _describe_origin(network, contents, generator)
+    pieces = Pieces(dest, {**origin, "count": contents.count, "piece": contents.piece})
+    sizes = [len(contents.images(number)) for number in range(contents.num_pieces)]
+    # Where pieces lie beside it, only their removal is missing, or another process is at work there.
+    if _is_done(Path(dest), origin, contents.count) and not pieces.is_there():  # all processes find the same
+        return False
+
+    def make(numbers: list[int]) -> None:
+        is_main = processes.rank == 0
+        before = count_images(pieces, sizes) if is_main else 0
+        with Progress(sum(sizes) - before, "images") if is_main else nullcontext() as progress:
+            for number in numbers:
+                images = contents.images(number)
+                labels = network.classes.labels(contents.labels(images))
+                pixels = torch.cat(list(generator.generate(contents.seeds(images), labels)))
+                pieces.save(number, {"pixels": pixels.numpy()})
+                if progress is not None:  # it counts those of all processes
+                    progress.advance(count_images(pieces, sizes) - before - progress.done)
+
+    complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(
+        dest, network, contents, pieces, {**origin, OPERATORS: pieces.operators}))
+    return True
+
+
+def _describe_origin(network: OpenNetwork, contents: SetContents, generator: ImageGenerator) -> dict[str, Any]:
+    """Return what dataset.json says of the images' origin: all that they follow from."""
+    classes, settings = network.classes, generator.settings
+    origin = {
+        "generated": True,
+        "network": network.name,
+        "network_sha256": network.sha256,
+        "network_kimg": network.info.get("kimg"),
+        "seeds": [contents.first_seed, contents.first_seed + contents.count - 1],
+        "truncation": settings.truncation,
+        "noise_mode": settings.noise_mode,
+        "fp32": generator.fp32,
+        "device": generator.device.type,
+        "batch": generator.batch,
+        "classes": None if contents.counts is None else {classes.name(i): n for i, n in enumerate(contents.counts)},
+    }
+    if settings.center != GLOBAL_CENTER:  # not written otherwise, so that work that was begun before it is gone on with
+        origin["truncation_center"] = settings.center
+    if contents.drawn is not None:
+        labels = json.dumps(list(contents.drawn)).encode()
+        origin["labels_from"] = {"data": contents.labels_from, "labels_sha256": hashlib.sha256(labels).hexdigest()}
+    if network.info.get("phantom") is True:
+        origin["phantom"] = True
+    return origin | network.training
+
+
+def _is_done(dest: Path, origin: dict[str, Any], count: int) -> bool:
+    """Tell whether `dest` is a finished set of this origin. Raises UserError where it is something else."""
+    if not dest.exists():
+        return False
+    try:
+        images = ImageSet(dest)
+    except UserError as error:
+        raise UserError(f"--zip is {dest}, which exists and is not a data set; choose another name, or remove "
+                        "it") from error
+    different = differences(images.source, json.loads(json.dumps(origin)))  # both as JSON gives them back
+    if not different and len(images) != count:
+        different = f"{len(images)} images are there, of {count}"
+    if different:
+        raise UserError(f"--zip is {dest}, which exists and holds other images ({different}); choose another name, or "
+                        "remove it")
+    return True
+
+
+def _assemble(dest: str | os.PathLike, network: OpenNetwork, contents: SetContents, pieces: Pieces,
+              origin: dict[str, Any]) -> None:
+    """Put all pieces into the zip."""
+    with (Progress(contents.count, "images put together") as progress,
+          ImageSetWriter(dest, classes=network.classes.names, source=origin, option="--zip") as writer):
+        for number in range(contents.num_pieces):
+            pixels = torch.from_numpy(pieces.load(number)["pixels"])
+            for image, label in zip(pixels, contents.labels(contents.images(number)), strict=True):
+                writer.add(as_png(image), label, pixel_hash=hash_pixels(image.numpy()))
+            progress.advance(len(pixels))
+
+
 def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
                 seed: int) -> tuple[list[Label], str | None]:
-    """Return labels for `count` images, drawn from those of a data set as a training run sees them, and a line to say.
+    """Return `count` labels, drawn from those of a data set as a training run sees them, and a line to print.
 
     path:     --labels-from
     classes:  of the network; those of the set are matched by name, or by number where one of them has no names
@@ -142,115 +239,8 @@ def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:
                         f"take {different} of {path}; expected at most {_MOST_CENTERS}: leave --trunc-center out")
 
 
-def piece_size(shape: Sequence[int], batch: int) -> int:
+def choose_piece_size(shape: Sequence[int], batch: int) -> int:
     """Return the images of a piece, whole batches. shape: of an image, C R R."""
     channels, height, width = shape
     images = min(_PIECE_IMAGES, _PIECE_BYTES // (channels * height * width))
     return max(images // batch, 1) * batch
-
-
-def describe_origin(network: OpenNetwork, plan: SetPlan, painter: Painter) -> dict[str, Any]:
-    """Return what dataset.json says of the images' origin: all that they follow from."""
-    classes, look = network.classes, painter.look
-    origin = {
-        "generated": True,
-        "network": network.name,
-        "network_sha256": network.sha256,
-        "network_kimg": network.info.get("kimg"),
-        "seeds": [plan.first_seed, plan.first_seed + plan.count - 1],
-        "truncation": look.truncation,
-        "noise_mode": look.noise_mode,
-        "fp32": painter.fp32,
-        "device": painter.device.type,
-        "batch": painter.batch,
-        "classes": None if plan.counts is None else {classes.name(i): n for i, n in enumerate(plan.counts)},
-    }
-    if look.center != GLOBAL_CENTER:  # not written otherwise, so that work that was begun before it is gone on with
-        origin["truncation_center"] = look.center
-    if plan.drawn is not None:
-        labels = json.dumps(list(plan.drawn)).encode()
-        origin["labels_from"] = {"data": plan.labels_from, "labels_sha256": hashlib.sha256(labels).hexdigest()}
-    if network.info.get("phantom") is True:
-        origin["phantom"] = True
-    return origin | network.training
-
-
-# MERGED from latent.labelled_set
-# Write a labelled data set of generated images, piece by piece; the same command continues after any end.
-
-
-def write_labelled_set(dest: str | os.PathLike, network: OpenNetwork, painter: Painter, plan: SetPlan,
-                       processes: Processes) -> bool:
-    """Write the zip `dest`; False where it holds just this set already. What was drawn is what is written.
-
-    All processes of a run call this; they share the folder of `dest`. What a piece holds does not depend on their
-    number. Finished pieces wait in a folder beside `dest` until all are there.
-    LIMIT: equal plans give equal bytes where each process has equally many threads. On a CPU a process with a single
-    one sums in another order than one with several: one value in some 10,000 moves by a level.
-
-    Raises UserError when `dest` is another file, or cannot be written, another process works on it, or other pieces
-    lie there.
-    """
-    # The operators that computed it are not part of what it follows from: pieces keep theirs (torch_utils.piecework).
-    origin = describe_origin(network, plan, painter)
-    pieces = Pieces(dest, {**origin, "count": plan.count, "piece": plan.piece})
-    sizes = [len(plan.images(number)) for number in range(plan.num_pieces)]
-    # Where pieces lie beside it, only their removal is missing, or another process is at work there.
-    if _is_done(Path(dest), origin, plan.count) and not pieces.is_there():  # all processes find the same
-        return False
-
-    def make(numbers: list[int]) -> None:
-        with _progress(pieces, sizes, shown=processes.rank == 0) as advance:
-            for number in numbers:
-                pieces.save(number, {"pixels": _paint_piece(network, painter, plan, number)})
-                advance()
-
-    complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(
-        dest, network, plan, pieces, {**origin, OPERATORS: pieces.operators}))
-    return True
-
-
-def _is_done(dest: Path, origin: dict[str, Any], count: int) -> bool:
-    """Tell whether `dest` is a finished set of this origin. Raises UserError where it is something else."""
-    if not dest.exists():
-        return False
-    try:
-        images = ImageSet(dest)
-    except UserError as error:
-        raise UserError(f"--zip is {dest}, which exists and is not a data set; choose another name, or remove "
-                        "it") from error
-    different = differences(images.source, json.loads(json.dumps(origin)))  # both as JSON gives them back
-    if not different and len(images) != count:
-        different = f"{len(images)} images are there, of {count}"
-    if different:
-        raise UserError(f"--zip is {dest}, which exists and holds other images ({different}); choose another name, or "
-                        "remove it")
-    return True
-
-
-def _paint_piece(network: OpenNetwork, painter: Painter, plan: SetPlan, number: int) -> np.ndarray:
-    images = plan.images(number)
-    labels = network.classes.labels(plan.labels(images))
-    return torch.cat(list(painter.paint(plan.seeds(images), labels))).numpy()
-
-
-@contextmanager
-def _progress(pieces: Pieces, sizes: list[int], *, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yield what is to be called after each piece; it counts those of all processes."""
-    if not shown:
-        yield lambda: None
-        return
-    before = count_images(pieces, sizes)
-    with Progress(sum(sizes) - before, "images") as progress:
-        yield lambda: progress.advance(count_images(pieces, sizes) - before - progress.done)
-
-
-def _assemble(dest: str | os.PathLike, network: OpenNetwork, plan: SetPlan, pieces: Pieces, origin: dict) -> None:
-    """Put all pieces into the zip."""
-    with (Progress(plan.count, "images put together") as progress,
-          ImageSetWriter(dest, classes=network.classes.names, source=origin, option="--zip") as writer):
-        for number in range(plan.num_pieces):
-            pixels = torch.from_numpy(pieces.load(number)["pixels"])
-            for image, label in zip(pixels, plan.labels(plan.images(number)), strict=True):
-                writer.add(as_png(image), label, pixel_hash=hash_pixels(image.numpy()))
-            progress.advance(len(pixels))

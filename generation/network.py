@@ -1,4 +1,4 @@
-"""Find the classes of a network by name or number, and the images that each is to have; read vectors as labels."""
+"""Open the network file of --network, and find its classes: by name or number, or as vectors of numbers."""
 
 import math
 import os
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from dnnlib.text import listed
-from generation.image_generator import CLASS_CENTER, Look
 from imagesets.classes import (
     VECTOR,
     class_counts,
@@ -35,6 +34,55 @@ Label = int | tuple[float, ...] | None
 
 _LARGEST_NUMBER = float(torch.finfo(torch.float32).max)
 _COUNTS_SYNTAX = "expected NAME:COUNT,NAME:COUNT,..., such as benign:5000,melanoma:5000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenNetwork:
+    """A generator, and what its file says of it."""
+
+    G: nn.Module  # the averaged generator, in eval mode
+    name: str  # of the file, without its folder: names of folders can name people or places
+    sha256: str
+    info: dict[str, Any]
+    classes: "Classes"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the network learned from, under the names of its file; empty where the file does not say."""
+        return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
+
+
+def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
+    """Read the network of --network. Raises UserError when it is missing, damaged or another kind of file."""
+    path = choose_network(os.fspath(text))
+    try:
+        networks = load_network(path, device)
+        sha256 = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"--network is {path}, which cannot be read ({error.strerror}); expected a network "
+                        "file") from error
+    except ValueError as error:
+        raise UserError(f"--network: {error}") from error
+    info = networks.config.get("info") or {}
+    return OpenNetwork(G=networks.G_ema, name=Path(path).name, sha256=sha256, info=info,
+                       classes=Classes(networks.G_ema.c_dim, info))
+
+
+def choose_network(text: str) -> str:
+    """Return the path of the file that --network stands for, see `find_network`; print it where it is another text."""
+    path = find_network(text, "--network")
+    place = Place.from_environment()
+    # Of processes that training.launch started, that launcher's own has printed it.
+    if path != text and place.rank == 0 and place.launcher is None:
+        print(f"--network: {path}", file=sys.stderr)
+    return path
+
+
+def require_same(network: OpenNetwork, processes: Processes) -> None:
+    """Raise UserError unless all processes opened the same file: a newer one may have appeared in a run's folder."""
+    if broadcast_object(network.sha256) != network.sha256:
+        raise UserError(f"--network is another file in process {processes.rank} ({network.name}) than in the first; "
+                        "expected one for all: repeat the command, or name the file itself")
 
 
 class Classes:
@@ -193,67 +241,3 @@ class Classes:
             raise UserError(f"--count is {count}, and --classes adds up to {total}; expected the same: leave --count "
                             "out")
         return counts
-
-
-# MERGED from latent.network
-# Open the network file that images are made with.
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenNetwork:
-    """A generator, and what its file says of it."""
-
-    G: nn.Module  # the averaged generator, in eval mode
-    name: str  # of the file, without its folder: names of folders can name people or places
-    sha256: str
-    info: dict[str, Any]
-    classes: Classes
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """What the network learned from, under the names of its file; empty where the file does not say."""
-        return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
-
-
-def choose_network(text: str) -> str:
-    """Return the path of the file that --network stands for, see `find_network`; say it where it is another text."""
-    path = find_network(text, "--network")
-    place = Place.from_environment()
-    if path != text and place.rank == 0 and place.launcher is None:  # training.launch's own process has said it
-        print(f"--network: {path}", file=sys.stderr)
-    return path
-
-
-def require_same(network: OpenNetwork, processes: Processes) -> None:
-    """Raise UserError unless all processes opened the same file: a newer one may have appeared in a run's folder."""
-    if broadcast_object(network.sha256) != network.sha256:
-        raise UserError(f"--network is another file in process {processes.rank} ({network.name}) than in the first; "
-                        "expected one for all: repeat the command, or name the file itself")
-
-
-def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
-    """Read the network of --network. Raises UserError when it is missing, damaged or another kind of file."""
-    path = choose_network(os.fspath(text))
-    try:
-        networks = load_network(path, device)
-        sha256 = sha256_of(path)
-    except OSError as error:
-        raise UserError(f"--network is {path}, which cannot be read ({error.strerror}); expected a network "
-                        "file") from error
-    except ValueError as error:
-        raise UserError(f"--network: {error}") from error
-    info = networks.config.get("info") or {}
-    return OpenNetwork(G=networks.G_ema, name=Path(path).name, sha256=sha256, info=info,
-                       classes=Classes(networks.G_ema.c_dim, info))
-
-
-def check_look(look: Look, G: nn.Module) -> None:
-    """Raise UserError where a network cannot make images of this look."""
-    if look.center == CLASS_CENTER:
-        if G.c_dim == 0:
-            raise UserError("--trunc-center is class, but this network was trained without classes; expected global: "
-                            "leave --trunc-center out")
-        return
-    if look.truncation != 1 and G.mapping.w_avg_beta is None:
-        raise UserError(f"--trunc is {look.truncation:g}, but this network keeps no mean style to truncate towards; "
-                        "leave --trunc out")

@@ -1,4 +1,7 @@
-"""Write images as files of their own, and many of them on one sheet."""
+"""Write images as files: one by one, many on a sheet, or all pairs of seeds with their styles mixed.
+
+In a mixed image some layers have the style of another seed: coarse layers carry shape, fine ones color.
+"""
 
 import math
 import os
@@ -12,61 +15,14 @@ from torch import Tensor
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
-from generation.image_generator import Painter, parse_ranges
+from generation.image_generator import ImageGenerator, parse_ranges
 from imagesets.writer import encode_png
-from torch_utils.images import save_grid
+from torch_utils.images import MOST_PIXELS, save_grid
 
-# Of a sheet. Programs refuse larger pictures: Pillow warns from 89 million pixels on.
-MOST_PIXELS = 80_000_000
+GRID = "grid.png"  # a sheet's name beside images
+COARSE_LAYERS = 7  # that --style-mix takes from the column: 0 to 6, as in the original
 
-_WHITE = 255
 _LONGEST_ROW = 32  # images of one class, side by side
-
-
-def as_png(pixels: Tensor) -> bytes:
-    """Return the PNG file of an image: uint8 [1 or 3, H, W]."""
-    return encode_png(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-
-
-def save_picture(path: str | os.PathLike, pixels: Tensor) -> None:
-    """Write uint8 [1 or 3, H, W] as a PNG, whole or not at all. Raises OSError."""
-    with atomic_write(path) as file:
-        file.write(as_png(pixels))
-
-
-class Sheet:
-    """A picture of many images: those of each class from a new row on, with its name beside it.
-
-    names:       of the classes, or None for images that are all alike
-    per_class:   images of each
-    channels, resolution:  of an image
-
-    Raises UserError when the picture would be too large for most programs.
-    """
-
-    def __init__(self, names: Sequence[str] | None, per_class: int, *, channels: int, resolution: int):
-        classes = 1 if names is None else len(names)
-        self.columns = min(math.ceil(math.sqrt(per_class)) if names is None else per_class, _LONGEST_ROW)
-        rows_each = -(-per_class // self.columns)
-        self.rows = classes * rows_each
-        if self.rows * self.columns * resolution**2 > MOST_PIXELS:
-            most = MOST_PIXELS // resolution**2
-            raise UserError(f"--grid would show {classes * per_class} images of {resolution}x{resolution}; expected "
-                            f"at most {most}: name fewer --seeds, or leave --grid out")
-        self._row_names = None if names is None else [name for name in names for _ in range(rows_each)]
-        self._cells = torch.full((self.rows * self.columns, channels, resolution, resolution), _WHITE,
-                                 dtype=torch.uint8)
-        self._places = iter([(label * rows_each * self.columns) + index
-                             for label in range(classes) for index in range(per_class)])
-
-    def add(self, images: Tensor) -> None:
-        """Put images into the next cells: uint8 [n, C, R, R]."""
-        for image in images:
-            self._cells[next(self._places)] = image
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the picture as a PNG. Raises OSError."""
-        save_grid(path, self._cells, columns=self.columns, rows=self.rows, labels=self._row_names)
 
 
 def make_outdir(path: str | os.PathLike) -> Path:
@@ -94,12 +50,54 @@ def check_file(flag: str, path: str, ending: str) -> None:
         raise UserError(f"{flag} is {path}, but the folder {target.parent} cannot be written to; expected one that can")
 
 
-# MERGED from latent.style_mixing
-# Give images of some seeds layers of the styles of others: coarse ones carry shape, fine ones colour.
+def as_png(pixels: Tensor) -> bytes:
+    """Return the PNG file of an image: uint8 [1 or 3, H, W]."""
+    return encode_png(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
-USUAL_LAYERS = 7  # 0 to 6, as in the original
+def save_picture(path: str | os.PathLike, pixels: Tensor) -> None:
+    """Write uint8 [1 or 3, H, W] as a PNG, whole or not at all. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(as_png(pixels))
 
+
+class Sheet:
+    """The picture of --grid: the images of each class from a new row on, with its name beside it.
+
+    names:       of the classes, or None for images that are all alike
+    per_class:   images of each
+    resolution:  of an image
+
+    Raises UserError when the picture would be too large for most programs.
+    """
+
+    def __init__(self, names: Sequence[str] | None, per_class: int, *, resolution: int):
+        classes = 1 if names is None else len(names)
+        self.columns = min(math.ceil(math.sqrt(per_class)) if names is None else per_class, _LONGEST_ROW)
+        rows_each = -(-per_class // self.columns)
+        self.rows = classes * rows_each
+        _check_size(self.rows * self.columns, resolution, f"--grid would show {classes * per_class}",
+                    "name fewer --seeds, or leave --grid out")
+        self._labels = None if names is None else [name for name in names for _ in range(rows_each)]
+        self._per_class, self._gap = per_class, [None] * (rows_each * self.columns - per_class)
+        self._images: list[Tensor] = []
+
+    def add(self, images: Tensor) -> None:
+        """Put images into the next cells: uint8 [n, C, R, R]."""
+        self._images.extend(images)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the picture as a PNG. Raises OSError."""
+        cells = [cell for first in range(0, len(self._images), self._per_class)
+                 for cell in (*self._images[first:first + self._per_class], *self._gap)]
+        save_grid(path, cells, columns=self.columns, rows=self.rows, labels=self._labels)
+
+
+def _check_size(cells: int, resolution: int, found: str, advice: str) -> None:
+    """Raise UserError when a sheet would be too large for most programs."""
+    if cells * resolution**2 > MOST_PIXELS:
+        raise UserError(f"{found} images of {resolution}x{resolution}; expected at most "
+                        f"{MOST_PIXELS // resolution**2}: {advice}")
 
 
 def choose_layers(text: str | None, num_ws: int) -> list[int]:
@@ -109,53 +107,46 @@ def choose_layers(text: str | None, num_ws: int) -> list[int]:
     is the first half then. Raises UserError for layers that the network does not have.
     """
     if text is None:
-        return list(range(USUAL_LAYERS if num_ws > USUAL_LAYERS else num_ws // 2))
+        return list(range(COARSE_LAYERS if num_ws > COARSE_LAYERS else num_ws // 2))
     ranges = parse_ranges("--styles", text, largest=num_ws - 1, what="layer of this network")
     return sorted({layer for some in ranges for layer in some})
 
 
 def mix(row: Tensor, column: Tensor, layers: Sequence[int]) -> Tensor:
-    """Return the styles of `row` with some layers from `column`: all [L, W]."""
+    """Return the styles of `row` with some layers from `column`: all [L, K]."""
     mixed = row.clone()
     mixed[list(layers)] = column[list(layers)]
     return mixed
 
 
-def check_mix_size(rows: int, columns: int, resolution: int) -> None:
-    """Raise UserError when the sheet would be too large for most programs."""
-    cells = (rows + 1) * (columns + 1)
-    if cells * resolution**2 > MOST_PIXELS:
-        raise UserError(f"grid.png would show {cells} images of {resolution}x{resolution}; expected at most "
-                        f"{MOST_PIXELS // resolution**2}: name fewer --rows or --cols")
-
-
-def write_style_mix(outdir: str | os.PathLike, painter: Painter, rows: Sequence[int], columns: Sequence[int], *,
-                    layers: Sequence[int], label: Tensor) -> int:
-    """Write R-C.png for each pair of seeds, S-S.png for each seed alone, and all of them on grid.png.
+def write_style_mix(outdir: str | os.PathLike, generator: ImageGenerator, rows: Sequence[int], columns: Sequence[int],
+                    *, layers: Sequence[int], label: Tensor) -> int:
+    """Write R-C.png for each pair of seeds, S-S.png for each seed alone, and all of them on GRID.
 
     rows, columns:  seeds, each once; an image is that of its row, with layers of its column's style
     label:          float32 [1, c_dim], of all images
 
     Returns the number of images. Where a seed is both row and column its pair is the image of the seed itself.
+    Raises UserError when the sheet would be too large for most programs.
     """
+    cells = (len(rows) + 1) * (len(columns) + 1)
+    _check_size(cells, generator.G.img_resolution, f"{GRID} would show {cells}", "name fewer --rows or --cols")
     seeds = list(dict.fromkeys([*rows, *columns]))
-    ws = torch.cat([painter.styles([seed], label) for seed in seeds])
-    styles = dict(zip(seeds, ws, strict=True))
+    styles = {seed: generator.map_seeds([seed], label)[0] for seed in seeds}
     pairs = list(dict.fromkeys([*((seed, seed) for seed in seeds), *((r, c) for r in rows for c in columns)]))
     pictures = {}
     folder = make_outdir(outdir)
     with Progress(len(pairs), "images") as progress:
-        for start in range(0, len(pairs), painter.batch):
-            some = pairs[start:start + painter.batch]
+        for start in range(0, len(pairs), generator.batch):
+            some = pairs[start:start + generator.batch]
             mixed = torch.stack([mix(styles[row], styles[column], layers) for row, column in some])
-            pixels = painter.pixels(mixed, [row for row, _ in some])
-            for pair, image in zip(some, pixels, strict=True):
-                save_picture(folder / f"{pair[0]}-{pair[1]}.png", image)
-                pictures[pair] = image
+            pixels = generator.render(mixed, [row for row, _ in some])
+            for pair, picture in zip(some, pixels, strict=True):
+                save_picture(folder / f"{pair[0]}-{pair[1]}.png", picture)
+                pictures[pair] = picture
             progress.advance(len(some))
-    corner = torch.full_like(next(iter(pictures.values())), _WHITE)
-    lines = [corner, *(pictures[column, column] for column in columns)]
+    cells = [None, *(pictures[column, column] for column in columns)]
     for row in rows:
-        lines += [pictures[row, row], *(pictures[row, column] for column in columns)]
-    save_grid(folder / "grid.png", torch.stack(lines), columns=len(columns) + 1, rows=len(rows) + 1)
+        cells += [pictures[row, row], *(pictures[row, column] for column in columns)]
+    save_grid(folder / GRID, cells, columns=len(columns) + 1, rows=len(rows) + 1)
     return len(pairs)

@@ -1,1 +1,1 @@
-"""Make images from networks: latents of seeds, classes, sheets, labelled sets, mixed styles."""
+"""Find the latents of real images: the work of projector.py."""

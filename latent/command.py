@@ -1,4 +1,4 @@
-"""What projector.py is asked for: the values of its options, and which of them go together."""
+"""The command projector.py: its options, which of them go together, and the projection of one image or of a set."""
 
 import hashlib
 import json
@@ -6,18 +6,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from dnnlib.cache import FetchError
 from dnnlib.cli import UserError, UserPath
 from dnnlib.files import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
-from generation.image_generator import choose_batch
+from generation.command import flag, flag_name, flags_of
 from generation.network import OpenNetwork, open_network, require_same
 from generation.pictures import make_outdir
 from imagesets.classes import VECTOR
@@ -31,13 +30,24 @@ from latent.image_set import (
     TABLE,
     ZIP,
     NothingReadable,
-    ProjectionPlan,
+    Passes,
     SetWorker,
     write_results,
 )
-from latent.one_image import LOCK, PROJECTION, STATES, TargetProjection
-from latent.projection import COLUMNS, SPACES, ProjectionSettings, Projector, choose_pass
+from latent.one_image import LOCK, PROJECTION, STATES, VIDEO, TargetProjection
+from latent.pivotal_tuning import USUAL_STEPS
+from latent.projection import (
+    COLUMNS,
+    SPACES,
+    USUAL_SIMILARITY,
+    ProjectionSettings,
+    Projector,
+    choose_pass,
+    choose_similarity,
+)
 from latent.targets import (
+    AUTO,
+    DEFAULT_FILTER,
     DEFAULT_TRANSFORM,
     TARGET_TRANSFORMS,
     choose_targets,
@@ -49,50 +59,87 @@ from latent.targets import (
     spec_for,
     starts_of_target,
 )
-from metrics.detectors.registry import SIMILARITY_NAMES, open_similarity, similarity_at_hand
+from metrics.detectors.registry import SIMILARITY_NAMES
 from metrics.detectors.similarity import Similarity
 from torch_utils.device import check_counts, count_processes, memory_advice, settle_device
-from torch_utils.distributed import Place, Processes, broadcast_object, join
-from torch_utils.piecework import Pieces, complete
+from torch_utils.distributed import Place, Processes, join
+from torch_utils.piecework import OPERATORS, Pieces, complete
 from training.command import check_outdir
 from training.launch import launch
 from training.network_file import OTHER_NAMES
-from training.options import TUNE_MALLOC_HELP, Flag, GroupedCommand
+from training.options import TUNE_MALLOC_HELP, GroupedCommand
 
-_OF_SETS, _OF_TARGETS = ("count", "group_by_class", "gpus"), ("save_video", "pti_steps")
-_FOR_NOTHING = {"gpus": 1, "save_video": False, "pti_steps": 0}  # values that ask for nothing
+# The groups of the help.
+WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectRequest:
-    """Values by the names of `latent.command.FLAGS`, None where not given.
+    """The options of projector.py.
 
-    Raises UserError where options contradict each other, one is missing, or a number is out of its range.
+    Raises UserError where they contradict each other, one is missing, or a number is out of its range.
     """
 
-    network: str | None
-    target: str | None
-    data: str | None
-    class_: str | None
-    label: str | None
-    outdir: str | None
-    count: int | None
-    group_by_class: bool | None
-    num_steps: int
-    seed: int
-    space: str
-    pti_steps: int | None
-    detector: str | None
-    detector_weights: str | None
-    save_video: bool | None
-    transform: str
-    resize_filter: str
-    exact: bool
-    depth: int | None
-    device: str
-    gpus: int | None
-    batch: int | None
-    tune_malloc: bool
+    network: str | None = flag(
+        WHAT, "FILE", f"Network file: a .safetensors of a run, or a .pkl of the original; also {OTHER_NAMES}. Must be "
+        "given.", type=UserPath())
+    target: str | None = flag(
+        WHAT, "FILE", "Image to find in the latent space, of any size and kind.", type=UserPath())
+    data: str | None = flag(
+        WHAT, "PATH", "Set of images in place of one: a data set, or any zip or folder of images. The same command "
+        "continues where it was stopped.", type=UserPath())
+    outdir: str | None = flag(WHAT, "DIR", "Folder for the results. Must be given.", type=UserPath())
+    class_: str | None = flag(
+        WHAT, "NAME", "Class whose mean style is the start, by name or number, where the network knows classes; "
+        f"{AUTO} tries each and keeps the nearest. With --data also the class of the images to take, where the set has "
+        "classes. [default with --data: the class of each image]")
+    label: str | None = flag(
+        WHAT, "LIST", "Label whose mean style is the start, as the numbers that the network is told, such as 0,1,0.5: "
+        "where it learned labels that are no classes. [default with --data: the label of each image]")
+    count: int | None = flag(WHAT, "INT", "So many images of --data, drawn by --seed.", shown="all", only=["--data"])
+    group_by_class: bool | None = flag(
+        WHAT, None, "Take equally many images of each class of --data, and show classes apart on sheet and histogram.",
+        only=["--data"])
+
+    num_steps: int = flag(HOW, "INT", "Steps of a projection.", default=ProjectionSettings.num_steps)
+    seed: int = flag(HOW, "INT", "Number that all random choices follow from.", default=ProjectionSettings.seed)
+    space: str = flag(
+        HOW, "|".join(SPACES), "w: one style for all layers; w+: one for each layer, which comes nearer, and is less "
+        "like what the network makes by itself.", default=ProjectionSettings.space)
+    pti_steps: int | None = flag(
+        HOW, "INT", "After it, tune a copy of the network so many steps to show --target at the style that was found "
+        f"(pivotal tuning; {USUAL_STEPS} is usual).", shown="0", only=["--target"], neutral=0)
+    save_video: bool | None = flag(
+        HOW, "BOOL", f"Write {VIDEO}, a frame for each step.", shown="true with --target", only=["--target"],
+        neutral=False)
+
+    detector: str | None = flag(
+        NEAR, "NAME", f"What images are compared by: {', '.join(SIMILARITY_NAMES)}. Distances of different ones do not "
+        "compare.", shown=f"{USUAL_SIMILARITY}; where its weights cannot be had, what needs no download")
+    detector_weights: str | None = flag(
+        NEAR, "PATH", f"Its weights in place of downloaded ones; for {USUAL_SIMILARITY} a folder with its two files.",
+        type=UserPath())
+
+    transform: str = flag(
+        IMAGES, "NAME", "What makes images square, as in dataset_tool.py: center-crop, center-crop-wide, or none, "
+        "which stretches.", type=click.Choice(TARGET_TRANSFORMS), default=DEFAULT_TRANSFORM)
+    resize_filter: str = flag(
+        IMAGES, "NAME", "lanczos or box.", type=click.Choice(FILTERS), default=DEFAULT_FILTER)
+    exact: bool = flag(IMAGES, None, "Decode JPEG files at full size.", default=False)
+    depth: int | None = flag(
+        IMAGES, "BITS", "Bits of the numbers in images of more than 8 bits, as in dataset_tool.py: 12 makes 4095 "
+        "white.", shown="16, or by the values")
+
+    device: str = flag(
+        SPEED, "NAME", "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", default="auto")
+    gpus: int | None = flag(
+        SPEED, "INT", "Processes that share the work of --data: one a GPU, or several on a CPU.", shown="1",
+        only=["--data"], neutral=1)
+    batch: int | None = flag(
+        SPEED, "INT", "Projections of one pass. An image's result does not depend on the others in it; passes of other "
+        "sizes round otherwise.",
+        shown="by resolution and device, such as 8; with --target the classes that are tried")
+    tune_malloc: bool = flag(SPEED, "BOOL", TUNE_MALLOC_HELP, default=True)
 
     def __post_init__(self) -> None:
         for name, example in (("network", "network-snapshot-001000.safetensors"), ("outdir", "out")):
@@ -101,147 +148,55 @@ class ProjectRequest:
         if (self.target is None) == (self.data is None):
             both = "are both given" if self.target is not None else "are missing"
             raise UserError(f"--target and --data {both}; expected one of them: an image, or a set of images")
-        others, owner = (_OF_SETS, "--data") if self.data is None else (_OF_TARGETS, "--target")
-        for name in others:
-            value = getattr(self, name)
-            if value is not None and value != _FOR_NOTHING.get(name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} is given, which belongs to {owner}; leave {flag} out")
+        mode = "--target" if self.data is None else "--data"
+        for one in fields(self):
+            value, only = getattr(self, one.name), one.metadata["only"]
+            if only and mode not in only and value not in (None, one.metadata["neutral"]):
+                name = flag_name(one.name)
+                raise UserError(f"{name} is given, which belongs to {only[0]}; leave {name} out")
         check_counts(batch=self.batch, gpus=self.gpus)
         Depth(bits=self.depth)  # checks
-        self._check_pti(self.settings)
+        space = self.settings.space  # checks
+        if self.pti_steps and self.pti_steps < 0:
+            raise UserError(f"--pti-steps is {self.pti_steps}; expected a number from 0 on, usually some {USUAL_STEPS}")
+        if self.pti_steps and space != "w":
+            raise UserError(f"--pti-steps is given with --space={space}; expected --space=w: pivotal tuning starts "
+                            "from a style that all layers share")
 
     @property
     def settings(self) -> ProjectionSettings:
         return ProjectionSettings(space=self.space.lower(), num_steps=self.num_steps, seed=self.seed)
 
-    def processes(self, place: Place) -> int:
-        """Return how many processes do the work. place: this process's. Raises UserError."""
-        return count_processes(place, self.gpus, shared=None if self.data is not None else "--data")
 
-    def _check_pti(self, settings: ProjectionSettings) -> None:
-        if not self.pti_steps:
-            return
-        if self.pti_steps < 0:
-            raise UserError(f"--pti-steps is {self.pti_steps}; expected a number from 0 on, usually some 350")
-        if settings.space != "w":
-            raise UserError(f"--pti-steps is given with --space={settings.space}; expected --space=w: pivotal tuning "
-                            "starts from a style that all layers share")
+HELP = """Find the latents whose images are nearest to given ones; keep images, latents and distances.
 
+\b
+python projector.py --network=network-snapshot-001000.safetensors --target=lesion.jpg --class=melanoma --outdir=out
+python projector.py --network=N.safetensors --target=lesion.jpg --class=auto --space=w+ --outdir=out
+python projector.py --network=N.safetensors --target=lesion.jpg --class=nevus --pti-steps=350 --outdir=out
+python projector.py --network=N.safetensors --data=heldout.zip --count=64 --group-by-class --outdir=heldout
+torchrun --nproc-per-node=8 projector.py --network=N.safetensors --data=heldout.zip --outdir=heldout
 
-# MERGED from latent.projecting.flags
-# The options of projector.py: names, types, help texts, and the groups they are shown in.
+generate.py --projected-w makes images of what was found.
+"""
 
 
-WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")
-
-FLAGS = [
-    Flag(["--network"], group=WHAT, type=UserPath(), metavar="FILE", help="Network file: a .safetensors of a run, or a "
-         f".pkl of the original; also {OTHER_NAMES}. Must be given."),
-    Flag(["--target"], group=WHAT, type=UserPath(), metavar="FILE",
-         help="Image to find in the latent space, of any size and kind."),
-    Flag(["--data"], group=WHAT, type=UserPath(), metavar="PATH", help="Set of images in place of one: a data set, or "
-         "any zip or folder of images. The same command continues where it was stopped."),
-    Flag(["--outdir"], group=WHAT, type=UserPath(), metavar="DIR", help="Folder for the results. Must be given."),
-    Flag(["--class", "class_"], group=WHAT, metavar="NAME", help="Class whose mean style is the start, by name or "
-         "number, where the network knows classes; auto tries each and keeps the nearest. With --data also the class "
-         "of the images to take, where the set has classes. [default with --data: the class of each image]"),
-    Flag(["--label"], group=WHAT, metavar="LIST", help="Label whose mean style is the start, as the numbers that the "
-         "network is told, such as 0,1,0.5: where it learned labels that are no classes. [default with --data: the "
-         "label of each image]"),
-    Flag(["--count"], group=WHAT, type=int, metavar="INT", help="So many images of --data, drawn by --seed. "
-         "[default: all]"),
-    Flag(["--group-by-class"], group=WHAT, is_flag=True, default=None, help="Take equally many images of each class of "
-         "--data, and show classes apart on sheet and histogram."),
-
-    Flag(["--num-steps"], group=HOW, type=int, metavar="INT", default=1000, help="Steps of a projection. "
-         "[default: 1000]"),
-    Flag(["--seed"], group=HOW, type=int, metavar="INT", default=303, help="Number that all random choices follow "
-         "from. [default: 303]"),
-    Flag(["--space"], group=HOW, metavar="|".join(SPACES), default="w", help="w: one style for all layers; w+: one for "
-         "each layer, which comes nearer, and is less like what the network makes by itself. [default: w]"),
-    Flag(["--pti-steps"], group=HOW, type=int, metavar="INT", help="After it, tune a copy of the network so many steps "
-         "to show --target at the style that was found (pivotal tuning; 350 is usual). [default: 0]"),
-    Flag(["--save-video"], group=HOW, type=bool, metavar="BOOL", help="Write proj.mp4, a frame for each step. "
-         "[default: true with --target]"),
-
-    Flag(["--detector"], group=NEAR, metavar="NAME", help="What images are compared by: "
-         f"{', '.join(SIMILARITY_NAMES)}. Distances of different ones do not compare. [default: lpips-vgg16; where "
-         "its weights cannot be had, what needs no download]"),
-    Flag(["--detector-weights"], group=NEAR, type=UserPath(), metavar="PATH", help="Its weights in place of downloaded "
-         "ones; for lpips-vgg16 a folder with its two files."),
-
-    Flag(["--transform"], group=IMAGES, type=click.Choice(TARGET_TRANSFORMS), default=DEFAULT_TRANSFORM, metavar="NAME",
-         help="What makes images square, as in dataset_tool.py: center-crop, center-crop-wide, or none, which "
-         "stretches. [default: center-crop]"),
-    Flag(["--resize-filter"], group=IMAGES, type=click.Choice(FILTERS), default="lanczos", metavar="NAME",
-         help="lanczos or box. [default: lanczos]"),
-    Flag(["--exact"], group=IMAGES, is_flag=True, default=False, help="Decode JPEG files at full size."),
-    Flag(["--depth"], group=IMAGES, type=int, metavar="BITS", help="Bits of the numbers in images of more than 8 bits, "
-         "as in dataset_tool.py: 12 makes 4095 white. [default: 16, or by the values]"),
-
-    Flag(["--device"], group=SPEED, metavar="NAME", default="auto", help="auto (a CUDA device where there is one), "
-         "cpu, cuda, or one GPU as cuda:1. [default: auto]"),
-    Flag(["--gpus"], group=SPEED, type=int, metavar="INT", help="Processes that share the work of --data: one a GPU, "
-         "or several on a CPU. [default: 1]"),
-    Flag(["--batch"], group=SPEED, type=int, metavar="INT", help="Projections of one pass. An image's result does not "
-         "depend on the others in it; passes of other sizes round otherwise. [default: by resolution and device, such "
-         "as 8; with --target the classes that are tried]"),
-    Flag(["--tune-malloc"], group=SPEED, type=bool, metavar="BOOL", default=True, help=f"{TUNE_MALLOC_HELP} "
-         "[default: true]"),
-]
+def make_command() -> click.Command:
+    """Return the command of projector.py."""
+    return GroupedCommand(None, callback=_project, params=flags_of(ProjectRequest), help=HELP,
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
-# MERGED from latent.projecting.choose_similarity
-# Choose what "near" means for a projection: a network with weights, or something that needs none.
-
-
-USUAL, OFFLINE, LAST = "lpips-vgg16", "efficientnet-lite0", "pixels"
-
-
-def choose_similarity(name: str | None, weights: str | None, processes: Processes) -> Similarity:
-    """Return the similarity on the device of this process; all processes of a run call it together.
-
-    name:     --detector; None for LPIPS where its weights are given, at hand or can be fetched, else for what needs
-              no network, which is said on standard error
-    weights:  --detector-weights
-
-    Raises UserError when it is not known, or what it needs is missing.
-    """
-    if name is not None and name not in SIMILARITY_NAMES:
-        raise UserError(f"--detector is {name}; expected one of {', '.join(SIMILARITY_NAMES)}")
-    similarity = None
-    if processes.rank == 0:  # it fetches what the others then find
-        similarity = _open(name, weights, processes)
-    chosen = broadcast_object(None if similarity is None else similarity.name)
-    return similarity or open_similarity(chosen, device=processes.device, weights=weights)
-
-
-def _open(name: str | None, weights: str | None, processes: Processes) -> Similarity:
-    if name is not None or weights is not None:
-        return open_similarity(name or USUAL, device=processes.device, weights=weights)
-    try:
-        return open_similarity(USUAL, device=processes.device)
-    except FetchError as error:
-        other = OFFLINE if similarity_at_hand(OFFLINE) else LAST
-        print(f"{error}. Going on with {other}, whose distances do not compare with those of {USUAL}; --detector=NAME "
-              f"chooses: {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
-        return open_similarity(other, device=processes.device)
-
-
-# MERGED from latent.projecting.jobs
-# Do what projector.py is asked for: project one image, or those of a set.
-
-
-def do_job(request: ProjectRequest) -> int:
-    """Do it, and return the exit code. Raises UserError before anything is written where inputs do not fit."""
+def _project(**flags: Any) -> int:
+    """Do what is asked for, and return the exit code. Nothing is written where inputs do not fit."""
+    request = ProjectRequest(**flags)
     return project_target(request) if request.data is None else project_set(request)
 
 
 def project_target(request: ProjectRequest) -> int:
     """Write the latent of one image, and what is shown there."""
     place = Place.from_environment()
-    processes = request.processes(place)
+    processes = count_processes(place, request.gpus, shared="--data")
     check_outdir(request.outdir)
     device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     network = open_network(request.network, device)
@@ -255,7 +210,7 @@ def project_target(request: ProjectRequest) -> int:
                 "target_sha256": hashlib.sha256(target.numpy()).hexdigest()}
     with memory_advice(size), _held(request.outdir) as outdir:
         work = TargetProjection(outdir, network, Projector(network.G, similarity, request.settings), target, size=size,
-                                settings=settings, painter_batch=choose_batch(network.G.img_resolution, device))
+                                settings=settings)
         record = work.project(candidates, keep_path=request.save_video is not False, pti_steps=request.pti_steps or 0)
     click.echo(_describe_target(request, record))
     return 0
@@ -264,7 +219,7 @@ def project_target(request: ProjectRequest) -> int:
 def project_set(request: ProjectRequest) -> int:
     """Write the latents of many images, in as many processes as asked for."""
     place = Place.from_environment()
-    processes = request.processes(place)
+    processes = count_processes(place, request.gpus, shared=None)
     device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
     check_outdir(request.outdir)
     network = open_network(request.network, "cpu")
@@ -275,35 +230,40 @@ def project_set(request: ProjectRequest) -> int:
     start = parse_start(network.classes, request.class_, request.label)
     targets = choose_targets(images, network.classes, start=start, count=request.count,
                              group_by_class=bool(request.group_by_class), seed=request.seed)
-    plan = ProjectionPlan(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
+    passes = Passes(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
     if processes > 1 and not place.is_started:
         del network  # each of the processes has one
         return launch(processes)
     left_out = count_left_out(images, network.classes, start)
     if place.rank == 0:
-        _say_what_is_missing(request, len(targets), left_out)
+        if left_out:
+            print(f"{left_out} images of {request.data} are left out, which have no label that the network knows",
+                  file=sys.stderr)
+        if request.count is not None and len(targets) < request.count:
+            print(f"{request.data} has {len(targets)} such images, fewer than --count={request.count}",
+                  file=sys.stderr)
         if network.classes.count > 0 and images.labels is not None \
                 and (network.classes.names is None) != (images.classes is None):
             nameless = "the network" if network.classes.names is None else request.data
             print(f"{nameless} does not name its classes; they are matched by number", file=sys.stderr)
-    with join(device) as joined, memory_advice(plan.size):
+    with join(device) as joined, memory_advice(passes.size):
         require_same(network, joined)
         similarity = choose_similarity(request.detector, request.detector_weights, joined)
         network.G.to(joined.device)
-        settings = {**_describe(request, network, similarity, plan.size, device), "data": images.path.name,
+        settings = {**_describe(request, network, similarity, passes.size, device), "data": images.path.name,
                     "data_sha256": fingerprint(images, targets), "count": len(targets),
                     "left_out_by_class": left_out, "class": request.class_,
                     **({} if request.label is None else {"label": request.label}),
                     "group_by_class": bool(request.group_by_class)}
         depth = Depth(bits=request.depth, ranges=read_ranges(images, shown=place.rank == 0))
-        _project_set(request, settings, images, network, joined, plan,
+        _project_set(request, settings, images, network, joined, passes,
                      SetWorker(images, replace(spec, depth=depth), network,
-                               Projector(network.G, similarity, request.settings), plan))
+                               Projector(network.G, similarity, request.settings), passes))
     return 0
 
 
 def _project_set(request: ProjectRequest, settings: dict[str, Any], images: ImageSet, network: OpenNetwork,
-                 processes: Processes, plan: ProjectionPlan, worker: SetWorker) -> None:
+                 processes: Processes, passes: Passes, worker: SetWorker) -> None:
     outdir = Path(request.outdir)
     is_main = processes.rank == 0
     if _is_done(outdir, settings):  # all processes find the same
@@ -314,8 +274,8 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
 
     def assemble() -> None:
         try:
-            summary = write_results(outdir, {**settings, "operators": pieces.operators}, images, network, plan, pieces,
-                                    by_class=bool(request.group_by_class))
+            summary = write_results(outdir, {**settings, OPERATORS: pieces.operators}, images, network, passes,
+                                    pieces, by_class=bool(request.group_by_class))
         except NothingReadable:
             pieces.remove()  # so that the same command reads the images again
             raise
@@ -323,14 +283,14 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
             click.echo(line)
 
     with _made(request.outdir) if is_main else nullcontext():
-        complete(pieces, [len(plan.lanes_of(number)) for number in range(plan.num_passes)], processes,
+        complete(pieces, [len(passes.starts_of(number)) for number in range(passes.count)], processes,
                  make=lambda numbers: worker.make(pieces, numbers, shown=is_main), assemble=assemble,
                  unit="projections")
 
 
 @contextmanager
 def _held(outdir: str) -> Iterator[Path]:
-    """Make --outdir and keep other programs out of it; say what is kept there when this one is stopped."""
+    """Make --outdir and keep other programs out of it; print what is kept there when this one is stopped."""
     with _made(outdir) as folder:
         try:
             with ProcessLock(folder / LOCK):
@@ -355,14 +315,6 @@ def _made(outdir: str) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):  # something is in it
                 folder.rmdir()
-
-
-def _say_what_is_missing(request: ProjectRequest, found: int, left_out: int) -> None:
-    if left_out:
-        print(f"{left_out} images of {request.data} are left out, which have no label that the network knows",
-              file=sys.stderr)
-    if request.count is not None and found < request.count:
-        print(f"{request.data} has {found} such images, fewer than --count={request.count}", file=sys.stderr)
 
 
 def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similarity, size: int,
@@ -420,36 +372,6 @@ def _describe_set(outdir: Path, summary: dict[str, Any]) -> Iterator[str]:
     yield f"{outdir}: {summary['projected']} images projected{failed}; medians with {summary['detector']}:"
     for name, values in summary["distances"].items():
         if values["count"]:
-            medians = ", ".join(f"{column} {_number(values[column]['median'])}" for column in COLUMNS)
-            yield f"  {name} ({values['count']}): {medians}"
-
-
-def _number(value: float | None) -> str:
-    return "no number" if value is None else f"{value:.4g}"
-
-
-# MERGED from latent.projecting.command
-# The command line of projector.py.
-
-
-HELP = """Find the latents whose images are nearest to given ones; keep images, latents and distances.
-
-\b
-python projector.py --network=network-snapshot-001000.safetensors --target=lesion.jpg --class=melanoma --outdir=out
-python projector.py --network=N.safetensors --target=lesion.jpg --class=auto --space=w+ --outdir=out
-python projector.py --network=N.safetensors --target=lesion.jpg --class=nevus --pti-steps=350 --outdir=out
-python projector.py --network=N.safetensors --data=heldout.zip --count=64 --group-by-class --outdir=heldout
-torchrun --nproc-per-node=8 projector.py --network=N.safetensors --data=heldout.zip --outdir=heldout
-
-generate.py --projected-w makes images of what was found.
-"""
-
-
-def _project(**flags: Any) -> int:
-    return do_job(ProjectRequest(**flags))
-
-
-def make_command() -> click.Command:
-    """Return the command of projector.py."""
-    return GroupedCommand(None, callback=_project, params=list(FLAGS), help=HELP,
-                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+            medians = ((column, values[column]["median"]) for column in COLUMNS)
+            numbers = (f"{column} {'no number' if median is None else f'{median:.4g}'}" for column, median in medians)
+            yield f"  {name} ({values['count']}): {', '.join(numbers)}"

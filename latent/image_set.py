@@ -1,13 +1,18 @@
-"""Project the images of a set, pass by pass; a pass that is stopped goes on where its last state was saved."""
+"""Project the images of a set, pass by pass, and write what came of it: pictures, styles, distances, sheet, histogram.
+
+A pass that is stopped goes on where its last state was saved.
+"""
 
 import csv
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +23,7 @@ from torch import Tensor
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
-from generation.image_generator import Look, Painter, choose_batch
+from generation.image_generator import ImageGenerator, SynthesisSettings, choose_batch, save_projected_w
 from generation.network import Classes, Label, OpenNetwork
 from generation.pictures import as_png
 from imagesets.classes import VECTOR
@@ -27,22 +32,40 @@ from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
 from imagesets.resize import PixelSpec
 from imagesets.writer import ImageSetWriter
-from latent.pair_sheet import Pair, Row, choose_examples, save_pair_sheet
-from latent.projection import COLUMNS, PERCEPTUAL, Projector, Start, find_start, finish, measure_pairs
+from latent.projection import (
+    COLUMNS,
+    PERCEPTUAL,
+    Projection,
+    Projector,
+    StyleStatistics,
+    finish,
+    measure_pairs,
+    measure_styles,
+)
 from latent.targets import TargetImage, prepare
+from torch_utils.images import Pair, PairRow, save_pair_sheet
 from torch_utils.piecework import Pieces
 from torch_utils.plots import save_histogram
 
+# The files in --outdir.
+ZIP, STYLES, TABLE, FAILED = "projections.zip", "latents.npz", "distances.csv", "failed.csv"
+SHEET, HISTOGRAM, SUMMARY = "pairs.png", "distances.png", "projections.json"
 
-class Lane(NamedTuple):
-    """A projection among those of a pass: an image, and the label that it starts from."""
+_TABLE_COLUMNS = ("image", "projection", "class", "group", "network_class", "detector", *COLUMNS)
+_FAILED_COLUMNS = ("image", "reason")
+_EXAMPLES, _EXAMPLES_OF_CLASS = 8, 2  # pairs of each kind on the sheet
+_MOST_CLASSES = 12  # with rows of their own
 
-    target: int  # index among the targets
-    start: Label
+
+class Start(NamedTuple):
+    """Where a projection starts."""
+
+    target: int  # index of the image among the targets
+    label: Label  # from whose mean style
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionPlan:
+class Passes:
     """What is projected, in which passes.
 
     targets:  the images
@@ -53,62 +76,63 @@ class ProjectionPlan:
     size: int
 
     @cached_property
-    def lanes(self) -> list[Lane]:
-        return [Lane(index, start) for index, target in enumerate(self.targets) for start in target.starts]
+    def starts(self) -> list[Start]:
+        return [Start(index, label) for index, target in enumerate(self.targets) for label in target.starts]
 
     @property
-    def num_passes(self) -> int:
-        return -(-len(self.lanes) // self.size)
+    def count(self) -> int:
+        return -(-len(self.starts) // self.size)
 
-    def lanes_of(self, number: int) -> list[Lane]:
-        return self.lanes[number * self.size:(number + 1) * self.size]
+    def starts_of(self, number: int) -> list[Start]:
+        return self.starts[number * self.size:(number + 1) * self.size]
 
 
 class SetWorker:
-    """Computes passes of a plan, and keeps them as pieces:
+    """Computes passes, and keeps them as pieces:
 
         w          [n, S, K] float32, the styles          targets      [n, C, R, R] uint8
         reasons    [n] texts, why there is nothing, or "" projections  [n, C, R, R] uint8
-        distances  [n, 4] float32, as distances.COLUMNS
+        distances  [n, 4] float32, as COLUMNS
     """
 
     def __init__(self, images: ImageSet, spec: PixelSpec, network: OpenNetwork, projector: Projector,
-                 plan: ProjectionPlan):
-        self._images, self._spec, self._network, self._projector, self._plan = images, spec, network, projector, plan
+                 passes: Passes):
+        self._images, self._spec, self._network = images, spec, network
+        self._projector, self._passes = projector, passes
         G = network.G
         # As generate.py --projected-w does it, so that its images are the same.
-        self._painter = Painter(G, Look(), batch=choose_batch(G.img_resolution, projector.device))
-        self._starts: dict[Label, Start] = {}
+        self._generator = ImageGenerator(G, SynthesisSettings(), batch=choose_batch(G.img_resolution, projector.device))
+        self._statistics: dict[Label, StyleStatistics] = {}
 
     def make(self, pieces: Pieces, numbers: Sequence[int], *, shown: bool) -> None:
         """Compute passes and keep them. shown: whether to show progress"""
         steps = len(numbers) * self._projector.settings.num_steps
-        with Progress(steps, f"steps of {self._plan.size} images") if shown else nullcontext() as progress:
+        with Progress(steps, f"steps of {self._passes.size} images") if shown else nullcontext() as progress:
             for number in numbers:
-                pieces.save(number, self._make_piece(pieces, number, progress.advance if shown else _ignore))
+                pieces.save(number, self._make_piece(pieces, number, progress.advance if shown else lambda count: None))
 
     def _make_piece(self, pieces: Pieces, number: int, on_steps: Callable[[int], None]) -> dict[str, np.ndarray]:
-        lanes = self._plan.lanes_of(number)
-        targets = self._read_all(lanes)
+        starts = self._passes.starts_of(number)
+        targets = self._read_all(starts)
         good = [slot for slot, target in enumerate(targets) if isinstance(target, Tensor)]
         G, styles = self._network.G, 1 if self._projector.settings.space == "w" else self._network.G.num_ws
-        shape = (len(lanes), G.img_channels, G.img_resolution, G.img_resolution)
+        shape = (len(starts), G.img_channels, G.img_resolution, G.img_resolution)
         reasons = ["" if isinstance(target, Tensor) else target for target in targets]
-        piece = {"w": np.zeros((len(lanes), styles, G.w_dim), np.float32), "reasons": np.array(reasons),
+        piece = {"w": np.zeros((len(starts), styles, G.w_dim), np.float32), "reasons": np.array(reasons),
                  "targets": np.zeros(shape, np.uint8), "projections": np.zeros(shape, np.uint8),
-                 "distances": np.full((len(lanes), len(COLUMNS)), np.nan, np.float32)}
+                 "distances": np.full((len(starts), len(COLUMNS)), np.nan, np.float32)}
         if not good:
             on_steps(self._projector.settings.num_steps)
             return piece
-        filled = good + good[:1] * (self._plan.size - len(good))  # all passes are of one size
+        filled = good + good[:1] * (self._passes.size - len(good))  # all passes are of one size
         pixels = torch.stack([targets[slot] for slot in filled])
-        projection = self._projector.begin(pixels, [self._start(lanes[slot].start) for slot in filled])
+        projection = Projection(self._projector, pixels, [self._statistics_of(starts[slot].label) for slot in filled])
         with pieces.writing():
             finish(projection, pieces.state_path(number), hashlib.sha256(pixels.numpy()).hexdigest(), on_steps)
         ws = projection.styles().clone()
         lost = ~ws.isfinite().all(dim=(1, 2))
         ws[lost] = 0
-        projected = torch.cat(list(self._painter.show(ws)))
+        projected = torch.cat(list(self._generator.render_all(ws)))
         distances = measure_pairs(pixels, projected, self._projector.similarity)
         distances[lost] = torch.inf  # farther than that of another class
         for name, values in (("w", ws[:, :styles]), ("targets", pixels), ("projections", projected),
@@ -118,14 +142,15 @@ class SetWorker:
             reasons[slot] = "its distance became no finite number" if is_lost else ""
         return {**piece, "reasons": np.array(reasons)}
 
-    def _read_all(self, lanes: Sequence[Lane]) -> list[Tensor | str]:
-        """Return what `_read` does for each lane; say which images are left out."""
-        read = {index: self._read(self._plan.targets[index]) for index in dict.fromkeys(lane.target for lane in lanes)}
+    def _read_all(self, starts: Sequence[Start]) -> list[Tensor | str]:
+        """Return what `_read` does for each start; print which images are left out."""
+        indices = dict.fromkeys(start.target for start in starts)
+        read = {index: self._read(self._passes.targets[index]) for index in indices}
         for index, found in read.items():
-            target = self._plan.targets[index]
-            if isinstance(found, str) and Lane(index, target.starts[0]) in lanes:  # told once
+            target = self._passes.targets[index]
+            if isinstance(found, str) and Start(index, target.starts[0]) in starts:  # told once
                 print(f"{target.name} is left out: {found}", file=sys.stderr)
-        return [read[lane.target] for lane in lanes]
+        return [read[start.target] for start in starts]
 
     def _read(self, target: TargetImage) -> Tensor | str:
         """Return the pixels, uint8 [C, R, R], or in a few words why there are none."""
@@ -136,25 +161,10 @@ class SetWorker:
         except UserError as error:  # a damaged member of a zip, a file without permission
             return str(error)
 
-    def _start(self, label: Label) -> Start:
-        if label not in self._starts:
-            self._starts[label] = find_start(self._network.G, self._network.classes.labels([label])[0])
-        return self._starts[label]
-
-
-def _ignore(count: int) -> None:
-    pass
-
-
-# MERGED from latent.projecting.set_results
-# Write what came of a set: pictures, styles, distances, a sheet of pairs and a histogram.
-
-
-ZIP, STYLES, TABLE, FAILED = "projections.zip", "latents.npz", "distances.csv", "failed.csv"
-SHEET, HISTOGRAM, SUMMARY = "pairs.png", "distances.png", "projections.json"
-
-_EXAMPLES, _EXAMPLES_OF_CLASS = 8, 2  # pairs of each kind on the sheet
-_MOST_CLASSES = 12  # with rows of their own
+    def _statistics_of(self, label: Label) -> StyleStatistics:
+        if label not in self._statistics:
+            self._statistics[label] = measure_styles(self._network.G, self._network.classes.labels([label])[0])
+        return self._statistics[label]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +192,7 @@ class NothingReadable(UserError):
 
 
 def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork,
-                  plan: ProjectionPlan, pieces: Pieces, *, by_class: bool) -> dict[str, Any]:
+                  passes: Passes, pieces: Pieces, *, by_class: bool) -> dict[str, Any]:
     """Write all files of a set whose pieces are there; return what projections.json says, the last one of them.
 
     settings:  what the projections follow from
@@ -193,11 +203,14 @@ def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, n
     for name in (SHEET, HISTOGRAM, FAILED, SUMMARY):  # of an earlier command
         (outdir / name).unlink(missing_ok=True)
     try:
-        found, failed = _write_zip(outdir / ZIP, settings, images, network, plan, pieces)
+        found, failed = _write_zip(outdir / ZIP, settings, images, network, passes, pieces)
     except NothingReadable as error:
         _write_table(outdir / FAILED, _FAILED_COLUMNS, error.failed)
         raise
-    _write_table(outdir / TABLE, [*_COLUMNS], [_row(item, network, settings["detector"]) for item in found])
+    _write_table(outdir / TABLE, _TABLE_COLUMNS, [
+        [item.target.name, item.file, item.target.class_name or "", item.target.group,
+         _class_name(network, item.start), settings["detector"], *(f"{value:.7g}" for value in item.distances)]
+        for item in found])
     if failed:
         _write_table(outdir / FAILED, _FAILED_COLUMNS, failed)
     groups = _by_class(found) if by_class else {"": found}
@@ -212,7 +225,7 @@ def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, n
     return summary
 
 
-def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork, plan: ProjectionPlan,
+def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork, passes: Passes,
                pieces: Pieces) -> tuple[list[Found], list[tuple[str, str]]]:
     """Write images and styles; return what was found, and images with the reason why nothing was."""
     found, failed, styles = [], [], []
@@ -220,10 +233,10 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
     source = {"generated": True, "projected": True, **settings}
     if network.info.get("phantom") is True or images.source.get("phantom"):
         source["phantom"] = True
-    with (Progress(len(plan.targets), "images put together") as progress,
+    with (Progress(len(passes.targets), "images put together") as progress,
           ImageSetWriter(path, classes=network.classes.names if conditional else images.classes, source=source,
                          option="--outdir") as writer):
-        for target, (piece, slot, start, arrays) in _nearest(plan, pieces):
+        for target, (piece, slot, start, arrays) in _nearest(passes, pieces):
             progress.advance()
             if arrays["reasons"][slot]:
                 failed.append((target.name, str(arrays["reasons"][slot])))
@@ -250,46 +263,24 @@ def _kept_label(classes: Classes, target: TargetImage, start: Label) -> Label:
     return None if isinstance(start, tuple) and classes.kind != VECTOR else start
 
 
-def _nearest(plan: ProjectionPlan, pieces: Pieces) -> Iterator[tuple[TargetImage, tuple[int, int, Label, dict]]]:
+def _nearest(passes: Passes, pieces: Pieces) -> Iterator[tuple[TargetImage, tuple[int, int, Label, dict]]]:
     """Yield for each image the projection with the smallest distance, among the classes that it started from."""
-    lanes = ((lane.target, (number, slot, lane.start, arrays)) for number in range(plan.num_passes)
-             for arrays in [pieces.load(number)] for slot, lane in enumerate(plan.lanes_of(number)))
-    current, best = None, None
-    for index, place in lanes:
-        if index != current:
-            if best is not None:
-                yield plan.targets[current], best
-            current, best = index, place
-        elif _distance(place) < _distance(best):
-            best = place
-    if best is not None:
-        yield plan.targets[current], best
-
-
-def _distance(place: tuple[int, int, Label, dict]) -> float:
-    _, slot, _, arrays = place
-    return arrays["distances"][slot, PERCEPTUAL]
+    projections = ((start, number, slot, arrays) for number in range(passes.count)
+                   for arrays in [pieces.load(number)] for slot, start in enumerate(passes.starts_of(number)))
+    for index, tried in groupby(projections, key=lambda projection: projection[0].target):
+        start, number, slot, arrays = min(tried, key=lambda projection: projection[3]["distances"][projection[2],
+                                                                                                   PERCEPTUAL])
+        yield passes.targets[index], (number, slot, start.label, arrays)
 
 
 def _write_styles(path: Path, network: OpenNetwork, found: Sequence[Found], styles: Sequence[np.ndarray]) -> None:
     """Write w [M, L, K], as generate.py --projected-w reads it, and beside it what each row is of."""
-    G = network.G
     w = np.stack(styles)
     names = {"image": [item.target.name for item in found], "group": [item.target.group for item in found],
              "class": [item.target.class_name or "" for item in found],
              "network_class": [_class_name(network, item.start) for item in found]}
-    with atomic_write(path) as file:
-        np.savez(file, w=np.broadcast_to(w, (len(w), G.num_ws, G.w_dim)),
-                 **{name: np.array(texts, dtype=str) for name, texts in names.items()})
-
-
-_FAILED_COLUMNS = ("image", "reason")
-_COLUMNS = ("image", "projection", "class", "group", "network_class", "detector", *COLUMNS)
-
-
-def _row(item: Found, network: OpenNetwork, detector: str) -> list[Any]:
-    return [item.target.name, item.file, item.target.class_name or "", item.target.group,
-            _class_name(network, item.start), detector, *(f"{value:.7g}" for value in item.distances)]
+    save_projected_w(path, np.broadcast_to(w, (len(w), network.G.num_ws, network.G.w_dim)),
+                     **{name: np.array(texts, dtype=str) for name, texts in names.items()})
 
 
 def _class_name(network: OpenNetwork, start: Label) -> str:
@@ -300,12 +291,8 @@ def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any
     with atomic_write(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([_as_text(value) for value in row] for row in rows)
-
-
-def _as_text(value: Any) -> str:
-    """Return a cell of a table; bytes of a file name that are no UTF-8 become escapes, such as \\udcff."""
-    return str(value).encode(errors="backslashreplace").decode()
+        # Bytes of a file name that are no UTF-8 become escapes, such as \\udcff.
+        writer.writerows([str(value).encode(errors="backslashreplace").decode() for value in row] for row in rows)
 
 
 def _by_class(found: Sequence[Found]) -> dict[str, list[Found]]:
@@ -337,12 +324,31 @@ def _write_sheet(path: Path, groups: Mapping[str, Sequence[Found]], pieces: Piec
         most = _EXAMPLES if len(groups) == 1 else _EXAMPLES_OF_CLASS
         examples = choose_examples([item.perceptual for item in items], min(most, max(len(items) // 3, 1)))
         if len(groups) == 1:
-            rows += [Row(title=f"{name} {kind}".strip(), pairs=[_pair(items[index], pieces) for index in indices])
+            rows += [PairRow(title=f"{name} {kind}".strip(), pairs=[_pair(items[index], pieces) for index in indices])
                      for kind, indices in examples.items() if indices]
         else:
-            rows.append(Row(title=name, pairs=[_pair(items[index], pieces, f"{kind} ")
+            rows.append(PairRow(title=name, pairs=[_pair(items[index], pieces, f"{kind} ")
                                                for kind, indices in examples.items() for index in indices]))
     save_pair_sheet(path, rows, title=title)
+
+
+def choose_examples(distances: Sequence[float], count: int) -> dict[str, list[int]]:
+    """Return indices of the nearest, of those around the median and of the farthest: "best", "median", "worst".
+
+    count: of each; where there are too few, "best" is filled first and "median" last, so that none is in two lists
+
+    Nearest come first, but farthest first among the "worst". Equal distances count as growing with the index, and
+    those that are not finite as the farthest.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; expected 1 or more")
+    finite_first = [(distance if math.isfinite(distance) else math.inf, index)
+                    for index, distance in enumerate(map(float, distances))]
+    order = [index for _, index in sorted(finite_first)]
+    best, rest = order[:count], order[count:]
+    middle, worst = rest[:-count], rest[-count:]
+    start = max(0, len(middle) - count) // 2
+    return {"best": best, "median": middle[start:start + count], "worst": worst[::-1]}
 
 
 def _pair(item: Found, pieces: Pieces, kind: str = "") -> Pair:

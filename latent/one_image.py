@@ -1,4 +1,4 @@
-"""Write frames as an MP4 file that browsers and players show."""
+"""Project one image: write what the original's projector writes, with distances beside it, and an MP4 of the way."""
 
 import errno
 import hashlib
@@ -17,18 +17,35 @@ from torch import Tensor
 
 from dnnlib.files import atomic_write
 from dnnlib.progress import Progress
-from generation.image_generator import Look, Painter
+from generation.image_generator import ImageGenerator, SynthesisSettings, choose_batch, save_projected_w
 from generation.network import Label, OpenNetwork
 from generation.pictures import save_picture
 from latent.pivotal_tuning import TuningSettings, save_tuned, tune
-from latent.projection import COLUMNS, PERCEPTUAL, Projector, Start, find_start, finish, measure_pairs, read_operators
+from latent.projection import (
+    COLUMNS,
+    PERCEPTUAL,
+    Projection,
+    Projector,
+    StyleStatistics,
+    finish,
+    measure_pairs,
+    measure_styles,
+    read_operators,
+)
+from torch_utils.images import to_unit_range
 from torch_utils.ops.dispatch import auto_means_as_before
 
 # PyAV takes a while to import, which programs that write no video do not spend: functions import it.
 if TYPE_CHECKING:
     from av.container import OutputContainer
 
-_LEAST_HEIGHT = 256  # pixels
+# The files in --outdir.
+TARGET, PROJECTION, STYLES = "target.png", "proj.png", "projected_w.npz"
+VIDEO, RECORD = "proj.mp4", "projection.json"
+TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
+STATES, LOCK = "projection-state-*.pt", "lock"
+
+_LEAST_HEIGHT = 256  # pixels of a frame
 # Of constant quality: drawn lesions of 64x64 with noise of 6 levels, enlarged, come back within 3 levels on average.
 _CODECS = {
     "libx264": {"crf": "18"},
@@ -36,6 +53,143 @@ _CODECS = {
 }
 # ffmpeg's numbers of what players take for granted: the matrix, primaries and curve of BT.709, levels from 16 to 235.
 _BT709, _LIMITED = 1, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """The projection with the smallest distance."""
+
+    statistics: StyleStatistics  # that it started from
+    label: Label  # of these
+    ws: Tensor  # [1, L, K] float32 on the CPU
+    pixels: Tensor  # uint8 [C, R, R], of the network's own noise maps
+    distances: dict[str, float]  # by COLUMNS
+    path: list[Tensor] | None  # of its styles, [S, K] each
+    tried: dict[Label, float]  # perceptual distance by class
+
+
+class TargetProjection:
+    """The projection of one image, from the first step to the last file.
+
+    size:      projections of a pass, filled up
+    settings:  what the result follows from, for the record
+    """
+
+    def __init__(self, outdir: Path, network: OpenNetwork, projector: Projector, target: Tensor, *, size: int,
+                 settings: dict[str, Any]):
+        self._outdir, self._network, self._projector, self._target = outdir, network, projector, target
+        self._size, self._settings = size, settings
+        # As generate.py --projected-w does it, so that proj.png is what that makes of projected_w.npz.
+        self._generator = ImageGenerator(network.G, SynthesisSettings(),
+                                         batch=choose_batch(network.G.img_resolution, projector.device))
+        self._operators = "auto"
+        self._identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def project(self, candidates: Sequence[Label], *, keep_path: bool, pti_steps: int) -> dict[str, Any]:
+        """Find the nearest projection and write its files; return the record. Raises UserError, OSError.
+
+        A projection that was begun goes on with the operators of its beginning.
+        """
+        passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
+        kept = (read_operators(self._state_path(number), self._identity_of(labels, keep_path))
+                for number, labels in enumerate(passes))
+        before = next((operators for operators in kept if operators is not None), None)
+        device = self._projector.device.type
+        with auto_means_as_before(before, device, f"the projection in {self._outdir}") as self._operators:
+            return self._write(self._find(passes, keep_path=keep_path), pti_steps=pti_steps)
+
+    def _find(self, passes: Sequence[Sequence[Label]], *, keep_path: bool) -> Nearest:
+        """Project from the mean style of each class, or of a label; return the nearest."""
+        steps = len(passes) * self._projector.settings.num_steps
+        best, tried = None, {}
+        with Progress(steps, "steps") as progress:
+            for number, labels in enumerate(passes):
+                found = self._find_among(number, labels, progress, keep_path=keep_path)
+                tried |= {one.label: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
+                best = min([*([best] if best else []), *found], key=lambda one: one.distances[COLUMNS[PERCEPTUAL]])
+        return replace(best, tried=tried)
+
+    def _find_among(self, number: int, labels: Sequence[Label], progress: Progress, *,
+                    keep_path: bool) -> list[Nearest]:
+        starts = [measure_styles(self._network.G, self._network.classes.labels([label])[0]) for label in labels]
+        filled = starts + starts[:1] * (self._size - len(starts))
+        targets = self._target.expand(len(filled), -1, -1, -1)
+        projection = Projection(self._projector, targets, filled, keep_path=keep_path)
+        finish(projection, self._state_path(number), self._identity_of(labels, keep_path), progress.advance,
+               operators=self._operators)
+        ws = projection.styles()
+        pixels = torch.cat(list(self._generator.render_all(ws)))
+        distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
+        return [Nearest(statistics=starts[slot], label=label, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
+                        distances=dict(zip(COLUMNS, distances[slot], strict=True)),
+                        path=None if projection.path is None else [w[slot] for w in projection.path])
+                for slot, label in enumerate(labels)]
+
+    def _identity_of(self, labels: Sequence[Label], keep_path: bool) -> str:
+        """Return what the states of a pass follow from."""
+        return f"{self._identity} {labels} {keep_path}"
+
+    def _write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
+        """Write all files, tuning the network first where that is wanted; return the record."""
+        for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # of an earlier command: none may pass for ours
+            (self._outdir / name).unlink(missing_ok=True)
+        save_picture(self._outdir / TARGET, self._target)
+        save_picture(self._outdir / PROJECTION, nearest.pixels)
+        save_projected_w(self._outdir / STYLES, nearest.ws.numpy())
+        if nearest.path is not None:
+            self._write_video(nearest.path)
+        tuning = self._tune(nearest, pti_steps) if pti_steps else None
+        record = self._record(nearest, tuning)
+        with atomic_write(self._outdir / RECORD, text=True) as file:
+            file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        for path in self._outdir.glob(STATES):
+            path.unlink()
+        return record
+
+    def _write_video(self, path: Sequence[Tensor]) -> None:
+        """Show the target beside the image after each step."""
+        with Progress(len(path), "frames") as progress, Video(self._outdir / VIDEO) as video:
+            for first in range(0, len(path), self._generator.batch):
+                ws = torch.stack(path[first:first + self._generator.batch]).expand(-1, self._network.G.num_ws, -1)
+                for image in self._generator.render(ws, range(len(ws))):
+                    video.add(torch.cat([self._target, image], dim=2))
+                    progress.advance()
+
+    def _tune(self, nearest: Nearest, steps: int) -> dict[str, Any]:
+        settings = TuningSettings(num_steps=steps, seed=self._projector.settings.seed,
+                                  locality_distance=nearest.statistics.deviation)
+        with Progress(steps, "tuning steps") as progress:
+            tuned = tune(self._network.G, nearest.ws, to_unit_range(self._target[None]),
+                         self._projector.similarity, settings, lambda step, distance: progress.advance(),
+                         label=nearest.label if isinstance(nearest.label, tuple) else None)
+        save_tuned(self._outdir / TUNED_NETWORK, tuned, self._network, settings)
+        pixels = ImageGenerator(tuned.G, SynthesisSettings(), batch=1).render(nearest.ws, [0])
+        save_picture(self._outdir / TUNED_PROJECTION, pixels[0])
+        distances = measure_pairs(self._target[None], pixels, self._projector.similarity)[0].tolist()
+        return {"num_steps": steps, **_finite(dict(zip(COLUMNS, distances, strict=True)))}
+
+    def _record(self, nearest: Nearest, tuning: dict[str, Any] | None) -> dict[str, Any]:
+        classes = self._network.classes
+        mean = nearest.statistics.mean.expand(1, self._network.G.num_ws, -1)
+        start = measure_pairs(self._target[None], self._generator.render(mean, [0]), self._projector.similarity)[0]
+        is_vector = isinstance(nearest.label, tuple)
+        record = {**self._settings, "operators": self._operators,
+                  "class": None if is_vector or nearest.label is None else classes.name(nearest.label),
+                  **({"label": list(nearest.label)} if is_vector else {}), "distances": _finite(nearest.distances),
+                  "distances_of_start": _finite(dict(zip(COLUMNS, start.tolist(), strict=True)))}
+        if len(nearest.tried) > 1:
+            record["perceptual_by_class"] = _finite({classes.name(i): value for i, value in nearest.tried.items()})
+        if tuning is not None:
+            record["pivotal_tuning"] = tuning
+        return record
+
+    def _state_path(self, number: int) -> Path:
+        return self._outdir / STATES.replace("*", str(number))
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """Put null for what JSON has no number for: the PSNR of equal images."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class Video:
@@ -75,11 +229,16 @@ class Video:
         """Append a frame: uint8 [1 or 3, H, W], of the first one's shape. Raises ValueError for others."""
         import av
 
-        pixels = self._checked(frame).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
+        if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
+            raise ValueError(f"a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [1 or 3, H, W]")
+        self._shape = self._shape or list(frame.shape)
+        if list(frame.shape) != self._shape:
+            raise ValueError(f"frame {self._count} is {list(frame.shape)}; expected {self._shape} like the first")
+        pixels = frame.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
         factor = -(-_LEAST_HEIGHT // pixels.shape[0])
         pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
         height, width = pixels.shape[:2]
-        # The colours of a picture are stored at half the size: two lines have one.
+        # The colors of a picture are stored at half the size: two lines have one.
         pixels = np.pad(pixels, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
@@ -89,14 +248,6 @@ class Video:
                 self._open_stream(picture.width, picture.height)
             self._container.mux(self._stream.encode(picture))
         self._count += 1
-
-    def _checked(self, frame: Tensor) -> Tensor:
-        if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
-            raise ValueError(f"a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [1 or 3, H, W]")
-        self._shape = self._shape or list(frame.shape)
-        if list(frame.shape) != self._shape:
-            raise ValueError(f"frame {self._count} is {list(frame.shape)}; expected {self._shape} like the first")
-        return frame
 
     def _open_stream(self, width: int, height: int) -> None:
         import av
@@ -143,150 +294,3 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         code = error.errno or (errno.EISDIR if isinstance(error, IsADirectoryError) else errno.EIO)
         raise OSError(code, os.strerror(code), os.fspath(path)) from error
-
-
-# MERGED from latent.projecting.one_target
-# Project one image, and write what the original's projector writes, with distances beside it.
-
-
-TARGET, PROJECTION, STYLES, VIDEO, RECORD = ("target.png", "proj.png", "projected_w.npz", "proj.mp4",
-                                             "projection.json")
-TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
-STATES, LOCK = "projection-state-*.pt", "lock"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nearest:
-    """The projection with the smallest distance."""
-
-    start: Start
-    label: Label  # that it started from
-    ws: Tensor  # [1, L, K] float32 on the CPU
-    pixels: Tensor  # uint8 [C, R, R], of the network's own noise maps
-    distances: dict[str, float]  # by COLUMNS
-    path: list[Tensor] | None  # of its styles, [S, K] each
-    tried: dict[Label, float]  # perceptual distance by class
-
-
-class TargetProjection:
-    """The projection of one image, from the first step to the last file.
-
-    size:      projections of a pass, filled up
-    settings:  what the result follows from, for the record
-    """
-
-    def __init__(self, outdir: Path, network: OpenNetwork, projector: Projector, target: Tensor, *, size: int,
-                 painter_batch: int, settings: dict[str, Any]):
-        self._outdir, self._network, self._projector, self._target = outdir, network, projector, target
-        self._size, self._settings = size, settings
-        # As generate.py --projected-w does it, so that proj.png is what that makes of projected_w.npz.
-        self._painter = Painter(network.G, Look(), batch=painter_batch)
-        self._operators = "auto"
-        self._identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-    def project(self, candidates: Sequence[Label], *, keep_path: bool, pti_steps: int) -> dict[str, Any]:
-        """Find the nearest projection and write its files; return the record. Raises UserError, OSError.
-
-        A projection that was begun goes on with the operators of its beginning.
-        """
-        passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
-        kept = (read_operators(self._state_path(number), self._identity_of(labels, keep_path))
-                for number, labels in enumerate(passes))
-        before = next((operators for operators in kept if operators is not None), None)
-        device = self._projector.device.type
-        with auto_means_as_before(before, device, f"the projection in {self._outdir}") as self._operators:
-            return self._write(self._find(passes, keep_path=keep_path), pti_steps=pti_steps)
-
-    def _find(self, passes: Sequence[Sequence[Label]], *, keep_path: bool) -> Nearest:
-        """Project from the mean style of each class, or of a label; return the nearest."""
-        steps = len(passes) * self._projector.settings.num_steps
-        best, tried = None, {}
-        with Progress(steps, "steps") as progress:
-            for number, labels in enumerate(passes):
-                found = self._find_among(number, labels, progress, keep_path=keep_path)
-                tried |= {one.label: one.distances[COLUMNS[PERCEPTUAL]] for one in found}
-                best = min([*([best] if best else []), *found], key=lambda one: one.distances[COLUMNS[PERCEPTUAL]])
-        return replace(best, tried=tried)
-
-    def _find_among(self, number: int, labels: Sequence[Label], progress: Progress, *,
-                    keep_path: bool) -> list[Nearest]:
-        starts = [find_start(self._network.G, self._network.classes.labels([label])[0]) for label in labels]
-        filled = starts + starts[:1] * (self._size - len(starts))
-        targets = self._target.expand(len(filled), -1, -1, -1)
-        projection = self._projector.begin(targets, filled, keep_path=keep_path)
-        finish(projection, self._state_path(number), self._identity_of(labels, keep_path), progress.advance,
-               operators=self._operators)
-        ws = projection.styles()
-        pixels = torch.cat(list(self._painter.show(ws)))
-        distances = measure_pairs(targets, pixels, self._projector.similarity).tolist()
-        return [Nearest(start=starts[slot], label=label, ws=ws[slot:slot + 1], pixels=pixels[slot], tried={},
-                        distances=dict(zip(COLUMNS, distances[slot], strict=True)),
-                        path=None if projection.path is None else [w[slot] for w in projection.path])
-                for slot, label in enumerate(labels)]
-
-    def _identity_of(self, labels: Sequence[Label], keep_path: bool) -> str:
-        """Return what the states of a pass follow from."""
-        return f"{self._identity} {labels} {keep_path}"
-
-    def _write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
-        """Write all files, tuning the network first where that is wanted; return the record."""
-        for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # of an earlier command: none may pass for ours
-            (self._outdir / name).unlink(missing_ok=True)
-        save_picture(self._outdir / TARGET, self._target)
-        save_picture(self._outdir / PROJECTION, nearest.pixels)
-        with atomic_write(self._outdir / STYLES) as file:
-            np.savez(file, w=nearest.ws.numpy())
-        if nearest.path is not None:
-            self._write_video(nearest.path)
-        tuning = self._tune(nearest, pti_steps) if pti_steps else None
-        record = self._record(nearest, tuning)
-        with atomic_write(self._outdir / RECORD, text=True) as file:
-            file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        for path in self._outdir.glob(STATES):
-            path.unlink()
-        return record
-
-    def _write_video(self, path: Sequence[Tensor]) -> None:
-        """Show the target beside the image after each step."""
-        with Progress(len(path), "frames") as progress, Video(self._outdir / VIDEO) as video:
-            for first in range(0, len(path), self._painter.batch):
-                ws = torch.stack(path[first:first + self._painter.batch]).expand(-1, self._network.G.num_ws, -1)
-                for image in self._painter.pixels(ws, range(len(ws))):
-                    video.add(torch.cat([self._target, image], dim=2))
-                    progress.advance()
-
-    def _tune(self, nearest: Nearest, steps: int) -> dict[str, Any]:
-        settings = TuningSettings(num_steps=steps, seed=self._projector.settings.seed,
-                                  locality_distance=nearest.start.deviation)
-        with Progress(steps, "tuning steps") as progress:
-            tuned = tune(self._network.G, nearest.ws, self._target[None].float() / 127.5 - 1,
-                         self._projector.similarity, settings, lambda step, distance: progress.advance(),
-                         label=nearest.label if isinstance(nearest.label, tuple) else None)
-        save_tuned(self._outdir / TUNED_NETWORK, tuned, self._network, settings)
-        pixels = Painter(tuned.G, Look(), batch=1).pixels(nearest.ws, [0])
-        save_picture(self._outdir / TUNED_PROJECTION, pixels[0])
-        distances = measure_pairs(self._target[None], pixels, self._projector.similarity)[0].tolist()
-        return {"num_steps": steps, **_finite(dict(zip(COLUMNS, distances, strict=True)))}
-
-    def _record(self, nearest: Nearest, tuning: dict[str, Any] | None) -> dict[str, Any]:
-        classes = self._network.classes
-        mean = nearest.start.mean.expand(1, self._network.G.num_ws, -1)
-        start = measure_pairs(self._target[None], self._painter.pixels(mean, [0]), self._projector.similarity)[0]
-        is_vector = isinstance(nearest.label, tuple)
-        record = {**self._settings, "operators": self._operators,
-                  "class": None if is_vector or nearest.label is None else classes.name(nearest.label),
-                  **({"label": list(nearest.label)} if is_vector else {}), "distances": _finite(nearest.distances),
-                  "distances_of_start": _finite(dict(zip(COLUMNS, start.tolist(), strict=True)))}
-        if len(nearest.tried) > 1:
-            record["perceptual_by_class"] = _finite({classes.name(i): value for i, value in nearest.tried.items()})
-        if tuning is not None:
-            record["pivotal_tuning"] = tuning
-        return record
-
-    def _state_path(self, number: int) -> Path:
-        return self._outdir / STATES.replace("*", str(number))
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Put null for what JSON has no number for: the PSNR of equal images."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -17,6 +17,8 @@ from metrics.detectors.similarity import Similarity
 from torch_utils.seeding import generator_for, seed_for
 from training.snapshot import Networks, save_network
 
+USUAL_STEPS = 350
+
 _BETAS = (0.9, 0.999)  # of Adam
 
 
@@ -46,7 +48,7 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         if type(self.num_steps) is not int or self.num_steps < 1:
-            raise UserError(f"--pti-steps is {self.num_steps}; expected at least 1, usually some 350")
+            raise UserError(f"--pti-steps is {self.num_steps}; expected at least 1, usually some {USUAL_STEPS}")
         if not 0 < self.locality_distance < math.inf:  # so that nan is none
             raise UserError(f"--pti-steps: the distance of the locality term is {self.locality_distance:g}; expected "
                             "more than 0, as the spread of a sound network's styles is")
@@ -90,7 +92,10 @@ def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settin
     Equal arguments give equal weights, bit for bit on a CPU. Raises UserError when the loss becomes no finite number,
     ValueError for tensors of other shapes.
     """
-    _check_shapes(G, w, target)
+    shapes = [1, G.num_ws, G.w_dim], [1, G.img_channels, G.img_resolution, G.img_resolution]
+    if (list(w.shape), list(target.shape)) != shapes:
+        raise ValueError(f"w is {list(w.shape)} and target is {list(target.shape)}; expected {shapes[0]} and "
+                         f"{shapes[1]}")
     device = next(G.parameters()).device
     w = w.detach().to(device)
     tuned = copy.deepcopy(G).eval().requires_grad_(False)
@@ -205,13 +210,6 @@ class _Locality:
 
 def _show(synthesis: nn.Module, ws: Tensor) -> Tensor:
     return synthesis(ws, noise_mode="const", force_fp32=True).float()
-
-
-def _check_shapes(G: nn.Module, w: Tensor, target: Tensor) -> None:
-    image = (1, G.img_channels, G.img_resolution, G.img_resolution)
-    if w.shape != (1, G.num_ws, G.w_dim) or target.shape != image:
-        raise ValueError(f"w is {list(w.shape)} and target is {list(target.shape)}; expected "
-                         f"{[1, G.num_ws, G.w_dim]} and {list(image)}")
 
 
 def _check_finite(loss: float, step: int, settings: TuningSettings) -> None:

@@ -1,4 +1,10 @@
-"""Make images what a perceptual similarity compares."""
+"""Find styles whose images are near to given ones, many at a time (Karras et al. 2020, StyleGAN2, appendix D).
+
+A projection keeps states on the way, so that it goes on where it was stopped. What "near" means is a similarity of
+metrics.detectors; what came of it is measured on the pixels that are kept, see COLUMNS.
+
+Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles of an image that move: 1 in W, L in W+.
+"""
 
 import copy
 import math
@@ -6,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,45 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import avg_pool2d, cosine_similarity
+from torch.nn.functional import avg_pool2d, cosine_similarity, interpolate
 
+from dnnlib.cache import FetchError
 from dnnlib.cli import StopRequest, Terminated, UserError
 from generation.image_generator import styles_of_label
 from metrics.detectors.base import exact_float32
+from metrics.detectors.registry import SIMILARITY_NAMES, open_similarity, similarity_at_hand
 from metrics.detectors.similarity import Similarity
 from metrics.image_sources import to_rgb
 from torch_utils.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from torch_utils.distributed import Processes, broadcast_object
+from torch_utils.images import to_unit_range
 from torch_utils.seeding import generator_for, seed_for
 
-LARGEST_SIDE = 256  # pixels that images are averaged down to, as such similarities were trained on smaller ones
-
-
-def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
-    """Return what `similarity` takes of images: [N, 3, h, w] of their dtype; gradients flow.
-
-    images:  [N, 1 or 3, R, R] floating point in [-1, 1]; R at most 256, or a multiple of it
-
-    Sides above 256 are averaged down to 256, sides below the similarity's least_size are enlarged to it; grey is
-    repeated to RGB. An image's result depends on no other one. Raises ValueError for other images.
-    """
-    side = images.shape[-1]
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != side or not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point "
-                         "[N, 1 or 3, R, R]")
-    if side > LARGEST_SIDE:
-        if side % LARGEST_SIDE:
-            raise ValueError(f"images are {side}x{side}; expected sides of at most {LARGEST_SIDE}, or of a multiple")
-        images = nn.functional.avg_pool2d(images, side // LARGEST_SIDE)
-    elif side < similarity.least_size:
-        # LIMIT: on a GPU the gradient of this adds up in no fixed order, so that results repeat to rounding alone.
-        size = (similarity.least_size, similarity.least_size)
-        images = nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
-    return to_rgb(images)
-
-
-# MERGED from latent.projecting.distances
-# Measure how near projections are to their targets, on the pixels that are kept.
-
+SPACES = ("w", "w+")
+STATE_SECONDS = 120.0  # between two states: what a sudden end costs at most
 
 # perceptual:      what the projection makes small, in units of its similarity
 # pixel_l2:        root of the mean squared difference of pixels, in levels of 0 to 255
@@ -61,31 +43,8 @@ def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
 COLUMNS = ("perceptual", "pixel_l2", "psnr", "feature_cosine")
 PERCEPTUAL = COLUMNS.index("perceptual")
 
-
-@torch.no_grad()
-def measure_pairs(targets: Tensor, projections: Tensor, similarity: Similarity) -> Tensor:
-    """Return the distances of pairs of images: float32 [N, 4] on the CPU, columns as COLUMNS.
-
-    targets, projections:  uint8 [N, C, R, R], on any device
-    similarity:            its device is where they are compared
-    """
-    device = next(chain(similarity.parameters(), similarity.buffers()), torch.empty(0)).device
-    a, b = (to_similarity_input(pixels.to(device).float() / 127.5 - 1, similarity) for pixels in (targets, projections))
-    perceptual = similarity(a, b)
-    cosine = cosine_similarity(similarity.describe(a), similarity.describe(b))
-    squares = (targets.to(device).double() - projections.to(device)).square().mean(dim=(1, 2, 3))
-    pixel_l2 = squares.sqrt()
-    psnr = 20 * (math.log10(255) - pixel_l2.log10())
-    return torch.stack([column.float().cpu() for column in (perceptual, pixel_l2, psnr, cosine)], dim=1)
-
-
-# MERGED from latent.projecting.projection
-# Find styles whose images are near to given ones, many at a time (Karras et al. 2020, StyleGAN2, appendix D).
-#
-# Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles of an image that move: 1 in W, L in W+.
-
-
-SPACES = ("w", "w+")
+LARGEST_SIDE = 256  # pixels that images are averaged down to, as similarities were trained on smaller ones
+USUAL_SIMILARITY, OFFLINE, LAST = "lpips-vgg16", "efficientnet-lite0", "pixels"
 
 _LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # the ramps as shares of all steps
 _STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
@@ -127,7 +86,7 @@ def style_noise(step: int, num_steps: int) -> float:
 def map_penalty(maps: Sequence[Tensor]) -> Tensor:
     """Return, for each image, what keeps its noise maps from carrying the image: [N].
 
-    maps:  each [N, 1, r, r]; squared mean products with the map's neighbours in x and y, over the map and its 2x2
+    maps:  each [N, 1, r, r]; squared mean products with the map's neighbors in x and y, over the map and its 2x2
            averages down to a side of 8
     """
     total = maps[0].new_zeros(len(maps[0]))
@@ -142,18 +101,18 @@ def map_penalty(maps: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where a projection begins: what styles of a class are like."""
+class StyleStatistics:
+    """What the styles of a class are like: a projection begins at their mean."""
 
     mean: Tensor  # [K] float32
     deviation: float  # sigma_w
 
 
-def find_start(G: nn.Module, label: Tensor) -> Start:
+def measure_styles(G: nn.Module, label: Tensor) -> StyleStatistics:
     """Return mean and deviation of the styles of 10,000 latents. label: [c_dim], of the class; c_dim may be 0"""
     w = styles_of_label(G, label)
     mean = w.mean(dim=0)
-    return Start(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
+    return StyleStatistics(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
 
 
 def choose_pass(resolution: int, device: torch.device | str) -> int:
@@ -180,10 +139,6 @@ class Projector:
         self.num_ws, self.w_dim = G.num_ws, G.w_dim
         self._map_sides = {name: len(buffer) for name, buffer in self._synthesis.named_buffers()
                            if name.rpartition(".")[2] == _MAP_NAME}
-
-    def begin(self, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False) -> "Projection":
-        """Return the beginning of a projection. targets: uint8 [N, C, R, R]; starts: one for each"""
-        return Projection(self, targets, starts, keep_path=keep_path)
 
     def first_maps(self) -> dict[str, Tensor]:
         """Return the noise maps that every image begins with, [1, 1, r, r] by name."""
@@ -212,12 +167,16 @@ class Projection:
     """Some images on their way. Each goes as if it were alone, up to rounding. On a CPU, in passes of equally many
     images, the result of one is the same bits wherever it stands, and whatever the others are.
 
+    targets:  uint8 [N, C, R, R]
+    starts:   what the styles of each begin with
+
     step:  steps done
     w:     styles, float32 [N, S, K]
     path:  w after each step, [N, S, K] each on the CPU, where it is kept
     """
 
-    def __init__(self, projector: Projector, targets: Tensor, starts: Sequence[Start], *, keep_path: bool = False):
+    def __init__(self, projector: Projector, targets: Tensor, starts: Sequence[StyleStatistics], *,
+                 keep_path: bool = False):
         self._projector = projector
         self.path: list[Tensor] | None = [] if keep_path else None
         device, styles = projector.device, 1 if projector.settings.space == "w" else projector.num_ws
@@ -230,7 +189,7 @@ class Projection:
             parameter.requires_grad_()
         self._adam = torch.optim.Adam(self._parameters.values(), betas=_BETAS)
         with torch.no_grad():
-            self._targets = projector.embed(targets.to(device).float() / 127.5 - 1)
+            self._targets = projector.embed(to_unit_range(targets.to(device)))
 
     @property
     def is_done(self) -> bool:
@@ -249,12 +208,14 @@ class Projection:
             self._adam.zero_grad(set_to_none=True)
             (distances + _MAP_WEIGHT * penalty).sum().backward()
         self._adam.step()
-        self._renormalise_maps()
+        self._normalize_maps()
         self.step += 1
         if self.path is not None:
             self.path.append(self.w.detach().cpu().clone())
-        if self.is_done or self.step == 1:  # not at each one: a GPU would have to wait for the answer
-            self._check(distances)
+        # Not at each step: a GPU would have to wait for the answer.
+        if (self.is_done or self.step == 1) and not distances.isfinite().any():
+            raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
+                            "its training diverged; expected a sound network: try an earlier snapshot")
         return distances.detach()
 
     def styles(self) -> Tensor:
@@ -282,22 +243,10 @@ class Projection:
                                            "exp_avg_sq": state["second_moments"][name].to(parameter.device, copy=True)}
 
     @torch.no_grad()
-    def _renormalise_maps(self) -> None:
+    def _normalize_maps(self) -> None:
         for values in self._maps.values():
             values -= values.mean(dim=(1, 2, 3), keepdim=True)
             values *= values.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
-
-    def _check(self, distances: Tensor) -> None:
-        if not distances.isfinite().any():
-            raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
-                            "its training diverged; expected a sound network: try an earlier snapshot")
-
-
-# MERGED from latent.projecting.kept_state
-# Carry a projection to its end, keeping states on the way, so that it goes on where it was stopped.
-
-
-STATE_SECONDS = 120.0  # between two states: what a sudden end costs at most
 
 
 def finish(projection: Projection, path: str | os.PathLike, identity: str,
@@ -312,7 +261,7 @@ def finish(projection: Projection, path: str | os.PathLike, identity: str,
     A signal lets the step at hand come to its end, and is raised once its state is kept; a second Ctrl-C is raised at
     once. Raises OSError when a state cannot be written, UserError as Projection.advance does.
     """
-    if (state := _read(path)) is not None and state.get("identity") == identity:
+    if (state := _read_state(path, identity, tells_damage=True)) is not None:
         projection.load_state_dict(state["projection"])
         on_steps(projection.step)
     saved = time.monotonic()
@@ -330,18 +279,88 @@ def finish(projection: Projection, path: str | os.PathLike, identity: str,
 
 def read_operators(path: str | os.PathLike, identity: str) -> str | None:
     """Return the implementation of operators that a state was computed with; None where none is to be continued."""
-    with suppress(FileNotFoundError, DamagedCheckpoint):
-        state = read_checkpoint(path)
-        if state.get("identity") == identity:
-            return state.get("operators")
-    return None
+    state = _read_state(path, identity, tells_damage=False)
+    return None if state is None else state.get("operators")
 
 
-def _read(path: str | os.PathLike) -> dict | None:
+def _read_state(path: str | os.PathLike, identity: str, *, tells_damage: bool) -> dict[str, Any] | None:
+    """Return the state of this identity; None where there is none, or it is damaged."""
     try:
-        return read_checkpoint(path)
+        state = read_checkpoint(path)
     except FileNotFoundError:
         return None
     except DamagedCheckpoint as error:
-        print(f"{error}; beginning anew", file=sys.stderr)
+        if tells_damage:
+            print(f"{error}; beginning anew", file=sys.stderr)
         return None
+    return state if state.get("identity") == identity else None
+
+
+def choose_similarity(name: str | None, weights: str | None, processes: Processes) -> Similarity:
+    """Return the similarity on the device of this process; all processes of a run call it together.
+
+    name:     --detector; None for LPIPS where its weights are given, at hand or can be fetched, else for what needs
+              no network, which a line on standard error tells
+    weights:  --detector-weights
+
+    Raises UserError when it is not known, or what it needs is missing.
+    """
+    if name is not None and name not in SIMILARITY_NAMES:
+        raise UserError(f"--detector is {name}; expected one of {', '.join(SIMILARITY_NAMES)}")
+    similarity = None
+    if processes.rank == 0:  # it fetches what the others then find
+        similarity = _open_similarity(name, weights, processes)
+    chosen = broadcast_object(None if similarity is None else similarity.name)
+    return similarity or open_similarity(chosen, device=processes.device, weights=weights)
+
+
+def _open_similarity(name: str | None, weights: str | None, processes: Processes) -> Similarity:
+    if name is not None or weights is not None:
+        return open_similarity(name or USUAL_SIMILARITY, device=processes.device, weights=weights)
+    try:
+        return open_similarity(USUAL_SIMILARITY, device=processes.device)
+    except FetchError as error:
+        other = OFFLINE if similarity_at_hand(OFFLINE) else LAST
+        print(f"{error}. Going on with {other}, whose distances do not compare with those of {USUAL_SIMILARITY}; "
+              f"--detector=NAME chooses: {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
+        return open_similarity(other, device=processes.device)
+
+
+def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
+    """Return what `similarity` takes of images: [N, 3, h, w] of their dtype; gradients flow.
+
+    images:  [N, 1 or 3, R, R] floating point in [-1, 1]; R at most 256, or a multiple of it
+
+    Sides above 256 are averaged down to 256, sides below the similarity's least_size are enlarged to it; gray is
+    repeated to RGB. An image's result depends on no other one. Raises ValueError for other images.
+    """
+    side = images.shape[-1]
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != side or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point "
+                         "[N, 1 or 3, R, R]")
+    if side > LARGEST_SIDE:
+        if side % LARGEST_SIDE:
+            raise ValueError(f"images are {side}x{side}; expected sides of at most {LARGEST_SIDE}, or of a multiple")
+        images = avg_pool2d(images, side // LARGEST_SIDE)
+    elif side < similarity.least_size:
+        # LIMIT: on a GPU the gradient of this adds up in no fixed order, so that results repeat to rounding alone.
+        size = (similarity.least_size, similarity.least_size)
+        images = interpolate(images, size, mode="bilinear", align_corners=False)
+    return to_rgb(images)
+
+
+@torch.no_grad()
+def measure_pairs(targets: Tensor, projections: Tensor, similarity: Similarity) -> Tensor:
+    """Return the distances of pairs of images: float32 [N, 4] on the CPU, columns as COLUMNS.
+
+    targets, projections:  uint8 [N, C, R, R], on any device
+    similarity:            its device is where they are compared
+    """
+    device = next(chain(similarity.parameters(), similarity.buffers()), torch.empty(0)).device
+    a, b = (to_similarity_input(to_unit_range(pixels.to(device)), similarity) for pixels in (targets, projections))
+    perceptual = similarity(a, b)
+    cosine = cosine_similarity(similarity.describe(a), similarity.describe(b))
+    squares = (targets.to(device).double() - projections.to(device)).square().mean(dim=(1, 2, 3))
+    pixel_l2 = squares.sqrt()
+    psnr = 20 * (math.log10(255) - pixel_l2.log10())
+    return torch.stack([column.float().cpu() for column in (perceptual, pixel_l2, psnr, cosine)], dim=1)

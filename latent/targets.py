@@ -1,4 +1,8 @@
-"""Read pictures of any kind and size as images of a network."""
+"""Choose what is projected: read pictures of any kind and size as images of a network, and find where each starts.
+
+A projection starts from the mean style of a class, or of a label (--class and --label). Of a set some images may be
+chosen, each of which starts from its own class.
+"""
 
 import hashlib
 import io
@@ -26,9 +30,12 @@ from imagesets.pixel_formats import Depth, depth_remark, widen
 from imagesets.reader import ImageSet, excess_of
 from imagesets.resize import TRANSFORMS, PixelSpec
 
+AUTO = "auto"  # start from each class
+StartClass = Label | Literal["auto"]
+
 STRETCH = "none"  # what dataset_tool.py does without --transform
 TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
-DEFAULT_TRANSFORM = "center-crop"
+DEFAULT_TRANSFORM, DEFAULT_FILTER = "center-crop", "lanczos"
 
 _EXPECTED = "expected an image file, such as a PNG or JPEG"
 # What is wrong with a file, by BadImage's reason, and what to give instead.
@@ -44,7 +51,54 @@ _REASONS = {
 }
 
 
-def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: str = "lanczos",
+def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAULT_TRANSFORM,
+                resize_filter: str = DEFAULT_FILTER, exact: bool = False, depth: Depth | None = None) -> Tensor:
+    """Return the picture of --target as an image of the network: uint8 [C, R, R].
+
+    transform, resize_filter, exact, depth:  see spec_for
+
+    Prints a note where the picture's numbers need fewer bits than its file has. Raises UserError, one line, when there
+    is no such file, or it is no picture that can be used.
+    """
+    spec = spec_for(G, transform, resize_filter, exact, depth)
+    data = retrying(lambda: _read_file(path), path)
+    try:
+        found = decode(data, spec)
+    except BadImage as error:
+        problem = error.detail or (unpack_advice(path) if error.reason == "not an image" else None) or (
+            _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason])
+        raise UserError(f"--target is {path}, which {problem}") from error
+    values = found.values
+    if values and (remark := depth_remark(f"this {values.kind} image", values.white, values.largest)):
+        print(f"--target is {path}: {remark}", file=sys.stderr)
+    return _as_tensor(found)
+
+
+def _read_file(path: str | os.PathLike) -> bytes:
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"--target is {path}, which is a folder; {_EXPECTED} (the images of a folder go with "
+                            "--data)")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"--target is {path}, which is a pipe or a device; {_EXPECTED}")
+        if excess := excess_of(status.st_size):
+            raise UserError(f"--target is {path}, which {excess}")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UserError(f"--target is {path}, which does not exist; {_EXPECTED}") from error
+    except OSError as error:
+        raise UserError(f"--target is {path}, which cannot be read ({error.strerror or error}); {_EXPECTED}") from error
+
+
+def _too_small(data: bytes, spec: PixelSpec) -> str:
+    width, height = probe(data)[:2]
+    return (f"is {width}x{height}; expected at least {spec.width} pixels of width, and no more than 4:3 of its height, "
+            "for --transform=center-crop-wide: use --transform=center-crop")
+
+
+def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: str = DEFAULT_FILTER,
              exact: bool = False, depth: Depth | None = None) -> PixelSpec:
     """Return what makes pictures into images of a generator.
 
@@ -80,29 +134,6 @@ def _as_tensor(found: Decoded) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAULT_TRANSFORM,
-                resize_filter: str = "lanczos", exact: bool = False, depth: Depth | None = None) -> Tensor:
-    """Return the picture of --target as an image of the network: uint8 [C, R, R].
-
-    transform, resize_filter, exact, depth:  see spec_for
-
-    Prints a note where the picture's numbers need fewer bits than its file has. Raises UserError, one line, when there
-    is no such file, or it is no picture that can be used.
-    """
-    spec = spec_for(G, transform, resize_filter, exact, depth)
-    data = retrying(lambda: _read_file(path), path)
-    try:
-        found = decode(data, spec)
-    except BadImage as error:
-        problem = error.detail or (unpack_advice(path) if error.reason == "not an image" else None) or (
-            _too_small(data, spec) if error.reason == "smaller than the wide crop" else _REASONS[error.reason])
-        raise UserError(f"--target is {path}, which {problem}") from error
-    values = found.values
-    if values and (remark := depth_remark(f"this {values.kind} image", values.white, values.largest)):
-        print(f"--target is {path}: {remark}", file=sys.stderr)
-    return _as_tensor(found)
-
-
 def read_ranges(images: ImageSet, *, shown: bool) -> dict[str, tuple[float, float]]:
     """Return the smallest and largest value of each kind of images that are scaled alike in a whole set, see Depth."""
     ranges: dict[str, tuple[float, float]] = {}
@@ -115,38 +146,6 @@ def read_ranges(images: ImageSet, *, shown: bool) -> dict[str, tuple[float, floa
             if progress is not None:
                 progress.advance()
     return ranges
-
-
-def _read_file(path: str | os.PathLike) -> bytes:
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise UserError(f"--target is {path}, which is a folder; {_EXPECTED} (the images of a folder go with "
-                            "--data)")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"--target is {path}, which is a pipe or a device; {_EXPECTED}")
-        if excess := excess_of(status.st_size):
-            raise UserError(f"--target is {path}, which {excess}")
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise UserError(f"--target is {path}, which does not exist; {_EXPECTED}") from error
-    except OSError as error:
-        raise UserError(f"--target is {path}, which cannot be read ({error.strerror or error}); {_EXPECTED}") from error
-
-
-def _too_small(data: bytes, spec: PixelSpec) -> str:
-    width, height = probe(data)[:2]
-    return (f"is {width}x{height}; expected at least {spec.width} pixels of width, and no more than 4:3 of its height, "
-            "for --transform=center-crop-wide: use --transform=center-crop")
-
-
-# MERGED from latent.projecting.start_class
-# Find the class, or the label, that projections start from: --class and --label.
-
-
-AUTO = "auto"  # try each
-StartClass = Label | Literal["auto"]
 
 
 def parse_start(classes: Classes, text: str | None, label: str | None = None) -> StartClass:
@@ -176,10 +175,6 @@ def starts_of_target(classes: Classes, text: str | None, label: str | None = Non
         raise UserError("--class is missing, and this network makes images of a class; expected "
                         f"{known_classes(classes.names, classes.count)}, or {AUTO} to try each")
     return list(range(classes.count)) if start == AUTO else [start]
-
-
-# MERGED from latent.projecting.set_targets
-# Choose the images of a set that are to be projected, and the classes that each starts from.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +216,11 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
         rows = np.concatenate([_draw(kind, number, random) for kind, number in zip(kinds, counts, strict=True)])
     else:
         rows = _draw(rows, count, random)
+    every = tuple(range(classes.count)) or (None,)
     return [TargetImage(name=images.names[row], group=images.groups[row], label=_label_of(images, row),
                         class_name=_name_of(images, labels[row]), own=own[row],
-                        starts=_starts(start, own[row], classes)) for row in rows]
+                        starts=every if start == AUTO or every == (None,) else (own[row] if start is None else start,))
+            for row in rows]
 
 
 def count_left_out(images: ImageSet, classes: Classes, start: StartClass) -> int:
@@ -231,14 +228,6 @@ def count_left_out(images: ImageSet, classes: Classes, start: StartClass) -> int
     if start is not None or classes.count == 0:
         return 0
     return _own_labels(images, _classes_of(images, classes), classes).count(None)
-
-
-def _starts(start: StartClass, own: Label, classes: Classes) -> tuple[Label, ...]:
-    if classes.count == 0:
-        return (None,)
-    if start == AUTO:
-        return tuple(range(classes.count))
-    return (own if start is None else start,)
 
 
 def _label_of(images: ImageSet, row: int) -> Label:

@@ -1,4 +1,7 @@
-"""Draw what the demonstration shows: samples over time, reals beside fakes, curves, and the page that holds them."""
+"""Show the whole way on drawings of lesions: data set, training, synthetic set, metrics, in minutes on a CPU.
+
+It runs the programs as a user would, printing each command, and ends with a page of pictures and a summary.
+"""
 
 import html
 import json
@@ -25,6 +28,13 @@ from torch_utils.images import save_grid, to_pixels
 from torch_utils.plots import draw_curves
 from training.snapshot import load_network
 
+ROOT = Path(__file__).resolve().parent.parent
+RESOLUTION = 32
+PHANTOMS = 2000
+CLASSES = "benign:0.8,melanoma:0.2"
+METRICS = ("kid1k_full", "fid1k_full")  # the first one is what the summary leads with: the other is biased at 1,000
+SNAPSHOTS = 5  # network files of a run besides that of its start
+
 COLUMNS = 12  # images of a row
 _ZOOM = 2  # images of 32 pixels are small on a screen
 _CURVES = (("Loss/G/loss", "Loss/D/loss"), ("Loss/signs/real", "Progress/augment"))
@@ -40,78 +50,6 @@ _PAGE = """<!DOCTYPE html>
 <h2>Summary</h2><pre>{summary}</pre>
 </html>
 """
-
-
-@torch.no_grad()
-def save_samples(path: Path, snapshots: Sequence[Path]) -> None:
-    """Write a row for each network file, of the same latents: half of them of the first class, half of the second."""
-    rows, names = [], []
-    z = torch.from_numpy(np.random.RandomState(0).randn(COLUMNS, load_network(snapshots[0]).G_ema.z_dim))
-    for snapshot in snapshots:
-        networks = load_network(snapshot)
-        G = networks.G_ema
-        labels = torch.arange(COLUMNS) * 2 // COLUMNS
-        c = torch.nn.functional.one_hot(labels, G.c_dim).float()
-        rows.append(to_pixels(G(z, c, noise_mode="const")))
-        names.append(f"kimg {networks.config['info']['kimg']:.0f}")
-    save_grid(path, _enlarged(torch.cat(rows)), columns=COLUMNS, rows=len(rows), labels=names)
-
-
-def save_reals_and_fakes(path: Path, reals: Path, fakes: Path, *, seed: int) -> None:
-    """Write a row of reals and a row of fakes of each class, drawn by seed."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    sets = {"real": ImageSet(reals), "synthetic": ImageSet(fakes)}
-    rows, names = [], []
-    for label, name in enumerate(sets["real"].classes):
-        for kind, images in sets.items():
-            chosen = rng.permutation(np.flatnonzero(images.labels == label))[:COLUMNS]
-            pixels = [torch.tensor(load_pixels(images, images.names[row])) for row in chosen]
-            pixels += [torch.full_like(pixels[0], 255)] * (COLUMNS - len(pixels))
-            rows.append(torch.stack(pixels))
-            names.append(f"{name}, {kind}")
-    save_grid(path, _enlarged(torch.cat(rows)), columns=COLUMNS, rows=len(rows), labels=names)
-
-
-def save_training_curves(path: Path, run: Path, metrics: Sequence[str]) -> None:
-    """Write metrics, losses, the discriminator's signs and the augmentation probability, one picture below another."""
-    ticks = read_lines(run / "stats.jsonl")
-    curves = [{metric: [(line["nimg"] / 1000, line["results"][metric]) for line in
-                        read_lines(run / f"metric-{metric}.jsonl")]} for metric in metrics]
-    curves += [{name: [(tick["Progress/kimg"]["mean"], tick[name]["mean"]) for tick in ticks if name in tick]
-                for name in names} for names in _CURVES]
-    pictures = [draw_curves(curve) for curve in curves]
-    sheet = PIL.Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    with atomic_write(path) as file:
-        sheet.save(file, "png")
-
-
-def save_page(path: Path, summary: Mapping[str, Any], classes: Sequence[str] = ("benign", "melanoma")) -> None:
-    """Write a page of the pictures beside it."""
-    with atomic_write(path, text=True) as file:
-        file.write(_PAGE.format(first=classes[0], second=classes[1],
-                                summary=html.escape(json.dumps(summary, indent=1, allow_nan=False))))
-
-
-def _enlarged(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.repeat_interleave(_ZOOM, dim=2).repeat_interleave(_ZOOM, dim=3)
-
-
-# MERGED from scripts.demo
-# Show the whole way on drawings of lesions: data set, training, synthetic set, metrics, in minutes on a CPU.
-#
-# It runs the programs as a user would, printing each command, and ends with a page of pictures and a summary.
-
-
-ROOT = Path(__file__).resolve().parent.parent
-RESOLUTION = 32
-PHANTOMS = 2000
-CLASSES = "benign:0.8,melanoma:0.2"
-METRICS = ("kid1k_full", "fid1k_full")  # the first one is what the summary leads with: the other is biased at 1,000
-SNAPSHOTS = 5  # network files of a run besides that of its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +99,7 @@ def main(**options: Any) -> None:
     make_data(demo)
     train(demo)
     make_synthetic_set(demo)
-    summary = summarise(demo, seconds=time.monotonic() - started)
+    summary = summarize(demo, seconds=time.monotonic() - started)
     with atomic_write(demo.dest / "summary.json", text=True) as file:
         file.write(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     save_samples(demo.dest / "samples.png", demo.snapshots)
@@ -187,12 +125,12 @@ def train(demo: Demo) -> None:
 
 
 def make_synthetic_set(demo: Demo) -> None:
-    """Write a labelled set with the trained network, its classes in the shares of training."""
+    """Write a labeled set with the trained network, its classes in the shares of training."""
     demo.synthetic_set.unlink(missing_ok=True)  # of an earlier end of the run; generate.py replaces no file
     call("generate.py", f"--network={demo.snapshots[-1]}", f"--count={demo.synthetic}", f"--zip={demo.synthetic_set}")
 
 
-def summarise(demo: Demo, *, seconds: float) -> dict[str, Any]:
+def summarize(demo: Demo, *, seconds: float) -> dict[str, Any]:
     """Return what summary.json says."""
     records = {metric: read_lines(demo.run / f"metric-{metric}.jsonl") for metric in METRICS}
     for metric, lines in records.items():
@@ -208,12 +146,69 @@ def summarise(demo: Demo, *, seconds: float) -> dict[str, Any]:
 
 
 def call(program: str, *arguments: str) -> None:
-    """Print and run one of the project's commands; a failure has been said and ends the demonstration."""
+    """Print and run one of the project's commands; a failure has been printed and ends the demonstration."""
     click.echo(f"\n$ python {program} {shlex.join(arguments)}")
     sys.stdout.flush()
     code = subprocess.run([sys.executable, str(ROOT / program), *arguments], check=False).returncode
     if code:
         raise UserError(f"{program} ended with exit code {code}; see above. The same command continues from here")
+
+
+@torch.no_grad()
+def save_samples(path: Path, snapshots: Sequence[Path]) -> None:
+    """Write a row for each network file, of the same latents: half of them of the first class, half of the second."""
+    cells, names = [], []
+    z = torch.from_numpy(np.random.RandomState(0).randn(COLUMNS, load_network(snapshots[0]).G_ema.z_dim))
+    for snapshot in snapshots:
+        networks = load_network(snapshot)
+        G = networks.G_ema
+        labels = torch.arange(COLUMNS) * 2 // COLUMNS
+        c = torch.nn.functional.one_hot(labels, G.c_dim).float()
+        cells += _enlarged(to_pixels(G(z, c, noise_mode="const")))
+        names.append(f"kimg {networks.config['info']['kimg']:.0f}")
+    save_grid(path, cells, columns=COLUMNS, rows=len(names), labels=names)
+
+
+def save_reals_and_fakes(path: Path, reals: Path, fakes: Path, *, seed: int) -> None:
+    """Write a row of reals and a row of fakes of each class, drawn by seed."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    sets = {"real": ImageSet(reals), "synthetic": ImageSet(fakes)}
+    cells, names = [], []
+    for label, name in enumerate(sets["real"].classes):
+        for kind, images in sets.items():
+            chosen = rng.permutation(np.flatnonzero(images.labels == label))[:COLUMNS]
+            cells += [_enlarged(torch.tensor(load_pixels(images, images.names[row]))) for row in chosen]
+            cells += [None] * (COLUMNS - len(chosen))
+            names.append(f"{name}, {kind}")
+    save_grid(path, cells, columns=COLUMNS, rows=len(names), labels=names)
+
+
+def save_training_curves(path: Path, run: Path, metrics: Sequence[str]) -> None:
+    """Write metrics, losses, the discriminator's signs and the augmentation probability, one picture below another."""
+    ticks = read_lines(run / "stats.jsonl")
+    curves = [{metric: [(line["nimg"] / 1000, line["results"][metric]) for line in
+                        read_lines(run / f"metric-{metric}.jsonl")]} for metric in metrics]
+    curves += [{name: [(tick["Progress/kimg"]["mean"], tick[name]["mean"]) for tick in ticks if name in tick]
+                for name in names} for names in _CURVES]
+    pictures = [draw_curves(curve) for curve in curves]
+    sheet = PIL.Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    with atomic_write(path) as file:
+        sheet.save(file, "png")
+
+
+def save_page(path: Path, summary: Mapping[str, Any], classes: Sequence[str] = ("benign", "melanoma")) -> None:
+    """Write a page of the pictures beside it."""
+    with atomic_write(path, text=True) as file:
+        file.write(_PAGE.format(first=classes[0], second=classes[1],
+                                summary=html.escape(json.dumps(summary, indent=1, allow_nan=False))))
+
+
+def _enlarged(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.repeat_interleave(_ZOOM, dim=-2).repeat_interleave(_ZOOM, dim=-1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Turn image tensors into pixels, and many images into one PNG."""
+"""Turn pixels into tensors and back, and draw sheets of pictures: grids, and pairs of a target and its projection."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import PIL.Image
 import PIL.ImageDraw
@@ -11,10 +12,22 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_write
-from dnnlib.text import to_ascii
+from dnnlib.text import fitted, to_ascii
 
-_BACKGROUND, _INK = 255, 0
+# Of a sheet that users ask for. Programs refuse larger pictures: Pillow warns from 89 million pixels on.
+MOST_PIXELS = 80_000_000
+
+_BACKGROUND, _INK = "white", "black"
+_WHITE = 255
 _LONGEST_LABEL = 24  # letters
+
+# Of a sheet of pairs, in pixels.
+_LARGEST_CELL = 128
+_MARGIN = 8
+_BETWEEN_PICTURES, _BETWEEN_PAIRS, _BETWEEN_ROWS = 2, 14, 10
+_TITLE_FONT, _ROW_FONT, _CAPTION_FONT = 16, 14, 11
+_TITLE_HEIGHT, _ROW_TITLE_HEIGHT, _CAPTION_HEIGHT = 28, 22, 18
+_LEAST_WIDTH = 640  # room for titles
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -26,11 +39,17 @@ def to_pixels(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(path: str | os.PathLike, images: Tensor, *, columns: int, rows: int,
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Map uint8 0..255 to float32 -1..1, as networks take it; `to_pixels` undoes it for every level."""
+    return pixels.float() / 127.5 - 1
+
+
+def save_grid(path: str | os.PathLike, images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
               labels: Sequence[str] | None = None) -> None:
     """Write images side by side, row by row, as a PNG that appears whole or not at all.
 
-    images:  [N, C, H, W], floating point -1..1 or uint8, grey or RGB; cells beyond N stay white
+    images:  [N, C, H, W], floating point -1..1 or uint8, gray or RGB, or a list of such [C, H, W], in which None
+             leaves a cell white; cells beyond N stay white
     labels:  a text for each row, drawn in a column of its own at the left; None draws none
 
     Raises ValueError when the images do not fit the grid, OSError when the file cannot be written.
@@ -41,8 +60,12 @@ def save_grid(path: str | os.PathLike, images: Tensor, *, columns: int, rows: in
         grid.save(file, "png", compress_level=1)
 
 
-def draw_grid(images: Tensor, *, columns: int, rows: int, labels: Sequence[str] | None = None) -> PIL.Image.Image:
-    """Return the picture that `save_grid` writes."""
+def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
+              labels: Sequence[str] | None = None) -> PIL.Image.Image:
+    """Return the picture that `save_grid` writes: L or RGB."""
+    if not isinstance(images, Tensor):
+        white = torch.full_like(to_pixels(next(image for image in images if image is not None)), _WHITE)
+        images = torch.stack([white if image is None else to_pixels(image) for image in images])
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {list(images.shape)}; expected [N, 1 or 3, H, W]")
     if not 0 < len(images) <= columns * rows:
@@ -50,37 +73,103 @@ def draw_grid(images: Tensor, *, columns: int, rows: int, labels: Sequence[str] 
     if labels is not None and len(labels) != rows:
         raise ValueError(f"there are {len(labels)} labels; expected one for each of {rows} rows")
     pixels = to_pixels(images).cpu()
-    blank = pixels.new_full((columns * rows - len(pixels), *pixels.shape[1:]), _BACKGROUND)
+    blank = pixels.new_full((columns * rows - len(pixels), *pixels.shape[1:]), _WHITE)
     lines = torch.cat([pixels, blank]).split(columns)
     sheet = torch.cat([torch.cat(line.unbind(), dim=2) for line in lines], dim=1)  # [C, rows * H, columns * W]
     picture = PIL.Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).numpy())
-    return picture if labels is None else _beside(_label_column(labels, images.shape[2], picture.mode), picture)
+    return picture if labels is None else _with_labels(picture, labels)
 
 
-def _label_column(labels: Sequence[str], row_height: int, mode: str) -> PIL.Image.Image:
+def _with_labels(picture: PIL.Image.Image, labels: Sequence[str]) -> PIL.Image.Image:
+    """Return the picture of a grid with a column of texts at its left, one beside each row."""
+    row_height = picture.height // len(labels)
     size = max(min(row_height, 10), min(row_height // 4, 40))
     font = PIL.ImageFont.load_default(size)
-    texts = [_printable(label) for label in labels]
+    texts = [to_ascii(label) for label in labels]  # Pillow's own font has no other letters
+    texts = [text if len(text) <= _LONGEST_LABEL else f"{text[:_LONGEST_LABEL - 2]}.." for text in texts]
     gap = math.ceil(size / 2)
     width = math.ceil(max(font.getlength(text) for text in texts)) + 2 * gap
-    column = PIL.Image.new(mode, (width, row_height * len(labels)), _shade(mode, _BACKGROUND))
-    draw = PIL.ImageDraw.Draw(column)
+    labeled = PIL.Image.new(picture.mode, (width + picture.width, picture.height), _BACKGROUND)
+    draw = PIL.ImageDraw.Draw(labeled)
     for index, text in enumerate(texts):
-        draw.text((gap, (index + 0.5) * row_height), text, fill=_shade(mode, _INK), font=font, anchor="lm")
-    return column
+        draw.text((gap, (index + 0.5) * row_height), text, fill=_INK, font=font, anchor="lm")
+    labeled.paste(picture, (width, 0))
+    return labeled
 
 
-def _beside(left: PIL.Image.Image, right: PIL.Image.Image) -> PIL.Image.Image:
-    both = PIL.Image.new(right.mode, (left.width + right.width, right.height))
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width, 0))
-    return both
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What lies side by side: uint8 [1 or 3, H, W] both, and the text below them."""
+
+    target: Tensor
+    projection: Tensor
+    caption: str
 
 
-def _shade(mode: str, value: int) -> int | tuple[int, int, int]:
-    return value if mode == "L" else (value, value, value)
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """Pairs in a line below a title, such as "melanoma best"."""
+
+    title: str
+    pairs: Sequence[Pair]
 
 
-def _printable(text: str) -> str:
-    plain = to_ascii(text)  # Pillow's own font has no more
-    return plain if len(plain) <= _LONGEST_LABEL else plain[:_LONGEST_LABEL - 2] + ".."
+def save_pair_sheet(path: str | os.PathLike, rows: Sequence[PairRow], *, title: str) -> None:
+    """Write a PNG with the title, and each row's title above its pairs: target left, projection right.
+
+    Images of up to 64 pixels are enlarged by whole factors, those larger than 128 reduced. Rows without a pair are
+    left out. Texts that are too long are shortened, and letters that are not ASCII become "?".
+    Raises ValueError when there is no pair, OSError when the file cannot be written.
+    """
+    sheet = draw_pair_sheet(rows, title=title)
+    with atomic_write(path) as file:
+        sheet.save(file, "png")
+
+
+def draw_pair_sheet(rows: Sequence[PairRow], *, title: str) -> PIL.Image.Image:
+    """Return the picture that `save_pair_sheet` writes: RGB."""
+    rows = [row for row in rows if row.pairs]
+    if not rows:
+        raise ValueError("there are no pairs; expected a row with one or more")
+    side = max(max(image.shape[-2:]) for row in rows for pair in row.pairs for image in (pair.target, pair.projection))
+    factor = max(1, _LARGEST_CELL // side)  # whole, so that pixels stay pixels
+    cell = min(_LARGEST_CELL, side * factor)
+    pair_width = 2 * cell + _BETWEEN_PICTURES
+    row_height = _ROW_TITLE_HEIGHT + cell + _CAPTION_HEIGHT + _BETWEEN_ROWS
+    most = max(len(row.pairs) for row in rows)
+    width = max(2 * _MARGIN + most * (pair_width + _BETWEEN_PAIRS) - _BETWEEN_PAIRS, _LEAST_WIDTH)
+    sheet = PIL.Image.new("RGB", (width, _MARGIN + _TITLE_HEIGHT + len(rows) * row_height), _BACKGROUND)
+    write = _writer(sheet)
+    room = sheet.width - 2 * _MARGIN
+    write((_MARGIN, _MARGIN - 2), title, _TITLE_FONT, room)
+    for number, row in enumerate(rows):
+        top = _MARGIN + _TITLE_HEIGHT + number * row_height
+        write((_MARGIN, top), row.title, _ROW_FONT, room)
+        top += _ROW_TITLE_HEIGHT
+        for index, pair in enumerate(row.pairs):
+            left = _MARGIN + index * (pair_width + _BETWEEN_PAIRS)
+            for place, image in enumerate((pair.target, pair.projection)):
+                picture = _fit(image, factor, cell)  # in the middle of its cell
+                sheet.paste(picture, (left + place * (cell + _BETWEEN_PICTURES) + (cell - picture.width) // 2,
+                                      top + (cell - picture.height) // 2))
+            write((left, top + cell + 2), pair.caption, _CAPTION_FONT, pair_width)
+    return sheet
+
+
+def _fit(image: Tensor, factor: int, cell: int) -> PIL.Image.Image:
+    """Return uint8 [1 or 3, H, W] as a picture, enlarged by a whole factor and then reduced to a cell: RGB."""
+    picture = PIL.Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
+    picture = picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
+    picture.thumbnail((cell, cell), PIL.Image.Resampling.LANCZOS)
+    return picture
+
+
+def _writer(sheet: PIL.Image.Image) -> Callable[[tuple[int, int], str, int, int], None]:
+    """Return a function that writes a text at a corner, in a font size, no wider than it may be."""
+    draw = PIL.ImageDraw.Draw(sheet)
+    fonts = {size: PIL.ImageFont.load_default(size) for size in (_TITLE_FONT, _ROW_FONT, _CAPTION_FONT)}
+
+    def write(corner: tuple[int, int], text: str, size: int, width: int) -> None:
+        draw.text(corner, fitted(to_ascii(text), width, fonts[size].getlength), fill=_INK, font=fonts[size])
+
+    return write

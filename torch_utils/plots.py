@@ -48,7 +48,7 @@ _FARTHEST = 1e150  # values beyond lie at the edge: distances of larger ones are
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Draw alike whatever the user's matplotlibrc says, and say nothing of caches; all is as before at the end."""
+    """Draw alike whatever the user's matplotlibrc says, and log nothing of caches; all is as before at the end."""
     log, deaf = logging.getLogger("matplotlib"), logging.NullHandler()
     log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
     try:
@@ -93,8 +93,8 @@ def curves_figure(curves: dict[str, Curve]) -> "Figure":
     entries, times = [], [0.0]  # a run begins at 0
     for index, (name, curve) in enumerate(curves.items()):
         finite = [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)]
-        (line,) = axes.plot([x for x, _ in finite], [_held(y) for _, y in finite], color=_color(index), linewidth=1.5,
-                            marker="o" if len(finite) <= _MOST_MARKERS else None, markersize=4)
+        (line,) = axes.plot([x for x, _ in finite], [_clipped(y) for _, y in finite], linewidth=1.5, markersize=4,
+                            color=_COLORS[index % len(_COLORS)], marker="o" if len(finite) <= _MOST_MARKERS else None)
         value = f" {finite[-1][1]:.4g}" if finite else ": no value"
         entries.append((line, f"{_printable(name, _COLUMN - _NUMBER)}{value}"))
         times += [x for x, _ in finite]
@@ -113,7 +113,7 @@ def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "F
     """Return the figure of `save_histogram`."""
     given = {name: np.asarray(numbers, dtype=np.float64).ravel() for name, numbers in values.items()}
     finite = {name: numbers[np.isfinite(numbers)] for name, numbers in given.items()}
-    edges = _bin_edges([_held(numbers) for numbers in finite.values()])
+    edges = _bin_edges([_clipped(numbers) for numbers in finite.values()])
     axes = _overlaid(finite, edges) if len(finite) <= _MOST_TOGETHER else _in_rows(finite, edges)
     axes.set_xlim(edges[0], edges[-1])
     _mark(axes.xaxis)
@@ -134,11 +134,11 @@ def _overlaid(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
     axes = _axes(top=top, height=_HEIGHT + _LINE * max(0, len(finite) - 2))
     entries = []
     for index, (name, numbers) in enumerate(finite.items()):
-        color = _color(index)
+        color = _COLORS[index % len(_COLORS)]
         outline = axes.stairs(_shares(numbers, edges), edges, color=color, linewidth=1.5)
         axes.stairs(_shares(numbers, edges), edges, color=color, alpha=0.2, fill=True)
         if len(numbers):
-            axes.axvline(_held(np.median(numbers)), color=color, linestyle="--", linewidth=1.2)
+            axes.axvline(_clipped(np.median(numbers)), color=color, linestyle="--", linewidth=1.2)
         entries.append((outline, f"{_printable(name, 2 * _COLUMN - _SUMMARY)}: {_summary(numbers)}"))
     axes.set_ylim(0, max(1.0, axes.dataLim.y1) * 1.05)
     _mark(axes.yaxis)
@@ -153,11 +153,11 @@ def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
     shares = {name: _shares(numbers, edges) for name, numbers in finite.items()}
     scale = 0.85 / max(1.0, *(share.max() for share in shares.values()))
     for index, (name, share) in enumerate(shares.items()):
-        color, floor = _color(index), -float(index)
+        color, floor = _COLORS[index % len(_COLORS)], -float(index)
         axes.stairs(floor + scale * share, edges, baseline=floor, color=color, alpha=0.35, fill=True)
         axes.stairs(floor + scale * share, edges, baseline=floor, color=color, linewidth=1.2)
         if len(finite[name]):
-            axes.plot([_held(np.median(finite[name]))] * 2, [floor, floor + 0.9], color=color, linestyle="--",
+            axes.plot([_clipped(np.median(finite[name]))] * 2, [floor, floor + 0.9], color=color, linestyle="--",
                       linewidth=1.2)
     axes.set_ylim(1 - len(finite), 1)
     titles = [f"{_printable(name, _LEFT_OF_ROWS - 12)}\n{_summary(numbers)}" for name, numbers in finite.items()]
@@ -180,19 +180,15 @@ def _bin_edges(groups: Sequence[np.ndarray]) -> np.ndarray:
 
 def _shares(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return how many percent of the values lie in each bin."""
-    return np.histogram(_held(numbers), edges)[0] * (100 / max(1, len(numbers)))
+    return np.histogram(_clipped(numbers), edges)[0] * (100 / max(1, len(numbers)))
 
 
 def _summary(numbers: np.ndarray) -> str:
     return f"n {len(numbers)}, median {np.median(numbers):.4g}" if len(numbers) else "no value"
 
 
-def _held(values):
+def _clipped(values):
     return np.clip(values, -_FARTHEST, _FARTHEST)
-
-
-def _color(index: int) -> str:
-    return _COLORS[index % len(_COLORS)]
 
 
 def _axes(*, top: int, left: int = _LEFT, height: int = _HEIGHT) -> "Axes":
@@ -235,12 +231,12 @@ def _printable(text: str, width: int) -> str:
     font = get_font(findfont(FontProperties()))
     font.set_size(_STYLE["font.size"], _DPI)
     text = "".join(letter if letter.isprintable() and font.get_char_index(ord(letter)) else "?" for letter in text)
-    return fitted(text, width, lambda some: _width(font, some))
 
+    def width_of(some: str) -> float:
+        font.set_text(some)
+        return font.get_width_height()[0] / 64
 
-def _width(font, text: str) -> float:
-    font.set_text(text)
-    return font.get_width_height()[0] / 64
+    return fitted(text, width, width_of)
 
 
 @_own_style()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from generation.image_generator import Look, Painter
+from generation.image_generator import ImageGenerator, SynthesisSettings
 from tests.bench.bench_ops import commit
 from tests.bench.bench_train import build_iterations, configure
 from torch_utils.device import tune_malloc
@@ -39,9 +39,9 @@ def build(work: str, options: argparse.Namespace) -> Callable[[], object]:
         return lambda: x.clone()
     config = configure(options, options.resolution)
     if work == "generate":
-        painter = Painter(TrainingState.create(config, "cpu").G_ema, Look(), batch=16)
-        labels = torch.eye(painter.G.c_dim)[:1].expand(32, -1)
-        return lambda: list(painter.paint(range(32), labels))
+        generator = ImageGenerator(TrainingState.create(config, "cpu").G_ema, SynthesisSettings(), batch=16)
+        labels = torch.eye(generator.G.c_dim)[:1].expand(32, -1)
+        return lambda: list(generator.generate(range(32), labels))
     return next(iter(build_iterations(config, config.step.micro_batch, "cpu").values()))  # the first has all phases
 
 

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from generation.image_generator import Look, Painter
+from generation.image_generator import ImageGenerator, SynthesisSettings
 from tests.bench.bench_ops import commit, measure
 from torch_utils.device import tune_malloc
 from torch_utils.images import to_pixels
@@ -43,10 +43,10 @@ def benchmark(resolution: int, cfg: str, batches: list[int], options: argparse.N
     seeds, labels = range(count), torch.zeros(count, 0)
     works = {}
     for batch in sorted({1, *batches}):
-        painter = Painter(G, Look(), batch=batch)
-        works[f"batch{batch}"] = lambda painter=painter: list(painter.paint(seeds, labels))
+        generator = ImageGenerator(G, SynthesisSettings(), batch=batch)
+        works[f"batch{batch}"] = lambda generator=generator: list(generator.generate(seeds, labels))
         for form, fused in FORMS.items() if options.forms else ():
-            works[f"batch{batch}/{form}"] = partial(paint_in_form, painter, seeds, labels, fused)
+            works[f"batch{batch}/{form}"] = partial(generate_in_form, generator, seeds, labels, fused)
     medians = measure(works, options.repeats, clock=time.process_time if options.cpu_time else time.perf_counter)
     records = []
     for which, median_ms in medians.items():
@@ -58,12 +58,12 @@ def benchmark(resolution: int, cfg: str, batches: list[int], options: argparse.N
 
 
 @torch.no_grad()
-def paint_in_form(painter: Painter, seeds: range, labels: Tensor, fused_modconv: bool) -> None:
-    """Do what `Painter.paint` does, with all modulated convolutions in one form."""
-    for start in seeds[::painter.batch]:
-        rows = slice(start, start + painter.batch)
-        images = painter.G.synthesis(painter.styles(seeds[rows], labels[rows]), noise_mode="const",
-                                     force_fp32=painter.fp32, fused_modconv=fused_modconv)
+def generate_in_form(generator: ImageGenerator, seeds: range, labels: Tensor, fused_modconv: bool) -> None:
+    """Do what `ImageGenerator.generate` does, with all modulated convolutions in one form."""
+    for start in seeds[::generator.batch]:
+        rows = slice(start, start + generator.batch)
+        images = generator.G.synthesis(generator.map_seeds(seeds[rows], labels[rows]), noise_mode="const",
+                                       force_fp32=generator.fp32, fused_modconv=fused_modconv)
         assert images.isfinite().all()
         to_pixels(images).cpu()
 

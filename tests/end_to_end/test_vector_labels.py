@@ -12,10 +12,10 @@ import torch
 import calc_metrics
 import generate
 from dnnlib.cli import UserError, run
-from generation.image_generator import Look, Painter
+from generation.image_generator import ImageGenerator, SynthesisSettings
 from imagesets.classes import label_kind_of
 from imagesets.reader import ImageSet
-from latent.projection import find_start
+from latent.projection import measure_styles
 from metrics.image_sources import Reference
 from metrics.names import parse_metrics
 from tests.helpers.generator_files import pixels_in, save_generator
@@ -70,10 +70,11 @@ def refuse(capsys, *arguments, network="vectors.safetensors"):
     return mistake(capsys, generate.main, f"--network={network}", "--device=cpu", *arguments)
 
 
-def painted(seeds, label, network="vectors.safetensors", **look):
+def images_of(seeds, label, network="vectors.safetensors", **settings):
     """Return the pixels of seeds, all of one label: uint8 [N, H, W, C]."""
     labels = torch.tensor([label], dtype=torch.float32).expand(len(seeds), -1)
-    pixels = torch.cat(list(Painter(load_network(network).G_ema, Look(**look), batch=1).paint(seeds, labels)))
+    images = ImageGenerator(load_network(network).G_ema, SynthesisSettings(**settings), batch=1)
+    pixels = torch.cat(list(images.generate(seeds, labels)))
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
@@ -127,17 +128,17 @@ def test_kind_of_labels_is_what_the_file_says(info, c_dim, kind):
 def test_label_gives_images_sheets_and_mixed_styles(inside, capsys):
     label = [0, 1, 0.5]
     make(capsys, "--seeds=3,4", "--label=0, 1,0.5", "--trunc=0.7", "--outdir=out", "--grid=sheet.png")
-    expected = painted([3, 4], label, truncation=0.7)
+    expected = images_of([3, 4], label, truncation=0.7)
     assert np.array_equal(pixels_in("out/seed0004.png"), expected[1])
     assert np.array_equal(pixels_in("sheet.png"), np.concatenate(list(expected), axis=1))
-    assert not np.array_equal(expected, painted([3, 4], [0, 1, 0], truncation=0.7))
+    assert not np.array_equal(expected, images_of([3, 4], [0, 1, 0], truncation=0.7))
     make(capsys, "--style-mix", "--rows=3", "--cols=4", "--label=0,1,0.5", "--outdir=mixed")
-    assert np.array_equal(pixels_in("mixed/4-4.png"), painted([4], label)[0])
+    assert np.array_equal(pixels_in("mixed/4-4.png"), images_of([4], label)[0])
 
 
 def test_label_mixes_classes_of_a_network_that_learned_them(inside, capsys):
     make(capsys, "--seeds=3", "--label=0.5,0.5,0", "--outdir=out", network="three.safetensors")
-    assert np.array_equal(pixels_in("out/seed0003.png"), painted([3], [0.5, 0.5, 0], "three.safetensors")[0])
+    assert np.array_equal(pixels_in("out/seed0003.png"), images_of([3], [0.5, 0.5, 0], "three.safetensors")[0])
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -266,7 +267,7 @@ def test_projector_starts_from_the_mean_style_of_a_label(inside, capsys):
     record = record_in("out")
     assert (record["class"], record["label"]) == (None, [0, 1, 0.5])
     with np.load("out/projected_w.npz") as arrays:  # the learning rate of the first step is 0
-        start = find_start(load_network("vectors.safetensors").G_ema, torch.tensor([0, 1, 0.5])).mean.numpy()
+        start = measure_styles(load_network("vectors.safetensors").G_ema, torch.tensor([0, 1, 0.5])).mean.numpy()
         assert np.allclose(arrays["w"][0, 0], start, atol=1e-6)
 
 
@@ -275,7 +276,8 @@ def test_projector_starts_images_of_a_set_from_their_own_labels(inside, capsys):
     G = load_network("vectors.safetensors").G_ema
     with np.load("out/latents.npz") as arrays:
         for w, vector in zip(arrays["w"], VECTORS, strict=True):
-            assert np.allclose(w[0], find_start(G, torch.tensor(vector, dtype=torch.float32)).mean.numpy(), atol=1e-6)
+            mean = measure_styles(G, torch.tensor(vector, dtype=torch.float32)).mean
+            assert np.allclose(w[0], mean.numpy(), atol=1e-6)
     found = ImageSet("out/projections.zip")
     assert np.array_equal(found.labels, np.float32(VECTORS))
     assert [row["network_class"] for row in rows_in("out/distances.csv")][:2] == ["0,1,0.5", "0,0,0"]
@@ -293,7 +295,7 @@ def test_projector_starts_a_set_of_classes_from_a_mix_and_keeps_their_classes(in
             network="three.safetensors")
     found = ImageSet("out/projections.zip")
     assert [found.classes[label] for label in found.labels] == ["bcc", "mel", "nv", "bcc", "bcc", "bcc"]
-    mean = find_start(load_network("three.safetensors").G_ema, torch.tensor([0.5, 0.5, 0])).mean.numpy()
+    mean = measure_styles(load_network("three.safetensors").G_ema, torch.tensor([0.5, 0.5, 0])).mean.numpy()
     with np.load("out/latents.npz") as arrays:
         assert np.allclose(arrays["w"][:, 0], mean, atol=1e-6)
     assert record_in("out", "projections.json")["label"] == "0.5,0.5,0"

@@ -11,7 +11,7 @@ import torch
 import generate
 from dnnlib.cli import UserError, run
 from dnnlib.files import sha256_of
-from generation.image_generator import Look, Painter
+from generation.image_generator import ImageGenerator, SynthesisSettings
 from generation.network import open_network, require_same
 from generation.pictures import MOST_PIXELS, Sheet, choose_layers, mix
 from imagesets.reader import ImageSet
@@ -72,13 +72,13 @@ def refuse(capsys, *arguments, network="net.safetensors", code=2):
     return captured.err.removeprefix("error: ").rstrip("\n")
 
 
-def painted(seeds, label=None, network="net.safetensors", **look):
+def images_of(seeds, label=None, network="net.safetensors", **settings):
     """Return the pixels that a seed should have, made one by one: uint8 [N, H, W, C]."""
     G = load_network(network).G_ema
     labels = torch.zeros(len(seeds), G.c_dim)
     if label is not None:
         labels[:, label] = 1
-    pixels = torch.cat(list(Painter(G, Look(**look), batch=1).paint(seeds, labels)))
+    pixels = torch.cat(list(ImageGenerator(G, SynthesisSettings(**settings), batch=1).generate(seeds, labels)))
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
@@ -94,13 +94,13 @@ def test_images_of_the_original_network_are_the_original_ones(inside, capsys):
             assert is_alike(found, reference[f"generate_uint8_seed{seed}_class1_psi{psi}"])
 
 
-@pytest.mark.parametrize(("flags", "look"), [
+@pytest.mark.parametrize(("flags", "settings"), [
     ([], {}), (["--trunc=0.3"], {"truncation": 0.3}), (["--noise-mode=random"], {"noise_mode": "random"}),
     (["--noise-mode=none", "--fp32"], {"noise_mode": "none"})])
-def test_images_follow_seed_class_and_look(inside, capsys, flags, look):
+def test_images_follow_seed_class_and_settings(inside, capsys, flags, settings):
     make(capsys, "--seeds=5,70000", "--class=mel", "--outdir=a/b", *flags)
     assert sorted(os.listdir("a/b")) == ["seed0005.png", "seed70000.png"]
-    expected = painted([5, 70000], 1, **look)
+    expected = images_of([5, 70000], 1, **settings)
     assert np.array_equal(pixels_in("a/b/seed0005.png"), expected[0])
     assert np.array_equal(pixels_in("a/b/seed70000.png"), expected[1])
 
@@ -124,7 +124,7 @@ def test_style_mix_of_seeds_named_twice_counts_its_files(inside, capsys):
 def test_images_are_alike_in_batches(inside, capsys):
     make(capsys, "--seeds=0-4", "--class=nv", "--outdir=out", "--batch=3")
     found = np.stack([pixels_in(f"out/seed{seed:04d}.png") for seed in range(5)])
-    assert is_alike(found, painted(range(5), 0))
+    assert is_alike(found, images_of(range(5), 0))
 
 
 def test_images_replace_earlier_ones_and_leave_other_files(inside, capsys):
@@ -132,13 +132,13 @@ def test_images_replace_earlier_ones_and_leave_other_files(inside, capsys):
     for name in ("seed0001.png", "notes.txt"):
         Path("out", name).write_text("old")
     make(capsys, "--seeds=1", "--outdir=out", network="plain.safetensors")
-    assert np.array_equal(pixels_in("out/seed0001.png"), painted([1], network="plain.safetensors")[0])
+    assert np.array_equal(pixels_in("out/seed0001.png"), images_of([1], network="plain.safetensors")[0])
     assert sorted(os.listdir("out")) == ["notes.txt", "seed0001.png"]
 
 
 def test_grey_network_writes_grey_files(inside, capsys):
     make(capsys, "--seeds=1", "--outdir=out", "--grid", network="grey.safetensors")
-    expected = painted([1], network="grey.safetensors")[0, :, :, 0]
+    expected = images_of([1], network="grey.safetensors")[0, :, :, 0]
     assert np.array_equal(pixels_in("out/seed0001.png"), expected)
     assert np.array_equal(pixels_in("out/grid.png"), expected)
 
@@ -147,7 +147,7 @@ def test_grid_shows_all_seeds_in_a_square(inside, capsys):
     out = make(capsys, "--seeds=0-4", "--class=nv", "--grid=sheet.png")
     assert out == "sheet.png: 3 x 2 images\n"
     cells = pixels_in("sheet.png").reshape(2, 8, 3, 8, 3).swapaxes(1, 2).reshape(6, 8, 8, 3)
-    assert np.array_equal(cells[:5], painted(range(5), 0))
+    assert np.array_equal(cells[:5], images_of(range(5), 0))
     assert (cells[5] == 255).all()
 
 
@@ -158,16 +158,17 @@ def test_grid_has_a_row_for_each_class(inside, capsys):
     picture = pixels_in("out/grid.png")
     assert picture.shape[1] > 24  # names stand at the left
     cells = picture[:, -24:].reshape(2, 8, 3, 8, 3).swapaxes(1, 2)
-    assert np.array_equal(cells[0], painted([3, 1, 4], 1))
-    assert np.array_equal(cells[1], painted([3, 1, 4], 0))
+    assert np.array_equal(cells[0], images_of([3, 1, 4], 1))
+    assert np.array_equal(cells[1], images_of([3, 1, 4], 0))
 
 
-def test_sheet_continues_long_classes_in_further_rows():
-    sheet = Sheet(["a", "b"], 33, channels=1, resolution=8)
+def test_sheet_continues_long_classes_in_further_rows(tmp_path):
+    sheet = Sheet(["a", "b"], 33, resolution=8)
     images = torch.arange(66, dtype=torch.uint8)[:, None, None, None].expand(66, 1, 8, 8)
     sheet.add(images[:40])
     sheet.add(images[40:])
-    found = sheet._cells[:, 0, 0, 0].tolist()
+    sheet.save(tmp_path / "sheet.png")
+    found = pixels_in(tmp_path / "sheet.png")[::8, -32 * 8::8].ravel().tolist()  # a pixel of each cell
     assert (sheet.columns, sheet.rows) == (32, 4)
     assert found[:33] == list(range(33))
     assert found[64:97] == list(range(33, 66))
@@ -180,9 +181,9 @@ def test_projected_styles_become_numbered_files(inside, capsys):
     np.savez("w.npz", w=ws)
     assert make(capsys, "--projected-w=w.npz", "--outdir=out", "--grid=sheet.png") == (
         "out: 3 images, proj00.png to proj02.png\nsheet.png: 2 x 2 images\n")
-    expected = Painter(G, Look(), batch=1)
+    expected = ImageGenerator(G, SynthesisSettings(), batch=1)
     for index in range(3):
-        pixels = expected.pixels(torch.from_numpy(ws[index:index + 1]).float(), [0])
+        pixels = expected.render(torch.from_numpy(ws[index:index + 1]).float(), [0])
         assert np.array_equal(pixels_in(f"out/proj{index:02d}.png"), pixels[0].permute(1, 2, 0).numpy())
 
 
@@ -190,15 +191,15 @@ def test_style_mix_writes_pairs_and_sheet(inside, capsys):
     out = make(capsys, "--style-mix", "--rows=85,100", "--cols=55", "--styles=0-1,3", "--class=1", "--outdir=out",
                "--trunc=0.8")
     assert out == "out: 5 images and grid.png, layers 0, 1, 3 of the columns\n"
-    alone = dict(zip((85, 100, 55), painted([85, 100, 55], 1, truncation=0.8), strict=True))
+    alone = dict(zip((85, 100, 55), images_of([85, 100, 55], 1, truncation=0.8), strict=True))
     assert sorted(os.listdir("out")) == sorted([*(f"{seed}-{seed}.png" for seed in alone), "85-55.png", "100-55.png",
                                                 "grid.png"])
     for seed, pixels in alone.items():
         assert np.array_equal(pixels_in(f"out/{seed}-{seed}.png"), pixels)
-    painter = Painter(load_network("net.safetensors").G_ema, Look(truncation=0.8), batch=1)
-    row, column = painter.styles([85, 55], torch.tensor([[0.0, 1], [0, 1]]))
+    images = ImageGenerator(load_network("net.safetensors").G_ema, SynthesisSettings(truncation=0.8), batch=1)
+    row, column = images.map_seeds([85, 55], torch.tensor([[0.0, 1], [0, 1]]))
     row[[0, 1, 3]] = column[[0, 1, 3]]
-    mixed = painter.pixels(row[None], [85])[0].permute(1, 2, 0).numpy()
+    mixed = images.render(row[None], [85])[0].permute(1, 2, 0).numpy()
     assert np.array_equal(pixels_in("out/85-55.png"), mixed)
     assert not is_alike(mixed, alone[85])
     grid = pixels_in("out/grid.png").reshape(3, 8, 2, 8, 3).swapaxes(1, 2)
@@ -219,13 +220,13 @@ def make_centered(capsys, *arguments):
 
 
 def test_truncation_center_of_the_class_gives_images_sheets_and_mixed_styles(inside, capsys):
-    look = {"truncation": 0.4, "center": "class"}
-    expected = painted([5, 6], 1, **look)
+    settings = {"truncation": 0.4, "center": "class"}
+    expected = images_of([5, 6], 1, **settings)
     make_centered(capsys, "--seeds=5,6", "--class=mel", "--outdir=out")
     assert np.array_equal(pixels_in("out/seed0006.png"), expected[1])
-    assert not is_alike(expected, painted([5, 6], 1, truncation=0.4))
+    assert not is_alike(expected, images_of([5, 6], 1, truncation=0.4))
     make_centered(capsys, "--seeds=5,6", "--class=mel,nv", "--grid=sheet.png")
-    rows = [np.concatenate(list(painted([5, 6], label, **look)), axis=1) for label in (1, 0)]
+    rows = [np.concatenate(list(images_of([5, 6], label, **settings)), axis=1) for label in (1, 0)]
     assert np.array_equal(pixels_in("sheet.png")[:, -16:], np.concatenate(rows))
     make_centered(capsys, "--style-mix", "--rows=5", "--cols=6", "--class=mel", "--outdir=mixed")
     assert np.array_equal(pixels_in("mixed/6-6.png"), expected[1])
@@ -424,10 +425,10 @@ def test_advice_against_a_diverged_network_names_the_option_of_the_program_or_no
     G = generator(c_dim=0)
     torch.nn.init.constant_(G.synthesis.b8.conv1.weight, torch.nan)
     for flag, ending in (("--fp32", "an earlier snapshot, or --fp32"), (None, "an earlier snapshot")):
-        painter = Painter(G, Look(), batch=1, fp32_flag=flag)
-        painter.fp32 = False  # as on a GPU
+        images = ImageGenerator(G, SynthesisSettings(), batch=1, fp32_flag=flag)
+        images.fp32 = False  # as on a GPU
         with pytest.raises(UserError, match=f"; expected a sound one: try {ending}$"):
-            painter.pixels(painter.styles([0], torch.zeros(1, 0)), [0])
+            images.render(images.map_seeds([0], torch.zeros(1, 0)), [0])
 
 
 def test_truncation_without_a_mean_gives_one_line(inside, capsys):
@@ -531,7 +532,7 @@ def test_full_memory_gives_one_line(inside, capsys, monkeypatch, batch, advice, 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(Painter, "_synthesize", fail)
+    monkeypatch.setattr(ImageGenerator, "_synthesize", fail)
     for flags in (["--seeds=0", "--outdir=o", "--class=nv"], ["--zip=set.zip", "--count=3"]):
         found = refuse(capsys, *flags, f"--batch={batch}", code=4)
         assert found == f"out of memory with --batch={batch}; {advice}"

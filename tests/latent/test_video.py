@@ -1,6 +1,7 @@
 """latent.one_image: what was put in comes out of the file, which is whole or absent."""
 
 import errno
+import gc
 import os
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ COLORS = [(230, 40, 40), (40, 160, 60), (30, 60, 200), (245, 245, 245), (8, 8, 8
 
 
 def quarters(index, channels=3, height=64, width=64):
-    """Return a frame of four colours, another order in each frame: uint8 [channels, height, width]."""
+    """Return a frame of four colors, another order in each frame: uint8 [channels, height, width]."""
     frame = torch.zeros([3, height, width], dtype=torch.uint8)
     for number in range(4):
         rows, columns = (slice(None, size // 2) if first else slice(size // 2, None)
@@ -168,6 +169,7 @@ def test_video_error_leaves_nothing_behind(tmp_path, error, frames, existing):
                 video.add(quarters(index, height=16, width=16))
             raise raised
 
+    gc.collect()  # what earlier tests left would be closed at any moment
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     with pytest.raises(error) as caught:
         fail_halfway()

@@ -13,8 +13,8 @@ import torch
 
 import generate
 from dnnlib.cli import run
-from generation.image_generator import Look, Painter
-from latent.projection import COLUMNS, find_start
+from generation.image_generator import ImageGenerator, SynthesisSettings
+from latent.projection import COLUMNS, measure_styles
 from latent.targets import read_target
 from metrics.detectors.similarity import PixelDistance
 from tests.helpers.generator_files import lively_generator, pixels_in, save_generator
@@ -63,8 +63,8 @@ def frames_in(path):
 def mean_image(network, label):
     """Return what a network shows at the mean style of a class: uint8 [C, R, R]."""
     G = load_network(network).G_ema
-    mean = find_start(G, torch.tensor(label)).mean
-    return Painter(G, Look(), batch=1).pixels(mean.expand(1, G.num_ws, -1), [0])[0]
+    mean = measure_styles(G, torch.tensor(label)).mean
+    return ImageGenerator(G, SynthesisSettings(), batch=1).render(mean.expand(1, G.num_ws, -1), [0])[0]
 
 
 def near(values):
@@ -119,8 +119,8 @@ def test_target_of_pixels_that_the_network_shows_has_null_for_its_psnr(inside, c
         if "torgb" in name:
             torch.nn.init.zeros_(parameter)  # one colour, whatever the style
     save_network("even.safetensors", Networks(G=None, D=None, G_ema=G, config={"info": {}}))
-    colour = Painter(G, Look(), batch=1).pixels(torch.zeros(1, G.num_ws, G.w_dim), [0])[0].permute(1, 2, 0)
-    Path("target.png").write_bytes(png(colour.numpy()))
+    color = ImageGenerator(G, SynthesisSettings(), batch=1).render(torch.zeros(1, G.num_ws, G.w_dim), [0])[0]
+    Path("target.png").write_bytes(png(color.permute(1, 2, 0).numpy()))
     assert " (0 at the start), pixel L2 0 of 255, equal pixels, " in project(capsys, *QUICK, network="even.safetensors")
     assert record_in("out")["distances"]["psnr"] is None
 

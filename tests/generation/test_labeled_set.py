@@ -10,8 +10,8 @@ import torch
 
 from dnnlib.cli import Terminated, UserError
 from dnnlib.process_lock import ProcessLock
-from generation.image_generator import Look, Painter
-from generation.labeled_set import SetPlan, piece_size, write_labelled_set
+from generation.image_generator import ImageGenerator, SynthesisSettings
+from generation.labeled_set import SetContents, choose_piece_size, write_labeled_set
 from generation.network import open_network
 from imagesets.reader import ImageSet
 from tests.helpers.generator_files import save_generator
@@ -31,12 +31,13 @@ def network(tmp_path_factory):
     return open_network(save_generator(tmp_path_factory.mktemp("network") / "net.safetensors", INFO), "cpu")
 
 
-def plan(first_seed=7, counts=(3, 4), piece=2):
-    return SetPlan(first_seed=first_seed, count=sum(counts), counts=counts, piece=piece)
+def contents(first_seed=7, counts=(3, 4), piece=2):
+    return SetContents(first_seed=first_seed, count=sum(counts), counts=counts, piece=piece)
 
 
-def write(dest, network, chosen=None, **look):
-    write_labelled_set(dest, network, Painter(network.G, Look(**look), batch=1), chosen or plan(), ALONE)
+def write(dest, network, chosen=None, **settings):
+    generator = ImageGenerator(network.G, SynthesisSettings(**settings), batch=1)
+    write_labeled_set(dest, network, generator, chosen or contents(), ALONE)
     return dest
 
 
@@ -56,16 +57,16 @@ def stop_after(monkeypatch, number, error):
 
 
 def test_plan_gives_classes_in_order_whatever_the_pieces():
-    chosen = plan(counts=(3, 0, 4))
+    chosen = contents(counts=(3, 0, 4))
     found = [(chosen.seeds(images), chosen.labels(images)) for images in map(chosen.images, range(chosen.num_pieces))]
     assert found == [([7, 8], [0, 0]), ([9, 10], [0, 2]), ([11, 12], [2, 2]), ([13], [2])]
-    assert plan(counts=(3, 0, 4), piece=7).labels(range(7)) == [0, 0, 0, 2, 2, 2, 2]
+    assert contents(counts=(3, 0, 4), piece=7).labels(range(7)) == [0, 0, 0, 2, 2, 2, 2]
 
 
 def test_plan_refuses_seeds_that_do_not_exist():
-    plan(first_seed=2**32 - 7)
+    contents(first_seed=2**32 - 7)
     with pytest.raises(UserError) as caught:
-        plan(first_seed=2**32 - 6)
+        contents(first_seed=2**32 - 6)
     assert str(caught.value) == ("--seeds is 4294967290, and the last seed of 7 images would be 4294967296; the "
                                  "largest seed is 4294967295: start lower, or make fewer images")
 
@@ -74,7 +75,7 @@ def test_plan_refuses_seeds_that_do_not_exist():
     ((3, 32, 32), 1, 256), ((3, 32, 32), 24, 240), ((3, 256, 256), 1, 85), ((3, 1024, 1024), 2, 4),
     ((3, 1024, 1024), 16, 16), ((3, 4096, 4096), 1, 1)])
 def test_piece_size_is_whole_batches_of_a_few_megabytes(shape, batch, expected):
-    assert piece_size(shape, batch) == expected
+    assert choose_piece_size(shape, batch) == expected
 
 
 def test_set_holds_what_was_drawn_and_says_where_it_is_from(network, tmp_path):
@@ -89,7 +90,7 @@ def test_set_holds_what_was_drawn_and_says_where_it_is_from(network, tmp_path):
 
 def test_set_of_an_unconditional_grey_network_has_no_labels(tmp_path):
     grey = open_network(save_generator(tmp_path / "net.safetensors", c_dim=0, img_channels=1), "cpu")
-    found = ImageSet(write(tmp_path / "set.zip", grey, SetPlan(first_seed=0, count=3, counts=None, piece=2)))
+    found = ImageSet(write(tmp_path / "set.zip", grey, SetContents(first_seed=0, count=3, counts=None, piece=2)))
     assert (len(found), found.labels, found.classes, found.source["classes"]) == (3, None, None, None)
     assert "phantom" not in found.source
     assert found.read(found.names[0])[25] == 0  # the colour type of a PNG: grey
@@ -123,7 +124,7 @@ def test_set_that_runs_out_of_memory_says_what_goes_on_with_its_pieces(network, 
         f"out of memory; 4 of 7 images are kept in {dest}.parts: the same command continues once memory is free; with "
         "a smaller --batch it begins anew, after that folder is removed")
     with pytest.raises(UserError) as caught:
-        write_labelled_set(dest, network, Painter(network.G, Look(), batch=2), plan(), ALONE)
+        write_labeled_set(dest, network, ImageGenerator(network.G, SynthesisSettings(), batch=2), contents(), ALONE)
     assert str(caught.value) == (f"{dest}.parts holds the beginning of another set (batch is 1 there and 2 here); "
                                  "repeat its command to complete that one, or remove the folder")
     saved = stop_after(monkeypatch, 9, None)
@@ -160,13 +161,13 @@ def test_set_whose_assembly_was_interrupted_is_assembled_again(network, tmp_path
     assert saved == []
 
 
-def begun(tmp_path, network, monkeypatch, **look):
+def begun(tmp_path, network, monkeypatch, **settings):
     """Leave a set of which one piece is there; return its name."""
     dest = tmp_path / "set.zip"
     with monkeypatch.context() as patch:
         stop_after(patch, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            write(dest, network, **look)
+            write(dest, network, **settings)
     return dest
 
 
@@ -175,8 +176,9 @@ def test_set_that_was_begun_without_compiled_operators_goes_on_without(network, 
         expected = write(tmp_path / "expected.zip", network).read_bytes()
         dest = begun(tmp_path, network, monkeypatch)
     capsys.readouterr()
-    used, paint = [], Painter.paint
-    monkeypatch.setattr(Painter, "paint", lambda *given: used.append(auto_implementation("cpu")) or paint(*given))
+    used, generate = [], ImageGenerator.generate
+    monkeypatch.setattr(ImageGenerator, "generate",
+                        lambda *given: used.append(auto_implementation("cpu")) or generate(*given))
     assert write(dest, network).read_bytes() == expected
     assert used == ["composed"] * 3
     assert ImageSet(dest).source["operators"] == "composed"
@@ -215,7 +217,7 @@ def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path,
     dest = begun(tmp_path, network, monkeypatch)
     before = sorted(os.listdir(f"{dest}.parts"))
     with pytest.raises(UserError) as caught:
-        write(dest, network, plan(counts=(3, 5)), truncation=0.5)
+        write(dest, network, contents(counts=(3, 5)), truncation=0.5)
     assert str(caught.value) == (
         f"{dest}.parts holds the beginning of another set (seeds is [7, 13] there and [7, 14] here; truncation is 1.0 "
         "there and 0.5 here); repeat its command to complete that one, or remove the folder")
@@ -357,17 +359,17 @@ def test_pieces_that_another_process_takes_away_hinder_nobody(tmp_path, monkeypa
 
 
 def test_finished_set_is_left_alone_by_the_same_request(network, tmp_path, monkeypatch):
-    drawn = SetPlan(first_seed=7, count=3, counts=(2, 1), piece=2, drawn=[0, 1, 0], labels_from="real.zip")
-    for name, chosen, look in (("a.zip", plan(), {}), ("b.zip", drawn, {"truncation": 0.5, "center": "class"})):
+    drawn = SetContents(first_seed=7, count=3, counts=(2, 1), piece=2, drawn=[0, 1, 0], labels_from="real.zip")
+    for name, chosen, settings in (("a.zip", contents(), {}), ("b.zip", drawn, {"truncation": 0.5, "center": "class"})):
         dest = tmp_path / name
-        painter = Painter(network.G, Look(**look), batch=1)
-        assert write_labelled_set(dest, network, painter, chosen, ALONE)
+        generator = ImageGenerator(network.G, SynthesisSettings(**settings), batch=1)
+        assert write_labeled_set(dest, network, generator, chosen, ALONE)
         before = dest.read_bytes(), dest.stat().st_mtime_ns
         with monkeypatch.context() as patch:
-            patch.setattr(Painter, "paint", None)
-            assert not write_labelled_set(dest, network, painter, chosen, ALONE)
+            patch.setattr(ImageGenerator, "generate", None)
+            assert not write_labeled_set(dest, network, generator, chosen, ALONE)
             with auto_means("composed"):  # a set that is there keeps to the operators that made it
-                assert not write_labelled_set(dest, network, painter, chosen, ALONE)
+                assert not write_labeled_set(dest, network, generator, chosen, ALONE)
         assert (dest.read_bytes(), dest.stat().st_mtime_ns) == before
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "b.zip"]
 
@@ -390,16 +392,16 @@ def test_finished_set_whose_pieces_were_not_removed_is_put_together_again(networ
     assert os.listdir(tmp_path) == ["set.zip"]
 
 
-@pytest.mark.parametrize(("changes", "look", "difference"), [
+@pytest.mark.parametrize(("changes", "settings", "difference"), [
     ({"first_seed": 8}, {}, "seeds is [7, 13] there and [8, 14] here"),
     ({"counts": (4, 3)}, {}, 'classes is {"nv": 3, "mel": 4} there and {"nv": 4, "mel": 3} here'),
     ({}, {"truncation": 0.5}, "truncation is 1.0 there and 0.5 here"),
     ({}, {"noise_mode": "random"}, 'noise_mode is "const" there and "random" here')])
-def test_finished_set_of_another_request_is_refused_and_stays(network, tmp_path, changes, look, difference):
+def test_finished_set_of_another_request_is_refused_and_stays(network, tmp_path, changes, settings, difference):
     dest = write(tmp_path / "set.zip", network)
     before = dest.read_bytes()
     with pytest.raises(UserError) as caught:
-        write(dest, network, plan(**changes), **look)
+        write(dest, network, contents(**changes), **settings)
     assert str(caught.value) == (f"--zip is {dest}, which exists and holds other images ({difference}); choose another "
                                  "name, or remove it")
     assert (dest.read_bytes(), os.listdir(tmp_path)) == (before, ["set.zip"])
@@ -430,12 +432,12 @@ def test_processes_share_the_missing_pieces(network, tmp_path, monkeypatch, rank
     monkeypatch.setattr("torch_utils.piecework.broadcast_object", lambda value: ([1, 2, 4, 5], "cpp"))
     saved = stop_after(monkeypatch, 9, None)
     (tmp_path / "set.zip.parts").mkdir()
-    chosen, painter = plan(counts=(5, 6)), Painter(network.G, Look(), batch=1)
-    write_labelled_set(tmp_path / "set.zip", network, painter, chosen,
+    chosen, generator = contents(counts=(5, 6)), ImageGenerator(network.G, SynthesisSettings(), batch=1)
+    write_labeled_set(tmp_path / "set.zip", network, generator, chosen,
                        Processes(rank=rank, count=3, device=torch.device("cpu")))
     assert saved == expected
     assert os.listdir(tmp_path) == ["set.zip.parts"]
     images = chosen.images(expected[0])
-    alone = painter.paint(chosen.seeds(images), network.classes.labels(chosen.labels(images)))
+    alone = generator.generate(chosen.seeds(images), network.classes.labels(chosen.labels(images)))
     found = np.load(tmp_path / "set.zip.parts" / f"piece-{expected[0]:06d}.npz")["pixels"]
     assert np.array_equal(found, torch.cat(list(alone)).numpy())
