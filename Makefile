@@ -13,7 +13,7 @@ LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 # stored ones or with those of another implementation: two minutes of one core. Left out for their time: whole programs
 # (test_loop, test_training_runs, test_projector*, test_one_image, test_image_set, test_generate_runs,
 # test_calc_metrics), several processes (test_distributed), and what is computed in float64 and integers
-# (test_compiled, test_kernels, data sets).
+# (test_compiled_operators, test_kernels, data sets).
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers grid_sample \
 	half_precision ops_training loss step state transfer snapshot augment augment_color augment_filters \
 	augment_geometry image_generator generate grids video projection pivotal_tuning similarity \

@@ -9,11 +9,11 @@ from metrics.evaluation import Evaluator
 from metrics.names import choose_metrics, needed_detectors, parse_metrics, require_detectors
 from metrics.perceptual_path import check_path_requests
 from torch_utils.distributed import Place
+from torch_utils.launch import launch
 from torch_utils.ops.compiled import make_ready
 from training.command import make_command
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
-from training.launch import launch
 from training.run_output import Evaluate
 
 

@@ -1,4 +1,4 @@
-"""Keep files from the network in a folder of the user: fetched once, checked, whole."""
+"""Keep files from the network in the user's cache folder: fetched once, checked, whole."""
 
 import hashlib
 import http.client
@@ -8,12 +8,11 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dnnlib.cli import UserError, expand_user
 from dnnlib.files import atomic_write, sha256_of
-from dnnlib.process_lock import LockHeld, ProcessLock
+from dnnlib.process_lock import ProcessLock
 from dnnlib.progress import Progress
 
 FOLDER_NAME = "lesion-stylegan2-ada"
@@ -54,7 +53,7 @@ def fetch(url: str, *, name: str, sha256: str | None) -> Path:
     path = downloaded(name)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with ProcessLock.beside(path).awaited(f"waiting for {path.name}, which is being fetched by {{holder}}"):
             if not path.is_file():
                 _download(url, path, sha256)
                 return path
@@ -63,21 +62,6 @@ def fetch(url: str, *, name: str, sha256: str | None) -> Path:
         raise UserError(f"{path} has the sha256 {digest}; expected {_wanted(sha256)}: remove it, and it is fetched "
                         "anew")
     return path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a download; wait for another process that holds it, however long that takes."""
-    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire()
-    except LockHeld as holder:
-        print(f"waiting for {path.name}, which is being fetched by {holder}", file=sys.stderr)
-        lock.acquire(patience=math.inf)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:

@@ -1,6 +1,7 @@
 """What every command line program does alike: how it reads its options and paths, and how it ends.
 
-One line for a user's mistake, a refusal of options given twice, ~ in paths, clean ends when it is stopped.
+One line for a user's mistake, a refusal of options given twice, help in groups, ~ in paths, clean ends when it is
+stopped: at once (`run`), or between two iterations (`StopRequest`).
 """
 
 import copy
@@ -10,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -23,11 +25,10 @@ EXIT_BROKEN_PIPE = 1
 EXIT_INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
 EXIT_TERMINATED = 143  # ... and by SIGTERM
 
-
+# What asks a run to stop between two iterations. Windows lacks SIGUSR1, and sends the others for Ctrl-C alone.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 # What asks a program to end: a batch system, and a terminal that is closed.
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-
-
 # What the system says when the user, or who keeps the machine, has to put something right.
 _USERS_ERRORS = frozenset(getattr(errno, name) for name in (
     "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP",  # another path
@@ -73,6 +74,28 @@ class UserPath(click.Path):
         return super().convert(before + expand_user(text, option), param, ctx)
 
 
+class Flag(click.Option):
+    """An option that knows the group it is shown in."""
+
+    def __init__(self, declarations: Iterable[str], *, group: str, **attributes):
+        super().__init__(list(declarations), **attributes)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(context):
+            record = option.get_help_record(context)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", "Other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 def expand_user(path: str, name: str) -> str:
     """Return a path with ~ and ~user at its start replaced by the home folder, as a shell does.
 
@@ -87,6 +110,17 @@ def expand_user(path: str, name: str) -> str:
         raise UserError(f"{name} is {path}, and the home folder {first} is not known; expected ~ or ~user, or "
                         f"./{first} for a file or folder of that name")
     return expanded
+
+
+def check_outdir(outdir: str) -> None:
+    """Raise UserError unless folders can be made in `outdir`, which need not exist yet."""
+    place = Path(outdir).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--outdir is {outdir}, but {place} is no folder; expected a folder, new or not")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--outdir is {outdir}, but {place} cannot be written to; expected a folder that can")
 
 
 def join_values(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str | None:
@@ -135,7 +169,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
             return _fail_temporarily(error, failure)
         if error.errno not in _USERS_ERRORS and not isinstance(error, _USERS_KINDS):
             raise
-        return _fail(_describe_os_error(error), EXIT_USAGE)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(_one_line(f"{where}{error.strerror or error}"), EXIT_USAGE)
     except Terminated:
         return _fail("terminated", EXIT_TERMINATED)
     except (KeyboardInterrupt, click.exceptions.Abort):
@@ -144,6 +179,43 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
         sys.unraisablehook = report
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class StopRequest:
+    """A context manager that turns signals into a wish to stop; a second Ctrl-C stops at once.
+
+    max_hours:  time from now after which the wish arises too; None for none
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self.reason: str | None = None
+        self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
+        self._max_hours = max_hours
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def wanted(self) -> bool:
+        """Tell whether to stop now; `reason` says why."""
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = f"--max-hours={self._max_hours:g} are over"
+        return self.reason is not None
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the time is over, None where there is no limit."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = f"{signal.Signals(number).name} arrived"
 
 
 def _refuse_repeated(command: click.Command, arguments: Sequence[str],
@@ -228,53 +300,3 @@ def _fail_temporarily(error: Exception, failure: OSError | DiskFailure) -> int:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())
-
-
-def _describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename is not None else ""
-    return _one_line(f"{where}{error.strerror or error}")
-
-
-# MERGED from training.stopping
-# Stop a run between two iterations: on a signal, or when its time is over.
-
-
-# Windows lacks SIGUSR1, and sends the others for Ctrl-C alone.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-
-
-class StopRequest:
-    """A context manager that turns signals into a wish to stop; a second Ctrl-C stops at once.
-
-    max_hours:  time from now after which the wish arises too; None for none
-    """
-
-    def __init__(self, max_hours: float | None = None):
-        self.reason: str | None = None
-        self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
-        self._max_hours = max_hours
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def wanted(self) -> bool:
-        """Tell whether to stop now; `reason` says why."""
-        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = f"--max-hours={self._max_hours:g} are over"
-        return self.reason is not None
-
-    def seconds_left(self) -> float | None:
-        """Return the seconds until the time is over, None where there is no limit."""
-        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            raise KeyboardInterrupt
-        self.reason = f"{signal.Signals(number).name} arrived"

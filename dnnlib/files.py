@@ -1,9 +1,12 @@
-"""Tell a failing disk or network file system from a user's mistake, and try again before giving up.
+"""Read and write files so that nothing is lost: whole or not at all, and again while a disk or the network fails.
 
-A disk that cannot read a sector, a file server that restarts or a network that is away for a moment are nobody's
-mistake. `retrying` repeats what reads, and opens its file, until it works; what still fails is a DiskFailure, which is
-no OSError, so that code which turns an OSError into advice for the user lets it pass. Bad content is never tried again:
-a checksum that does not agree, a cut-off zip and a picture that cannot be decoded are the file's, whatever the disk.
+- Written (`atomic_write`): under a temporary name that tells who writes, then renamed; a reader never sees half a file.
+- Read (`retrying`): a disk that cannot read a sector, a file server that restarts or a network that is away for a
+  moment are nobody's mistake. What reads, and opens its file, is repeated until it works; what still fails is a
+  DiskFailure, which is no OSError, so that code which turns an OSError into advice for the user lets it pass. Bad
+  content is never tried again: a checksum that does not agree, a cut-off zip and a picture that cannot be decoded are
+  the file's, whatever the disk.
+- Packed (`unpack_advice`): archives that have to be unpacked before they are read, and the command that does it.
 """
 
 import errno
@@ -44,6 +47,144 @@ _NAMES = (
     "ENOLINK", "ECOMM", "EPROTO",  # the same, in the words of other network file systems
 )  # fmt: skip
 _FAILURES = frozenset(getattr(errno, name) for name in _NAMES if hasattr(errno, name))  # not every system has all
+
+# Temporary files: .tmp-<place>-<process id>-<its start>-<random>, so that only those of processes that are gone are
+# removed. The place is a digest of host, boot and process name space, within which a process id can be looked up.
+# Without an owner they are of earlier versions.
+TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{8})-(\d+)-(\d*)-)?[0-9a-f]{16}")
+# An owner that cannot be looked up, as on another host, counts as gone when its file did not change for so long.
+SILENT_SECONDS = 3600
+
+# First bytes -> the kind, and the command that unpacks {file} into {folder}.
+_ARCHIVES = {
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {file} -o{folder}"),
+    b"Rar!\x1a\x07": ("a rar archive", "unrar x {file} {folder}/"),
+}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip -k {file}"),
+    b"BZh": ("bzip2", "bunzip2 -k {file}"),
+    b"\xfd7zXZ\x00": ("xz", "unxz -k {file}"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd {file}"),
+}
+_TAR, _UNTAR = "a tar archive", "mkdir -p {folder} && tar -xf {file} -C {folder}"
+_COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
+_TAR_NAMES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # and .tar.gz and so on
+_ENDINGS = (*_COMPRESSED_NAMES, ".7z", ".rar", *_TAR_NAMES)
+_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+# Writing
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]:
+    """Open a temporary file that takes the place of `path` when the block ends without an error.
+
+    The temporary file lies in the same folder (a rename is atomic only within one file system), is flushed to the disk
+    before the rename, and is removed when the block raises. Until then `path` keeps its old content, if it had any.
+
+    text: True opens for str (UTF-8, "\\n" line ends on every system), False for bytes.
+    Raises OSError as `open` would, for example FileNotFoundError when the folder is missing.
+    """
+    # A symbolic link stays a link: what it points to is replaced.
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file name to write to")
+    # Not tempfile: its files are private to the user (0600), and others in a group read what a run writes.
+    temporary = temporary_beside(target)
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") if text else open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    if os.name != "posix":  # LIMIT: other systems cannot open a folder; there the rename may be lost, never half done.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # Some network file systems refuse to sync a folder; the file itself is complete and in place.
+    finally:
+        os.close(descriptor)
+
+
+def temporary_beside(path: str | os.PathLike) -> Path:
+    """Return a new name in the folder of `path`: a rename is atomic only within one file system."""
+    return Path(path).with_name(f".tmp-{_owner(os.getpid())}-{secrets.token_hex(8)}")
+
+
+def remove_abandoned(folder: str | os.PathLike) -> None:
+    """Remove the temporary files in a folder whose writers are gone. Raises OSError."""
+    for path in Path(folder).iterdir():
+        found = TEMPORARY.fullmatch(path.name)
+        with suppress(FileNotFoundError):  # its writer, or another process that cleans, was faster
+            if found and path.is_file() and _is_abandoned(path, found):
+                path.unlink()
+
+
+@cache  # a process that was forked has another id
+def _owner(pid: int) -> str:
+    return f"{_place()}-{pid}-{start_of_process(pid) or ''}"
+
+
+@cache
+def _place() -> str:
+    return hashlib.sha256("/".join(place_of_process()).encode(errors="backslashreplace")).hexdigest()[:8]
+
+
+def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
+    place, pid, start = found.groups()
+    if place == _place() and os.name == "posix":
+        # LIMIT: where start times are unknown, a later process of the same number is taken for the writer.
+        return start_of_process(int(pid)) != start
+    probe = temporary_beside(path)  # the clock of the file system, which may be another host's
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def place_of_process() -> tuple[str, str, str]:
+    """Return host, boot and process name space, "" where the system does not say: they tell where this process is."""
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), boot, namespace
+
+
+def start_of_process(pid: int) -> str | None:
+    """Return the start time of a living process, "" where the system does not tell; None when there is none."""
+    if os.path.exists("/proc/self/stat"):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # proc(5): the name in parentheses may hold anything; after it come the state (3rd field) and more
+        values = stat.rpartition(b")")[2].split()
+        return None if values[0] in (b"Z", b"X") else values[22 - 3].decode()
+    if os.name != "posix":  # There the call below would end the process.
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
+
+
+# Reading
 
 
 class DiskFailure(Exception):
@@ -94,7 +235,9 @@ def retrying(read: Callable[[], T], what: str | os.PathLike, *, reset: Callable[
             if isinstance(failure, DiskFailure):
                 raise DiskFailure(str(failure)) from error
             if not waits:
-                raise _give_up(what, failure) from error
+                tried = f"tried {len(RETRY_WAITS) + 1} times in {sum(RETRY_WAITS):.3g} s"
+                text = f"{what} cannot be read ({failure.strerror}, {tried}): a disk or the network fails"
+                raise DiskFailure(" ".join(text.split())) from error
         time.sleep(waits.pop(0))
         reset()
 
@@ -121,125 +264,6 @@ def iterate_retrying(start: Callable[[], Iterator[T]], what: str | os.PathLike) 
         yield item
 
 
-def _give_up(what: str | os.PathLike, failure: OSError) -> DiskFailure:
-    tried = f"tried {len(RETRY_WAITS) + 1} times in {sum(RETRY_WAITS):.3g} s"
-    text = f"{what} cannot be read ({failure.strerror}, {tried}): a disk or the network fails"
-    return DiskFailure(" ".join(text.split()))
-
-
-# MERGED from dnnlib.temporary_files
-# Name temporary files so that they tell who writes them: only those of processes that are gone are removed.
-#
-#     .tmp-<place>-<process id>-<its start>-<random>
-#
-# The place is a digest of host, boot and process name space, within which a process id can be looked up.
-
-
-TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{8})-(\d+)-(\d*)-)?[0-9a-f]{16}")  # without an owner: of earlier versions
-
-# An owner that cannot be looked up, as on another host, counts as gone when its file did not change for so long.
-SILENT_SECONDS = 3600
-
-
-def temporary_beside(path: str | os.PathLike) -> Path:
-    """Return a new name in the folder of `path`: a rename is atomic only within one file system."""
-    return Path(path).with_name(f".tmp-{_owner(os.getpid())}-{secrets.token_hex(8)}")
-
-
-def remove_abandoned(folder: str | os.PathLike) -> None:
-    """Remove the temporary files in a folder whose writers are gone. Raises OSError."""
-    for path in Path(folder).iterdir():
-        found = TEMPORARY.fullmatch(path.name)
-        with suppress(FileNotFoundError):  # its writer, or another process that cleans, was faster
-            if found and path.is_file() and _is_abandoned(path, found):
-                path.unlink()
-
-
-def place_of_process() -> tuple[str, str, str]:
-    """Return host, boot and process name space, "" where the system does not say: they tell where this process is."""
-    boot = namespace = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    return socket.gethostname(), boot, namespace
-
-
-def start_of_process(pid: int) -> str | None:
-    """Return the start time of a living process, "" where the system does not tell; None when there is none."""
-    if os.path.exists("/proc/self/stat"):
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # proc(5): the name in parentheses may hold anything; after it come the state (3rd field) and more
-        values = stat.rpartition(b")")[2].split()
-        return None if values[0] in (b"Z", b"X") else values[22 - 3].decode()
-    if os.name != "posix":  # There the call below would end the process.
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""
-
-
-@cache  # a process that was forked has another id
-def _owner(pid: int) -> str:
-    return f"{_place()}-{pid}-{start_of_process(pid) or ''}"
-
-
-@cache
-def _place() -> str:
-    return hashlib.sha256("/".join(place_of_process()).encode(errors="backslashreplace")).hexdigest()[:8]
-
-
-def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
-    place, pid, start = found.groups()
-    if place == _place() and os.name == "posix":
-        # LIMIT: where start times are unknown, a later process of the same number is taken for the writer.
-        return start_of_process(int(pid)) != start
-    probe = temporary_beside(path)  # the clock of the file system, which may be another host's
-    try:
-        probe.touch(exist_ok=False)
-        return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-# MERGED from dnnlib.files
-# Write files so that a reader never sees half of one.
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]:
-    """Open a temporary file that takes the place of `path` when the block ends without an error.
-
-    The temporary file lies in the same folder (a rename is atomic only within one file system), is flushed to the disk
-    before the rename, and is removed when the block raises. Until then `path` keeps its old content, if it had any.
-
-    text: True opens for str (UTF-8, "\\n" line ends on every system), False for bytes.
-    Raises OSError as `open` would, for example FileNotFoundError when the folder is missing.
-    """
-    # A symbolic link stays a link: what it points to is replaced.
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a file name to write to")
-    # Not tempfile: its files are private to the user (0600), and others in a group read what a run writes.
-    temporary = temporary_beside(target)
-    try:
-        with _create(temporary, text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
 def sha256_of(path: str | os.PathLike) -> str:
     """Return the sha256 of a file's content. Raises OSError, and DiskFailure."""
     def read() -> str:
@@ -249,43 +273,7 @@ def sha256_of(path: str | os.PathLike) -> str:
     return retrying(read, path)
 
 
-def _create(path: Path, text: bool) -> IO:
-    """Open a file that must not exist yet."""
-    return open(path, "x", encoding="utf-8", newline="\n") if text else open(path, "xb")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    if os.name != "posix":  # LIMIT: other systems cannot open a folder; there the rename may be lost, never half done.
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # Some network file systems refuse to sync a folder; the file itself is complete and in place.
-    finally:
-        os.close(descriptor)
-
-
-# MERGED from dnnlib.packed_files
-# Recognize archives that have to be unpacked before they are read, and give the command that does it.
-
-
-# First bytes -> the kind, and the command that unpacks {file} into {folder}.
-_ARCHIVES = {
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x {file} -o{folder}"),
-    b"Rar!\x1a\x07": ("a rar archive", "unrar x {file} {folder}/"),
-}
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip -k {file}"),
-    b"BZh": ("bzip2", "bunzip2 -k {file}"),
-    b"\xfd7zXZ\x00": ("xz", "unxz -k {file}"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd {file}"),
-}
-_TAR, _UNTAR = "a tar archive", "mkdir -p {folder} && tar -xf {file} -C {folder}"
-_TAR_NAME = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")  # and .tar.gz and so on, whose last ending is taken off
-_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", *_TAR_NAME)
-_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+# Archives
 
 
 def packed_names(names: list[str]) -> list[str]:
@@ -315,7 +303,10 @@ def _recognize(path: Path) -> tuple[str, str] | None:
         if start.startswith(magic):
             return archive
     packed = next((entry for magic, entry in _COMPRESSED.items() if start.startswith(magic)), None)
-    has_tar_name = _without_compression(path.name.lower()).endswith(_TAR_NAME)
+    name = path.name.lower()
+    for ending in _COMPRESSED_NAMES:
+        name = name.removesuffix(ending)
+    has_tar_name = name.endswith(_TAR_NAMES)
     if start[257:262] == b"ustar" or (has_tar_name and packed is not None) or (packed is not None and _is_tar(path)):
         return _TAR, _UNTAR
     return None if packed is None else (f"a file compressed by {packed[0]}", packed[1])
@@ -327,10 +318,6 @@ def _is_tar(path: Path) -> bool:
             return archive.next() is not None  # reads the first header alone; zeros are an archive of nothing
     except _DAMAGED:
         return False
-
-
-def _without_compression(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").removesuffix(".zst")
 
 
 def _stem(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Append to a file piece by piece, so that a full disk leaves no half piece and loses none.
+"""Records as lines of strict JSON, in files that grow piece by piece: a full disk leaves no half piece and loses none.
 
-Several processes may add lines to one file, and one of them may cut it (dnnlib.lines): each does so while it
+Several processes may add lines to one file, and one of them may cut it where a run continues: each does so while it
 holds the file's lock. Appending alone would not do: what is appended while another process reads the file and puts a
 shorter one in its place goes with the old one, and network file systems do not append at once.
 """
@@ -19,21 +19,6 @@ from dnnlib.process_lock import LEASE_SECONDS, LockHeld, ProcessLock
 
 # Longer than it takes until the lock of a process that was killed on another host counts as left behind.
 _PATIENCE_SECONDS = LEASE_SECONDS + 60
-
-
-@contextmanager
-def only_writer(path: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes from writing to a file of lines meanwhile; wait for one that does. Raises OSError."""
-    path = Path(path)
-    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(patience=_PATIENCE_SECONDS)
-    except LockHeld as holder:
-        raise OSError(errno.EBUSY, f"it is being written by {holder}", str(path)) from holder
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class AppendFile:
@@ -60,7 +45,7 @@ class AppendFile:
         LIMIT: pieces that wait are lost when the process ends.
         """
         self._waiting += piece
-        with only_writer(self.path) if self._shared else nullcontext():
+        with _only_writer(self.path) if self._shared else nullcontext():
             self._write()
         self._waiting = b""
 
@@ -71,9 +56,14 @@ class AppendFile:
         try:
             size = os.fstat(descriptor).st_size
             # A process that was killed may have left half a line; ours must not become the rest of it.
-            is_cut = self._shared and size > 0 and _last_byte(descriptor) != b"\n"
+            is_cut = False
+            if self._shared and size > 0:
+                os.lseek(descriptor, -1, os.SEEK_END)
+                is_cut = os.read(descriptor, 1) != b"\n"
+            view = memoryview(b"\n" * is_cut + self._waiting)
             try:
-                _write_all(descriptor, b"\n" * is_cut + self._waiting)
+                while view:  # the system may take less at a time, as it does just before the disk is full
+                    view = view[os.write(descriptor, view):]
                 if self._durable:
                     os.fsync(descriptor)
             except OSError:
@@ -81,22 +71,6 @@ class AppendFile:
                 raise
         finally:
             os.close(descriptor)
-
-
-def _last_byte(descriptor: int) -> bytes:
-    os.lseek(descriptor, -1, os.SEEK_END)
-    return os.read(descriptor, 1)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    """Write everything; the system may take less at a time, as it does just before the disk is full."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view):]
-
-
-# MERGED from training.json_lines
-# Records as lines of strict JSON, and files of them cut where a run continues.
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
@@ -120,8 +94,20 @@ def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -
     A file that loses nothing is not touched. A line that another process adds meanwhile, by a shared AppendFile, is
     kept. Raises OSError when it cannot be read or replaced, and DiskFailure.
     """
-    with only_writer(path):
-        return _cut(path, keep)
+    with _only_writer(path):
+        try:
+            lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
+        except FileNotFoundError:
+            return 0
+        kept = []
+        for line in lines:
+            record = _parse(line) if line.endswith(b"\n") else None
+            if record is not None and keep(record):
+                kept.append(line)
+        if len(kept) < len(lines):
+            with atomic_write(path) as file:
+                file.write(b"".join(kept))
+        return len(lines) - len(kept)
 
 
 def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str, Any]], bool]) -> bool:
@@ -129,7 +115,7 @@ def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str
 
     Other processes may add lines meanwhile, as with `cut_lines`. Raises OSError, and DiskFailure.
     """
-    with only_writer(path):
+    with _only_writer(path):
         try:
             lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
         except FileNotFoundError:
@@ -143,20 +129,18 @@ def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str
     return False
 
 
-def _cut(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
+@contextmanager
+def _only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from writing to a file of lines meanwhile; wait for one that does. Raises OSError."""
+    lock = ProcessLock.beside(Path(path))
     try:
-        lines = retrying(Path(path).read_bytes, path).splitlines(keepends=True)
-    except FileNotFoundError:
-        return 0
-    kept = []
-    for line in lines:
-        record = _parse(line) if line.endswith(b"\n") else None
-        if record is not None and keep(record):
-            kept.append(line)
-    if len(kept) < len(lines):
-        with atomic_write(path) as file:
-            file.write(b"".join(kept))
-    return len(lines) - len(kept)
+        lock.acquire(patience=_PATIENCE_SECONDS)
+    except LockHeld as holder:
+        raise OSError(errno.EBUSY, f"it is being written by {holder}", str(path)) from holder
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _strict(value: Any) -> Any:

@@ -13,11 +13,13 @@ The system's own locks (flock) would not do: on network file systems they may be
 machine.
 """
 
+import math
 import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -49,6 +51,11 @@ class ProcessLock:
                                     thread_local=False)
         self._token: str | None = None  # of the lock that was acquired last
 
+    @classmethod
+    def beside(cls, path: Path) -> Self:
+        """Return the lock of a file or folder, in the folder where that lies."""
+        return cls(path.with_name(f".{path.name}.lock"))
+
     def __enter__(self) -> Self:
         self.acquire()
         return self
@@ -76,6 +83,24 @@ class ProcessLock:
             raise
         self._token = self._lease.token
         return f"took over from {holder}, which is gone" if holder else None
+
+    @contextmanager
+    def awaited(self, waiting: str) -> Iterator[None]:
+        """Hold the lock while a block runs; wait for another process that holds it, however long that takes.
+
+        waiting:  is printed on standard error before, with its {holder}
+
+        Raises OSError when the file cannot be written.
+        """
+        try:
+            self.acquire()
+        except LockHeld as holder:
+            print(waiting.replace("{holder}", str(holder)), file=sys.stderr)
+            self.acquire(patience=math.inf)
+        try:
+            yield
+        finally:
+            self.release()
 
     def require_held(self) -> None:
         """Raise LockLost when another process took the lock over, as it may after this one was suspended for long."""

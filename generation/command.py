@@ -15,7 +15,7 @@ from typing import Any, get_args
 import click
 from torch import Tensor
 
-from dnnlib.cli import UserError, UserPath
+from dnnlib.cli import Flag, GroupedCommand, UserError, UserPath, check_outdir
 from dnnlib.progress import Progress
 from generation.image_generator import (
     CLASS_CENTER,
@@ -41,13 +41,11 @@ from generation.pictures import (
     save_picture,
     write_style_mix,
 )
-from torch_utils.device import check_counts, count_processes, memory_advice, settle_device
+from torch_utils.device import TUNE_MALLOC_HELP, check_counts, count_processes, memory_advice, settle_device
 from torch_utils.distributed import Place, join
-from training.command import check_outdir
+from torch_utils.launch import launch
 from training.config import NOISE_MODES
-from training.launch import launch
 from training.network_file import OTHER_NAMES
-from training.options import TUNE_MALLOC_HELP, Flag, GroupedCommand
 
 _LARGEST_TRUNC = 1000  # far beyond where images are any; much larger ones pass what float32 holds
 

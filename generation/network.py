@@ -72,7 +72,7 @@ def choose_network(text: str) -> str:
     """Return the path of the file that --network stands for, see `find_network`; print it where it is another text."""
     path = find_network(text, "--network")
     place = Place.from_environment()
-    # Of processes that training.launch started, that launcher's own has printed it.
+    # Of processes that torch_utils.launch started, that launcher's own has printed it.
     if path != text and place.rank == 0 and place.launcher is None:
         print(f"--network: {path}", file=sys.stderr)
     return path

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.cli import UserError, UserPath
+from dnnlib.cli import GroupedCommand, UserError, UserPath, check_outdir
 from dnnlib.files import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
 from generation.command import flag, flag_name, flags_of
@@ -61,13 +61,11 @@ from latent.targets import (
 )
 from metrics.detectors.registry import SIMILARITY_NAMES
 from metrics.detectors.similarity import Similarity
-from torch_utils.device import check_counts, count_processes, memory_advice, settle_device
+from torch_utils.device import TUNE_MALLOC_HELP, check_counts, count_processes, memory_advice, settle_device
 from torch_utils.distributed import Place, Processes, join
+from torch_utils.launch import launch
 from torch_utils.piecework import OPERATORS, Pieces, complete
-from training.command import check_outdir
-from training.launch import launch
 from training.network_file import OTHER_NAMES
-from training.options import TUNE_MALLOC_HELP, GroupedCommand
 
 # The groups of the help.
 WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")

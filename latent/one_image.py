@@ -33,7 +33,7 @@ from latent.projection import (
     read_operators,
 )
 from torch_utils.images import to_unit_range
-from torch_utils.ops.dispatch import auto_means_as_before
+from torch_utils.ops.compiled import auto_means_as_before
 
 # PyAV takes a while to import, which programs that write no video do not spend: functions import it.
 if TYPE_CHECKING:

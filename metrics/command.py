@@ -19,12 +19,11 @@ from metrics.evaluation import Evaluator
 from metrics.features import OtherProcessFailed
 from metrics.image_sources import SetImages
 from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES, USUAL_DETECTORS, needed_detectors
-from torch_utils.device import check_counts, settle_device
+from torch_utils.device import TUNE_MALLOC_HELP, check_counts, settle_device
 from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
+from torch_utils.launch import launch
 from torch_utils.plots import save_curves
-from training.launch import launch
 from training.network_file import OTHER_NAMES, find_path, run_snapshots
-from training.options import TUNE_MALLOC_HELP
 from training.run_folder import RunFolder
 from training.run_record import read_record
 

@@ -1,4 +1,7 @@
-"""Choose the device of a run and the number format of its networks."""
+"""Fit work into the machine: its device, number format, processes and memory.
+
+What --device, --precision, --gpus and --tune-malloc choose, and what errors mean for memory and for the device.
+"""
 
 import ctypes
 import errno
@@ -8,29 +11,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.typed_config import ConfigError
 from torch_utils.distributed import Place
-from training.config import ConfigError
 
 PRECISION_NAMES = ("auto", "fp32", "fp16", "bf16")
+TUNE_MALLOC_HELP = (
+    "On a CPU with Linux and glibc, keep freed memory for reuse: faster, and the program's memory never shrinks. Left "
+    "alone where the environment has settings of its own: MALLOC_*, GLIBC_TUNABLES, another allocator in LD_PRELOAD.")
 # What the names of a CPU's instructions for a format have in common, as torch.cpu.get_capabilities gives them:
 # avx512_bf16 and amx_bf16, avx512_fp16 and amx_fp16. f16c converts only.
 _CPU_INSTRUCTIONS = {"fp16": ("fp16", "AVX512-FP16 nor AMX-FP16"), "bf16": ("bf16", "AVX512-BF16 nor AMX-BF16")}
 
+# How PyTorch and what it calls say that memory ran out, where they have no type of error for it.
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+          "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+          "Cannot allocate memory")
+# What CUDA calls failures after which a process can compute nothing more on the GPU.
+_SIGNS_OF_LOSS = ("an illegal memory access was encountered", "device-side assert triggered",
+                  "unspecified launch failure", "misaligned address", "an illegal instruction was encountered",
+                  "uncorrectable ECC error", "the launch timed out and was terminated")
+SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # of a DataLoader's worker
 
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen, and why."""
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = -1
+
+
+class DeviceChoice(NamedTuple):
+    """A device, and why it was chosen."""
 
     name: str
     reason: str
-    warning: str | None = None  # one line for the user
 
 
-def choose_device(name: str, processes: int = 1) -> Choice:
+class PrecisionChoice(NamedTuple):
+    """A number format, and why it was chosen."""
+
+    name: str
+    reason: str
+    warning: str | None  # one line for the user
+
+
+# Device and number format
+
+
+def choose_device(name: str, processes: int = 1) -> DeviceChoice:
     """Return "cpu", "cuda" or "cuda:N" for --device.
 
     processes:  of the run on this machine; with several, each takes the GPU of its number
@@ -47,7 +77,7 @@ def choose_device(name: str, processes: int = 1) -> Choice:
         raise ConfigError(f"--device is {name}; expected auto, cpu, cuda, or one GPU as cuda:1")
     if kind == "cuda":
         _check_cuda(name, index, processes, available)
-    return Choice(name, reason)
+    return DeviceChoice(name, reason)
 
 
 def _check_cuda(name: str, index: str, processes: int, available: bool) -> None:
@@ -62,148 +92,6 @@ def _check_cuda(name: str, index: str, processes: int, available: bool) -> None:
         raise ConfigError(f"--device is {name}; expected at most cuda:{count - 1}: this machine has {count}")
     if processes > count:
         raise ConfigError(f"--gpus is {processes}; expected at most {count}, the GPUs of this machine")
-
-
-def choose_precision(asked: str, device: str, recorded: str | None = None) -> Choice:
-    """Return "fp32", "fp16" or "bf16" for --precision.
-
-    device:    "cpu", "cuda" or "cuda:N"
-    recorded:  what a run that goes on has; "auto" takes it
-
-    "auto" is fp16 on a GPU, as in the original, and fp32 on a CPU: nothing is measured, so that the same command means
-    the same run on each machine. What was asked for is taken, with a warning where a CPU has no instructions for it.
-    """
-    if asked != "auto":
-        name, reason = asked, f"--precision={asked}"
-    else:
-        name, reason = ("fp32", "the standard on a CPU") if device == "cpu" else (
-            "fp16", "the highest resolutions in fp16 are the standard on a GPU")
-        if recorded not in (None, name):
-            name, reason = recorded, "chosen when the run began"
-    return Choice(name, reason, _slow_format(name) if device == "cpu" else None)
-
-
-def _slow_format(name: str) -> str | None:
-    """Return a line about a format that this CPU has no instructions for, None where it has."""
-    if name == "fp32":
-        return None
-    part, instructions = _CPU_INSTRUCTIONS[name]
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # early releases of torch 2 cannot tell
-    if capabilities is None or any(value is True and part in key for key, value in capabilities().items()):
-        return None
-    return (f"warning: {name} may be many times slower than fp32 on this CPU, which has neither {instructions}; "
-            "a new run is faster with --precision=fp32")
-
-
-# MERGED from torch_utils.memory_errors
-# Tell what an error means for the device.
-
-
-# How PyTorch and what it calls say that memory ran out, where they have no type of error for it.
-_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
-          "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-          "Cannot allocate memory")
-# What CUDA calls failures after which a process can compute nothing more on the GPU.
-_SIGNS_OF_LOSS = ("an illegal memory access was encountered", "device-side assert triggered",
-                  "unspecified launch failure", "misaligned address", "an illegal instruction was encountered",
-                  "uncorrectable ECC error", "the launch timed out and was terminated")
-SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # of a DataLoader's worker
-
-
-class OutOfMemory(UserError):
-    """Memory does not suffice; the message says how the run goes on."""
-
-    exit_code = 4  # neither a mistake in the command nor a reason to start it again as it is
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on a GPU or the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in (*_SIGNS, *SIGNS_OF_READERS))
-
-
-def lost_device(error: BaseException, device: torch.device) -> bool:
-    """Tell whether every later call on the device fails after an error, as after an illegal access in a kernel."""
-    # Errors of other kinds may tell of another process's GPU.
-    if type(error) in (RuntimeError, torch.AcceleratorError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
-        return True
-    if device.type != "cuda":
-        return False
-    try:  # Libraries have other words for it, or none.
-        torch.cuda.synchronize(device)
-        torch.zeros(1, device=device).item()
-    except RuntimeError as found:
-        return not ran_out_of_memory(found)
-    return False
-
-
-# MERGED from torch_utils.allocator
-# Let the C library keep memory that was freed, so that a large tensor does not begin with a page fault every 4 KiB.
-#
-# By default glibc maps large blocks one by one and unmaps them when they are freed, and gives the free end of its heap
-# back to the system. In training the same amount is needed again at once.
-
-
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What was done about the allocator."""
-
-    is_done: bool
-    reason: str  # how it was done, or why not
-    is_foreign: bool = False  # left alone because of settings outside this program
-
-    @property
-    def note(self) -> str:
-        """Return a line for a log."""
-        what = "freed memory is kept for reuse" if self.is_done else "the allocator is left as it is"
-        return f"memory: {what} ({self.reason})"
-
-
-def tune_malloc(wanted: bool) -> Tuning:
-    """Let glibc's malloc keep what is freed, in this process and those that fork from it; to call before large tensors.
-
-    What is computed does not change. The process does not shrink again: what it holds stays at the most that it needed.
-    """
-    if not wanted:
-        return Tuning(is_done=False, reason="--tune-malloc=false")
-    found = _foreign_settings()
-    if found is not None:
-        return Tuning(is_done=False, reason=found, is_foreign=True)
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "gnu_get_libc_version"):
-        return Tuning(is_done=False, reason="only that of Linux with glibc is tuned")
-    if not (library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
-        return Tuning(is_done=False, reason="mallopt refused", is_foreign=True)
-    return Tuning(is_done=True, reason="mallopt; --tune-malloc=false leaves it")
-
-
-def _foreign_settings() -> str | None:
-    """Return which setting of the environment says something about memory, None where none does."""
-    for name in sorted(os.environ):
-        if name.startswith("MALLOC_") and os.environ[name]:
-            return f"{name} is set"
-    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
-        return "GLIBC_TUNABLES sets glibc.malloc"
-    # Blocks that torch aligns to huge pages leave gaps in a heap: with both, clones of 64 MiB took twice the memory of
-    # either, and longer.
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
-        return "THP_MEM_ALLOC_ENABLE is set"
-    for path in os.environ.get("LD_PRELOAD", "").replace(":", " ").split():
-        if "malloc" in Path(path).name:  # jemalloc, tcmalloc, mimalloc
-            return f"LD_PRELOAD names {Path(path).name}"
-    return None
-
-
-# MERGED from latent.sharing
-# Fit work into the machine: its device, how many processes share it, what to try when memory is too small.
 
 
 def check_counts(**counts: int | None) -> None:
@@ -244,6 +132,94 @@ def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool
     return device
 
 
+def choose_precision(asked: str, device: str, recorded: str | None = None) -> PrecisionChoice:
+    """Return "fp32", "fp16" or "bf16" for --precision.
+
+    device:    "cpu", "cuda" or "cuda:N"
+    recorded:  what a run that goes on has; "auto" takes it
+
+    "auto" is fp16 on a GPU, as in the original, and fp32 on a CPU: nothing is measured, so that the same command means
+    the same run on each machine. What was asked for is taken, with a warning where a CPU has no instructions for it.
+    """
+    if asked != "auto":
+        name, reason = asked, f"--precision={asked}"
+    else:
+        name, reason = ("fp32", "the standard on a CPU") if device == "cpu" else (
+            "fp16", "the highest resolutions in fp16 are the standard on a GPU")
+        if recorded not in (None, name):
+            name, reason = recorded, "chosen when the run began"
+    return PrecisionChoice(name, reason, _slow_format(name) if device == "cpu" else None)
+
+
+def _slow_format(name: str) -> str | None:
+    """Return a line about a format that this CPU has no instructions for, None where it has."""
+    if name == "fp32":
+        return None
+    part, instructions = _CPU_INSTRUCTIONS[name]
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # early releases of torch 2 cannot tell
+    if capabilities is None or any(value is True and part in key for key, value in capabilities().items()):
+        return None
+    return (f"warning: {name} may be many times slower than fp32 on this CPU, which has neither {instructions}; "
+            "a new run is faster with --precision=fp32")
+
+
+# Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was done about the allocator."""
+
+    is_done: bool
+    reason: str  # how it was done, or why not
+    is_foreign: bool = False  # left alone because of settings outside this program
+
+    @property
+    def note(self) -> str:
+        """Return a line for a log."""
+        what = "freed memory is kept for reuse" if self.is_done else "the allocator is left as it is"
+        return f"memory: {what} ({self.reason})"
+
+
+def tune_malloc(wanted: bool) -> Tuning:
+    """Let glibc's malloc keep what is freed, in this process and those that fork from it; to call before large tensors.
+
+    By default it maps large blocks one by one and unmaps them when they are freed, and gives the free end of its heap
+    back to the system. In training the same amount is needed again at once, and a large tensor would begin with a page
+    fault every 4 KiB.
+
+    What is computed does not change. The process does not shrink again: what it holds stays at the most that it needed.
+    """
+    if not wanted:
+        return Tuning(is_done=False, reason="--tune-malloc=false")
+    found = _foreign_settings()
+    if found is not None:
+        return Tuning(is_done=False, reason=found, is_foreign=True)
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "gnu_get_libc_version"):
+        return Tuning(is_done=False, reason="only that of Linux with glibc is tuned")
+    if not (library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
+        return Tuning(is_done=False, reason="mallopt refused", is_foreign=True)
+    return Tuning(is_done=True, reason="mallopt; --tune-malloc=false leaves it")
+
+
+def _foreign_settings() -> str | None:
+    """Return which setting of the environment says something about memory, None where none does."""
+    for name in sorted(os.environ):
+        if name.startswith("MALLOC_") and os.environ[name]:
+            return f"{name} is set"
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return "GLIBC_TUNABLES sets glibc.malloc"
+    # Blocks that torch aligns to huge pages leave gaps in a heap: with both, clones of 64 MiB took twice the memory of
+    # either, and longer.
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        return "THP_MEM_ALLOC_ENABLE is set"
+    for path in os.environ.get("LD_PRELOAD", "").replace(":", " ").split():
+        if "malloc" in Path(path).name:  # jemalloc, tcmalloc, mimalloc
+            return f"LD_PRELOAD names {Path(path).name}"
+    return None
+
+
 @contextmanager
 def memory_advice(batch: int) -> Iterator[None]:
     """Say what to try when images do not fit into memory, as OutOfMemory. batch: images of a pass"""
@@ -254,3 +230,33 @@ def memory_advice(batch: int) -> Iterator[None]:
             raise
         advice = f"try --batch={batch // 2}" if batch > 1 else "use --device=cpu, or a GPU with more memory"
         raise OutOfMemory(f"out of memory with --batch={batch}; {advice}") from error
+
+
+class OutOfMemory(UserError):
+    """Memory does not suffice; the message says how the run goes on."""
+
+    exit_code = 4  # neither a mistake in the command nor a reason to start it again as it is
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out, on a GPU or the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in (*_SIGNS, *SIGNS_OF_READERS))
+
+
+def lost_device(error: BaseException, device: torch.device) -> bool:
+    """Tell whether every later call on the device fails after an error, as after an illegal access in a kernel."""
+    # Errors of other kinds may tell of another process's GPU.
+    if type(error) in (RuntimeError, torch.AcceleratorError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+        return True
+    if device.type != "cuda":
+        return False
+    try:  # Libraries have other words for it, or none.
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError as found:
+        return not ran_out_of_memory(found)
+    return False

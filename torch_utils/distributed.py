@@ -1,6 +1,6 @@
 """Join the processes of a run: the one module that knows ranks.
 
-A process learns its place from the environment that torchrun, or training.launch, gives it: every program asks
+A process learns its place from the environment that torchrun, or torch_utils.launch, gives it: every program asks
 `Place.from_environment` who started it. Without one it is alone, and everything here does nothing. NCCL carries what
 lies on GPUs, gloo what lies on the CPU.
 """
@@ -20,16 +20,14 @@ from torch import Tensor
 
 from dnnlib.cli import UserError
 from dnnlib.files import DiskFailure
-from torch_utils import parent_death, process_watch
-from torch_utils.process_watch import ProcessWatch
+from torch_utils import launch
+from torch_utils.launch import LOST_EXIT_CODE, ProcessWatch, find_launcher, follow_launcher
 
 # How long a process that started may wait for one that did not (yet).
 JOIN_TIMEOUT = timedelta(minutes=5)
 # How long a process may wait for one that lives but does something else, such as write a state to a slow disk. Dead
-# ones are noticed within a minute by torch_utils.process_watch.
+# ones are noticed within a minute by torch_utils.launch.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# A process that ends because another one did, when training.launch started it: that program tells the user why.
-LOST_EXIT_CODE = 76
 
 # Large enough that the time goes into the transfer, small enough not to double the memory of the gradients.
 _BUCKET_BYTES = 32 << 20
@@ -44,7 +42,7 @@ class ProcessLost(SystemExit):
     """
 
     def __init__(self, reason: str):
-        super().__init__(LOST_EXIT_CODE if parent_death.launcher() is not None else f"error: {reason}")
+        super().__init__(LOST_EXIT_CODE if find_launcher() is not None else f"error: {reason}")
         self.reason = reason
 
 
@@ -60,11 +58,11 @@ class Place:
     port: int = 0
     attempt: int = 0  # torchrun --max-restarts starts the processes anew, with the same store
     is_started: bool = False  # as a part of a group, be it of one: this process does not start others
-    launcher: int | None = None  # process id of training.launch, where that started it
+    launcher: int | None = None  # process id of torch_utils.launch, where that started it
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """Read who started this process, and how many there are, from what torchrun and training.launch set.
+        """Read who started this process, and how many there are, from what torchrun and torch_utils.launch set.
 
         RANK and WORLD_SIZE alone make a process part of a group. A batch system's own variables (SLURM_*), or
         LOCAL_RANK by itself, do not: a process that was started with these is alone, and --gpus starts the others.
@@ -83,7 +81,7 @@ class Place:
         local_rank = _number("LOCAL_RANK", found["rank"])
         place = cls(**found, local_rank=local_rank, local_count=_number("LOCAL_WORLD_SIZE", found["count"]),
                     address=os.environ.get("MASTER_ADDR", ""), attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
-                    is_started=True, launcher=parent_death.launcher())
+                    is_started=True, launcher=find_launcher())
         if place.rank >= place.count:
             raise UserError(f"RANK is {place.rank}; expected less than WORLD_SIZE, {place.count}")
         return place
@@ -105,8 +103,13 @@ class Place:
 
     @property
     def holds_store(self) -> bool:
-        """Tell whether this process keeps the store in which all meet; torchrun and training.launch may do it."""
+        """Tell whether this process keeps the store in which all meet; torchrun and torch_utils.launch may do it."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def is_first_process() -> bool:
+    """Tell whether this process prints for all of its run, also before they meet; unlike `Place`, never raises."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +120,25 @@ class Processes:
     count: int
     device: torch.device  # this process's
 
+    @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """See `sum_over_processes`."""
-        sum_over_processes(tensors)
+        """Replace tensors by their sums over all processes, in place. Raises ProcessLost.
+
+        tensors:  of any shapes, number types and devices, the same ones in the same order on every process
+
+        All processes get the same bits, and get them again when the sum is repeated: tensors of one type and device go
+        in flat buckets, whose limits follow from the shapes alone.
+        LIMIT: does not overlap with the backward pass. Two processes on a CPU sum 25 million float32 in 0.1 s, where
+        one pass through networks of that size takes seconds; between GPUs nobody has measured it yet.
+        """
+        if world_size() == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with _others_needed():
+                dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
     def share(self, total: int) -> range:
         """Return which of `total` things are this process's: images of a batch, or micro-batches."""
@@ -148,7 +167,7 @@ def join(device: torch.device | str) -> Iterator[Processes]:
         return
     # Processes of one machine share the cores that one would use.
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_count))
-    parent_death.follow_launcher()
+    follow_launcher()
     watch = _meet(place, device)
     try:
         yield Processes(rank=place.rank, count=place.count, device=device)
@@ -161,10 +180,12 @@ def join(device: torch.device | str) -> Iterator[Processes]:
 
 
 def rank() -> int:
+    """Return the number of this process among those that met in `join`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return how many processes met in `join`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -176,16 +197,6 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait until all processes are here. Raises ProcessLost."""
     any_process(False)
-
-
-@contextmanager
-def rank0_first() -> Iterator[None]:
-    """Let the main process run the block before the others do: it downloads or builds what they then find."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
 
 
 def any_process(flag: bool) -> bool:
@@ -244,27 +255,6 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]) if is_main() else None
 
 
-@torch.no_grad()
-def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over all processes, in place. Raises ProcessLost.
-
-    tensors:  of any shapes, number types and devices, the same ones in the same order on every process
-
-    All processes get the same bits, and get them again when the sum is repeated: tensors of one type and device go in
-    flat buckets, whose limits follow from the shapes alone.
-    LIMIT: does not overlap with the backward pass. Two processes on a CPU sum 25 million float32 in 0.1 s, where one
-    pass through networks of that size takes seconds; between GPUs nobody has measured it yet.
-    """
-    if world_size() == 1:
-        return
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        with _others_needed():
-            dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
-
 def describe_error(error: BaseException) -> str:
     """Return an error as the last line of a traceback would; a user's mistake or a failing disk without its type."""
     text = " ".join(str(error).split())
@@ -298,7 +288,7 @@ def _meet(place: Place, device: torch.device) -> ProcessWatch:
 
     try:
         store = _connect(place, JOIN_TIMEOUT, holds_store=place.holds_store)
-        watch_store = _connect(place, timedelta(seconds=process_watch.GRACE_SECONDS), holds_store=False)
+        watch_store = _connect(place, timedelta(seconds=launch.WATCH_GRACE_SECONDS), holds_store=False)
         watch = ProcessWatch(watch_store, rank=place.rank, count=place.count, end=_end_now)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=place.rank, world_size=place.count, timeout=COLLECTIVE_TIMEOUT)
@@ -329,7 +319,7 @@ def _fail(error: BaseException, place: Place, watch: ProcessWatch, device: torch
     if not isinstance(error, ProcessLost):
         earlier = watch.post_failure(describe_error(error))
         if earlier is None and place.holds_store:  # the others have to read it before the store goes
-            time.sleep(1.5 * process_watch.HEARTBEAT_SECONDS)
+            time.sleep(1.5 * launch.HEARTBEAT_SECONDS)
     if device.type == "cpu":  # NCCL would wait for operations that never end; there the process's end is enough
         dist.destroy_process_group()
     if earlier is not None:

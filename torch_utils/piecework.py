@@ -28,7 +28,7 @@ from dnnlib.files import TEMPORARY, DiskFailure, atomic_write, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
 from torch_utils.device import OutOfMemory, ran_out_of_memory
 from torch_utils.distributed import Processes, broadcast_object
-from torch_utils.ops.dispatch import auto_means_as_before
+from torch_utils.ops.compiled import auto_means_as_before
 
 SETTINGS, LOCK = "settings.json", "lock"
 OPERATORS = "operators"  # in settings.json, and in the source of a finished set
@@ -47,7 +47,7 @@ def complete(pieces: "Pieces", sizes: Sequence[int], processes: Processes, *, ma
     make:      saves pieces, given by their numbers: those that are this process's
     assemble:  is called by the main process when all pieces are there, which are removed after it
 
-    Processes wait for each other as long as it takes; those that die are noticed (see torch_utils.process_watch).
+    Processes wait for each other as long as it takes; those that die are noticed (see torch_utils.launch).
     Raises UserError when another program works on it, or pieces of other work lie there.
     """
     is_main = processes.rank == 0
@@ -135,7 +135,7 @@ class Pieces:
     dest:      what is being made
     settings:  JSON; pieces of other settings are refused
 
-    operators: the implementation that the pieces are computed with (torch_utils.ops.dispatch); None where there is
+    operators: the implementation that the pieces are computed with (torch_utils.ops.compiled); None where there is
                nothing that was, or it was computed by a version that did not say. Known in `held`.
     """
 

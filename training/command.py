@@ -1,29 +1,27 @@
 """Find out before a run starts whether its folder, images and starting network can be used; nothing is written."""
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import click
 import PIL.Image
 
-from dnnlib.cli import UserError
+from dnnlib.cli import GroupedCommand, UserError, check_outdir
 from dnnlib.files import retrying
 from dnnlib.workers import usable_cores
 from imagesets.classes import LABELS
 from imagesets.pixel_hashes import describe_shape, equal_images
-from torch_utils.device import Choice, choose_device, choose_precision, tune_malloc
+from torch_utils.device import DeviceChoice, choose_device, choose_precision, tune_malloc
 from torch_utils.distributed import Place
 from training.config import BestValue, RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.dry_run import describe_run, meta_state
 from training.network_file import find_network, network_files
-from training.options import FLAGS, GroupedCommand, TrainOptions, resolve
+from training.options import FLAGS, TrainOptions, resolve
 from training.presets import TRANSFER_NAMES
 from training.run_folder import began_from
 from training.sampling import image_weights
@@ -31,17 +29,6 @@ from training.transfer import Transferred, transfer_for
 
 _CHANNELS = {"L": 1, "RGB": 3}
 _PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog": "dogs of LSUN"}
-
-
-def check_outdir(outdir: str) -> None:
-    """Raise UserError unless folders can be made in `outdir`, which need not exist yet."""
-    place = Path(outdir).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--outdir is {outdir}, but {place} is no folder; expected a folder, new or not")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--outdir is {outdir}, but {place} cannot be written to; expected a folder that can")
 
 
 def check_images(dataset: ImageDataset) -> None:
@@ -206,7 +193,7 @@ class Plan:
     config: TrainConfig
     settings: RunSettings
     dataset: ImageDataset
-    device: Choice
+    device: DeviceChoice
     warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
     alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
     transferred: Transferred | None = None  # what --resume gives; None without it

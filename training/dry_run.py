@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from torch_utils.device import Choice, choose_precision
+from torch_utils.device import DeviceChoice, choose_precision
 from torch_utils.ops.compiled import estimating
 from training.augment import AugmentPipe
 from training.config import RunSettings, TrainConfig
@@ -182,7 +182,7 @@ def augment_bytes(config: TrainConfig) -> int:
 # What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types.
 
 
-def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: Choice,
+def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: DeviceChoice,
                  transferred: Transferred | None = None) -> dict[str, Any]:
     """Return the settings under the names of `presets.describe`, and beside them what is known before the start.
 

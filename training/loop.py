@@ -15,7 +15,7 @@ from dnnlib.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from torch_utils.device import SIGNS_OF_READERS, OutOfMemory, ran_out_of_memory
 from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
-from torch_utils.ops.dispatch import auto_implementation
+from torch_utils.ops.compiled import auto_implementation
 from torch_utils.stats import Collector
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, choose_subset, content_of

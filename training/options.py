@@ -3,16 +3,15 @@
 Contradictions between flags are found here; whether a flag suits the data set or the preset is found in `presets`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from dnnlib.cli import UserPath, join_values
+from dnnlib.cli import Flag, UserPath, join_values
 from dnnlib.typed_config import Config
 from imagesets.resize import RESOLUTIONS, is_resolution
-from torch_utils.device import PRECISION_NAMES
+from torch_utils.device import PRECISION_NAMES, TUNE_MALLOC_HELP
 from training.config import (
     RESUME_CLASSES,
     AdaConfig,
@@ -415,19 +414,6 @@ RUN, DATA, MODEL, AUGMENT, START, SPEED = (
     "Speed and devices")
 
 
-TUNE_MALLOC_HELP = (
-    "On a CPU with Linux and glibc, keep freed memory for reuse: faster, and the program's memory never shrinks. Left "
-    "alone where the environment has settings of its own: MALLOC_*, GLIBC_TUNABLES, another allocator in LD_PRELOAD.")
-
-
-class Flag(click.Option):
-    """An option that knows the group it is shown in."""
-
-    def __init__(self, declarations: Iterable[str], *, group: str, **attributes):
-        super().__init__(list(declarations), **attributes)
-        self.group = group
-
-
 def _flag(names: str, kind: object, group: str, text: str, standard: str | None = None, metavar: str | None = None,
           **attributes) -> Flag:
     """Declare an option; `standard` says what holds where it is not given, in words since much comes from --cfg."""
@@ -526,17 +512,3 @@ FLAGS = [
     _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "3", "INT"),
     _flag("--tune-malloc", bool, SPEED, TUNE_MALLOC_HELP, "true", "BOOL", default=True),
 ]
-
-
-class GroupedCommand(click.Command):
-    """A command whose help shows its options in groups."""
-
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for option in self.get_params(context):
-            record = option.get_help_record(context)
-            if record is not None:
-                groups.setdefault(getattr(option, "group", "Other"), []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)

@@ -23,8 +23,8 @@ from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import choose_precision
 from torch_utils.distributed import Processes
 from torch_utils.images import save_grid, to_pixels
+from torch_utils.ops.compiled import auto_implementation
 from torch_utils.ops.compiled import describe as describe_operators
-from torch_utils.ops.dispatch import auto_implementation
 from torch_utils.seeding import generator_for, seed_for
 from training.config import ConfigError, RunSettings, TrainConfig
 from training.dataset import ImageDataset

@@ -1,4 +1,4 @@
-"""dnnlib.cli and dnnlib.progress: how every program ends, and what it shows while it runs."""
+"""dnnlib.cli and dnnlib.progress: how every program ends or stops, and what it shows while it runs."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from dnnlib.cli import UserError, run
+from dnnlib.cli import SIGNALS, StopRequest, UserError, run
 from dnnlib.progress import Progress, format_seconds
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,3 +146,38 @@ def test_progress_of_short_work_shows_nothing():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (11100, "3:05:00")])
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+# Stopping between two iterations
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_stop_request_remembers_a_signal_and_puts_handlers_back(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with StopRequest() as stop:
+        assert not stop.wanted()
+        os.kill(os.getpid(), number)
+        assert stop.wanted()
+        assert stop.reason == f"{number.name} arrived"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_stop_request_second_interrupt_stops_at_once():
+    def interrupt_twice():
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+
+
+def test_stop_request_time_is_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dnnlib.cli.time.monotonic", lambda: now[0])
+    with StopRequest(max_hours=0.5) as stop:
+        now[0] = 100 + 1799
+        assert not stop.wanted()
+        now[0] = 100 + 1800
+        assert stop.wanted()
+        assert stop.reason == "--max-hours=0.5 are over"

@@ -19,7 +19,7 @@ from tests.helpers.make_sets import make_set
 from torch_utils.device import OutOfMemory
 from torch_utils.distributed import Processes
 from torch_utils.ops import compiled
-from torch_utils.ops.dispatch import auto_implementation, auto_means
+from torch_utils.ops.compiled import auto_implementation, auto_means
 from torch_utils.piecework import Pieces
 
 INFO = {"classes": ["nv", "mel"], "kimg": 4.5, "phantom": True}

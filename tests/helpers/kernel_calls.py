@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.helpers.kernel_programs import Manner, Order
 from tests.helpers.op_cases import BIAS_ACT_CASES, UPFIRDN2D_CASES, Case, unit_roundoff
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from torch_utils.ops.upfirdn2d_ref import upfirdn2d_ref
 
 _GAIN = 1.5

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, upfirdn2d, upsample2d
 from training.layers import modulated_conv2d
@@ -264,3 +264,32 @@ def filtering_bound(case: Case, dtype: torch.dtype) -> Tensor:
 def _absolute(case: Case) -> dict:
     taps = case.filter()
     return {**case.arguments, "f": None if taps is None else taps.abs(), "gain": abs(case.arguments.get("gain", 1))}
+
+
+# Fixed numbers, in every memory layout
+
+
+def randn(*shape, seed=5, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def every_second(x):
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every_second": every_second,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:1].expand_as(x),
+    "batch_last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),  # not aligned to vectors
+}
+
+
+def laid_out(x, layout):
+    """Return x in another layout; the values too are others where it is "expanded"."""
+    y = LAYOUTS[layout](x)
+    assert layout in ("contiguous", "channels_last", "offset") or len(x) == 1 or not y.is_contiguous()
+    return y

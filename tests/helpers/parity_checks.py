@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from imagesets.resize import PixelSpec, crop_and_resize, crop_box
 from tests.helpers.generator_files import rounded_share
 from torch_utils.ops import upfirdn2d as upfirdn2d_module
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from training import loss as losses
 from training.ada import next_p
 from training.augment import AugmentPipe

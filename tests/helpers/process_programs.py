@@ -12,7 +12,7 @@ import torch
 
 from dnnlib.cli import UserError
 from tests.helpers.small_networks import ada_config, small_config, small_inputs, small_state
-from torch_utils import distributed, process_watch
+from torch_utils import distributed, launch
 from torch_utils.distributed import Processes
 from training.augment import AugmentPipe
 from training.dataset import ImageDataset
@@ -106,13 +106,9 @@ def add_up(processes: Processes) -> dict:
 
 def talk(processes: Processes) -> dict:
     """Use everything that is not a sum."""
-    folder = Path(sys.argv[2])
-    with distributed.rank0_first():
-        earlier = sorted(path.name for path in folder.glob("was-here-*"))
-        (folder / f"was-here-{processes.rank}").touch()
     last = processes.rank == processes.count - 1
     return {"rank": distributed.rank(), "world_size": distributed.world_size(), "is_main": distributed.is_main(),
-            "earlier": earlier, "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(),
             "any": [distributed.any_process(flag) for flag in (last, not last, False, True)],
             "any_each": distributed.any_process_each([last, not last, False, True]),
             "object": distributed.broadcast_object({"from": processes.rank, "list": [1, "two"]})}
@@ -170,7 +166,7 @@ def main() -> int:
     torch.set_num_threads(2)
     programs = [globals()[name] for name in sys.argv[1].split("+")]
     if programs == [wait_elsewhere]:
-        process_watch.HEARTBEAT_SECONDS, process_watch.SILENT_SECONDS, process_watch.GRACE_SECONDS = 0.3, 2, 1
+        launch.HEARTBEAT_SECONDS, launch.SILENT_SECONDS, launch.WATCH_GRACE_SECONDS = 0.3, 2, 1
     try:
         with distributed.join("cpu") as processes:
             for program in programs:

@@ -23,7 +23,7 @@ from tests.helpers.projector_commands import (
     working_in,
 )
 from torch_utils.ops import compiled
-from torch_utils.ops.dispatch import auto_implementation, auto_means
+from torch_utils.ops.compiled import auto_implementation, auto_means
 from torch_utils.piecework import Pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests start

@@ -11,7 +11,7 @@ from metrics.features import FeatureCache, Features, choose_batch
 from tests.helpers import metric_programs
 from tests.helpers.make_sets import make_set
 from torch_utils.distributed import Processes
-from training.launch import launch
+from torch_utils.launch import launch
 
 KEY = {"content": "abc", "count": 3, "detector": "d"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from training import launch as launching
-from training.launch import launch
+from torch_utils import launch as launching
+from torch_utils.launch import launch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -136,7 +136,7 @@ def send_when_ready(folder, numbers, command):
         thread.join()
 
 
-PROGRAM = "import sys; from training.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+PROGRAM = "import sys; from torch_utils.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
 
 
 def running(tmp_path, *arguments):
@@ -184,7 +184,7 @@ if "RANK" in os.environ:
     open(rf"{tmp_path}/{{os.environ['RANK']}}", "w").write(repr((sys.argv[1:], sys.flags.utf8_mode)))
 else:
     sys.path.insert(0, {str(ROOT)!r})
-    from training.launch import launch
+    from torch_utils.launch import launch
     sys.exit(launch(2))
 """)
     subprocess.run([sys.executable, "-X", "utf8=1", str(program), "--gpus=2", "a b"], check=True, timeout=60)

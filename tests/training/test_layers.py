@@ -16,7 +16,7 @@ from tests.helpers.op_cases import (
     ids,
     unit_roundoff,
 )
-from torch_utils.ops.activations import ACTIVATIONS
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.layers import (

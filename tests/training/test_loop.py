@@ -19,7 +19,7 @@ from tests.helpers.parity_checks import compare_state, golden_inputs, golden_sta
 from tests.helpers.training_runs import flattened, state, statistics
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import Tuning
-from torch_utils.ops.dispatch import auto_means
+from torch_utils.ops.compiled import auto_means
 from training import loop, options
 from training.config import RunSettings
 from training.dataset import ImageDataset

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.op_cases import CPU_IMPLEMENTATIONS
-from torch_utils.ops.dispatch import auto_means
+from torch_utils.ops.compiled import auto_means
 from training.options import DatasetFacts, TrainOptions, resolve
 from training.phases import PhaseInputs, StepInputs, draw_phases
 from training.sampling import LabelLaw

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from torch_utils.ops.activations import Activation, activation_named
-from torch_utils.ops.compiled_bias_act import bias_act_compiled
-from torch_utils.ops.dispatch import resolve_impl
+from torch_utils.ops.bias_act_ref import activation_named, bias_act_ref
+from torch_utils.ops.compiled import bias_act_compiled, resolve_impl
 
 
 def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linear", alpha: float | None = None,
@@ -26,8 +25,9 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     activation = activation_named(act)
     if clamp is not None and clamp < 0:
         raise ValueError(f"bias_act: clamp is {clamp}; expected a limit >= 0, or None")
-    if b is not None:
-        _check_bias(b, x, dim)
+    if b is not None and (not -x.ndim <= dim < x.ndim or b.shape != (x.shape[dim],) or b.dtype != x.dtype):
+        raise ValueError(f"bias_act: bias is {b.dtype} {list(b.shape)} along dimension {dim} of x, {x.dtype} "
+                         f"{list(x.shape)}; expected one value of the same dtype per index of that dimension")
     alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
     impl = resolve_impl("bias_act", impl, x)
@@ -36,27 +36,4 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     # The compiled slope of lrelu is told by the sign of the result, which a negative alpha would hide.
     if impl in ("cpp", "cuda") and not (act == "lrelu" and alpha < 0):
         return bias_act_compiled(x, b, dim, act, alpha, gain, clamp)
-    return _composed(x, b, dim, activation, alpha, gain, clamp)  # "ref" too
-
-
-def _composed(x: Tensor, b: Tensor | None, dim: int, activation: Activation, alpha: float, gain: float,
-              clamp: float | None) -> Tensor:
-    if b is not None:
-        x = x + _along_dimension(b, dim, x.shape)
-    x = activation.apply(x, alpha)
-    if gain != 1:
-        x = x * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
-
-
-def _along_dimension(b: Tensor, dim: int, shape) -> Tensor:
-    """Spread a bias over a shape, along one of its dimensions."""
-    sizes = [1] * len(shape)
-    sizes[dim] = -1
-    return b.reshape(sizes).expand(shape)
-
-
-def _check_bias(b: Tensor, x: Tensor, dim: int) -> None:
-    if not -x.ndim <= dim < x.ndim or b.shape != (x.shape[dim],) or b.dtype != x.dtype:
-        raise ValueError(f"bias_act: bias is {b.dtype} {list(b.shape)} along dimension {dim} of x, {x.dtype} "
-                         f"{list(x.shape)}; expected one value of the same dtype per index of that dimension")
+    return bias_act_ref(x, b, dim, act, alpha, gain, clamp)  # "composed" too: nothing else is faster

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import secrets
@@ -15,22 +14,39 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 from dnnlib.cache import cache_folder
 from dnnlib.cli import expand_user, run
 from dnnlib.files import atomic_write
-from dnnlib.process_lock import LockHeld, ProcessLock
+from dnnlib.process_lock import ProcessLock
 from dnnlib.progress import Progress
-from torch_utils.ops.build_recipe import KINDS, SNAPSHOT, Recipe, Subject, TorchBuild, read_subject, write_recipe
-from torch_utils.ops.build_report import ptxas_lines, read_ptxas_report, summarize
-from torch_utils.ops.build_tools import BuildError, environment, find_ninja
+from dnnlib.workers import usable_cores
+from torch_utils.ops.compilers import (
+    DATA_CENTER_ARCHS,
+    KINDS,
+    SNAPSHOT,
+    BuildError,
+    Recipe,
+    Subject,
+    TorchBuild,
+    environment,
+    find_ninja,
+    read_subject,
+    write_recipe,
+)
 
 SOURCE = Path(__file__).parent / "csrc"
 _RECORD, _LOG, _REPORT = "build.json", "log.txt", "ptxas.txt"
 _STATUS = re.compile(r"\[(\d+)/\d+\] ")  # as NINJA_STATUS below
 _FAULT = re.compile(r"(error|fatal) *:|undefined reference|cannot find -l")
+# What ptxas prints of kernels
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_PROPERTIES = re.compile(r"Function properties for (\S+)")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
 _FULL_DISK = os.strerror(errno.ENOSPC)
 _USUAL_TIME = {"cpu": "half a minute", "cuda": "a minute or two"}  # on two idle cores
 
@@ -54,7 +70,7 @@ def library(kind: str, *, source: Path = SOURCE, archs: str | None = None, force
 
     kind:   "cpu" or "cuda"
     source: folder of the sources
-    archs:  GPU architectures as "8.0;9.0+PTX"; None for TORCH_CUDA_ARCH_LIST, else the GPUs at hand, else data centres'
+    archs:  GPU architectures as "8.0;9.0+PTX"; None for TORCH_CUDA_ARCH_LIST, else the GPUs at hand, else data centers'
     force:  build it although it is there
 
     PyTorch has to be imported before the library is loaded. Raises BuildError.
@@ -112,7 +128,8 @@ def _any_build(subject: Subject, cache: Path) -> Path | None:
 def _build_alone(recipe: Recipe, path: Path, force: bool) -> bool:
     """Build unless another process does or did; tell whether this one built."""
     folder = path.parent
-    with _explained_disk(folder.parent), _locked(folder):
+    waiting = "waiting for operators that {holder} builds"
+    with _explained_disk(folder.parent), ProcessLock.beside(folder).awaited(waiting):
         if path.is_file() and not force:
             return False
         # What a killed build left. Compilers of that build may still run: they write into a folder that is gone.
@@ -149,7 +166,7 @@ def _build(recipe: Recipe, temporary: Path, folder: Path) -> None:
     if recipe.toolkit is not None:
         (temporary / _REPORT).write_text(ptxas_lines(log), encoding="utf-8")
     with atomic_write(temporary / _RECORD, text=True) as file:
-        json.dump(_record(recipe, time.monotonic() - started, used, _step_seconds(temporary)), file, indent=1)
+        json.dump(_record(recipe, temporary, time.monotonic() - started, used), file, indent=1)
     with open(temporary / subject.library_name, "rb") as file:  # a power cut must not leave a half-written one
         os.fsync(file.fileno())
     for name in (*recipe.objects, ".ninja_log"):
@@ -182,7 +199,7 @@ def _jobs() -> int:
     """Return how many compilers may run at once: $MAX_JOBS, as PyTorch's own builds read it, else the CPUs."""
     text = os.environ.get("MAX_JOBS", "")
     if not text:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
     if not (text.isdecimal() and int(text)):
         raise BuildError(f"MAX_JOBS is {text!r}; expected how many compilers may run at once: set it to 1 or more")
     return int(text)
@@ -199,20 +216,17 @@ def _failure(log: str, kept: Path) -> BuildError:
     return BuildError(f"compiling the operators failed ({first}): the whole log is {kept}")
 
 
-def _step_seconds(folder: Path) -> dict[str, float]:
-    """Return how long each output took, from ninja's own log: start and end in ms, time of the file, name, hash."""
-    lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
-    steps = [line.split("\t") for line in lines if not line.startswith("#")]
-    return {name: (int(end) - int(start)) / 1000 for start, end, _, name, _ in steps}
-
-
 def _cpu_seconds_of_children() -> float:
     """Return what all processes that this one started, and they, have used and been waited for."""
     times = os.times()
     return times.children_user + times.children_system
 
 
-def _record(recipe: Recipe, seconds: float, cpu_seconds: float, steps: dict[str, float]) -> dict:
+def _record(recipe: Recipe, folder: Path, seconds: float, cpu_seconds: float) -> dict:
+    # ninja's own log: start and end in ms, time of the file, name, hash
+    lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    steps = {name: (int(end) - int(start)) / 1000 for start, end, _, name, _ in rows}
     torch = recipe.subject.torch
     return {"kind": recipe.subject.kind, "made": datetime.now().astimezone().isoformat(" ", "seconds"),
             "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "steps": steps,
@@ -232,36 +246,68 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a build; wait for another process that holds it, however long that takes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = ProcessLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire()
-    except LockHeld as holder:
-        print(f"waiting for operators that {holder} builds", file=sys.stderr)
-        lock.acquire(patience=math.inf)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def _explained_disk(cache: Path) -> Iterator[None]:
-    """Turn an error of the file system into a BuildError that says what to do."""
+    """Make the folder of builds; turn an error of the file system into a BuildError that says what to do."""
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise BuildError(f"operators cannot be built in {cache} ({error.strerror or error}): set DNNLIB_CACHE_DIR to a "
                          "folder that can be written and has space") from error
 
 
+# What ptxas says of kernels
+
+
+class KernelUse(NamedTuple):
+    """What one kernel, or one function that a kernel calls, takes on one architecture."""
+
+    kernel: str  # the name as the linker sees it
+    arch: str  # "sm_90"
+    registers: int  # a thread's; 0 for a function
+    stack: int  # bytes a thread, as the others
+    spill_stores: int
+    spill_loads: int
+
+
+def read_ptxas_report(text: str) -> list[KernelUse]:
+    """Return what `ptxas -v` printed, in its order."""
+    found, arch, name = [], "", ""
+    for line in text.splitlines():
+        if match := _ENTRY.search(line):
+            arch = match[2]
+        elif match := _PROPERTIES.search(line):
+            name = match[1]
+        elif match := _STACK.search(line):
+            found.append(KernelUse(name, arch, 0, *map(int, match.groups())))
+        elif (match := _REGISTERS.search(line)) and found:
+            found[-1] = found[-1]._replace(registers=int(match[1]))
+    return found
+
+
+def ptxas_lines(log: str) -> str:
+    """Return the lines of a build's log that ptxas wrote."""
+    return "".join(f"{line}\n" for line in log.splitlines() if line.startswith("ptxas ") or _STACK.search(line))
+
+
+def summarize(uses: list[KernelUse]) -> str:
+    """Return for example "42 kernels on 3 architectures, at most 40 registers, no stack, no spills"."""
+    kernels, archs = {use.kernel for use in uses if use.registers}, {use.arch for use in uses}
+    registers, stack = (max((getattr(use, field) for use in uses), default=0) for field in ("registers", "stack"))
+    spilling = {use.kernel for use in uses if use.spill_stores or use.spill_loads}
+    return (f"{len(kernels)} kernels on {len(archs)} architectures, at most {registers} registers, "
+            f"{f'a stack of up to {stack} bytes' if stack else 'no stack'}, "
+            f"{f'spills in {len(spilling)}' if spilling else 'no spills'}")
+
+
+# The command
+
+
 @click.command(help=__doc__)
 @click.option("--kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True,
               help="Operators for which device; auto: the CPU, and CUDA where PyTorch sees a GPU.")
 @click.option("--archs", help="GPU architectures, as '8.0;9.0+PTX'.  [default: TORCH_CUDA_ARCH_LIST, else the GPUs at "
-                              "hand, else 8.0, 9.0 and 10.0+PTX]")
+                              f"hand, else {';'.join(DATA_CENTER_ARCHS)}]")
 @click.option("--force", is_flag=True, help="Build although it is there.")
 @click.option("--optional", is_flag=True, help="Where it cannot be built, say why in one line, and succeed.")
 def main(kind: str, archs: str | None, force: bool, optional: bool) -> None:

@@ -1,6 +1,11 @@
-"""Load the compiled operators, remember what could not be loaded, and say which implementation runs where."""
+"""The compiled operators: which implementation of an op runs where, and how the libraries are loaded and trusted.
 
-import os
+An op's `impl` is one of IMPLEMENTATIONS: "ref" follows the definition, "composed" puts the op together from PyTorch's,
+"cpp" and "cuda" are compiled for a CPU or a GPU. "auto" is the compiled one where its library is there, else
+"composed", and says once why. Nothing is built here unless `make_ready` is called. A library for CUDA, which no test
+machine could run, is compared with the reference on small inputs before it is used.
+"""
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,43 +13,99 @@ from pathlib import Path
 from threading import RLock
 
 import torch
+from torch import Tensor
 
-from torch_utils.ops import compiled_bias_act, compiled_upfirdn2d
+from dnnlib.cli import UserError
+from torch_utils.distributed import is_first_process
+from torch_utils.ops.bias_act_ref import ACTIVATIONS, activation_named, bias_act_ref
 from torch_utils.ops.build import BuildError, find, library
+from torch_utils.ops.upfirdn2d_ref import Axis, upfirdn2d_ref
 
+IMPLEMENTATIONS = ("auto", "ref", "composed", "cpp", "cuda")
 IMPLEMENTATION_ON = {"cpu": "cpp", "cuda": "cuda"}  # device type -> its compiled implementation
 DEVICE_OF = {impl: device for device, impl in IMPLEMENTATION_ON.items()}
+_NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}  # by which the compiled operators know them
+# float32 sums of 16 products in two orders, through an activation and two derivatives; a wrong index or sign gives
+# errors near 1.
+_TOLERANCE = 1e-4
+
 _LOCK = RLock()
+_auto = "auto"  # what "auto" means
 _failures: dict[str, str | None] = {}  # kind of library -> why it cannot run, None where it can
 _told: set[str] = set()  # kinds of library of which was said that they cannot run
 _is_estimating = False
 
 
-def failure_of(kind: str) -> str | None:
-    """Load the operators of "cpu" or "cuda", once a process; return why they cannot run, None where they can.
+# The choice
 
-    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so that operators have to be loaded
-    before: by this function, or by running one.
+
+def resolve_impl(op: str, impl: str, x: Tensor) -> str:
+    """Return the implementation to run on x: "ref", "composed", "cpp" or "cuda".
+
+    "auto" means the fastest one that is present: compiled for the device of x, else "composed".
+
+    Raises ValueError for an unknown name and RuntimeError for one that cannot run, with the reason.
     """
-    if kind not in _failures:
-        with _LOCK:
-            if kind not in _failures:
-                _remember(kind, _find)
-    return _failures[kind]
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "auto":
+        impl = _auto
+    if impl == "auto":
+        return auto_implementation(x.device.type)
+    if impl in DEVICE_OF:
+        expected = DEVICE_OF[impl]
+        if x.device.type != expected:
+            raise RuntimeError(f"{op}: impl is {impl!r} and x is on {x.device.type}; expected x on {expected}: move "
+                               "it, or use 'auto'")
+        failure = failure_of(expected)
+        if failure is not None:
+            raise RuntimeError(f"{op}: impl is {impl!r}, which cannot run here: {failure}")
+    return impl
 
 
-def make_ready(kind: str) -> str | None:
-    """Do what `failure_of` does, and build the operators first where they are not there, for long work that follows.
+def auto_implementation(device_type: str) -> str:
+    """Return what "auto" means now on a type of device."""
+    return fast_implementation(device_type) if _auto == "auto" else _auto
 
-    Processes that start together build once, and the others wait. Does nothing where operators were loaded before.
+
+@contextmanager
+def auto_means(impl: str) -> Iterator[None]:
+    """Let "auto" mean another implementation for a while, in this process: to compare whole networks."""
+    global _auto
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    before, _auto = _auto, impl
+    try:
+        yield
+    finally:
+        _auto = before
+
+
+@contextmanager
+def auto_means_as_before(before: str | None, device_type: str, work: str) -> Iterator[str]:
+    """Let "auto" mean what it meant when some work was begun, so that its end fits its beginning; yield what it means.
+
+    before:  as `auto_implementation` returned it then; None where there is nothing to continue
+    work:    what is continued, for messages, such as "the work in synthetic.zip.parts"
+
+    Raises UserError where that implementation cannot run.
     """
-    if kind in IMPLEMENTATION_ON:
-        with _LOCK:
-            for each in dict.fromkeys(("cpu", kind)):  # CUDA's need the names that the CPU's register
-                if _failures.get(each, "not tried") is not None:
-                    _remember(each, _find_or_build)
-        return _failures[kind]
-    return None
+    if before is not None and before not in IMPLEMENTATIONS:
+        raise UserError(f"{work} was begun with operators of another version of this program ({before}); remove it to "
+                        "begin anew")
+    failure = failure_of(DEVICE_OF[before]) if before in DEVICE_OF else None
+    if failure is not None:
+        raise UserError(f"{work} was begun with the compiled operators ({before}), which cannot run here ({failure}): "
+                        "put that right and give the same command again, or remove it to begin anew")
+    now = auto_implementation(device_type)
+    if before in (None, now):
+        yield now
+        return
+    if before == "composed":
+        _print_once_a_run(f"{work} was begun with PyTorch's operators and goes on with them, so that all of it is "
+                          "alike")
+    with auto_means(before):
+        yield before
 
 
 def fast_implementation(kind: str) -> str:
@@ -62,25 +123,19 @@ def fast_implementation(kind: str) -> str:
         return IMPLEMENTATION_ON[kind]
     if kind not in _told and not is_meta and not _is_estimating:
         _told.add(kind)
-        tell(f"warning: operators are put together from PyTorch's, which is slower: {failure}")
+        _print_once_a_run(f"warning: operators are put together from PyTorch's, which is slower: {failure}")
     return "composed"
 
 
 @contextmanager
 def estimating() -> Iterator[None]:
-    """Say nothing of operators that cannot run, while they run only to estimate what a run would take."""
+    """Print nothing about operators that cannot run, while they run only to estimate what a run would take."""
     global _is_estimating
     before, _is_estimating = _is_estimating, True
     try:
         yield
     finally:
         _is_estimating = before
-
-
-def tell(line: str) -> None:
-    """Print a line on standard error; of the processes of a run the first one does, for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 def describe(kind: str) -> str:
@@ -92,56 +147,171 @@ def describe(kind: str) -> str:
     return chosen if failure is None else f"{chosen} ({failure})"
 
 
-def _find(kind: str) -> Path:
-    """Return the library that is there. Raises BuildError, which says how to build it."""
-    built = find(kind)
-    if built is None:
-        raise BuildError(f"the compiled {kind.upper()} operators are not built: python -m torch_utils.ops.build does "
-                         "it, once")
-    return built.library
+def _print_once_a_run(line: str) -> None:
+    if is_first_process():
+        print(line, file=sys.stderr)
 
 
-def _find_or_build(kind: str) -> Path:
-    """Return the library, built by the tools that are here, else one that is there. Raises BuildError."""
-    try:
-        return library(kind)
-    except BuildError:
-        built = find(kind)
-        if built is None:
-            raise
-        return built.library
+# The libraries
 
 
-def _remember(kind: str, locate: Callable[[str], Path]) -> None:
-    """Load operators, and keep what went wrong, or None."""
-    failure = _load(kind, locate)
-    if kind == "cuda" and failure is None:
-        _failures[kind] = None  # for the comparison, which runs them
-        failure = _difference_from_reference(kind)
-    _failures[kind] = failure
+def failure_of(kind: str) -> str | None:
+    """Load the operators of "cpu" or "cuda", once a process; return why they cannot run, None where they can.
+
+    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so that operators have to be loaded
+    before: by this function, or by running one.
+    """
+    if kind not in _failures:
+        with _LOCK:
+            if kind not in _failures:
+                _remember(kind, builds=False)
+    return _failures[kind]
 
 
-def _load(kind: str, locate: Callable[[str], Path]) -> str | None:
-    """Load a library and register what belongs to it; return what went wrong."""
-    if kind == "cuda":
-        failure = failure_of("cpu")  # which registers the operators' names
-        if failure is not None:
-            return failure
-    try:
-        torch.ops.load_library(locate(kind))
-    except (BuildError, OSError) as error:  # OSError: a library that the loader refuses
-        return " ".join(f"{error}".split())
-    if kind == "cpu":
-        compiled_upfirdn2d.register()
-        compiled_bias_act.register()
+def make_ready(kind: str) -> str | None:
+    """Do what `failure_of` does, and build the operators first where they are not there, for long work that follows.
+
+    Processes that start together build once, and the others wait. Does nothing where operators were loaded before.
+    """
+    if kind in IMPLEMENTATION_ON:
+        with _LOCK:
+            for each in dict.fromkeys(("cpu", kind)):  # CUDA's need the names that the CPU's register
+                if _failures.get(each, "not tried") is not None:
+                    _remember(each, builds=True)
+        return _failures[kind]
     return None
 
 
-def _difference_from_reference(kind: str) -> str | None:
-    """Compare operators that no test machine could run with the reference, on small inputs; return what differs."""
-    from torch_utils.ops.self_check import first_difference  # which uses the ops, and they this module
+def _remember(kind: str, *, builds: bool) -> None:
+    """Load operators, and keep what went wrong, or None."""
+    failure = failure_of("cpu") if kind == "cuda" else None  # the CPU's register the operators' names
+    if failure is None:
+        errors = (BuildError, OSError)  # OSError: a library that the loader refuses
+        try:
+            torch.ops.load_library(_locate(kind, builds=builds))
+            if kind == "cuda":
+                errors = RuntimeError  # such as of a GPU that the library holds no code for
+                failure = first_difference(torch.device(kind))
+        except errors as error:
+            failure = " ".join(f"{error}".split())
+    if kind == "cpu" and failure is None:
+        for name, shape in (("upfirdn2d", _upfirdn2d_shape), ("bias_act", _bias_act_shape),
+                            ("bias_act_grad", _bias_act_grad_shape), ("bias_act_grad2", _bias_act_grad2_shape)):
+            torch.library.register_fake(f"lesion_ops::{name}", shape)
+    _failures[kind] = failure
 
-    try:
-        return first_difference(torch.device(kind), IMPLEMENTATION_ON[kind])
-    except RuntimeError as error:  # such as of a GPU that the library holds no code for
-        return " ".join(f"{error}".split())
+
+def _locate(kind: str, *, builds: bool) -> Path:
+    """Return the library, built where that is asked for and works, else one that is there. Raises BuildError."""
+    failure = BuildError(f"the compiled {kind.upper()} operators are not built: python -m torch_utils.ops.build does "
+                         "it, once")
+    if builds:
+        try:
+            return library(kind)
+        except BuildError as error:
+            failure = error
+    built = find(kind)
+    if built is None:
+        raise failure
+    return built.library
+
+
+# The operators
+
+
+def upfirdn2d_compiled(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int],
+                       padding: tuple[int, int, int, int], flip_filter: bool, gain: float) -> Tensor:
+    """Compute what `upfirdn2d_ref` computes times gain; differentiable to any order in x, constant in f.
+
+    x:  [N, C, H, W];  f: [kh, kw], or [k] for a separable filter;  up, down: (x, y);  padding: (x0, x1, y0, y1)
+    """
+    return torch.ops.lesion_ops.upfirdn2d.default(x, f, up, down, padding, flip_filter, gain)
+
+
+def bias_act_compiled(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float,
+                      clamp: float | None) -> Tensor:
+    """Compute what `bias_act_ref` computes; differentiable to any order in x and b.
+
+    Where the result is at the limit of linear, relu or lrelu, no gradient passes. The first and second derivatives are
+    compiled too: those of linear, relu and lrelu need only the result, which the next layer keeps anyway, and are
+    constant where they exist; the others are computed from x + b. The third derivative and all beyond are put together
+    from PyTorch's operators.
+    """
+    return torch.ops.lesion_ops.bias_act.default(x, b, dim % max(x.ndim, 1), _NUMBERS[act], alpha, gain, clamp)
+
+
+def _upfirdn2d_shape(x, f, up, down, padding, flip_filter, gain):
+    height, width = (
+        Axis(up=up[i], down=down[i], front=padding[2 * i], back=padding[2 * i + 1]).output_size(x.shape[3 - i], taps)
+        for i, taps in ((1, f.shape[0]), (0, f.shape[-1])))
+    return _empty_as(x, [x.shape[0], x.shape[1], height, width])
+
+
+def _bias_act_shape(x, b, dim, act, alpha, gain, clamp):
+    return _empty_as(x, x.shape)
+
+
+def _bias_act_grad_shape(dy, x, b, out, dim, act, alpha, gain, clamp, sum_bias):
+    size = 0 if not sum_bias else dy.shape[dim] if dy.ndim else 1
+    return _empty_as(dy, dy.shape), dy.new_empty([size])
+
+
+def _bias_act_grad2_shape(ddx, dy, x, b, dim, act, alpha, gain, clamp):
+    return _empty_as(x, x.shape)
+
+
+def _empty_as(x: Tensor, size) -> Tensor:
+    """Return an empty tensor of x's layout, as the compiled operators choose it: channels_last where x is just that."""
+    is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+# The comparison with the reference
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def first_difference(device: torch.device) -> str | None:
+    """Return which operator compiled for a device differs from the reference on the CPU; None where all agree.
+
+    One line, and the first that is found. Values and two derivatives are compared, on small inputs in both memory
+    layouts, in the ways in which the networks use the operators.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 9, 37, generator=random, dtype=torch.float64)
+    b = torch.randn(3, generator=random, dtype=torch.float64)
+    taps = torch.randn(4, 4, generator=random, dtype=torch.float64)
+    for name, reference, call in _cases(b, taps):
+        expected = _with_derivatives(reference, x)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = _with_derivatives(call, x.to(device, torch.float32, memory_format=layout))
+            for order, (value, wanted) in enumerate(zip(found, expected)):
+                error = (value.cpu().double() - wanted).abs().max().item() / max(wanted.abs().max().item(), 1)
+                if not error <= _TOLERANCE:
+                    return (f"{name} on {device} differs from the reference by {error:.2g} in derivative {order} "
+                            f"({layout}); expected {_TOLERANCE:g} at most: please report it")
+    return None
+
+
+def _cases(b: Tensor, taps: Tensor) -> Iterator[tuple[str, Callable, Callable]]:
+    """Yield (name, the reference as a function of x, the compiled operator as one)."""
+    for filter_name, f in (("4 x 4", taps), ("separable", taps[0])):
+        for up, down, padding in ((1, 1, (2, 2, 1, 1)), (2, 1, (2, 2, 1, 1)), (1, 2, (1, 1, 1, 1))):
+            given = ((up, up), (down, down), padding, False)
+            yield (f"upfirdn2d with a {filter_name} filter, up={up}, down={down}, padding={padding}",
+                   lambda x, f=f, given=given: upfirdn2d_ref(x, f, *given),
+                   lambda x, f=f, given=given: upfirdn2d_compiled(x, f.to(x), *given, 1))
+    for act in ("linear", "lrelu", "swish"):
+        given = (1, act, activation_named(act).alpha, activation_named(act).gain, 1)
+        yield (f"bias_act with {act}", lambda x, given=given: bias_act_ref(x, b, *given),
+               lambda x, given=given: bias_act_compiled(x, b.to(x), *given))
+
+
+def _with_derivatives(call: Callable, x: Tensor) -> list[Tensor]:
+    """Return the result and its first two derivatives, of a scalar that has all of them."""
+    x = x.detach().requires_grad_()
+    result = call(x)
+    first, = torch.autograd.grad(result.sin().sum(), x, create_graph=True)
+    second, = torch.autograd.grad(first.square().sum(), x)
+    return [result.detach(), first.detach(), second]

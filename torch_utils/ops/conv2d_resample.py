@@ -1,7 +1,7 @@
 """Convolve images with upsampling before or downsampling after, in the cheapest equal order.
 
 The definition is: upsample with the filter, convolve, downsample with the filter. Each of these steps is linear and
-shift-invariant, so that neighbours may change places:
+shift-invariant, so that neighbors may change places:
 
 - a 1x1 convolution commutes with the filter and runs on the smaller image;
 - "convolve, filter, keep every n-th" is "filter, convolve with stride n";
@@ -13,7 +13,7 @@ from numbers import Integral
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_utils.ops.dispatch import resolve_impl
+from torch_utils.ops.compiled import resolve_impl
 from torch_utils.ops.upfirdn2d import as_filter, down_margins, four_sides, up_margins, upfirdn2d
 
 
@@ -25,7 +25,7 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     x:            [N, I, H, W]
     w:            [O, I / groups, kh, kw] of x's dtype
     f:            filter of setup_filter for both resamplings, None for the identity
-    padding:      of the upsampled image, as in upfirdn2d; what keeps the filters centred is added
+    padding:      of the upsampled image, as in upfirdn2d; what keeps the filters centered is added
     impl:         of the filters; "ref" asks for the definition's order as well
     flip_weight:  True correlates (as torch does), False convolves
 

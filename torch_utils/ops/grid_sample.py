@@ -1,6 +1,6 @@
 """Sample images bilinearly at given points, differentiable in the image to any order.
 
-The op is linear in the image, so two maps close the whole tower of derivatives: reading four weighted neighbours, and
+The op is linear in the image, so two maps close the whole tower of derivatives: reading four weighted neighbors, and
 its transpose, which spreads a value over the same four. PyTorch's own sampling lacks the second derivative in some
 versions; these two need only its first.
 """

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from torch_utils.ops.compiled_upfirdn2d import upfirdn2d_compiled
-from torch_utils.ops.dispatch import resolve_impl
-from torch_utils.ops.upfirdn2d_composed import upfirdn2d_composed
-from torch_utils.ops.upfirdn2d_ref import upfirdn2d_ref
+from torch_utils.ops.compiled import resolve_impl, upfirdn2d_compiled
+from torch_utils.ops.upfirdn2d_ref import Axis, upfirdn2d_ref
 
 _SEPARABLE_FROM_TAPS = 8  # shorter 1-D filters cost less as one 2-D pass than as two 1-D passes
 
@@ -79,7 +78,7 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     f, gain = _with_gain(f, gain, keeps_exact=impl in ("cpp", "cuda"))
     if impl in ("cpp", "cuda"):
         return upfirdn2d_compiled(x, f, up, down, padding, flip_filter, gain)
-    run = upfirdn2d_ref if impl == "ref" else upfirdn2d_composed
+    run = upfirdn2d_ref if impl == "ref" else _composed
     y = run(x, f, up, down, padding, flip_filter)
     return y if gain == 1 else y * gain
 
@@ -125,13 +124,13 @@ def downsample2d(x: Tensor, f: Tensor | None, down=2, padding=0, flip_filter: bo
 
 
 def up_margins(f: Tensor, up) -> list[int]:
-    """Return (x0, x1, y0, y1), the padding that keeps the image centred when upsampling with f."""
+    """Return (x0, x1, y0, y1), the padding that keeps the image centered when upsampling with f."""
     factors = _pair("up", up)
     return _margins(f, lambda taps, i: ((taps + factors[i] - 1) // 2, (taps - factors[i]) // 2))
 
 
 def down_margins(f: Tensor, down) -> list[int]:
-    """Return (x0, x1, y0, y1), the padding that keeps the image centred when downsampling with f."""
+    """Return (x0, x1, y0, y1), the padding that keeps the image centered when downsampling with f."""
     factors = _pair("down", down)
     return _margins(f, lambda taps, i: ((taps - factors[i] + 1) // 2, (taps - factors[i]) // 2))
 
@@ -175,3 +174,74 @@ def four_sides(value) -> tuple[int, int, int, int]:
     if len(values) != 4 or not all(isinstance(v, Integral) for v in values):
         raise ValueError(f"upfirdn2d: padding is {value!r}; expected an integer, (x, y) or (x0, x1, y0, y1)")
     return tuple(int(v) for v in values)
+
+
+def _composed(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int],
+              flip_filter: bool) -> Tensor:
+    """Compute what `upfirdn2d_ref` computes by strided and transposed depthwise convolutions, constant in f.
+
+    For up = 1 the definition is a depthwise convolution of stride `down`. For up > 1 it is a window of the transposed
+    depthwise convolution of stride `up`, so that no multiplication ever meets an inserted zero (the polyphase form).
+    Its derivative is the same op of the transposed axes, and no gradient of the constant filter is ever computed.
+    """
+    horizontal = Axis(up[0], down[0], padding[0], padding[1])
+    vertical = Axis(up[1], down[1], padding[2], padding[3])
+    kernel = f.detach().to(x.dtype)
+    if flip_filter:
+        kernel = kernel.flip(list(range(kernel.ndim)))
+    if kernel.ndim == 2:
+        return _Resample.apply(x, kernel, horizontal, vertical)
+    still = Axis(up=1, down=1, front=0, back=0)
+    rows = _Resample.apply(x, kernel[None, :], horizontal, still)
+    return _Resample.apply(rows, kernel[:, None], still, vertical)
+
+
+class _Resample(torch.autograd.Function):
+    """Resample both axes with a two-dimensional kernel [kh, kw]."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, horizontal, vertical):
+        ctx.save_for_backward(kernel)
+        ctx.input_size = x.shape[2:]
+        ctx.axes = (horizontal, vertical)
+        if horizontal.up == 1 and vertical.up == 1:
+            return _strided(x, kernel, horizontal, vertical)
+        return _transposed(x, kernel, horizontal, vertical)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        kernel, = ctx.saved_tensors
+        height, width = ctx.input_size
+        horizontal = ctx.axes[0].transposed(width, kernel.shape[1])
+        vertical = ctx.axes[1].transposed(height, kernel.shape[0])
+        return _Resample.apply(grad, kernel.flip([0, 1]), horizontal, vertical), None, None, None
+
+
+def _strided(x: Tensor, kernel: Tensor, horizontal: Axis, vertical: Axis) -> Tensor:
+    border = (vertical.front, horizontal.front)
+    if border != (vertical.back, horizontal.back) or min(border) < 0:
+        x = F.pad(x, [horizontal.front, horizontal.back, vertical.front, vertical.back])
+        border = (0, 0)
+    weight = kernel.flip([0, 1]).expand(x.shape[1], 1, *kernel.shape)  # F.conv2d correlates
+    return F.conv2d(x, weight, stride=(vertical.down, horizontal.down), padding=border, groups=x.shape[1])
+
+
+def _transposed(x: Tensor, kernel: Tensor, horizontal: Axis, vertical: Axis) -> Tensor:
+    crops, inner = [], []
+    for axis, size, taps in ((vertical, x.shape[2], kernel.shape[0]), (horizontal, x.shape[3], kernel.shape[1])):
+        wanted = size * axis.up + axis.front + axis.back - taps + 1
+        front = taps - 1 - axis.front  # samples of the full transposed convolution before the window
+        back = (size - 1) * axis.up + taps - front - wanted
+        crop = max(min(front, back), 0)  # what the convolution can leave out itself
+        crops.append(crop)
+        inner.append((front - crop, back - crop))
+    weight = kernel.expand(x.shape[1], 1, *kernel.shape)
+    full = F.conv_transpose2d(x, weight, stride=(vertical.up, horizontal.up), padding=crops, groups=x.shape[1])
+    (top, bottom), (left, right) = inner
+    if (top, bottom, left, right) != (0, 0, 0, 0):
+        full = F.pad(full, [-left, -right, -top, -bottom])
+    if (horizontal.down, vertical.down) != (1, 1):
+        full = full[:, :, ::vertical.down, ::horizontal.down].contiguous()
+    return full

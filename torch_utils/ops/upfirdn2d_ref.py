@@ -1,4 +1,14 @@
-"""Upsample, filter and downsample images step by step, exactly as the definition reads."""
+"""The definition of upfirdn2d, followed step by step, and what it does to the size of one image axis.
+
+With x spread by `up`, padded by `front` and filtered with k taps, output j of one axis is
+
+    y[j] = sum_i x[i] * f[down * j + k - 1 - front - up * i].
+
+Read with i and j exchanged, the same formula is the derivative: up and down change places, the filter is flipped, and
+the front padding becomes k - 1 - front. So the op is its own derivative of every order.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,3 +34,22 @@ def upfirdn2d_ref(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, in
     filtered = F.conv2d(padded, kernel[None, None])
     kept = filtered[:, :, ::down[1], ::down[0]]
     return kept.reshape(num, channels, *kept.shape[2:])
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Resampling along one image axis."""
+
+    up: int
+    down: int
+    front: int  # zeros before the first spread sample; negative crops
+    back: int
+
+    def output_size(self, size: int, taps: int) -> int:
+        return (size * self.up + self.front + self.back - taps) // self.down + 1
+
+    def transposed(self, size: int, taps: int) -> "Axis":
+        """Return the axis of the derivative with respect to an input of `size` samples."""
+        front = taps - 1 - self.front
+        covered = self.output_size(size, taps) * self.down
+        return Axis(up=self.down, down=self.up, front=front, back=(size - 1) * self.up + taps - covered - front)

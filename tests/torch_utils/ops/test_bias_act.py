@@ -17,8 +17,8 @@ from tests.helpers.op_cases import (
     unit_roundoff,
 )
 from torch_utils.ops import compiled
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017
 

@@ -1,287 +1,429 @@
-"""The compiled operators as operators of PyTorch: schemas, derivatives, tracing."""
+"""What runs where, what is remembered when something cannot run, and the comparison before the first use."""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.op_cases import BIAS_ACT_CASES, UPFIRDN2D_CASES, ids
-from tests.helpers.op_layouts import LAYOUTS, laid_out, randn
+from dnnlib.cli import UserError
 from torch_utils.ops import compiled
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.compiled_bias_act import NAMES
+from torch_utils.ops.build import BuildError
+from torch_utils.ops.compiled import (
+    auto_implementation,
+    auto_means,
+    auto_means_as_before,
+    first_difference,
+    resolve_impl,
+)
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    assert compiled.failure_of("cpu") is None
-    return torch.ops.lesion_ops
-
-
-# Schemas, shapes of fakes, registration of derivatives, and what the tracer of torch.compile makes of them
-
-
-@pytest.mark.parametrize(("shape", "layout", "dtype", "taps", "given"), [
-    ((2, 3, 4, 5), "contiguous", torch.float32, (4, 4), ([1, 1], [1, 1], [2, 1, 2, 1], False, 1.0)),
-    ((2, 3, 4, 5), "channels_last", torch.float64, (4,), ([2, 2], [1, 1], [2, 1, 2, 1], True, 4.0)),
-    ((1, 2, 6, 7), "every_second", torch.float16, (3, 4), ([1, 1], [2, 2], [1, 1, 1, 1], False, 1.0)),
-    ((2, 1, 5, 4), "transposed", torch.float64, (5, 2), ([1, 3], [2, 1], [-1, 2, 3, -2], False, -0.5)),
-    ((0, 3, 4, 5), "contiguous", torch.float32, (4,), ([2, 2], [1, 1], [2, 1, 2, 1], False, 1.0)),
-])
-def test_upfirdn2d_operator_passes_opcheck(shape, layout, dtype, taps, given, operators):
-    x = laid_out(randn(*shape, dtype=dtype), layout).requires_grad_()
-    f = randn(*taps, dtype=torch.float32 if dtype == torch.float16 else dtype)
-    opcheck(operators.upfirdn2d.default, (x, f, *given))
-
-
-SAMPLES = {  # shape, layout, dtype, dimension of the bias, clamp
-    "plain": ((2, 3, 4, 5), "contiguous", torch.float32, 1, None),
-    "channels_last": ((2, 3, 4, 5), "channels_last", torch.float64, 1, 0.7),
-    "slice": ((3, 4), "every_second", torch.float16, 0, 0.7),
-    "no_bias": ((2, 3, 4), "transposed", torch.float64, None, None),
-    "empty": ((0, 3, 2), "contiguous", torch.float32, 1, None),
+CPU = torch.device("cpu")
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+F = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+OPS = {
+    "upfirdn2d": lambda impl, x=X: upfirdn2d(x, F.to(x.device), up=2, padding=2, impl=impl),
+    "bias_act": lambda impl, x=X: bias_act(x, act="swish", impl=impl),
+    "conv2d_resample": lambda impl, x=X: conv2d_resample(x, torch.ones(2, 3, 3, 3, device=x.device), F.to(x.device),
+                                                         down=2, padding=1, impl=impl),
 }
+REASON = "there is no compiler: install g++"
+WARNING = f"warning: operators are put together from PyTorch's, which is slower: {REASON}\n"
 
 
-def bias_act_sample(name, act):
-    """Return (x, b), (dimension, ..., clamp)."""
-    shape, layout, dtype, dim, clamp = SAMPLES[name]
-    x = laid_out(randn(*shape, dtype=dtype), layout)
-    b = None if dim is None else randn(shape[dim], seed=6, dtype=dtype)
-    return (x, b), (dim or 0, NAMES.index(act), ACTIVATIONS[act].alpha, 1.5, clamp)
+class Names(TorchDispatchMode):
+    """Keeps the names of the compiled operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lesion_ops":
+            self.names.append(function.name().removeprefix("lesion_ops::"))
+        return function(*args, **(kwargs or {}))
 
 
-def asking(*tensors):
-    return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+def compiled_names(call) -> list[str]:
+    with Names() as mode:
+        call()
+    return mode.names
 
 
-@pytest.mark.parametrize(("sample", "act"), [
-    *((sample, act) for sample in SAMPLES for act in ("lrelu", "swish")),
-    *(("channels_last", act) for act in ACTIVATIONS if act not in ("lrelu", "swish"))])
-def test_bias_act_operator_passes_opcheck(sample, act, operators):
-    (x, b), given = bias_act_sample(sample, act)
-    opcheck(operators.bias_act.default, (*asking(x, b), *given))
+@pytest.fixture
+def no_library(monkeypatch):
+    """A process that has loaded nothing, where no library can be built; the kinds that were asked for."""
+    asked = []
+
+    def refuse(kind):
+        asked.append(kind)
+        raise BuildError(REASON)
+
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
+    return asked
 
 
-@pytest.mark.parametrize(("sample", "act", "sum_bias"), [
-    *((sample, act, True) for sample in SAMPLES for act in ("lrelu", "tanh")), ("plain", "linear", True),
-    *(("channels_last", act, False) for act in ("linear", "lrelu", "tanh"))])
-def test_bias_act_grad_operator_passes_opcheck(sample, act, sum_bias, operators):
-    (x, b), given = bias_act_sample(sample, act)
-    dy = randn(*x.shape, seed=7, dtype=x.dtype)
-    if act in PIECEWISE_LINEAR:
-        arguments = (*asking(dy), None, None, operators.bias_act(x, b, *given))
-    else:
-        arguments = (*asking(dy, x, b), None)
-    opcheck(operators.bias_act_grad.default, (*arguments, *given, sum_bias))
+def forget(monkeypatch, **failures):
+    """Let this process have loaded nothing, and said nothing of it, but for what is named."""
+    monkeypatch.setattr(compiled, "_failures", failures)
+    monkeypatch.setattr(compiled, "_told", set())
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_bias_act_grad2_operator_passes_opcheck(sample, operators):
-    (x, b), given = bias_act_sample(sample, "swish")
-    ddx, dy = (randn(*x.shape, seed=seed, dtype=x.dtype) for seed in (7, 8))
-    opcheck(operators.bias_act_grad2.default, (*asking(ddx, dy, x, b), *given))
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """A process that has loaded nothing, on a machine where nothing is built; returns the empty folder of builds."""
+    def refuse(*_, **__):
+        raise AssertionError("a process is started")
+
+    forget(monkeypatch)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    return tmp_path / "builds"
 
 
-@pytest.mark.parametrize("act", PIECEWISE_LINEAR)
-def test_bias_act_grad2_operator_without_second_derivative_raises(act, operators):
-    x = randn(2, 3)
-    with pytest.raises(RuntimeError, match=f"bias_act_grad2: activation {NAMES.index(act)} has no second derivative"):
-        operators.bias_act_grad2(x, x, x, None, 1, NAMES.index(act), 0.0, 1.0, None)
+@pytest.fixture
+def other_cuda(monkeypatch):
+    """A process with loaded CPU operators that finds a CUDA library; returns a list to hold what a comparison says."""
+    loaded, verdict, compared = [], [], []
+
+    def first_difference(device):
+        compared.append(device)
+        if isinstance(verdict[0], Exception):
+            raise verdict[0]
+        return verdict[0]
+
+    forget(monkeypatch, cpu=None)
+    monkeypatch.setattr(compiled, "find", lambda kind: SimpleNamespace(library=f"lib{kind}.so"))
+    monkeypatch.setattr("torch.ops.load_library", loaded.append)
+    monkeypatch.setattr("torch_utils.ops.compiled.first_difference", first_difference)
+    yield verdict
+    assert loaded == ["libcuda.so"]
+    assert compared == [torch.device("cuda")]
 
 
-# Derivatives
+# What "auto" is
 
 
-def tower(y, inputs, orders):
-    """Return derivatives of every order of a scalar that has them all; each is derived from the one before.
-
-    All are brought near 1, since the sine of a large number has none of its digits.
-    """
-    found, value = [], y.sin().sum()
-    for order in range(orders):
-        derivatives = torch.autograd.grad(value, inputs, create_graph=order + 1 < orders, materialize_grads=True)
-        found.append(derivatives)
-        value = sum((each / each.detach().abs().max().clamp(min=1)).sin().sum() for each in derivatives)
-    return found
+def test_auto_on_a_cpu_is_cpp():
+    assert resolve_impl("bias_act", "auto", X) == "cpp"
+    assert compiled.fast_implementation("cpu") == "cpp"
+    assert compiled.describe("cpu") in ("cpp (AVX2)", "cpp (no AVX2)")
 
 
-def assert_towers_equal(case, orders):
-    inputs = case.inputs()
-    found, expected = (tower(case.run(*inputs, impl=impl), inputs, orders) for impl in ("cpp", "ref"))
-    for order, (values, references) in enumerate(zip(found, expected), 1):
-        for i, (value, reference) in enumerate(zip(values, references)):
-            largest = max(reference.abs().max().item(), 1)
-            # Hundreds of float64 roundings, a few derivatives deep
-            assert (value - reference).abs().max() <= 1e-11 * largest, f"derivative {order} in input {i}"
+@pytest.mark.parametrize(("op", "names"), [
+    ("upfirdn2d", ["upfirdn2d"]), ("bias_act", ["bias_act"]), ("conv2d_resample", ["upfirdn2d"])])
+def test_every_op_runs_the_compiled_operator_when_auto_or_asked_to(op, names):
+    for impl, expected in (("auto", names), ("cpp", names), ("composed", []), ("ref", [])):
+        assert compiled_names(lambda impl=impl: OPS[op](impl)) == expected
 
 
-@pytest.mark.parametrize("case", **ids(BIAS_ACT_CASES))
-def test_bias_act_derivatives_up_to_the_fourth_equal_those_of_the_reference(case):
-    assert_towers_equal(case, orders=4)
+@pytest.mark.parametrize("op", OPS)
+def test_auto_on_meta_is_what_a_cpu_takes(op):
+    x = X.to("meta")
+    assert resolve_impl(op, "auto", x) == "cpp"
+    assert OPS[op]("auto", x).shape == OPS[op]("ref").shape
 
 
-@pytest.mark.parametrize("case", **ids(UPFIRDN2D_CASES))
-def test_upfirdn2d_derivatives_up_to_the_third_equal_those_of_the_reference(case):
-    assert_towers_equal(case, orders=3)
+def test_auto_on_another_kind_of_device_is_composed_and_builds_nothing(no_library, capsys):
+    assert compiled.fast_implementation("mps") == compiled.describe("mps") == "composed"
+    assert no_library == []
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("act", ["linear", "lrelu", "swish"])
-@pytest.mark.parametrize("wanted", ["x", "b"])
-def test_bias_act_gradient_of_one_input_equals_that_beside_the_other(wanted, act):
-    x, b = randn(2, 3, 4).requires_grad_(), randn(3).requires_grad_()
-    both = dict(zip("xb", torch.autograd.grad(bias_act(x, b, act=act, clamp=1).sin().sum(), [x, b])))
-    given = {"x": x.detach(), "b": b.detach()}
-    given[wanted] = given[wanted].clone().requires_grad_()
-    alone, = torch.autograd.grad(bias_act(**given, act=act, clamp=1).sin().sum(), given[wanted])
-    assert torch.equal(alone, both[wanted])
+@pytest.mark.parametrize("op", OPS)
+def test_auto_means_another_implementation_for_a_while(op):
+    with auto_means("ref"):
+        assert compiled_names(lambda: OPS[op]("auto")) == []
+        assert compiled_names(lambda: OPS[op]("cpp"))
+        torch.testing.assert_close(OPS[op]("auto"), OPS[op]("ref"), rtol=0, atol=1e-4)  # 100 terms below 10
+        with auto_means("auto"):
+            assert resolve_impl(op, "auto", X) == "cpp"
+        assert resolve_impl(op, "auto", X) == "ref"
+    assert resolve_impl(op, "auto", X) == "cpp"
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_bias_act_bias_is_summed_only_where_it_asks_for_a_gradient(asks):
-    class Sums(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name() == "lesion_ops::bias_act_grad":
-                sums.append(args[-1])
-            return function(*args, **(kwargs or {}))
-
-    sums = []
-    y = bias_act(randn(2, 3, 4).requires_grad_(), randn(3).requires_grad_(asks), act="lrelu")
-    with Sums():
-        y.sum().backward()
-    assert sums == [asks]
+def test_auto_means_ends_with_an_error_too():
+    with pytest.raises(KeyError), auto_means("composed"):
+        raise KeyError
+    assert resolve_impl("bias_act", "auto", X) == "cpp"
 
 
-@pytest.mark.parametrize("impl", ["ref", "cpp"])
-@pytest.mark.parametrize("used", [("x",), ("b",), ("x", "b")])
-@pytest.mark.parametrize("act", ["lrelu", "swish"])
-def test_bias_act_second_derivative_of_either_gradient_equals_the_formula(act, used, impl):
-    x, b, dy = randn(2, 3, 4).requires_grad_(), randn(3, seed=6).requires_grad_(), randn(2, 3, 4, seed=7)
-    first = torch.autograd.grad(bias_act(x, b, act=act, gain=2, impl=impl), [x, b], dy, create_graph=True)
-    weight = {"x": randn(2, 3, 4, seed=8), "b": randn(3, seed=9)}
-    value = sum((gradient * weight[name]).sum() for name, gradient in zip("xb", first) if name in used)
-    if act == "lrelu" and impl == "cpp":
-        assert not value.requires_grad  # a constant factor; the reference finds zeros, and goes a long way for them
-        return
-    found = torch.autograd.grad(value, [x, b], materialize_grads=True)
-
-    total = sum(weight[name].reshape(shape) for name, shape in (("x", (2, 3, 4)), ("b", (3, 1))) if name in used)
-    v = (x + b[:, None]).detach()
-    s = torch.sigmoid(v)
-    second = s * (1 - s) * (2 + v * (1 - 2 * s)) if act == "swish" else torch.zeros_like(v)
-    expected = 2 * dy * second * total
-    torch.testing.assert_close(found, (expected, expected.sum([0, 2])), rtol=0, atol=1e-13)
+def test_auto_means_one_that_cannot_run_there_raises():
+    with auto_means("cuda"), pytest.raises(RuntimeError, match=r"^bias_act: impl is 'cuda' and x is on cpu;"):
+        OPS["bias_act"]("auto")
 
 
-@pytest.mark.parametrize("op", ["upfirdn2d", "bias_act"])
-def test_backward_may_be_repeated_where_the_graph_is_kept(op):
-    x = randn(1, 2, 4, 4).requires_grad_()
-    y = bias_act(x, act="swish") if op == "bias_act" else upfirdn2d(x, randn(3, 3), padding=1)
-    once, twice = (torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(once, twice)
-    torch.autograd.grad(y, x, torch.ones_like(y))
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(y, x, torch.ones_like(y))
+def test_unknown_name_raises():
+    names = "expected one of auto, ref, composed, cpp, cuda"
+    with pytest.raises(ValueError, match=f"^upfirdn2d: impl is 'fast'; {names}$"):
+        resolve_impl("upfirdn2d", "fast", X)
+    with pytest.raises(ValueError, match=f"^impl is 'fast'; {names}$"), auto_means("fast"):
+        pass
 
 
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", ["upfirdn2d", "lrelu", "swish"])
-def test_gradient_in_any_layout_gives_the_same(name, layout, grad_layout):
-    x, b = LAYOUTS[layout](randn(2, 3, 4, 5)).requires_grad_(), randn(3, seed=6).requires_grad_()
-    y = (upfirdn2d(x + b[:, None, None], randn(3, 3), padding=1) if name == "upfirdn2d" else
-         bias_act(x, b, act=name, clamp=1))
-    dy = laid_out(randn(*y.shape, seed=7), grad_layout)
-    found = torch.autograd.grad(y, [x, b], dy, create_graph=True)
-    expected = torch.autograd.grad(y, [x, b], dy.clone(memory_format=torch.contiguous_format), create_graph=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)  # the sum over pixels, in another order
-    if name == "swish":
-        second = [torch.autograd.grad(sum(g.square().sum() for g in first), [x, b]) for first in (found, expected)]
-        torch.testing.assert_close(*second, rtol=0, atol=1e-13)
+@pytest.mark.parametrize(("impl", "x", "found", "expected"), [
+    ("cuda", X, "cpu", "cuda"), ("cpp", X.to("meta"), "meta", "cpu")])
+def test_implementation_of_another_device_raises_and_builds_nothing(impl, x, found, expected, no_library):
+    message = f"bias_act: impl is '{impl}' and x is on {found}; expected x on {expected}: move it, or use 'auto'"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        OPS["bias_act"](impl, x)
+    assert no_library == []
 
 
-def test_gradient_of_a_sum_is_that_of_ones():
-    x, b = randn(2, 3, 4, 5).requires_grad_(), randn(3).requires_grad_()
-    for y in (upfirdn2d(x + b[:, None, None], randn(4), up=2, padding=2), bias_act(x, b, act="softplus")):
-        expected = torch.autograd.grad(y, [x, b], torch.ones_like(y), retain_graph=True)
-        assert all(map(torch.equal, torch.autograd.grad(y.sum(), [x, b]), expected))
+# What cannot run
 
 
-@pytest.mark.parametrize("size", [(0, 5), (4, 0)])
-def test_upfirdn2d_image_without_pixels_gives_the_padding_and_an_empty_gradient(size):
-    x = torch.zeros(2, 3, *size, dtype=torch.float64).requires_grad_()
-    y = upfirdn2d(x, randn(2, 3), up=2, padding=2)
-    assert torch.equal(y, torch.zeros(2, 3, 2 * size[0] + 3, 2 * size[1] + 2, dtype=torch.float64))
-    first, = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-    assert first.shape == x.shape
+def test_auto_without_a_library_warns_once_and_is_composed(no_library, capsys):
+    for _ in range(2):
+        for op in OPS.values():
+            assert torch.equal(op("auto"), op("composed"))
+    assert no_library == ["cpu"]
+    assert capsys.readouterr().err == WARNING
+    assert resolve_impl("bias_act", "auto", X) == "composed"
+    assert compiled.describe("cpu") == f"composed ({REASON})"
+    assert no_library == ["cpu"]
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 4, 5), (0, 3, 4, 5), (2, 3, 0, 5)])
-@pytest.mark.parametrize("act", ["linear", "lrelu", "elu"])
-def test_bias_act_without_elements_has_the_gradient_zero(act, shape):
-    x, b = torch.zeros(shape).requires_grad_(), torch.ones(shape[1]).requires_grad_()
-    y = bias_act(x, b, act=act)
-    dx, db = torch.autograd.grad(y.sum(), [x, b])
-    assert y.shape == dx.shape == shape
-    assert torch.equal(db, torch.zeros(shape[1]))
+@pytest.mark.parametrize("op", OPS)
+def test_cpp_without_a_library_raises_with_the_reason(op, no_library, capsys):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"^{op}: impl is 'cpp', which cannot run here: {re.escape(REASON)}$"):
+            OPS[op]("cpp")
+    assert no_library == ["cpu"]
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
-def test_bias_act_one_number_equals_the_reference(act):
-    x = torch.tensor(-0.7, dtype=torch.float64).requires_grad_()
-    found, expected = ((y := bias_act(x, act=act, gain=1.5, impl=impl), *tower(y, [x], 2)) for impl in ("cpp", "ref"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+def test_ref_and_composed_ask_for_no_library(no_library):
+    for op in OPS.values():
+        torch.testing.assert_close(op("composed"), op("ref"), rtol=0, atol=1e-4)  # 100 float32 terms below 10
+    assert no_library == []
 
 
-# torch.compile
+def test_library_that_the_loader_refuses_is_a_reason(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "operators.so"
+    path.write_text("no library\n" * 100)
+    asked = []
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", lambda kind: asked.append(kind) or SimpleNamespace(library=path))
+    assert torch.equal(OPS["upfirdn2d"]("auto"), OPS["upfirdn2d"]("composed"))
+    message = capsys.readouterr().err
+    assert re.fullmatch(f"warning: operators .* which is slower: [^\n]*{re.escape(str(path))}[^\n]*\n", message)
+    message = f"^bias_act: impl is 'cpp', which cannot run here: .*{re.escape(str(path))}"
+    with pytest.raises(RuntimeError, match=message):
+        OPS["bias_act"]("cpp")
+    assert asked == ["cpu"]
 
 
-def resampled(x, w, b, f):
-    """Use every op, as a layer does."""
-    x = upfirdn2d(x, f, up=2, padding=(2, 1), gain=4)
-    x = bias_act(x, b, act="swish", clamp=2)
-    x = conv2d_resample(x, w, f, down=2, padding=1)
-    return bias_act(x, b, act="lrelu", clamp=1)
+def test_reason_of_several_lines_is_told_in_one(monkeypatch):
+    def refuse(kind):
+        raise BuildError("first line\n  second line")
+
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
+    assert compiled.failure_of("cpu") == "first line second line"
 
 
-def layer_inputs(size=6):
-    return [randn(2, 3, size, size + 2).requires_grad_(), randn(3, 3, 3, 3, seed=6).requires_grad_(),
-            randn(3, seed=7).requires_grad_()]
+def test_threads_that_start_together_look_once(monkeypatch):
+    asked = []
+
+    def refuse(kind):
+        asked.append(kind)
+        time.sleep(0.05)  # for the others to come
+        raise BuildError(REASON)
+
+    forget(monkeypatch)
+    monkeypatch.setattr(compiled, "find", refuse)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(compiled.failure_of, ["cpu"] * 4)) == [REASON] * 4
+    assert asked == ["cpu"]
 
 
-def assert_compiled_equals_eager(function, inputs, f):
-    expected = resampled(*inputs, f)
-    found = function(*inputs, f)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)  # sums of some 500 float64 products
-    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), inputs),
-                               torch.autograd.grad(expected.sin().sum(), inputs), rtol=0, atol=1e-11)
+NOT_BUILT = "the compiled CPU operators are not built: python -m torch_utils.ops.build does it, once"
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_torch_compile_traces_forward_and_backward_in_one_graph(dynamic):
-    torch._dynamo.reset()
-    function = torch.compile(resampled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in (6, 9):
-        assert_compiled_equals_eager(function, layer_inputs(size), randn(4, 4))
+def test_auto_where_nothing_is_built_is_composed_with_one_line_and_builds_nothing(nothing_built, capsys):
+    for op in OPS.values():
+        op("auto", X.to("meta"))  # shapes alone: nothing is slower
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        for op in OPS.values():
+            assert torch.equal(op("auto"), op("composed"))
+    assert capsys.readouterr().err == WARNING.replace(REASON, NOT_BUILT)
+    assert compiled.describe("cpu") == f"composed ({NOT_BUILT})"
+    assert not nothing_built.exists()
 
 
-def test_torch_compile_double_backward_is_refused_by_torch():
-    torch._dynamo.reset()
-    x, w, b = layer_inputs()
-    y = torch.compile(resampled, fullgraph=True, backend="aot_eager")(x, w, b, randn(4, 4))
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        torch.autograd.grad(torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum(), w)
+@pytest.mark.parametrize("op", OPS)
+def test_cpp_where_nothing_is_built_raises_and_says_how_to_build(op, nothing_built):
+    with pytest.raises(RuntimeError, match=f"^{op}: impl is 'cpp', which cannot run here: {re.escape(NOT_BUILT)}$"):
+        OPS[op]("cpp")
+    assert not nothing_built.exists()
 
 
-@pytest.mark.slow
-def test_torch_compile_with_compiled_code_around_the_operators_equals_eager(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that g++ runs
-    torch._dynamo.reset()
-    assert_compiled_equals_eager(torch.compile(resampled, fullgraph=True), layer_inputs(), randn(4, 4))
-    assert list(tmp_path.rglob("*.so"))
+def test_second_process_of_a_run_leaves_the_line_to_the_first(nothing_built, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert compiled.fast_implementation("cpu") == "composed"
+    assert capsys.readouterr().err == ""
+
+
+def test_make_ready_builds_what_was_not_there(no_library, monkeypatch):
+    built = []
+    monkeypatch.setattr(compiled, "library", lambda kind: built.append(kind) or f"lib{kind}.so")
+    monkeypatch.setattr("torch.ops.load_library", lambda path: built.append(path))
+    monkeypatch.setattr("torch.library.register_fake", lambda *_: None)
+    assert compiled.failure_of("cpu") == REASON
+    assert compiled.make_ready("mps") is None  # for which there are none
+    assert built == []
+    assert [compiled.make_ready("cpu") for _ in range(2)] == [None, None]
+    assert built == ["cpu", "libcpu.so"]
+    assert compiled.fast_implementation("cpu") == "cpp"
+
+
+def test_make_ready_where_nothing_can_be_built_gives_the_compilers_reason(no_library, monkeypatch, capsys):
+    def refuse(kind):
+        raise BuildError("compiling the operators failed")
+
+    monkeypatch.setattr(compiled, "library", refuse)
+    monkeypatch.setattr(compiled, "find", lambda kind: None)
+    assert compiled.make_ready("cuda") == "compiling the operators failed"
+    assert torch.equal(OPS["bias_act"]("auto"), OPS["bias_act"]("composed"))
+    assert capsys.readouterr().err == WARNING.replace(REASON, "compiling the operators failed")
+
+
+# Work that is continued
+
+
+def test_auto_means_as_before_what_the_work_was_begun_with(capsys):
+    for before, now in ((None, "cpp"), ("cpp", "cpp"), ("composed", "composed"), ("ref", "ref")):
+        with auto_means_as_before(before, "cpu", "the work in x.parts") as means:
+            assert means == auto_implementation("cpu") == resolve_impl("bias_act", "auto", X) == now
+    assert capsys.readouterr().err == ("the work in x.parts was begun with PyTorch's operators and goes on with them, "
+                                       "so that all of it is alike\n")
+    assert auto_implementation("cpu") == "cpp"
+
+
+def test_auto_means_as_before_without_those_operators_is_refused_in_one_line(no_library, capsys):
+    for before, reason in (
+            ("cpp", f"with the compiled operators (cpp), which cannot run here ({REASON}): put that right and give the "
+                    "same command again, or remove it to begin anew"),
+            ("new", "with operators of another version of this program (new); remove it to begin anew")):
+        with (pytest.raises(UserError) as caught, auto_means_as_before(before, "cpu", "the work in x.parts")):
+            pass
+        assert str(caught.value) == f"the work in x.parts was begun {reason}"
+    assert capsys.readouterr().err == ""
+
+
+# CUDA, whose library is a stand-in here
+
+
+def test_cuda_that_agrees_is_used(other_cuda):
+    other_cuda.append(None)
+    assert compiled.failure_of("cuda") is None
+    assert compiled.fast_implementation("cuda") == "cuda"
+    assert compiled.describe("cuda") == "cuda"
+
+
+def test_cuda_that_differs_from_the_reference_is_refused_and_compared_once(other_cuda, capsys):
+    other_cuda.append("upfirdn2d differs by 1")
+    assert [compiled.fast_implementation("cuda") for _ in range(3)] == ["composed"] * 3
+    assert compiled.failure_of("cuda") == "upfirdn2d differs by 1"
+    assert compiled.describe("cuda") == "composed (upfirdn2d differs by 1)"
+    assert capsys.readouterr().err == WARNING.replace(REASON, "upfirdn2d differs by 1")
+
+
+def test_cuda_that_fails_in_the_comparison_is_refused(other_cuda):
+    other_cuda.append(RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA"))
+    reason = "CUDA error: no kernel image is available Compile with TORCH_USE_CUDA_DSA"
+    assert [compiled.failure_of("cuda") for _ in range(2)] == [reason] * 2
+
+
+def test_cuda_without_the_cpu_operators_fails_for_their_reason(no_library):
+    assert compiled.failure_of("cuda") == REASON
+    assert compiled.failure_of("cpu") == REASON
+    assert no_library == ["cpu"]
+
+
+# The comparison before their first use: what agrees, and that what is wrong is named
+
+
+def test_first_difference_right_operators_agree():
+    assert first_difference(CPU) is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_first_difference_is_found_where_derivatives_are_off(mode, monkeypatch):
+    with mode():
+        assert first_difference(CPU) is None
+        break_operator(monkeypatch, "bias_act", slope_scaled)
+        assert "in derivative 1" in first_difference(CPU)
+
+
+def shifted(op, *given):
+    return op(*given).roll(1, 3)
+
+
+def slope_scaled(op, *given):
+    """Keep the values, and make derivatives 1 % too large."""
+    y = op(*given)
+    return y.detach() + 1.01 * (y - y.detach())
+
+
+def slope_held(op, x, *given):
+    """Replace an activation by its tangents: its second derivative is lost."""
+    leaf = x.detach().requires_grad_()
+    y = op(leaf, *given)
+    slope, = torch.autograd.grad(y.sum(), leaf)
+    return y.detach() + slope * (x - x.detach())
+
+
+def flipped(op, x, f, *given):
+    return op(x, f.flip(list(range(f.ndim))), *given)
+
+
+def slightly_off(op, *given):
+    return op(*given) + 2e-4
+
+
+def undefined(op, *given):
+    y = op(*given)
+    return y + torch.where(torch.arange(y.shape[3]) == 5, torch.nan, 0)
+
+
+def wrong_in_channels_last(op, x, *given):
+    y = op(x, *given)
+    return y if x.is_contiguous() else y.flip(2)
+
+
+def break_operator(monkeypatch, op, fault):
+    """Give a compiled operator a fault."""
+    monkeypatch.setattr(compiled, f"{op}_compiled", partial(fault, getattr(compiled, f"{op}_compiled")))
+
+
+FIRST_FILTERING = "a 4 x 4 filter, up=1, down=1, padding=(2, 2, 1, 1)"
+
+
+@pytest.mark.parametrize(("op", "fault", "case", "order", "layout"), [
+    ("upfirdn2d", shifted, FIRST_FILTERING, 0, "contiguous_format"),
+    ("upfirdn2d", flipped, FIRST_FILTERING, 0, "contiguous_format"),
+    ("upfirdn2d", undefined, FIRST_FILTERING, 0, "contiguous_format"),
+    ("upfirdn2d", slope_scaled, FIRST_FILTERING, 1, "contiguous_format"),
+    ("upfirdn2d", wrong_in_channels_last, FIRST_FILTERING, 0, "channels_last"),
+    ("bias_act", shifted, "linear", 0, "contiguous_format"),
+    ("bias_act", slightly_off, "linear", 0, "contiguous_format"),
+    ("bias_act", slope_scaled, "linear", 1, "contiguous_format"),
+    ("bias_act", slope_held, "swish", 2, "contiguous_format"),
+    ("bias_act", wrong_in_channels_last, "linear", 0, "channels_last"),
+])
+def test_first_difference_names_the_operator_and_the_derivative(op, fault, case, order, layout, monkeypatch):
+    break_operator(monkeypatch, op, fault)
+    message = (re.escape(f"{op} with {case} on cpu differs from the reference by ") + "([0-9.e+-]+|nan)" +
+               re.escape(f" in derivative {order} (torch.{layout}); expected 0.0001 at most: please report it"))
+    found = first_difference(CPU)
+    assert re.fullmatch(message, found), found

@@ -6,16 +6,18 @@ import torch
 from tests.helpers.op_cases import (
     COMPARED,
     LARGE_UPFIRDN2D_CASES,
+    LAYOUTS,
     UPFIRDN2D_CASES,
     assert_equals_reference,
     filtering_bound,
     ids,
+    laid_out,
+    randn,
     unit_roundoff,
 )
-from tests.helpers.op_layouts import LAYOUTS, laid_out, randn
 from torch_utils.ops import compiled
-from torch_utils.ops.activations import ACTIVATIONS
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_utils.ops.build import library
-from torch_utils.ops.build_report import read_ptxas_report
+from torch_utils.ops.build import library, read_ptxas_report
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 REGISTERS = 65536  # of a multiprocessor

@@ -21,7 +21,7 @@ from tests.helpers.kernel_calls import (
 )
 from tests.helpers.kernel_programs import PLAIN, SCALARS, Manner, Order, kernel_program
 from tests.helpers.op_cases import HALF_DTYPES
-from torch_utils.ops.activations import ACTIVATIONS
+from torch_utils.ops.bias_act_ref import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

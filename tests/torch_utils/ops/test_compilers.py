@@ -1,12 +1,11 @@
-"""torch_utils.ops.build_cuda and build_report: toolkits, architectures, what ptxas reports."""
+"""torch_utils.ops.compilers: toolkits, architectures, what ptxas reports."""
 
 import os
 
 import pytest
 
-from torch_utils.ops.build_cuda import architectures, find_toolkit, gencode
-from torch_utils.ops.build_report import KernelUse, ptxas_lines, read_ptxas_report, summarize
-from torch_utils.ops.build_tools import BuildError
+from torch_utils.ops.build import KernelUse, ptxas_lines, read_ptxas_report, summarize
+from torch_utils.ops.compilers import BuildError, architectures, find_toolkit, gencode
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="toolkits are looked for on POSIX systems")
 REPORT = """\

@@ -16,11 +16,9 @@ import pytest
 import torch
 
 from dnnlib.cli import run
-from torch_utils.ops import build, build_tools
+from torch_utils.ops import build, compilers
 from torch_utils.ops.build import find, library, obtain
-from torch_utils.ops.build_cuda import Toolkit
-from torch_utils.ops.build_recipe import TorchBuild, read_subject, write_recipe
-from torch_utils.ops.build_tools import BuildError
+from torch_utils.ops.compilers import BuildError, Toolkit, TorchBuild, read_subject, write_recipe
 
 ROOT = Path(__file__).parent.parent.parent.parent
 LEVELS = ["plain", "avx2"] if platform.machine() in ("x86_64", "AMD64") else ["plain"]
@@ -202,7 +200,7 @@ def test_cpu_library_reads_the_headers_of_pytorch_in_one_source():
 def name_of(source, kind="cpu", *, torch=TORCH, archs="8.0", toolkit=None, monkeypatch=None, cache=None):
     subject = read_subject(kind, source, torch, archs)
     if kind == "cuda":
-        monkeypatch.setattr("torch_utils.ops.build_recipe.find_toolkit", lambda *_: (toolkit, []))
+        monkeypatch.setattr("torch_utils.ops.compilers.find_toolkit", lambda *_: (toolkit, []))
     return write_recipe(subject, cache).name
 
 
@@ -383,9 +381,9 @@ def test_other_faults_are_named(source, log, tmp_path, monkeypatch):
 
 def test_missing_ninja_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ninja", None)
-    monkeypatch.setattr(build_tools, "find_program", lambda _: None)
+    monkeypatch.setattr(compilers, "find_program", lambda _: None)
     with pytest.raises(BuildError) as error:
-        build_tools.find_ninja()
+        compilers.find_ninja()
     assert str(error.value) == "ninja is not found, which starts the compilers: pip install ninja"
 
 

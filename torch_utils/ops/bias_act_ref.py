@@ -1,4 +1,4 @@
-"""Know the nine activations of bias_act and their defaults."""
+"""The nine activations of bias_act with their defaults, and the op put together from PyTorch's, step by step."""
 
 import math
 from collections.abc import Callable
@@ -20,6 +20,7 @@ class Activation:
 
 _HALVING_GAIN = math.sqrt(2)
 
+# In the order of the enumeration in csrc/calls.h.
 ACTIVATIONS = {
     "linear": Activation(lambda x, alpha: x),
     "relu": Activation(lambda x, alpha: F.relu(x), gain=_HALVING_GAIN),
@@ -38,3 +39,19 @@ def activation_named(act: str) -> Activation:
     if act not in ACTIVATIONS:
         raise ValueError(f"bias_act: act is {act!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[act]
+
+
+def bias_act_ref(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float,
+                 clamp: float | None) -> Tensor:
+    """Return clamp(gain * act(x + b)); differentiable to any order in x and b by plain autograd.
+
+    x:  any shape;  b: [x.shape[dim]], or None for no bias;  act: a name in ACTIVATIONS;  clamp: None does not limit
+    """
+    if b is not None:
+        sizes = [1] * x.ndim
+        sizes[dim] = -1
+        x = x + b.reshape(sizes).expand(x.shape)
+    x = activation_named(act).apply(x, alpha)
+    if gain != 1:
+        x = x * gain
+    return x if clamp is None else x.clamp(-clamp, clamp)

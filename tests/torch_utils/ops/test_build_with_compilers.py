@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_utils.ops.build import library
-from torch_utils.ops.build_cuda import find_toolkit
-from torch_utils.ops.build_report import read_ptxas_report
-from torch_utils.ops.build_tools import BuildError
+from torch_utils.ops.build import library, read_ptxas_report
+from torch_utils.ops.compilers import BuildError, find_toolkit
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PACKAGES = Path(torch.__file__).parent.parent

@@ -1,49 +1,12 @@
-"""Stopping between iterations, and trouble that stops a run."""
+"""training.loop: failures that stop a run."""
 
-import errno
-import os
-import signal
 
 import pytest
 import torch
 
-from dnnlib.cli import SIGNALS, StopRequest
-from torch_utils.device import ran_out_of_memory
 from training.loop import SkippedSteps, describe_out_of_memory, smaller_batch_gpu
 from training.options import DatasetFacts, TrainOptions, resolve
 from training.step import StepResult
-
-
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_stop_request_remembers_a_signal_and_puts_handlers_back(number):
-    before = [signal.getsignal(each) for each in SIGNALS]
-    with StopRequest() as stop:
-        assert not stop.wanted()
-        os.kill(os.getpid(), number)
-        assert stop.wanted()
-        assert stop.reason == f"{number.name} arrived"
-    assert [signal.getsignal(each) for each in SIGNALS] == before
-
-
-def test_stop_request_second_interrupt_stops_at_once():
-    def interrupt_twice():
-        with StopRequest():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_twice()
-
-
-def test_stop_request_time_is_over(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("dnnlib.cli.time.monotonic", lambda: now[0])
-    with StopRequest(max_hours=0.5) as stop:
-        now[0] = 100 + 1799
-        assert not stop.wanted()
-        now[0] = 100 + 1800
-        assert stop.wanted()
-        assert stop.reason == "--max-hours=0.5 are over"
 
 
 def results(*skipped_phases):
@@ -114,28 +77,3 @@ def test_out_of_memory_of_a_reader_advises_fewer_readers():
                                    has_begun=True)
     assert found == ("a process that reads images was killed, as the system does when memory runs out; the same "
                      "command (without --new) with --workers=1 continues the run")
-
-
-@pytest.mark.parametrize(("error", "expected"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-    (MemoryError(), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-                  "to allocate 8 bytes. Error code 12 (Cannot allocate memory)"), True),
-    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-    (RuntimeError("CUDA error: out of memory"), True),
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-    (RuntimeError(KILLED), True),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), False),
-    (OSError(errno.ENOSPC, "No space left on device"), False),
-    (RuntimeError("shape '[4]' is invalid for input of size 3"), False),
-    (ValueError("out of memory"), False)])
-def test_out_of_memory_is_recognized_whoever_says_it(error, expected):
-    assert ran_out_of_memory(error) == expected
-
-
-def test_out_of_memory_of_this_cpu_is_recognized():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert ran_out_of_memory(caught.value)
