@@ -6,10 +6,11 @@ A configuration is a frozen, keyword-only dataclass whose fields are numbers, st
 
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from functools import cache, wraps
+from operator import attrgetter
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from dnnlib.cli import UserError
 
@@ -46,6 +47,8 @@ class Config:
 
     Subclasses check the values themselves in `check`.
     """
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # of fields in earlier programs -> today's; see `with_old_names`
 
     def __post_init__(self) -> None:
         """Raise ConfigError where a field has another type than it declares, then run `check`."""
@@ -90,6 +93,7 @@ class Config:
             raise ConfigError(f"{where or name} is {data!r}; expected an object with the fields of {name}")
         hints = _field_types(cls)
         prefix = f"{where}." if where else ""
+        data = _renamed(data, cls.OLD_NAMES, where or cls.__name__)
         for key in data:
             if key not in hints:
                 known = ", ".join(hints)
@@ -98,6 +102,35 @@ class Config:
             if field.name not in data and field.default is MISSING:
                 raise ConfigError(f"{prefix}{field.name} is missing; expected {_describe_type(hints[field.name])}")
         return cls(**{key: _from_json(value, hints[key], prefix + key) for key, value in data.items()})
+
+
+def with_old_names(**names: str) -> Callable[[type[Config]], type[Config]]:
+    """Decorate a configuration so that fields go by the names of earlier programs, too.
+
+    names: old name = today's name. The constructor and `from_dict` take either, attributes can be read by either, and
+    `to_dict` and messages give today's.
+    """
+    def decorate(cls: type[Config]) -> type[Config]:
+        construct = cls.__init__
+
+        @wraps(construct)
+        def __init__(self: Config, **values: Any) -> None:
+            construct(self, **_renamed(values, names, cls.__name__))
+
+        cls.__init__, cls.OLD_NAMES = __init__, names
+        for old, new in names.items():
+            setattr(cls, old, property(attrgetter(new)))
+        return cls
+
+    return decorate
+
+
+def _renamed(values: Mapping[str, Any], old_names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return values by today's names of their fields. Raises ConfigError where a field has a value by either name."""
+    for old, new in old_names.items():
+        if old in values and new in values:
+            raise ConfigError(f"{where} has both {old} and {new}; expected {new} alone, which is its name today")
+    return {old_names.get(name, name): value for name, value in values.items()}
 
 
 @cache

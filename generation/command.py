@@ -44,7 +44,7 @@ from generation.pictures import (
 from torch_utils.device import TUNE_MALLOC_HELP, check_counts, count_processes, memory_advice, settle_device
 from torch_utils.distributed import Place, join
 from torch_utils.launch import launch
-from training.config import NOISE_MODES
+from training.generator import NOISE_MODES
 from training.network_file import OTHER_NAMES
 
 _LARGEST_TRUNC = 1000  # far beyond where images are any; much larger ones pass what float32 holds

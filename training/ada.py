@@ -1,7 +1,10 @@
-"""Steer the augmentation probability p by the discriminator's overfitting (ADA paper: Karras et al. 2020, section 3).
+"""Steer the augmentation probability p by the discriminator's overfitting.
 
-The heuristic is r = E[sign(D(real))]: near 0 the discriminator does not know its training images, near 1 it does. p
-climbs at a fixed pace while r is above its target and sinks while it is below.
+ADA paper: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", section 3. The heuristic is
+r_t = E[sign(D(real))]: near 0 the discriminator does not know its training images, near 1 it does. p climbs at a fixed
+pace while r_t is above its target and sinks while it is below.
+
+`training.phases` counts the signs of each pass over reals, `training.step` moves p every few iterations.
 """
 
 import math
@@ -11,7 +14,9 @@ from torch import Tensor
 
 
 def count_signs(logits: Tensor) -> Tensor:
-    """Return (sum of the signs, number) of D's outputs on reals, as float64 [2].
+    """Return (sum of the signs, number) of D's outputs on reals, as float64 [2] on their device.
+
+    logits:  [N, 1], of augmented reals; a NaN among them makes the sum NaN
 
     Statistics of micro-batches, phases and processes add up; `mean_sign` reads the sum.
     """
@@ -21,7 +26,7 @@ def count_signs(logits: Tensor) -> Tensor:
 
 
 def mean_sign(counts: Tensor) -> float:
-    """Return r of added counts [2]. Raises ValueError when nothing was counted."""
+    """Return r_t of added counts [2]. Raises ValueError when nothing was counted."""
     total, number = counts.tolist()
     if number < 1:
         raise ValueError(f"the sign statistic counts {number:g} outputs of the discriminator; expected at least 1")
@@ -29,10 +34,11 @@ def mean_sign(counts: Tensor) -> float:
 
 
 def next_p(p: float, mean_sign: float, target: float, batch: int, interval: int, kimg: float) -> float:
-    """Move p one step and keep it in [0, 1].
+    """Return p + sign(r_t - target) * batch * interval / (1000 * kimg), kept in [0, 1] (ADA paper, section 3).
 
-    mean_sign:  r since the last step
-    target:     what r should be, 0.6 in the paper
+    p:          the probability of each augmentation so far
+    mean_sign:  r_t since the last step
+    target:     what r_t should be, 0.6 in the paper
     batch:      images an iteration, of all processes
     interval:   iterations between two steps
     kimg:       thousand images in which p can travel from 0 to 1

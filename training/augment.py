@@ -1,4 +1,9 @@
-"""Augment the images that the discriminator sees (ADA paper: Karras et al. 2020, section 2 and appendix B)."""
+"""Augment the images that the discriminator sees (ADA paper: Karras et al. 2020, section 2 and appendix B).
+
+`training.augmentations` has the parts in the order of the work: `draws` decides what happens to each image, `geometry`
+moves images about (appendix B.1), `pixels` changes colors (B.1) and frequency bands (B.2), adds noise and cuts holes
+(B.3).
+"""
 
 import torch
 from torch import Tensor
@@ -40,7 +45,7 @@ class AugmentPipe(torch.nn.Module):
                 generator: torch.Generator | None = None, host_generator: torch.Generator | None = None) -> Tensor:
         """Augment a batch.
 
-        images:           [N, C, H, W] floating point, H and W at least 2; C is 1 or 3 where colours are changed
+        images:           [N, C, H, W] floating point, H and W at least 2; C is 1 or 3 where colors are changed
         debug_percentile: replaces every draw by this quantile, in (0, 1), and makes every augmentation happen; only the
                           pixels of the noise stay random
         generator:        source of all randomness, on any device; None takes PyTorch's own
@@ -69,11 +74,11 @@ class AugmentPipe(torch.nn.Module):
 
     def _augment(self, images: Tensor, draws: Draws, generator: torch.Generator | None) -> Tensor:
         do, p = self.strengths, self.p.item()
-        if do.uses_geometry:
+        if do.uses("blit", "geom"):
             images = resample(images, draw_source_map(do, draws, p, images), self.Hz_geom)
-        if do.uses_color:
+        if do.uses("color"):
             images = recolor(images, draw_color_map(do, draws, p))
-        if do.uses_filter:
+        if do.uses("filter") and any(do.imgfilter_bands):
             images = filter_bands(images, draw_band_gains(do, draws, p), self.Hz_fbank.to(images.dtype))
         if do.noise:
             images = add_noise(images, draw_noise_level(do, draws, p), generator)

@@ -1,6 +1,10 @@
-"""Settings of the two networks, and the arguments that their constructors take.
+"""Settings of a training run, as frozen dataclasses that refuse values which cannot work.
 
-Paper: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN".
+`training.options.resolve` makes a `TrainConfig` from what a user said; `TrainConfig.to_dict` is what a run writes to
+its folder. `RunSettings` are beside the mathematics: where a run reads and writes, on what, and for how long.
+
+Section numbers and formulas follow Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN" (sg2),
+and "Training Generative Adversarial Networks with Limited Data" (ada).
 """
 
 import re
@@ -8,150 +12,101 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dnnlib.typed_config import Config, ConfigError, FrozenMapping
-from imagesets.resize import MIN_RESOLUTION, is_power_of_two
+from dnnlib.typed_config import Config, ConfigError, FrozenMapping, with_old_names
+from imagesets.resize import RESOLUTIONS, is_resolution
+from training.augmentations.draws import AUGMENTATIONS
+from training.generator import NOISE_MODES, check_image_format
+from training.layers import HALF_DTYPES, keeps_groups
 
-ARCHITECTURES = ("orig", "skip", "resnet")
-HALF_DTYPES = ("float16", "bfloat16")
-
-
-def _check_network(config: "GeneratorConfig | DiscriminatorConfig") -> None:
-    """Check the settings that both networks have."""
-    config.require_at_least(0, "c_dim", "num_fp16_res")
-    config.require_at_least(1, "img_channels", "channel_base", "channel_max")
-    resolution = config.img_resolution
-    config.require(resolution >= MIN_RESOLUTION and is_power_of_two(resolution), "img_resolution",
-                   f"a power of two >= {MIN_RESOLUTION}")
-    enough_channels = f"a number >= img_resolution ({resolution}), or no channel is left"
-    config.require(config.channel_base >= resolution, "channel_base", enough_channels)
-    config.require(config.conv_clamp is None or config.conv_clamp > 0, "conv_clamp", "a number > 0, or none")
-    config.require(config.architecture in ARCHITECTURES, "architecture", f"one of {', '.join(ARCHITECTURES)}")
-    config.require(config.half_dtype in HALF_DTYPES, "half_dtype", f"one of {', '.join(HALF_DTYPES)}")
+RESUME_CLASSES = ("same", "new")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorConfig(Config):
-    """Sizes of the generator; `init_kwargs` is what its constructor takes."""
+class _NetworkConfig(Config):
+    """Sizes and number formats that both networks have."""
 
     img_resolution: int
     img_channels: int
     c_dim: int  # length of a label vector; 0 = no labels
+    architecture: str
+    channel_base: int = 32768  # channels at resolution R: min(channel_base // R, channel_max)
+    channel_max: int = 512
+    num_fp16_res: int = 0  # the highest resolutions that run in half_dtype
+    half_dtype: str = "float16"
+    conv_clamp: float | None = None  # None = activations are not clamped
+    fp16_channels_last: bool = False
+
+    def check(self) -> None:
+        try:
+            check_image_format(self.label(""), self.img_resolution, self.img_channels, self.architecture,
+                               self.channel_base)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.require_at_least(0, "c_dim", "num_fp16_res")
+        self.require_at_least(1, "channel_max")
+        self.require(self.conv_clamp is None or self.conv_clamp > 0, "conv_clamp", "a number > 0, or none")
+        self.require(self.half_dtype in HALF_DTYPES, "half_dtype", f"one of {', '.join(HALF_DTYPES)}")
+
+    def fields_named(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def layout(self) -> dict[str, bool]:
+        """Return the argument of a block that is given where it is on alone."""
+        return {"fp16_channels_last": True} if self.fp16_channels_last else {}
+
+
+_BLOCKS = ("architecture", "channel_base", "channel_max", "num_fp16_res", "conv_clamp", "half_dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(_NetworkConfig):
+    """Sizes of the generator; `init_kwargs` is what its constructor takes."""
+
     z_dim: int = 512
     w_dim: int = 512
     mapping_layers: int = 8
     architecture: str = "skip"
-    channel_base: int = 32768  # channels at resolution R: min(channel_base // R, channel_max)
-    channel_max: int = 512
-    num_fp16_res: int = 0  # the highest resolutions that run in half_dtype
-    half_dtype: str = "float16"
-    conv_clamp: float | None = None  # None = activations are not clamped
-    fp16_channels_last: bool = False
 
     def check(self) -> None:
-        _check_network(self)
+        super().check()
         self.require_at_least(1, "z_dim", "w_dim", "mapping_layers")
 
     def init_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of the generator's constructor; plain JSON types."""
-        synthesis = {
-            "architecture": self.architecture,
-            "channel_base": self.channel_base,
-            "channel_max": self.channel_max,
-            "num_fp16_res": self.num_fp16_res,
-            "conv_clamp": self.conv_clamp,
-            "half_dtype": self.half_dtype,
-        }
-        if self.fp16_channels_last:
-            synthesis["fp16_channels_last"] = True
-        return {
-            "z_dim": self.z_dim,
-            "c_dim": self.c_dim,
-            "w_dim": self.w_dim,
-            "img_resolution": self.img_resolution,
-            "img_channels": self.img_channels,
-            "mapping_kwargs": {"num_layers": self.mapping_layers},
-            "synthesis_kwargs": synthesis,
-        }
+        return {**self.fields_named("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"),
+                "mapping_kwargs": {"num_layers": self.mapping_layers},
+                "synthesis_kwargs": {**self.fields_named(*_BLOCKS), **self.layout()}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig(Config):
+class DiscriminatorConfig(_NetworkConfig):
     """Sizes of the discriminator; `init_kwargs` is what its constructor takes."""
 
-    img_resolution: int
-    img_channels: int
-    c_dim: int  # length of a label vector; 0 = no labels
     architecture: str = "resnet"
-    channel_base: int = 32768  # channels at resolution R: min(channel_base // R, channel_max)
-    channel_max: int = 512
-    num_fp16_res: int = 0  # the highest resolutions that run in half_dtype
-    half_dtype: str = "float16"
-    conv_clamp: float | None = None  # None = activations are not clamped
     mbstd_group_size: int = 4  # images over which the minibatch standard deviation is taken
     freeze_layers: int | None = None  # convolutions next to the image that do not learn; None = all learn
-    fp16_channels_last: bool = False
 
     def check(self) -> None:
-        _check_network(self)
+        super().check()
         self.require_at_least(1, "mbstd_group_size")
         self.require(self.freeze_layers is None or self.freeze_layers >= 0, "freeze_layers", "a number >= 0, or none")
 
     def init_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of the discriminator's constructor; plain JSON types."""
-        block: dict[str, Any] = {}
-        if self.freeze_layers is not None:
-            block["freeze_layers"] = self.freeze_layers
-        if self.fp16_channels_last:
-            block["fp16_channels_last"] = True
-        return {
-            "c_dim": self.c_dim,
-            "img_resolution": self.img_resolution,
-            "img_channels": self.img_channels,
-            "architecture": self.architecture,
-            "channel_base": self.channel_base,
-            "channel_max": self.channel_max,
-            "num_fp16_res": self.num_fp16_res,
-            "conv_clamp": self.conv_clamp,
-            "half_dtype": self.half_dtype,
-            "block_kwargs": block,
-            "mapping_kwargs": {},
-            "epilogue_kwargs": {"mbstd_group_size": self.mbstd_group_size},
-        }
+        frozen = {} if self.freeze_layers is None else {"freeze_layers": self.freeze_layers}
+        return {**self.fields_named("c_dim", "img_resolution", "img_channels", *_BLOCKS),
+                "block_kwargs": {**frozen, **self.layout()}, "mapping_kwargs": {},
+                "epilogue_kwargs": {"mbstd_group_size": self.mbstd_group_size}}
 
 
-# MERGED from training.config
-# Settings of a training run, as frozen dataclasses that refuse values which cannot work.
-#
-# `training.options.resolve` makes a `TrainConfig` from what a user said; `TrainConfig.to_dict` is what a run writes to
-# its folder. Section numbers and formulas follow Karras et al. 2020, "Analyzing and Improving the Image Quality of
-# StyleGAN" (sg2), and "Training Generative Adversarial Networks with Limited Data" (ada).
-
-
-RESUME_CLASSES = ("same", "new")
-
-__all__ = [
-    "AUGMENTATIONS", "NOISE_MODES",
-    "AdaConfig", "AdamConfig", "AugmentConfig", "ConfigError", "DatasetConfig", "DiscriminatorConfig", "EmaConfig",
-    "FrozenMapping", "GeneratorConfig", "LossConfig", "StepConfig", "TrainConfig",
-]  # fmt: skip
-
-NOISE_MODES = ("random", "const", "none")
-
-# In the order in which the pipeline applies them (ada, appendix B); `imgfilter` is what --augpipe calls filter.
-AUGMENTATIONS = (
-    "xflip", "rotate90", "xint",
-    "scale", "rotate", "aniso", "xfrac",
-    "brightness", "contrast", "lumaflip", "hue", "saturation",
-    "imgfilter", "noise", "cutout",
-)  # fmt: skip
-
-
+@with_old_names(r1_gamma="gamma")
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
     """Weights and intervals of the losses."""
 
-    r1_gamma: float  # --gamma, weight of the gradient penalty on reals; larger = smoother discriminator
-    pl_weight: float = 2.0  # weight of path length regularization (sg2, section 3.2); 0 = off
+    gamma: float  # weight of the gradient penalty on reals; larger = smoother discriminator
+    pl_weight: float = 2  # weight of path length regularization (sg2, section 3.2); 0 = off
     pl_decay: float = 0.01  # how fast the mean path length follows
     pl_batch_shrink: int = 2  # path lengths are taken on 1/pl_batch_shrink of a micro-batch, at least 1 image
     style_mixing_prob: float = 0.9  # share of micro-batches whose styles are mixed; 0 = off
@@ -160,7 +115,7 @@ class LossConfig(Config):
     noise_mode: str = "random"
 
     def check(self) -> None:
-        self.require_at_least(0, "r1_gamma", "pl_weight")
+        self.require_at_least(0, "gamma", "pl_weight")
         self.require_at_least(1, "pl_batch_shrink", "g_reg_interval", "d_reg_interval")
         self.require(0 < self.pl_decay <= 1, "pl_decay", "a number > 0 and <= 1")
         self.require(0 <= self.style_mixing_prob <= 1, "style_mixing_prob", "a number from 0 to 1")
@@ -208,9 +163,8 @@ class AugmentConfig(Config):
     def check(self) -> None:
         for name, strength in self.strengths.items():
             if name not in AUGMENTATIONS:
-                raise ConfigError(
-                    f"AugmentConfig.strengths names {name!r}; expected augmentations among {', '.join(AUGMENTATIONS)}"
-                )
+                raise ConfigError(f"AugmentConfig.strengths names {name!r}; expected augmentations among "
+                                  f"{', '.join(AUGMENTATIONS)}")
             if strength < 0:
                 raise ConfigError(f"AugmentConfig.strengths[{name!r}] is {strength!r}; expected a number >= 0")
         self.require(0 <= self.p <= 1, "p", "a number from 0 to 1")
@@ -268,6 +222,36 @@ class DatasetConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetFacts(Config):
+    """What `resolve` needs to know of a data set."""
+
+    name: str  # begins the run's name
+    resolution: int
+    channels: int
+    num_images: int  # before mirroring
+    c_dim: int  # length of a label vector; 0 = the data set has no labels
+
+    @property
+    def has_labels(self) -> bool:
+        return self.c_dim > 0
+
+    def check(self) -> None:
+        """Raise ConfigError where the networks cannot take the images."""
+        if not self.name or "/" in self.name or "\\" in self.name:
+            raise ConfigError(f"the data set's name is {self.name!r}; expected a name without path separators")
+        if not is_resolution(self.resolution):
+            raise ConfigError(f"data set {self.name} has resolution {self.resolution}; expected {RESOLUTIONS}: convert "
+                              "it with dataset_tool.py")
+        if self.channels not in (1, 3):
+            raise ConfigError(f"data set {self.name} has {self.channels} channels; expected 1 (grey) or 3 (RGB): "
+                              "convert it with dataset_tool.py")
+        if self.num_images < 1:
+            raise ConfigError(f"data set {self.name} has {self.num_images} images; expected at least 1")
+        if self.c_dim < 0:
+            raise ConfigError(f"data set {self.name} has labels of length {self.c_dim}; expected a length >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """A whole training run."""
 
@@ -321,44 +305,28 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         self.require(bool(self.run_name), "run_name", "a name")
-        self.require_at_least(
-            1, "gpus", "batch_gpu", "kimg", "image_snapshot_ticks", "network_snapshot_ticks"
-        )
+        self.require_at_least(1, "gpus", "batch_gpu", "kimg", "image_snapshot_ticks", "network_snapshot_ticks")
         self.require_at_least(0, "seed", "num_workers")
         self.require(self.kimg_per_tick > 0, "kimg_per_tick", "a number > 0")
         self.require(self.state_minutes > 0, "state_minutes", "a number > 0")
         self.require(self.resume_classes in RESUME_CLASSES, "resume_classes", f"one of {', '.join(RESUME_CLASSES)}")
         self.require(len(set(self.metrics)) == len(self.metrics), "metrics", "each metric once")
-        self._check_parts_agree()
-
-    def _check_parts_agree(self) -> None:
-        """Refuse parts that contradict each other, as an edited file could have them."""
+        # Parts that contradict each other, as an edited file could have them:
         images = (self.dataset.resolution, self.dataset.channels, self.dataset.c_dim)
         for name in ("generator", "discriminator"):
             network = getattr(self, name)
             found = (network.img_resolution, network.img_channels, network.c_dim)
             if found != images:
-                raise ConfigError(
-                    f"TrainConfig.{name} takes resolution, channels, c_dim {found}; "
-                    f"expected those of the data set, {images}"
-                )
+                raise ConfigError(f"TrainConfig.{name} takes resolution, channels, c_dim {found}; expected those of "
+                                  f"the data set, {images}")
         self.step.require(bool(self.augment.strengths) or self.step.ada is None, "ada",
                           "none where no augmentation is on")
         share = self.gpus * self.step.micro_batch
         self.require(self.batch % share == 0, "gpus", f"gpus * micro_batch to divide the batch of {self.batch}")
         group = self.discriminator.mbstd_group_size
-        if self.step.micro_batch > group and self.step.micro_batch % group:
-            raise ConfigError(
-                f"StepConfig.micro_batch is {self.step.micro_batch}; expected at most mbstd_group_size ({group}) "
-                "or a multiple of it"
-            )
-
-
-# MERGED from training.run_settings
-# Settings of a run that are not mathematics: where it reads and writes, on what, and for how long.
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+        if not keeps_groups(self.step.micro_batch, group):
+            raise ConfigError(f"StepConfig.micro_batch is {self.step.micro_batch}; expected at most mbstd_group_size "
+                              f"({group}) or a multiple of it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dnnlib.cli import UserError
 from imagesets.classes import label_vectors, missing_labels
 from imagesets.pixel_hashes import Shape, describe_shape, hash_set, known_pixel_hashes, load_pixels, read_pixel_hashes
 from imagesets.reader import ImageSet
-from training.options import DatasetFacts
+from training.config import DatasetFacts
 
 CONTENT_HASH_VERSION = 1
 UNKNOWN_DATA = "unknown"

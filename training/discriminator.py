@@ -1,4 +1,4 @@
-"""The StyleGAN2 discriminator.
+"""The StyleGAN2 discriminator (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN").
 
 Legend: N batch, I O in/out channels, C image channels, R resolution.
 """
@@ -20,6 +20,64 @@ from training.layers import (
     half_dtype_at,
     memory_format,
 )
+
+
+class Discriminator(nn.Module):
+    """Judge images [N, C, R, R] with labels c [N, c_dim]: one logit each, positive for "real"."""
+
+    def __init__(self, c_dim: int, img_resolution: int, img_channels: int, architecture: str = "resnet",
+                 channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 0,
+                 conv_clamp: float | None = None, cmap_dim: int | None = None, block_kwargs: dict | None = None,
+                 mapping_kwargs: dict | None = None, epilogue_kwargs: dict | None = None,
+                 half_dtype: str = "float16"):
+        super().__init__()
+        check_image_format("discriminator: ", img_resolution, img_channels, architecture, channel_base)
+        block_kwargs, mapping_kwargs, epilogue_kwargs = (dict(kwargs or {}) for kwargs in
+                                                         (block_kwargs, mapping_kwargs, epilogue_kwargs))
+        self.init_kwargs = dict(c_dim=c_dim, img_resolution=img_resolution, img_channels=img_channels,
+                                architecture=architecture, channel_base=channel_base, channel_max=channel_max,
+                                num_fp16_res=num_fp16_res, conv_clamp=conv_clamp, cmap_dim=cmap_dim,
+                                block_kwargs=block_kwargs, mapping_kwargs=mapping_kwargs,
+                                epilogue_kwargs=epilogue_kwargs, half_dtype=half_dtype)
+        self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
+        self.block_resolutions = resolutions_up_to(img_resolution)[:0:-1]  # img_resolution down to 8
+        channels = {res: min(channel_base // res, channel_max) for res in [*self.block_resolutions, 4]}
+        num_layers = 0
+        for res in self.block_resolutions:
+            block = DiscriminatorBlock(channels[res] if res < img_resolution else 0, channels[res], channels[res // 2],
+                                       img_channels=img_channels, first_layer_idx=num_layers,
+                                       architecture=architecture, conv_clamp=conv_clamp,
+                                       half=half_dtype_at(res, img_resolution, num_fp16_res, half_dtype),
+                                       **block_kwargs)
+            self.add_module(f"b{res}", block)
+            num_layers += block.num_layers
+        if c_dim == 0:
+            cmap_dim = 0
+        elif cmap_dim is None:
+            cmap_dim = channels[4]
+        self.mapping = MappingNetwork(z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, **mapping_kwargs) \
+            if c_dim > 0 else None
+        self.b4 = DiscriminatorEpilogue(channels[4], img_channels if architecture == "skip" else None, cmap_dim,
+                                        conv_clamp=conv_clamp, **epilogue_kwargs)
+
+    def freezable_layers(self) -> list[str]:
+        """Return the names of the layers that `freeze_layers` counts, in its order: convolutions, from the image on."""
+        return [f"b{res}.{name}" for res in self.block_resolutions
+                for name, _ in getattr(self, f"b{res}").named_children()]
+
+    def forward(self, img: Tensor, c: Tensor | None, force_fp32: bool = False) -> Tensor:
+        """Return logits [N, 1] of the parameters' dtype. Raises ValueError for images of another shape."""
+        channels, res = self.img_channels, self.img_resolution
+        if img.ndim != 4 or img.shape[1:] != (channels, res, res):
+            raise ValueError(f"discriminator: images are {list(img.shape)}; expected [N, {channels}, {res}, {res}]")
+        if self.mapping is not None and (c is None or len(c) != len(img)):
+            raise ValueError(f"discriminator: labels are {'missing' if c is None else list(c.shape)}; expected "
+                             f"[{len(img)}, {self.c_dim}], one row an image")
+        x = None
+        for res in self.block_resolutions:
+            x, img = getattr(self, f"b{res}")(x, img, force_fp32=force_fp32)
+        cmap = None if self.mapping is None else self.mapping(None, c)
+        return self.b4(x, img, cmap)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -72,7 +130,10 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Judge activations [N, I, 4, 4]: logits [N, 1], or with labels the projection on cmap [N, cmap_dim]."""
+    """Judge activations [N, I, 4, 4]: logits [N, 1], or with labels the projection on cmap [N, cmap_dim].
+
+    The projection is that of Miyato and Koyama 2018, scaled by 1 / sqrt(cmap_dim).
+    """
 
     SIZE = 4
 
@@ -101,61 +162,3 @@ class DiscriminatorEpilogue(nn.Module):
         if self.cmap_dim == 0:
             return x
         return (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
-
-
-class Discriminator(nn.Module):
-    """Judge images [N, C, R, R] with labels c [N, c_dim]: one logit each, positive for "real"."""
-
-    def __init__(self, c_dim: int, img_resolution: int, img_channels: int, architecture: str = "resnet",
-                 channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 0,
-                 conv_clamp: float | None = None, cmap_dim: int | None = None, block_kwargs: dict | None = None,
-                 mapping_kwargs: dict | None = None, epilogue_kwargs: dict | None = None,
-                 half_dtype: str = "float16"):
-        super().__init__()
-        check_image_format("discriminator", img_resolution, img_channels, architecture, channel_base)
-        block_kwargs, mapping_kwargs, epilogue_kwargs = (dict(kwargs or {}) for kwargs in
-                                                         (block_kwargs, mapping_kwargs, epilogue_kwargs))
-        self.init_kwargs = dict(c_dim=c_dim, img_resolution=img_resolution, img_channels=img_channels,
-                                architecture=architecture, channel_base=channel_base, channel_max=channel_max,
-                                num_fp16_res=num_fp16_res, conv_clamp=conv_clamp, cmap_dim=cmap_dim,
-                                block_kwargs=block_kwargs, mapping_kwargs=mapping_kwargs,
-                                epilogue_kwargs=epilogue_kwargs, half_dtype=half_dtype)
-        self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
-        self.block_resolutions = resolutions_up_to(img_resolution)[:0:-1]  # img_resolution down to 8
-        channels = {res: min(channel_base // res, channel_max) for res in [*self.block_resolutions, 4]}
-        num_layers = 0
-        for res in self.block_resolutions:
-            block = DiscriminatorBlock(channels[res] if res < img_resolution else 0, channels[res], channels[res // 2],
-                                       img_channels=img_channels, first_layer_idx=num_layers,
-                                       architecture=architecture, conv_clamp=conv_clamp,
-                                       half=half_dtype_at(res, img_resolution, num_fp16_res, half_dtype),
-                                       **block_kwargs)
-            self.add_module(f"b{res}", block)
-            num_layers += block.num_layers
-        if c_dim == 0:
-            cmap_dim = 0
-        elif cmap_dim is None:
-            cmap_dim = channels[4]
-        self.mapping = MappingNetwork(z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, **mapping_kwargs) \
-            if c_dim > 0 else None
-        self.b4 = DiscriminatorEpilogue(channels[4], img_channels if architecture == "skip" else None, cmap_dim,
-                                        conv_clamp=conv_clamp, **epilogue_kwargs)
-
-    def freezable_layers(self) -> list[str]:
-        """Return the names of the layers that `freeze_layers` counts, in its order: convolutions, from the image on."""
-        return [f"b{res}.{name}" for res in self.block_resolutions
-                for name, _ in getattr(self, f"b{res}").named_children()]
-
-    def forward(self, img: Tensor, c: Tensor | None, force_fp32: bool = False) -> Tensor:
-        """Return logits [N, 1] of the parameters' dtype. Raises ValueError for images of another shape."""
-        channels, res = self.img_channels, self.img_resolution
-        if img.ndim != 4 or img.shape[1:] != (channels, res, res):
-            raise ValueError(f"discriminator: images are {list(img.shape)}; expected [N, {channels}, {res}, {res}]")
-        if self.mapping is not None and (c is None or len(c) != len(img)):
-            raise ValueError(f"discriminator: labels are {'missing' if c is None else list(c.shape)}; expected "
-                             f"[{len(img)}, {self.c_dim}], one row an image")
-        x = None
-        for res in self.block_resolutions:
-            x, img = getattr(self, f"b{res}")(x, img, force_fp32=force_fp32)
-        cmap = None if self.mapping is None else self.mapping(None, c)
-        return self.b4(x, img, cmap)

@@ -1,7 +1,7 @@
-"""Estimate, before a run starts, how large its networks are and how much memory a process of it takes.
+"""What --dry-run prints: a run's settings, sizes, memory and files, known before it starts.
 
-The phases of an iteration are run as they are on PyTorch's meta device, where tensors have sizes but no contents, and
-what is alive at a time is added up, forward and backward.
+Memory is found by running the phases of an iteration as they are on PyTorch's meta device, where tensors have sizes but
+no contents, and adding up what is alive at a time, forward and backward.
 """
 
 import math
@@ -21,8 +21,8 @@ from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, content_of
 from training.discriminator import Discriminator
 from training.generator import Generator
-from training.options import describe
 from training.phases import MicroBatch, Phase, PhaseInputs, PhaseWork, active_phases, path_length_images
+from training.presets import ADA_KIMG, ADA_KIMG_RESUMED
 from training.run_folder import plan_run
 from training.sampling import image_weights
 from training.state import TrainingState
@@ -37,154 +37,9 @@ _AUGMENT_SIZE = 64  # augmentations that pad by a fixed number of pixels would c
 _AUGMENT_BATCH = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryEstimate:
-    """Bytes of one process at the moment it needs most."""
-
-    weights: int  # of G and D
-    averaged_generator: int  # G_ema
-    adam: int  # both moments of both networks
-    gradients: int  # of the network whose phase takes most
-    activations: int
-    phase: str  # the phase that takes most
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.averaged_generator + self.adam + self.gradients + self.activations
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it with its total and what was counted, as plain JSON types."""
-        return {**asdict(self), "total": self.total, "unit": "bytes", "basis": BASIS}
-
-
-class LiveBytes(TorchDispatchMode):
-    """A context that counts the bytes of the tensors that are made within: alive now, and at the most at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._note, result)
-        return result
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # the same object for every view, until the last one is gone
-        key, size = id(storage), storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._forget, key, size)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def meta_state(config: TrainConfig) -> TrainingState:
-    """Return the state of a run with shapes and no contents, made in a moment. It augments nothing."""
-    with torch.device("meta"):
-        G, G_ema = (Generator(**config.generator.init_kwargs()) for _ in range(2))
-        D = Discriminator(**config.discriminator.init_kwargs())
-    # Filters are made on the CPU whatever the device.
-    return TrainingState.from_networks(G.to("meta"), D.to("meta"), G_ema.to("meta"), g_adam=config.g_adam,
-                                       d_adam=config.d_adam, loss=config.step.loss)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Return the number of weights that learn; frozen layers do not count."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> MemoryEstimate:
-    """Return what a process of the run takes. state: from `meta_state`, to use it again."""
-    state = meta_state(config) if state is None else state
-    peaks = {phase: _phase_peak(phase, state, config) for phase in active_phases(0, config.step.loss)}
-    gradients = {phase: _parameter_bytes(phase.network(state)) for phase in peaks}
-    phase = max(peaks, key=lambda phase: peaks[phase] + gradients[phase])
-    return MemoryEstimate(
-        weights=_bytes(state.G) + _bytes(state.D), averaged_generator=_bytes(state.G_ema),
-        adam=2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D)), gradients=gradients[phase],
-        activations=peaks[phase] + augment_bytes(config), phase=phase.value)
-
-
-def count_snapshots(config: TrainConfig) -> int:
-    """Return how many network files a whole run writes: every so many ticks, and at its end.
-
-    Those of one thousand of images have one name, and replace each other.
-    """
-    batch = config.batch
-    end = math.ceil(config.kimg * 1000 / batch) * batch
-    tick = math.ceil(config.kimg_per_tick * 1000 / batch) * batch  # the first one is an iteration
-    return len({nimg // 1000 for nimg in (*range(batch, end, tick * config.network_snapshot_ticks), end)})
-
-
-def state_bytes(state: TrainingState) -> dict[str, int]:
-    """Return about how large the files of a run get: a network snapshot, a state to continue from."""
-    snapshot = _bytes(state.G) + _bytes(state.G_ema) + _bytes(state.D)
-    return {"network-snapshot": snapshot,
-            "training-state": snapshot + 2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D))}
-
-
-def _bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
-def _parameter_bytes(network: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in network.parameters())
-
-
-def _phase_peak(phase: Phase, state: TrainingState, config: TrainConfig) -> int:
-    """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
-    network = phase.network(state)
-    gradients = GradientSum([*network.parameters()])
-    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
-    network.requires_grad_(True)
-    try:
-        with LiveBytes() as tracker:
-            for loss in PhaseWork(phase, state, config.step.loss).losses(_meta_micro_batch(state, config)):
-                gradients.add(loss)
-    finally:
-        network.requires_grad_(False)
-    return tracker.peak
-
-
-def _meta_micro_batch(state: TrainingState, config: TrainConfig) -> MicroBatch:
-    G, size = state.G, config.step.micro_batch
-    image = (G.img_channels, G.img_resolution, G.img_resolution)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    inputs = PhaseInputs(z=empty(size, G.z_dim), c=empty(size, G.c_dim), mix_z=empty(size, G.z_dim),
-                         pl_noise=empty(path_length_images(size, config.step.loss), *image))
-    return MicroBatch(reals=empty(size, *image), labels=empty(size, G.c_dim), inputs=inputs, cutoff=1, rng=None,
-                      host_rng=None)
-
-
-def augment_bytes(config: TrainConfig) -> int:
-    """Return about how many bytes the augmentation of a micro-batch takes at p = 1, forward and backward."""
-    if not config.augment.strengths:
-        return 0
-    resolution, channels = config.dataset.resolution, config.dataset.channels
-    size = min(resolution, _AUGMENT_SIZE)
-    pipe = AugmentPipe(**config.augment.strengths)
-    images = torch.zeros(_AUGMENT_BATCH, channels, size, size, requires_grad=True)
-    with estimating(), LiveBytes() as tracker:
-        pipe(images, generator=torch.Generator().manual_seed(0)).sum().backward()
-    return round(tracker.peak / _AUGMENT_BATCH * config.step.micro_batch * (resolution / size) ** 2)
-
-
-# MERGED from training.dry_run
-# What --dry-run prints: settings, sizes, memory and files of a run, as plain JSON types.
-
-
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: DeviceChoice,
                  transferred: Transferred | None = None) -> dict[str, Any]:
-    """Return the settings under the names of `presets.describe`, and beside them what is known before the start.
+    """Return the settings under the names of `describe`, and beside them what is known before the start.
 
     transferred:  what --resume gives
 
@@ -231,6 +86,47 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
     }
 
 
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a user compares between runs, under short names; plain JSON types."""
+    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.step.ada
+    idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
+    is_fixed = bool(config.augment.strengths) and ada is None
+    return {
+        "run_name": config.run_name,
+        "batch": config.batch,
+        "batch_gpu": config.batch_gpu,
+        "mbstd_group": discriminator.mbstd_group_size,
+        "channel_base": generator.channel_base,
+        "channel_max": generator.channel_max,
+        "num_fp16_res": generator.num_fp16_res,
+        "conv_clamp": generator.conv_clamp,
+        "lr": config.g_adam.lr,
+        "r1_gamma": loss.gamma,  # its name in the original's files, which reports are compared with
+        "ema_kimg": config.step.ema.kimg,
+        "ema_rampup": config.step.ema.rampup,
+        "map_layers": generator.mapping_layers,
+        "kimg": config.kimg,
+        "pl_weight": loss.pl_weight,
+        "style_mixing_prob": loss.style_mixing_prob,
+        "d_architecture": discriminator.architecture,
+        "ada_target": ada.target if ada else None,
+        "ada_kimg": ada.kimg if ada else idle_ada_kimg,
+        "image_snapshot_ticks": config.image_snapshot_ticks,
+        "network_snapshot_ticks": config.network_snapshot_ticks,
+        "kimg_per_tick": config.kimg_per_tick,
+        "augment": dict(config.augment.strengths),
+        "augment_p": config.augment.p if is_fixed else None,
+        "metrics": list(config.metrics),
+        "dataset": {
+            "use_labels": config.dataset.use_labels,
+            "max_size": config.dataset.max_size,
+            "xflip": config.dataset.xflip,
+            "resolution": config.dataset.resolution,
+        },
+        "freeze_layers": discriminator.freeze_layers,
+    }
+
+
 def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, Any]:
     return {
         "path": settings.data,
@@ -247,8 +143,12 @@ def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, An
 
 
 def _count_snapshots(config: TrainConfig, settings: RunSettings, size: int) -> dict[str, int]:
-    """Return how many network files a whole run writes and keeps, and how many bytes they take."""
-    written = kept = count_snapshots(config)
+    """Return how many network files a whole run writes and keeps, and how many bytes they take; size: of one."""
+    end = math.ceil(config.kimg * 1000 / config.batch) * config.batch
+    tick = math.ceil(config.kimg_per_tick * 1000 / config.batch) * config.batch  # the first one is an iteration
+    at = (*range(config.batch, end, tick * config.network_snapshot_ticks), end)  # images seen
+    # Files of one thousand of images have one name, and replace each other.
+    written = kept = len({nimg // 1000 for nimg in at})
     if settings.num_newest is not None:  # the oldest goes once a newer one is written
         kept = min(written, settings.num_newest + (settings.keep_best is not None) + 1)
     return {"written": written, "bytes_each": size, "bytes_written": written * size, "kept": kept,
@@ -257,8 +157,8 @@ def _count_snapshots(config: TrainConfig, settings: RunSettings, size: int) -> d
 
 def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str, int]) -> dict[str, str]:
     """Return when each file of the run's folder is written; KKKKKK stands for thousands of images."""
-    snapshot = f"every {config.network_snapshot_ticks} ticks ({_kimg(config, config.network_snapshot_ticks)} kimg)"
-    images = f"every {config.image_snapshot_ticks} ticks ({_kimg(config, config.image_snapshot_ticks)} kimg)"
+    snapshot, images = (f"every {ticks} ticks ({ticks * config.kimg_per_tick:g} kimg)" for ticks in (
+        config.network_snapshot_ticks, config.image_snapshot_ticks))
     state = f"with each network, and every {config.state_minutes:g} minutes; {_in_units(sizes['training-state'])}"
     tick = f"a line every {config.kimg_per_tick:g} kimg"
     count = _count_snapshots(config, settings, sizes["network-snapshot"])
@@ -280,11 +180,140 @@ def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str,
     }
 
 
-def _kimg(config: TrainConfig, ticks: int) -> str:
-    return f"{ticks * config.kimg_per_tick:g}"
-
-
 def _in_units(size: int) -> str:
     if size >= 10e9:
         return f"{size / 1e9:.0f} GB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 10e6 else f"{size / 1e6:.1f} MB"
+
+
+# Sizes and memory.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one process at the moment it needs most."""
+
+    weights: int  # of G and D
+    averaged_generator: int  # G_ema
+    adam: int  # both moments of both networks
+    gradients: int  # of the network whose phase takes most
+    activations: int
+    phase: str  # the phase that takes most
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.averaged_generator + self.adam + self.gradients + self.activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it with its total and what was counted, as plain JSON types."""
+        return {**asdict(self), "total": self.total, "unit": "bytes", "basis": BASIS}
+
+
+def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> MemoryEstimate:
+    """Return what a process of the run takes. state: from `meta_state`, to use it again."""
+    state = meta_state(config) if state is None else state
+    peaks = {phase: _phase_peak(phase, state, config) for phase in active_phases(0, config.step.loss)}
+    gradients = {phase: _parameter_bytes(phase.network(state)) for phase in peaks}
+    phase = max(peaks, key=lambda phase: peaks[phase] + gradients[phase])
+    return MemoryEstimate(
+        weights=_bytes(state.G) + _bytes(state.D), averaged_generator=_bytes(state.G_ema),
+        adam=2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D)), gradients=gradients[phase],
+        activations=peaks[phase] + augment_bytes(config), phase=phase.value)
+
+
+def meta_state(config: TrainConfig) -> TrainingState:
+    """Return the state of a run with shapes and no contents, made in a moment. It augments nothing."""
+    with torch.device("meta"):
+        G, G_ema = (Generator(**config.generator.init_kwargs()) for _ in range(2))
+        D = Discriminator(**config.discriminator.init_kwargs())
+    # Filters are made on the CPU whatever the device.
+    return TrainingState.from_networks(G.to("meta"), D.to("meta"), G_ema.to("meta"), g_adam=config.g_adam,
+                                       d_adam=config.d_adam, loss=config.step.loss)
+
+
+def _phase_peak(phase: Phase, state: TrainingState, config: TrainConfig) -> int:
+    """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
+    network = phase.network(state)
+    gradients = GradientSum([*network.parameters()])
+    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
+    network.requires_grad_(True)
+    try:
+        with LiveBytes() as tracker:
+            for loss in PhaseWork(phase, state, config.step.loss).losses(_meta_micro_batch(state, config)):
+                gradients.add(loss)
+    finally:
+        network.requires_grad_(False)
+    return tracker.peak
+
+
+def _meta_micro_batch(state: TrainingState, config: TrainConfig) -> MicroBatch:
+    G, size = state.G, config.step.micro_batch
+    image = (G.img_channels, G.img_resolution, G.img_resolution)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    inputs = PhaseInputs(z=empty(size, G.z_dim), c=empty(size, G.c_dim), mix_z=empty(size, G.z_dim),
+                         pl_noise=empty(path_length_images(size, config.step.loss), *image))
+    return MicroBatch(reals=empty(size, *image), labels=empty(size, G.c_dim), inputs=inputs, cutoff=1, rng=None,
+                      host_rng=None)
+
+
+def augment_bytes(config: TrainConfig) -> int:
+    """Return about how many bytes the augmentation of a micro-batch takes at p = 1, forward and backward."""
+    if not config.augment.strengths:
+        return 0
+    resolution, channels = config.dataset.resolution, config.dataset.channels
+    size = min(resolution, _AUGMENT_SIZE)
+    pipe = AugmentPipe(**config.augment.strengths)
+    images = torch.zeros(_AUGMENT_BATCH, channels, size, size, requires_grad=True)
+    with estimating(), LiveBytes() as tracker:
+        pipe(images, generator=torch.Generator().manual_seed(0)).sum().backward()
+    return round(tracker.peak / _AUGMENT_BATCH * config.step.micro_batch * (resolution / size) ** 2)
+
+
+class LiveBytes(TorchDispatchMode):
+    """A context that counts the bytes of the tensors that are made within: alive now, and at the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # the same object for every view, until the last one is gone
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._forget, key, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of weights that learn; frozen layers do not count."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def state_bytes(state: TrainingState) -> dict[str, int]:
+    """Return about how large the files of a run get: a network snapshot, a state to continue from."""
+    snapshot = _bytes(state.G) + _bytes(state.G_ema) + _bytes(state.D)
+    return {"network-snapshot": snapshot,
+            "training-state": snapshot + 2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D))}
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
+def _parameter_bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())

@@ -1,4 +1,10 @@
-"""The mapping network: from latent and label to the intermediate latent w."""
+"""The StyleGAN2 generator: mapping network f and synthesis network g.
+
+StyleGAN: Karras et al. 2019, "A Style-Based Generator Architecture for Generative Adversarial Networks". StyleGAN2:
+Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN".
+
+Legend: N batch, Z z_dim, K w_dim, L num_ws, I O in/out channels, C image channels, R resolution.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from imagesets.resize import MIN_RESOLUTION, is_power_of_two
+from imagesets.resize import RESOLUTIONS, is_resolution
 from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
-from training.config import ARCHITECTURES, NOISE_MODES
 from training.layers import (
     DEFAULT_FILTER,
     Conv2dLayer,
@@ -23,22 +28,36 @@ from training.layers import (
     normalize_second_moment,
 )
 
+ARCHITECTURES = ("orig", "skip", "resnet")  # StyleGAN2, figure 7: how blocks are connected, in both networks
+NOISE_MODES = ("random", "const", "none")
 
-def truncate(ws: Tensor, center: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
-    """Return center + psi * (ws - center) in the first `cutoff` layers (Karras et al. 2019, StyleGAN, appendix B).
 
-    ws:      [N, L, K];  center: [K], the mean style, or [N, 1, K], one for each
-    psi:     1 keeps ws, 0 gives the center
-    cutoff:  None for all layers
-    """
-    cutoff = ws.shape[1] if cutoff is None else cutoff
-    return torch.cat([torch.lerp(center, ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
+class Generator(nn.Module):
+    """Map latents z [N, Z] and labels c [N, c_dim] to images [N, C, R, R]."""
+
+    def __init__(self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int,
+                 mapping_kwargs: dict | None = None, synthesis_kwargs: dict | None = None):
+        super().__init__()
+        mapping_kwargs, synthesis_kwargs = dict(mapping_kwargs or {}), dict(synthesis_kwargs or {})
+        self.init_kwargs = dict(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, img_resolution=img_resolution,
+                                img_channels=img_channels, mapping_kwargs=mapping_kwargs,
+                                synthesis_kwargs=synthesis_kwargs)
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **mapping_kwargs)
+
+    def forward(self, z: Tensor, c: Tensor, truncation_psi: float = 1, truncation_cutoff: int | None = None,
+                **synthesis_kwargs) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        return self.synthesis(ws, **synthesis_kwargs)
 
 
 class MappingNetwork(nn.Module):
     """Map z [N, Z] and label c [N, c_dim] to ws [N, L, K]; without num_ws to [N, K], as the discriminator uses it.
 
-    z and the embedded label are each normalised by their second moment (StyleGAN2-ADA, appendix C). In train mode
+    z and the embedded label are each normalized by their second moment (StyleGAN2-ADA, appendix C). In train mode
     every call moves the buffer w_avg towards the mean of w, unless skip_w_avg_update.
     """
 
@@ -97,30 +116,127 @@ class MappingNetwork(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-# MERGED from training.generator
-# The StyleGAN2 generator: mapping network and synthesis network.
-#
-# Legend: N batch, Z z_dim, K w_dim, L num_ws, I O in/out channels, C image channels, R resolution.
+def truncate(ws: Tensor, center: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
+    """Return center + psi * (ws - center) in the first `cutoff` layers (StyleGAN, appendix B).
+
+    ws:      [N, L, K];  center: [K], the mean style, or [N, 1, K], one for each
+    psi:     1 keeps ws, 0 gives the center
+    cutoff:  None for all layers
+    """
+    cutoff = ws.shape[1] if cutoff is None else cutoff
+    return torch.cat([torch.lerp(center, ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
 
 
-def check_image_format(network: str, img_resolution: int, img_channels: int, architecture: str,
-                       channel_base: int) -> None:
-    """Raise ValueError unless a network of this architecture can make or judge such images."""
-    if img_resolution < MIN_RESOLUTION or not is_power_of_two(img_resolution):
-        raise ValueError(f"{network}: img_resolution is {img_resolution}; expected a power of two from "
-                         f"{MIN_RESOLUTION} on")
-    if img_channels < 1:
-        raise ValueError(f"{network}: img_channels is {img_channels}; expected at least 1")
-    if channel_base < img_resolution:
-        raise ValueError(f"{network}: channel_base is {channel_base}; expected at least img_resolution, "
-                         f"{img_resolution}, or no channel is left")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{network}: architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+class SynthesisNetwork(nn.Module):
+    """Turn ws [N, L, K] into images [N, C, R, R]. L is the number of convolutions plus 1."""
+
+    def __init__(self, w_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768,
+                 channel_max: int = 512, num_fp16_res: int = 0, architecture: str = "skip",
+                 half_dtype: str = "float16", **block_kwargs):
+        super().__init__()
+        check_image_format("generator: ", img_resolution, img_channels, architecture, channel_base)
+        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.block_resolutions = resolutions_up_to(img_resolution)
+        self.num_ws = 1
+        in_channels = 0
+        for res in self.block_resolutions:
+            out_channels = min(channel_base // res, channel_max)
+            half = half_dtype_at(res, img_resolution, num_fp16_res, half_dtype)
+            block = SynthesisBlock(in_channels, out_channels, w_dim=w_dim, resolution=res, img_channels=img_channels,
+                                   is_last=res == img_resolution, architecture=architecture, half=half, **block_kwargs)
+            self.add_module(f"b{res}", block)
+            self.num_ws += block.num_conv
+            in_channels = out_channels
+
+    def forward(self, ws: Tensor, noise_mode: str = "random", force_fp32: bool = False,
+                generator: torch.Generator | None = None, fused_modconv: bool | None = None) -> Tensor:
+        """Return images, [-1, 1] for what the network was trained on, of the parameters' dtype.
+
+        noise_mode:  "random" draws noise per image (from `generator`, None for torch's default one), "const" takes
+                     the network's own noise maps, "none" takes no noise
+        force_fp32:  compute half precision blocks in float32
+        fused_modconv:  the form of all modulated convolutions; None chooses that of each (`choose_fused_modconv`)
+
+        Raises ValueError for ws of another shape, and for an unknown noise_mode.
+        """
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(f"synthesis network: ws is {list(ws.shape)}; expected [N, {self.num_ws}, {self.w_dim}]")
+        if noise_mode not in NOISE_MODES:
+            raise ValueError(f"noise_mode is {noise_mode!r}; expected one of {', '.join(NOISE_MODES)}")
+        layer_ws = ws.to(self.b4.conv1.affine.weight.dtype).unbind(dim=1)
+        x = img = None
+        first = 0
+        for res in self.block_resolutions:
+            block = getattr(self, f"b{res}")
+            mine = layer_ws[first:first + block.num_conv + 1]  # the last one is shared with the next block's conv0
+            x, img = block(x, img, mine, force_fp32=force_fp32, noise_mode=noise_mode, generator=generator,
+                           fused_modconv=fused_modconv)
+            first += block.num_conv
+        return img
 
 
-def resolutions_up_to(img_resolution: int) -> list[int]:
-    """Return [4, 8, ..., img_resolution]."""
-    return [2**i for i in range(2, img_resolution.bit_length())]
+class SynthesisBlock(nn.Module):
+    """All layers of one resolution.
+
+    The first block (in_channels=0) starts from a learned constant [O, R, R] and has conv1 alone; the others double
+    the resolution in conv0. `skip` blocks add to the image of the lower resolutions; `orig` and `resnet` networks
+    have one ToRGB, in the last block.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int,
+                 is_last: bool, architecture: str = "skip", resample_filter: Sequence[float] = DEFAULT_FILTER,
+                 conv_clamp: float | None = None, half: torch.dtype | None = None, fp16_channels_last: bool = False,
+                 **layer_kwargs):
+        super().__init__()
+        self.is_first = in_channels == 0
+        self.architecture = architecture
+        self.half_dtype = half
+        self.channels_last = fp16_channels_last and half is not None
+        self.register_buffer("resample_filter", setup_filter(resample_filter))
+        shared = dict(conv_clamp=conv_clamp, channels_last=self.channels_last)
+        layer = dict(w_dim=w_dim, resolution=resolution, resample_filter=resample_filter, **shared, **layer_kwargs)
+        if self.is_first:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        else:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, up=2, **layer)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer)
+        self.torgb = self.skip = None
+        if is_last or architecture == "skip":
+            self.torgb = ToRGBLayer(out_channels, img_channels, w_dim, **shared)
+        if architecture == "resnet" and not self.is_first:
+            self.skip = Conv2dLayer(in_channels, out_channels, 1, up=2, bias=False,
+                                    channels_last=self.channels_last, resample_filter=resample_filter)
+        self.num_conv = 1 if self.is_first else 2
+
+    def forward(self, x: Tensor | None, img: Tensor | None, ws: Sequence[Tensor], force_fp32: bool = False,
+                noise_mode: str = "random", generator: torch.Generator | None = None,
+                fused_modconv: bool | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the activations and image after this block.
+
+        x:    [N, I, R / 2, R / 2], None in the first block;  img: [N, C, R / 2, R / 2] or None
+        ws:   num_conv + 1 tensors [N, K]: one per convolution, then ToRGB's
+        """
+        dtype = compute_dtype(self.conv1.weight, self.half_dtype, force_fp32)
+        layout = memory_format(self.channels_last and dtype == self.half_dtype)
+        options = dict(noise_mode=noise_mode, fused_modconv=fused_modconv, generator=generator)
+
+        if self.is_first:
+            x = self.const.to(dtype=dtype, memory_format=torch.contiguous_format)
+            x = x.expand(len(ws[0]), *x.shape).to(memory_format=layout)
+            x = self.conv1(x, ws[0], **options)
+        else:
+            x = x.to(dtype=dtype, memory_format=layout)
+            branch = math.sqrt(0.5) if self.skip is not None else 1
+            y = self.conv1(self.conv0(x, ws[0], **options), ws[1], gain=branch, **options)
+            x = y if self.skip is None else self.skip(x, gain=branch) + y
+
+        if img is not None:
+            img = upsample2d(img, self.resample_filter)
+        if self.torgb is not None:
+            rgb = self.torgb(x, ws[-1], fused_modconv=fused_modconv)
+            rgb = rgb.to(dtype=self.torgb.weight.dtype, memory_format=torch.contiguous_format)
+            img = rgb if img is None else img + rgb
+        return x, img
 
 
 class SynthesisLayer(nn.Module):
@@ -188,135 +304,23 @@ class ToRGBLayer(nn.Module):
         return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 
 
-class SynthesisBlock(nn.Module):
-    """All layers of one resolution.
+def check_image_format(prefix: str, img_resolution: int, img_channels: int, architecture: str,
+                       channel_base: int) -> None:
+    """Raise ValueError unless a network of this architecture can make or judge such images.
 
-    The first block (in_channels=0) starts from a learned constant [O, R, R] and has conv1 alone; the others double
-    the resolution in conv0. `skip` blocks add to the image of the lower resolutions; `orig` and `resnet` networks
-    have one ToRGB, in the last block.
+    prefix: stands before the argument's name in messages, such as "generator: "
     """
-
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int,
-                 is_last: bool, architecture: str = "skip", resample_filter: Sequence[float] = DEFAULT_FILTER,
-                 conv_clamp: float | None = None, half: torch.dtype | None = None, fp16_channels_last: bool = False,
-                 **layer_kwargs):
-        super().__init__()
-        self.is_first = in_channels == 0
-        self.architecture = architecture
-        self.half_dtype = half
-        self.channels_last = fp16_channels_last and half is not None
-        self.register_buffer("resample_filter", setup_filter(resample_filter))
-        shared = dict(conv_clamp=conv_clamp, channels_last=self.channels_last)
-        layer = dict(w_dim=w_dim, resolution=resolution, resample_filter=resample_filter, **shared, **layer_kwargs)
-        if self.is_first:
-            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
-        else:
-            self.conv0 = SynthesisLayer(in_channels, out_channels, up=2, **layer)
-        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer)
-        self.torgb = self.skip = None
-        if is_last or architecture == "skip":
-            self.torgb = ToRGBLayer(out_channels, img_channels, w_dim, **shared)
-        if architecture == "resnet" and not self.is_first:
-            self.skip = Conv2dLayer(in_channels, out_channels, 1, up=2, bias=False,
-                                    channels_last=self.channels_last, resample_filter=resample_filter)
-        self.num_conv = 1 if self.is_first else 2
-
-    def forward(self, x: Tensor | None, img: Tensor | None, ws: Sequence[Tensor], force_fp32: bool = False,
-                noise_mode: str = "random", generator: torch.Generator | None = None,
-                fused_modconv: bool | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the activations and image after this block.
-
-        x:    [N, I, R / 2, R / 2], None in the first block;  img: [N, C, R / 2, R / 2] or None
-        ws:   num_conv + 1 tensors [N, K]: one per convolution, then ToRGB's
-        """
-        dtype = compute_dtype(self.conv1.weight, self.half_dtype, force_fp32)
-        layout = memory_format(self.channels_last and dtype == self.half_dtype)
-        options = dict(noise_mode=noise_mode, fused_modconv=fused_modconv, generator=generator)
-
-        if self.is_first:
-            x = self.const.to(dtype=dtype, memory_format=torch.contiguous_format)
-            x = x.expand(len(ws[0]), *x.shape).to(memory_format=layout)
-            x = self.conv1(x, ws[0], **options)
-        else:
-            x = x.to(dtype=dtype, memory_format=layout)
-            branch = math.sqrt(0.5) if self.skip is not None else 1
-            y = self.conv1(self.conv0(x, ws[0], **options), ws[1], gain=branch, **options)
-            x = y if self.skip is None else self.skip(x, gain=branch) + y
-
-        if img is not None:
-            img = upsample2d(img, self.resample_filter)
-        if self.torgb is not None:
-            rgb = self.torgb(x, ws[-1], fused_modconv=fused_modconv)
-            rgb = rgb.to(dtype=self.torgb.weight.dtype, memory_format=torch.contiguous_format)
-            img = rgb if img is None else img + rgb
-        return x, img
+    if not is_resolution(img_resolution):
+        raise ValueError(f"{prefix}img_resolution is {img_resolution}; expected {RESOLUTIONS}")
+    if img_channels < 1:
+        raise ValueError(f"{prefix}img_channels is {img_channels}; expected at least 1")
+    if channel_base < img_resolution:
+        raise ValueError(f"{prefix}channel_base is {channel_base}; expected at least img_resolution, "
+                         f"{img_resolution}, or no channel is left")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{prefix}architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
-class SynthesisNetwork(nn.Module):
-    """Turn ws [N, L, K] into images [N, C, R, R]. L is the number of convolutions plus 1."""
-
-    def __init__(self, w_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768,
-                 channel_max: int = 512, num_fp16_res: int = 0, architecture: str = "skip",
-                 half_dtype: str = "float16", **block_kwargs):
-        super().__init__()
-        check_image_format("generator", img_resolution, img_channels, architecture, channel_base)
-        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
-        self.block_resolutions = resolutions_up_to(img_resolution)
-        self.num_ws = 1
-        in_channels = 0
-        for res in self.block_resolutions:
-            out_channels = min(channel_base // res, channel_max)
-            half = half_dtype_at(res, img_resolution, num_fp16_res, half_dtype)
-            block = SynthesisBlock(in_channels, out_channels, w_dim=w_dim, resolution=res, img_channels=img_channels,
-                                   is_last=res == img_resolution, architecture=architecture, half=half, **block_kwargs)
-            self.add_module(f"b{res}", block)
-            self.num_ws += block.num_conv
-            in_channels = out_channels
-
-    def forward(self, ws: Tensor, noise_mode: str = "random", force_fp32: bool = False,
-                generator: torch.Generator | None = None, fused_modconv: bool | None = None) -> Tensor:
-        """Return images, [-1, 1] for what the network was trained on, of the parameters' dtype.
-
-        noise_mode:  "random" draws noise per image (from `generator`, None for torch's default one), "const" takes
-                     the network's own noise maps, "none" takes no noise
-        force_fp32:  compute half precision blocks in float32
-        fused_modconv:  the form of all modulated convolutions; None chooses that of each (`choose_fused_modconv`)
-
-        Raises ValueError for ws of another shape, and for an unknown noise_mode.
-        """
-        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
-            raise ValueError(f"synthesis network: ws is {list(ws.shape)}; expected [N, {self.num_ws}, {self.w_dim}]")
-        if noise_mode not in NOISE_MODES:
-            raise ValueError(f"noise_mode is {noise_mode!r}; expected one of {', '.join(NOISE_MODES)}")
-        layer_ws = ws.to(self.b4.conv1.affine.weight.dtype).unbind(dim=1)
-        x = img = None
-        first = 0
-        for res in self.block_resolutions:
-            block = getattr(self, f"b{res}")
-            mine = layer_ws[first:first + block.num_conv + 1]  # the last one is shared with the next block's conv0
-            x, img = block(x, img, mine, force_fp32=force_fp32, noise_mode=noise_mode, generator=generator,
-                           fused_modconv=fused_modconv)
-            first += block.num_conv
-        return img
-
-
-class Generator(nn.Module):
-    """Map latents z [N, Z] and labels c [N, c_dim] to images [N, C, R, R]."""
-
-    def __init__(self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int,
-                 mapping_kwargs: dict | None = None, synthesis_kwargs: dict | None = None):
-        super().__init__()
-        mapping_kwargs, synthesis_kwargs = dict(mapping_kwargs or {}), dict(synthesis_kwargs or {})
-        self.init_kwargs = dict(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, img_resolution=img_resolution,
-                                img_channels=img_channels, mapping_kwargs=mapping_kwargs,
-                                synthesis_kwargs=synthesis_kwargs)
-        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
-        self.num_ws = self.synthesis.num_ws
-        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **mapping_kwargs)
-
-    def forward(self, z: Tensor, c: Tensor, truncation_psi: float = 1, truncation_cutoff: int | None = None,
-                **synthesis_kwargs) -> Tensor:
-        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-        return self.synthesis(ws, **synthesis_kwargs)
+def resolutions_up_to(img_resolution: int) -> list[int]:
+    """Return [4, 8, ..., img_resolution]."""
+    return [2**i for i in range(2, img_resolution.bit_length())]

@@ -1,4 +1,11 @@
-"""Choose the number format each block of a network computes in."""
+"""Layers that the generator and the discriminator are built from, and the number format that they compute in.
+
+Equalized learning rate (ProGAN: Karras et al. 2018, "Progressive Growing of GANs", section 4.1): weights start from
+N(0, 1), and a constant 1 / sqrt(fan-in) scales them in each pass; where outputs are demodulated, that takes its place.
+
+Legend: N batch, I O in/out channels, H W pixels, kh kw kernel, K w_dim. StyleGAN2: Karras et al. 2020,
+"Analyzing and Improving the Image Quality of StyleGAN".
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,46 +16,17 @@ from torch import Tensor, nn
 from torch_utils.ops.bias_act import activation_named, bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter
-from training.config import HALF_DTYPES
-
-
-def half_dtype_at(resolution: int, img_resolution: int, num_fp16_res: int, half_dtype: str) -> torch.dtype | None:
-    """Return the half format of the block at `resolution`, or None if it computes in full precision.
-
-    The `num_fp16_res` highest resolutions take half precision, but never one below 8.
-    Raises ValueError for an unknown format.
-    """
-    if half_dtype not in HALF_DTYPES:
-        raise ValueError(f"half_dtype is {half_dtype!r}; expected one of {', '.join(HALF_DTYPES)}")
-    lowest = max(2 * img_resolution >> num_fp16_res, 8)
-    return getattr(torch, half_dtype) if resolution >= lowest else None
-
-
-def compute_dtype(parameter: torch.Tensor, half: torch.dtype | None, force_fp32: bool) -> torch.dtype:
-    """Return the dtype to compute in: `half` only where it is wanted and the parameters are float32."""
-    if half is None or force_fp32 or parameter.dtype != torch.float32:
-        return parameter.dtype
-    return half
-
-
-# MERGED from training.layers
-# Layers with equalised learning rate that the generator and the discriminator are built from.
-#
-# Legend: N batch, I O in/out channels, H W pixels, kh kw kernel, K w_dim.
-
 
 DEFAULT_FILTER = (1, 3, 3, 1)
-
-
-def normalize_second_moment(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """Scale x so that the mean of its squares along `dim` is 1."""
-    return x * torch.rsqrt(x.square().mean(dim=dim, keepdim=True) + eps)
+HALF_DTYPES = ("float16", "bfloat16")
 
 
 def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | None = None, up: int = 1,
                      down: int = 1, padding: int = 0, resample_filter: Tensor | None = None, demodulate: bool = True,
                      flip_weight: bool = True, fused_modconv: bool = True, impl: str = "auto") -> Tensor:
-    """Convolve each image with the weights scaled by its own style (StyleGAN2, eq. 1 to 3).
+    """Convolve each image with the weights scaled by its own style (StyleGAN2, section 2.2, eq. 1 to 3).
+
+    w' = s_i * w (eq. 1), and with demodulation w'' = w' / sqrt(sum w'^2 + eps), over I, kh and kw (eq. 3)
 
     x:       [N, I, H, W] float32, float64 or half
     weight:  [O, I, kh, kw];  styles: [N, I]
@@ -60,7 +38,7 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     Returns [N, O, H * up / down, W * up / down] of x's dtype.
     """
     if demodulate and _is_half(x):
-        weight, styles = _tamed(weight, styles)
+        weight, styles = _shrink(weight, styles)
     scale = _demodulation(weight, styles) if demodulate else None  # [N, O]
     options = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight, impl=impl)
 
@@ -110,7 +88,7 @@ def _per_channel(factors: Tensor, x: Tensor) -> Tensor:
 
 
 def _demodulation(weight: Tensor, styles: Tensor) -> Tensor:
-    """Return [N, O], the factors that bring each output of unit normal inputs to unit variance."""
+    """Return [N, O], 1 / sqrt(sum (s_i * w)^2 + eps): outputs of unit normal inputs get unit variance (eq. 3)."""
     return torch.rsqrt(styles.square() @ _KernelEnergy.apply(weight).T + 1e-8)
 
 
@@ -131,7 +109,7 @@ class _KernelEnergy(torch.autograd.Function):
         return weight * _per_channel(2 * grad, weight)
 
 
-def _tamed(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
+def _shrink(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
     """Shrink weights and styles by factors that demodulation undoes."""
     # The sum over I * kh * kw products of an activation with a weight stays below float16's 65504 this way.
     fan_in = weight[0].numel()
@@ -144,7 +122,7 @@ def _tamed(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
 class FullyConnectedLayer(nn.Module):
     """Apply act(x @ (w * gain).T + b * lr_multiplier) with gain = lr_multiplier / sqrt(in_features).
 
-    [N, in_features] -> [N, out_features]
+    [N, in_features] -> [N, out_features]. See the top for the equalized learning rate.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "linear",
@@ -181,20 +159,17 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         weight_gain, bias_gain = ctx.gains
-        scaled = grad * weight_gain
+        scaled, of_bias = grad * weight_gain, None
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(dim=0) if bias_gain == 1 else grad.sum(dim=0) * bias_gain
         return (scaled @ weight if ctx.needs_input_grad[0] else None,
-                scaled.T @ x if ctx.needs_input_grad[1] else None,
-                _sum_of_images(grad, bias_gain) if ctx.needs_input_grad[2] else None, None, None)
-
-
-def _sum_of_images(x: Tensor, gain: float) -> Tensor:
-    """Sum x [N, C] over N, times gain. -> [C]"""
-    total = x.sum(dim=0)
-    return total if gain == 1 else total * gain
+                scaled.T @ x if ctx.needs_input_grad[1] else None, of_bias, None, None)
 
 
 class Conv2dLayer(nn.Module):
-    """Convolve with optional resampling, then bias and activation. [N, I, H, W] -> [N, O, H', W']
+    """Convolve with w / sqrt(I * kh * kw) and optional resampling, then bias and activation.
+
+    [N, I, H, W] -> [N, O, H * up / down, W * up / down]. See the top for the equalized learning rate.
 
     trainable=False keeps the weights as buffers, out of the optimizer's reach.
     """
@@ -229,10 +204,16 @@ class Conv2dLayer(nn.Module):
         return bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
 
 
-class MinibatchStdLayer(nn.Module):
-    """Append channels that tell how much images of a group differ. [N, C, H, W] -> [N, C + num_channels, H, W]
+def normalize_second_moment(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Scale x so that the mean of its squares along `dim` is 1."""
+    return x * torch.rsqrt(x.square().mean(dim=dim, keepdim=True) + eps)
 
-    Image n belongs to group n mod (N / G), with G = min(group_size, N). Raises ValueError when G does not divide N.
+
+class MinibatchStdLayer(nn.Module):
+    """Append the standard deviation over a group of images, averaged over channels and pixels (ProGAN, section 3).
+
+    [N, C, H, W] -> [N, C + num_channels, H, W]. Image n belongs to group n mod (N / G), with G = min(group_size, N),
+    group_size None = the whole batch. Raises ValueError for a batch that `keeps_groups` does not allow.
     """
 
     def __init__(self, group_size: int | None, num_channels: int = 1):
@@ -246,13 +227,37 @@ class MinibatchStdLayer(nn.Module):
         if channels % self.num_channels:
             raise ValueError(f"minibatch standard deviation: there are {channels} channels; expected a multiple of "
                              f"num_channels, {self.num_channels}")
-        if num % members:
+        if self.group_size is not None and not keeps_groups(num, self.group_size):
             raise ValueError(f"minibatch standard deviation: the batch has {num} images; expected a multiple of the "
                              f"group size {members}, or at most that many")
         grouped = x.reshape(members, num // members, self.num_channels, -1, height, width)
         spread = (grouped.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N / G, num_channels]
         extra = spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, height, width)
         return torch.cat([x, extra], dim=1)
+
+
+def keeps_groups(num_images: int, group_size: int) -> bool:
+    """Tell whether a pass is at most one group of the minibatch standard deviation, or whole groups."""
+    return num_images <= group_size or num_images % group_size == 0
+
+
+def half_dtype_at(resolution: int, img_resolution: int, num_fp16_res: int, half_dtype: str) -> torch.dtype | None:
+    """Return the half format of the block at `resolution`, or None if it computes in full precision.
+
+    The `num_fp16_res` highest resolutions take half precision, but never one below 8.
+    Raises ValueError for an unknown format.
+    """
+    if half_dtype not in HALF_DTYPES:
+        raise ValueError(f"half_dtype is {half_dtype!r}; expected one of {', '.join(HALF_DTYPES)}")
+    lowest = max(2 * img_resolution >> num_fp16_res, 8)
+    return getattr(torch, half_dtype) if resolution >= lowest else None
+
+
+def compute_dtype(parameter: torch.Tensor, half: torch.dtype | None, force_fp32: bool) -> torch.dtype:
+    """Return the dtype to compute in: `half` only where it is wanted and the parameters are float32."""
+    if half is None or force_fp32 or parameter.dtype != torch.float32:
+        return parameter.dtype
+    return half
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -103,7 +103,12 @@ def recognize(path: str | os.PathLike) -> FileKind:
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; expected a network file (.safetensors or NVIDIA .pkl)")
-    start = retrying(lambda: _read_start(path), path)
+
+    def read_start() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(256)
+
+    start = retrying(read_start, path)
     # safetensors: header size (8 bytes, little-endian), then JSON. Before pickles: a size may begin with 80.
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header <= _MAX_HEADER:
@@ -115,11 +120,6 @@ def recognize(path: str | os.PathLike) -> FileKind:
         return FileKind.PICKLE
     what = unpack_advice(path) or f"is {_describe(start)}"
     raise ValueError(f"{path} {what}; expected a network file (.safetensors or NVIDIA .pkl)")
-
-
-def _read_start(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(256)
 
 
 def _describe(start: bytes) -> str:

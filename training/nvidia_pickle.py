@@ -119,8 +119,6 @@ def _parse(data: bytes) -> NvidiaNetworks:
     return NvidiaNetworks(**modules, training_set_kwargs=to_plain(data_set, "training_set_kwargs"))
 
 
-# The stream.
-
 _OPCODES = frozenset("""
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE
     BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS

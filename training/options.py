@@ -1,6 +1,8 @@
-"""What a user may say about a training run, and what is known of the data set: the inputs of `presets.resolve`.
+"""The flags of train.py: each with its name, type, help text, default and check, and what a run makes of them.
 
-Contradictions between flags are found here; whether a flag suits the data set or the preset is found in `presets`.
+`TrainOptions` are the flags that decide what is computed; it finds those that contradict each other. `resolve` makes
+the whole configuration of a run of them and the data set's facts, and finds what does not suit data or preset. It is
+pure: equal inputs give equal outputs, and nothing is read or drawn. `FLAGS` is the command line.
 """
 
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ import click
 
 from dnnlib.cli import Flag, UserPath, join_values
 from dnnlib.typed_config import Config
-from imagesets.resize import RESOLUTIONS, is_resolution
 from torch_utils.device import PRECISION_NAMES, TUNE_MALLOC_HELP
+from training.augmentations.draws import AUGMENT_GROUPS
 from training.config import (
     RESUME_CLASSES,
     AdaConfig,
@@ -19,10 +21,12 @@ from training.config import (
     AugmentConfig,
     ConfigError,
     DatasetConfig,
+    DatasetFacts,
     DiscriminatorConfig,
     EmaConfig,
     GeneratorConfig,
     LossConfig,
+    RunSettings,
     StepConfig,
     TrainConfig,
 )
@@ -30,11 +34,10 @@ from training.network_file import OTHER_NAMES
 from training.presets import (
     ADA_KIMG,
     ADA_KIMG_RESUMED,
-    AUGMENT_GROUPS,
     AUGPIPES,
     CFG_NAMES,
+    FIXED_PRESETS,
     TRANSFER_NAMES,
-    BatchRules,
     BatchSplit,
     Preset,
     choose_preset,
@@ -42,7 +45,16 @@ from training.presets import (
 )
 
 AUGMENT_MODES = ("noaug", "ada", "fixed")
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = tuple(name for name in PRECISION_NAMES if name != "auto")  # auto is one of them by the time of a run
+
+# What holds where a flag is not given; help texts print it. The other flags' defaults depend on --cfg or the data.
+DEFAULTS = {
+    "cfg": "auto", "gpus": 1, "cond": False, "mirror": False, "seed": 0, "aug": "ada", "target": 0.6, "augpipe": "bgc",
+    "resume_classes": TrainConfig.resume_classes, "resume_partial": TrainConfig.resume_partial, "nhwc": False,
+    "tick": 4, "snap": 50, "state_minutes": 10, "metrics": ("fid50k_full",), "workers": TrainConfig.num_workers,
+    "nobench": not TrainConfig.cudnn_benchmark, "allow_tf32": TrainConfig.allow_tf32,
+    "device": "auto", "precision": "auto", "balance": RunSettings.balance, "tune_malloc": RunSettings.tune_malloc,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +100,14 @@ class TrainOptions(Config):
     def check(self) -> None:
         """Raise ConfigError on a value out of range and on flags that contradict each other."""
         self._check_ranges()
+        self._check_resume_and_metrics()
         self._check_augmentation()
         self._check_precision()
+
+    def get(self, name: str) -> Any:
+        """Return what the user said, or the default where the flag was not given."""
+        value = getattr(self, name)
+        return DEFAULTS[name] if value is None else value
 
     @property
     def resumes(self) -> bool:
@@ -113,6 +131,8 @@ class TrainOptions(Config):
         for name, choices in (("aug", AUGMENT_MODES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             self.require(value is None or value in choices, name, f"one of {', '.join(choices)}")
+
+    def _check_resume_and_metrics(self) -> None:
         self.require(self.resume != "", "resume", "a network's name, path or URL, or noresume")
         self.require(self.resume_classes in (None, *RESUME_CLASSES), "resume_classes",
                      f"one of {', '.join(RESUME_CLASSES)}")
@@ -120,86 +140,33 @@ class TrainOptions(Config):
             value = getattr(self, name)
             if value not in (None, "same", False) and not self.resumes:
                 flag = self.label(name)
-                raise ConfigError(f"{flag} is {str(value).lower()} without --resume; expected a network to start from: "
+                raise ConfigError(f"{flag} is {_shown(value)} without --resume; expected a network to start from: "
                                   f"add it, or leave {flag} out")
         for metric in self.metrics or ():
-            if self.metrics.count(metric) > 1:
-                times = self.metrics.count(metric)
+            times = self.metrics.count(metric)
+            if times > 1:
                 raise ConfigError(f"--metrics names {metric} {times} times; expected each metric once")
 
     def _check_augmentation(self) -> None:
-        mode = self.aug or "ada"
+        mode = self.get("aug")
         if mode == "fixed" and self.p is None:
             raise ConfigError("--aug is fixed without --p; expected a probability: add --p=0.2, for example")
         if mode != "fixed" and self.p is not None:
             raise ConfigError(f"--p is {self.p:g} with --aug={mode}; expected --aug=fixed: add it, or leave --p out")
         if mode != "ada" and self.target is not None:
-            raise ConfigError(
-                f"--target is {self.target:g} with --aug={mode}; expected --aug=ada: change it, or leave --target out"
-            )
+            raise ConfigError(f"--target is {self.target:g} with --aug={mode}; expected --aug=ada: change it, or leave "
+                              "--target out")
         if mode == "noaug" and self.augpipe is not None:
-            raise ConfigError(
-                f"--augpipe is {self.augpipe} with --aug=noaug; expected --aug=ada or fixed: "
-                "change it, or leave --augpipe out"
-            )
+            raise ConfigError(f"--augpipe is {self.augpipe} with --aug=noaug; expected --aug=ada or fixed: change it, "
+                              "or leave --augpipe out")
 
     def _check_precision(self) -> None:
         if self.fp32 is not None and self.precision is not None and self.fp32 != (self.precision == "fp32"):
-            raise ConfigError(
-                f"--precision is {self.precision} with --fp32={str(self.fp32).lower()}; expected the two to agree: "
-                "leave --fp32 out"
-            )
+            raise ConfigError(f"--precision is {self.precision} with --fp32={_shown(self.fp32)}; expected the two to "
+                              "agree: leave --fp32 out")
         if self.nhwc and (self.fp32 or self.precision == "fp32"):
-            raise ConfigError(
-                "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
-                "--precision=fp16, the standard on a GPU, or leave --nhwc out"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetFacts(Config):
-    """What `resolve` needs to know of a data set."""
-
-    name: str  # begins the run's name
-    resolution: int
-    channels: int
-    num_images: int  # before mirroring
-    c_dim: int  # length of a label vector; 0 = the data set has no labels
-
-    @property
-    def has_labels(self) -> bool:
-        return self.c_dim > 0
-
-    def check(self) -> None:
-        """Raise ConfigError where the networks cannot take the images."""
-        if not self.name or "/" in self.name or "\\" in self.name:
-            raise ConfigError(f"the data set's name is {self.name!r}; expected a name without path separators")
-        if not is_resolution(self.resolution):
-            raise ConfigError(
-                f"data set {self.name} has resolution {self.resolution}; expected {RESOLUTIONS}: "
-                "convert it with dataset_tool.py"
-            )
-        if self.channels not in (1, 3):
-            raise ConfigError(
-                f"data set {self.name} has {self.channels} channels; expected 1 (grey) or 3 (RGB): "
-                "convert it with dataset_tool.py"
-            )
-        if self.num_images < 1:
-            raise ConfigError(f"data set {self.name} has {self.num_images} images; expected at least 1")
-        if self.c_dim < 0:
-            raise ConfigError(f"data set {self.name} has labels of length {self.c_dim}; expected a length >= 0")
-
-
-# MERGED from training.presets
-# From a user's flags and a data set's facts to the whole configuration of a training run.
-#
-# `resolve` is pure: equal inputs give equal outputs, and nothing is read or drawn.
-
-
-__all__ = [
-    "AUGMENT_GROUPS", "AUGPIPES", "CFG_NAMES", "TRANSFER_NAMES", "DatasetFacts", "TrainOptions", "describe",
-    "network_configs", "resolve",
-]  # fmt: skip
+            raise ConfigError("--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
+                              "--precision=fp16, the standard on a GPU, or leave --nhwc out")
 
 
 def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
@@ -207,33 +174,30 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
 
     Raises ConfigError, one line that names the flag and what would do, where flags, preset and data do not fit.
     """
-    cfg, gpus = _given(options.cfg, "auto"), _given(options.gpus, 1)
+    cfg, gpus = options.get("cfg"), options.get("gpus")
     dataset = _dataset_config(options, facts)
     preset = choose_preset(cfg, facts.resolution, gpus)
     if facts.resolution > preset.channel_base:
-        raise ConfigError(
-            f"--cfg is {cfg} for images of {facts.resolution}; expected at most {preset.channel_base}: try --cfg=auto"
-        )
-    rules = BatchRules(cfg=cfg, batch=preset.batch, reference_gpus=preset.reference_gpus, group=preset.mbstd)
-    sizes = split_batch(rules, gpus, options.batch, options.batch_gpu)
+        raise ConfigError(f"--cfg is {cfg} for images of {facts.resolution}; expected at most {preset.channel_base}: "
+                          "try --cfg=auto")
+    sizes = split_batch(cfg, preset, gpus, options.batch, options.batch_gpu)
     augment = _augment_config(options)
     generator, discriminator = network_configs(options, preset, dataset)
-    snapshot_ticks = _given(options.snap, 50)
     return TrainConfig(
         run_name=_run_name(options, facts, cfg, gpus),
         cfg=cfg,
         gpus=gpus,
         batch_gpu=sizes.batch_gpu,
-        seed=_given(options.seed, 0),
-        kimg=_given(options.kimg, preset.kimg),
-        kimg_per_tick=_given(options.tick, 4),
-        image_snapshot_ticks=snapshot_ticks,
-        network_snapshot_ticks=snapshot_ticks,
-        state_minutes=_given(options.state_minutes, 10),
-        metrics=_given(options.metrics, ("fid50k_full",)),
+        seed=options.get("seed"),
+        kimg=preset.kimg if options.kimg is None else options.kimg,
+        kimg_per_tick=options.get("tick"),
+        image_snapshot_ticks=options.get("snap"),
+        network_snapshot_ticks=options.get("snap"),
+        state_minutes=options.get("state_minutes"),
+        metrics=options.get("metrics"),
         resume=options.resume if options.resumes else None,
-        resume_classes=_given(options.resume_classes, "same"),
-        resume_partial=bool(options.resume_partial),
+        resume_classes=options.get("resume_classes"),
+        resume_partial=options.get("resume_partial"),
         dataset=dataset,
         generator=generator,
         discriminator=discriminator,
@@ -241,83 +205,28 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
         d_adam=AdamConfig(lr=preset.lr),
         step=_step_config(options, preset, sizes),
         augment=augment,
-        num_workers=_given(options.workers, 3),
-        allow_tf32=_given(options.allow_tf32, True),
-        cudnn_benchmark=not options.nobench,
+        num_workers=options.get("workers"),
+        allow_tf32=options.get("allow_tf32"),
+        cudnn_benchmark=not options.get("nobench"),
     )
-
-
-def describe(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a user compares between runs, under short names; plain JSON types."""
-    generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.step.ada
-    idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
-    is_fixed = bool(config.augment.strengths) and ada is None
-    return {
-        "run_name": config.run_name,
-        "batch": config.batch,
-        "batch_gpu": config.batch_gpu,
-        "mbstd_group": discriminator.mbstd_group_size,
-        "channel_base": generator.channel_base,
-        "channel_max": generator.channel_max,
-        "num_fp16_res": generator.num_fp16_res,
-        "conv_clamp": generator.conv_clamp,
-        "lr": config.g_adam.lr,
-        "r1_gamma": loss.r1_gamma,
-        "ema_kimg": config.step.ema.kimg,
-        "ema_rampup": config.step.ema.rampup,
-        "map_layers": generator.mapping_layers,
-        "kimg": config.kimg,
-        "pl_weight": loss.pl_weight,
-        "style_mixing_prob": loss.style_mixing_prob,
-        "d_architecture": discriminator.architecture,
-        "ada_target": ada.target if ada else None,
-        "ada_kimg": ada.kimg if ada else idle_ada_kimg,
-        "image_snapshot_ticks": config.image_snapshot_ticks,
-        "network_snapshot_ticks": config.network_snapshot_ticks,
-        "kimg_per_tick": config.kimg_per_tick,
-        "augment": dict(config.augment.strengths),
-        "augment_p": config.augment.p if is_fixed else None,
-        "metrics": list(config.metrics),
-        "dataset": {
-            "use_labels": config.dataset.use_labels,
-            "max_size": config.dataset.max_size,
-            "xflip": config.dataset.xflip,
-            "resolution": config.dataset.resolution,
-        },
-        "freeze_layers": discriminator.freeze_layers,
-    }
-
-
-def _given(value: Any, default: Any) -> Any:
-    """Return what the user said, or the default where the flag was not given."""
-    return default if value is None else value
 
 
 def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig:
     """Choose images and labels; raise ConfigError where the data set does not have them."""
     if options.cond and not facts.has_labels:
-        raise ConfigError(
-            f"--cond is true; expected a data set with labels, and {facts.name} has none: "
-            "add labels to its dataset.json, or leave --cond out"
-        )
+        raise ConfigError(f"--cond is true; expected a data set with labels, and {facts.name} has none: add labels to "
+                          "its dataset.json, or leave --cond out")
     if options.subset is not None and options.subset > facts.num_images:
-        raise ConfigError(
-            f"--subset is {options.subset}; expected at most {facts.num_images}, the images of {facts.name}"
-        )
+        raise ConfigError(f"--subset is {options.subset}; expected at most {facts.num_images}, the images of "
+                          f"{facts.name}")
     return DatasetConfig(
-        name=facts.name,
-        resolution=facts.resolution,
-        channels=facts.channels,
-        c_dim=facts.c_dim if options.cond else 0,
-        use_labels=bool(options.cond),
-        max_size=_given(options.subset, facts.num_images),
-        xflip=bool(options.mirror),
-    )
+        name=facts.name, resolution=facts.resolution, channels=facts.channels,
+        c_dim=facts.c_dim if options.cond else 0, use_labels=options.get("cond"),
+        max_size=facts.num_images if options.subset is None else options.subset, xflip=options.get("mirror"))
 
 
-def network_configs(
-    options: TrainOptions, preset: Preset, dataset: DatasetConfig
-) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+def network_configs(options: TrainOptions, preset: Preset,
+                    dataset: DatasetConfig) -> tuple[GeneratorConfig, DiscriminatorConfig]:
     """Size both networks for the data set, in the precision asked for."""
     is_mixed = not options.fp32 and options.precision != "fp32"
     shared: dict[str, Any] = {
@@ -329,44 +238,35 @@ def network_configs(
         "num_fp16_res": 4 if is_mixed else 0,
         "conv_clamp": 256 if is_mixed else None,
         "half_dtype": "bfloat16" if options.precision == "bf16" else "float16",
-        "fp16_channels_last": bool(options.nhwc),
+        "fp16_channels_last": options.get("nhwc"),
     }
-    generator = GeneratorConfig(
-        z_dim=preset.latent_dim, w_dim=preset.latent_dim, mapping_layers=preset.mapping_layers, **shared
-    )
-    discriminator = DiscriminatorConfig(
-        architecture=preset.d_architecture, mbstd_group_size=preset.mbstd, freeze_layers=options.freezed, **shared
-    )
-    return generator, discriminator
+    return (GeneratorConfig(z_dim=preset.latent_dim, w_dim=preset.latent_dim, mapping_layers=preset.mapping_layers,
+                            **shared),
+            DiscriminatorConfig(architecture=preset.d_architecture, mbstd_group_size=preset.mbstd,
+                                freeze_layers=options.freezed, **shared))
 
 
 def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit) -> StepConfig:
     """Join what an iteration needs."""
     ada_kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
-    adapts = options.aug not in ("noaug", "fixed")
+    adapts = options.get("aug") == "ada"
     return StepConfig(
-        batch=sizes.batch,
-        micro_batch=sizes.micro_batch,
-        loss=LossConfig(
-            r1_gamma=_given(options.gamma, preset.gamma),
-            pl_weight=preset.pl_weight,
-            style_mixing_prob=preset.style_mixing_prob,
-        ),
+        batch=sizes.batch, micro_batch=sizes.micro_batch,
+        loss=LossConfig(gamma=preset.gamma if options.gamma is None else options.gamma, pl_weight=preset.pl_weight,
+                        style_mixing_prob=preset.style_mixing_prob),
         # A generator that is trained already needs no short averages at the start.
         ema=EmaConfig(kimg=preset.ema_kimg, rampup=None if options.resumes else preset.ema_rampup),
-        ada=AdaConfig(target=_given(options.target, 0.6), kimg=ada_kimg) if adapts else None,
-    )
+        ada=AdaConfig(target=options.get("target"), kimg=ada_kimg) if adapts else None)
 
 
 def _augment_config(options: TrainOptions) -> AugmentConfig:
     """Choose the augmentations and the probability that they begin with."""
     if options.aug == "noaug":
         return AugmentConfig(strengths={}, p=0)
-    pipe = _given(options.augpipe, "bgc")
+    pipe = options.get("augpipe")
     if pipe not in AUGPIPES:
         raise ConfigError(f"--augpipe is {pipe!r}; expected one of {', '.join(AUGPIPES)}")
-    strengths = {name: 1 for name in AUGPIPES[pipe]}
-    return AugmentConfig(strengths=strengths, p=options.p if options.aug == "fixed" else 0)
+    return AugmentConfig(strengths=dict.fromkeys(AUGPIPES[pipe], 1), p=options.p if options.aug == "fixed" else 0)
 
 
 def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -> str:
@@ -379,18 +279,10 @@ def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -
     if options.mirror:
         parts.append("mirror")
     parts.append(f"{cfg}{gpus}" if cfg == "auto" else cfg)
-    for name in ("gamma", "kimg", "batch"):
+    for name in ("gamma", "kimg", "batch", "aug", "p", "target", "augpipe"):
         value = getattr(options, name)
         if value is not None:
-            parts.append(f"{name}{_number(value)}")
-    if options.aug is not None:
-        parts.append(options.aug)
-    for name in ("p", "target"):
-        value = getattr(options, name)
-        if value is not None:
-            parts.append(f"{name}{_number(value)}")
-    if options.augpipe is not None:
-        parts.append(options.augpipe)
+            parts.append(value if isinstance(value, str) else f"{name}{_number(value)}")
     if options.resumes:
         parts.append("resume" + (options.resume if options.resume in TRANSFER_NAMES else "custom"))
     elif options.resume is not None:
@@ -405,110 +297,125 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
-# MERGED from training.flags
-# The options of train.py: names, types, help texts, and the groups they are shown in.
-
+# The command line.
 
 RUN, DATA, MODEL, AUGMENT, START, SPEED = (
     "What and where", "Data", "Networks and training", "Augmentation", "Starting from a trained network",
     "Speed and devices")
 
 
-def _flag(names: str, kind: object, group: str, text: str, standard: str | None = None, metavar: str | None = None,
+def _flag(names: str, kind: object, group: str, text: str, metavar: str | None = None, *, standard: str | None = None,
           **attributes) -> Flag:
-    """Declare an option; `standard` says what holds where it is not given, in words since much comes from --cfg."""
+    """Declare an option; `standard` says in words what holds where it is not given and DEFAULTS does not tell."""
+    name = names.split()[-1].removeprefix("--").replace("-", "_")
     if isinstance(kind, click.Choice):
         metavar = "NAME"
         text = f"{text} One of: {', '.join(kind.choices)}."
+    if standard is None and name in DEFAULTS:
+        standard = _shown(DEFAULTS[name])
     shown = text if standard is None else f"{text} [default: {standard}]"
+    if name not in TrainOptions.__dataclass_fields__:  # those know by None what was not given
+        attributes.setdefault("default", DEFAULTS.get(name))
     return Flag(names.split(), group=group, type=kind, help=shown, metavar=metavar, **attributes)
 
+
+def _shown(value: Any) -> str:
+    """Write a default as a user would."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_KIMG = "; ".join([str(Preset.kimg), *(f"{preset.kimg} with --cfg={cfg}" for cfg, preset in FIXED_PRESETS.items()
+                                       if preset.kimg != Preset.kimg)])
 
 FLAGS = [
     _flag("--outdir", UserPath(), RUN, "Folder for the folders of runs; each run gets a numbered one. The same "
           "command again continues its newest run there. Must be given.", metavar="DIR"),
     _flag("--new", bool, RUN, "Start a new run, even where one could be continued: not for commands that are repeated "
           "to continue their run.", is_flag=True, default=False),
-    _flag("--name", str, RUN, "Name of the run's folder after its number.", "made from data and flags", "TEXT"),
+    _flag("--name", str, RUN, "Name of the run's folder after its number.", "TEXT",
+          standard="made from data and flags"),
     _flag("--kimg", int, RUN, "Length of the training, in thousands of real images. A larger one continues a finished "
-          "run.", "25000; 100000 with --cfg=cifar", "INT"),
-    _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "4", "KIMG"),
-    _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "50", "TICKS"),
+          "run.", "INT", standard=_KIMG),
+    _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "KIMG"),
+    _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "TICKS"),
     _flag("--keep", int, RUN, "Keep the N newest network files, and remove older ones once a newer one is written. "
           "Those of the end of a run, those that another run in --outdir began from, and those whose metrics are still "
-          "to be computed stay.", "all stay", "N"),
+          "to be computed stay.", "N", standard="all stay"),
     _flag("--keep-best", str, RUN, "Keep the best network file by one of --metrics too; of pr name the value, such as "
-          "pr50k3_full_recall. Without --keep, the best and the newest stay.", "none", "METRIC"),
-    _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.", "10",
+          "pr50k3_full_recall. Without --keep, the best and the newest stay.", "METRIC",
+          standard="none"),
+    _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.",
           "MINUTES"),
     _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later. "
-          "Metrics that would take longer are left out, and computed with a later network file.", "no limit", "HOURS"),
+          "Metrics that would take longer are left out, and computed with a later network file.", "HOURS",
+          standard="no limit"),
     _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none. May "
-          "be given several times.", "fid50k_full where its detector is at hand, else none", "LIST", multiple=True,
-          callback=join_values),
+          "be given several times.", "LIST", multiple=True, callback=join_values,
+          standard=f"{_shown(DEFAULTS['metrics'])} where its detector is at hand, else none"),
     _flag("--detector", str, RUN, "Network that metrics look through, in place of the usual ones; see calc_metrics.py "
-          "--help.", "inception-v3; vgg16 for pr", "NAME"),
+          "--help.", "NAME", standard="inception-v3; vgg16 for pr"),
     _flag("--detector-weights", UserPath(named=True), RUN,
           "File of its weights; NAME=FILE where several networks are needed, and "
-          "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "downloaded ones",
-          "FILE", multiple=True),
-    _flag("--seed", int, RUN, "Number that all random choices follow from.", "0", "INT"),
+          "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "FILE",
+          multiple=True, standard="downloaded ones"),
+    _flag("--seed", int, RUN, "Number that all random choices follow from.", "INT"),
     _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
           is_flag=True, default=False),
 
     _flag("--data", UserPath(), DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
           metavar="PATH"),
     _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image, a class or a list of "
-          "numbers.", "false", "BOOL"),
-    _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "all", "INT"),
-    _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "false", "BOOL"),
+          "numbers.", "BOOL"),
+    _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "INT", standard="all"),
+    _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "BOOL"),
     _flag("--balance", UserPath(), DATA,
           "How often images are seen: none (each equally often), classes (each class equally "
-          "often), or a CSV file with the columns class,weight or file,weight.", "none", "none|classes|FILE",
-          default="none"),
+          "often), or a CSV file with the columns class,weight or file,weight.", "none|classes|FILE"),
     _flag("--valid", UserPath(), DATA,
           "Data set that is never learned from: the discriminator's scores on it are reported "
-          "beside those on --data, which shows overfitting.", "none", "PATH"),
+          "beside those on --data, which shows overfitting.", "PATH", standard="none"),
 
     _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset that sizes and settings come from: auto fits resolution and "
-          "number of processes; tiny is for CPUs and first tries; the others are those of the papers.", "auto"),
-    _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "from --cfg",
-          "FLOAT"),
-    _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "from --cfg", "INT"),
+          "number of processes; tiny is for CPUs and first tries; the others are those of the papers."),
+    _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "FLOAT",
+          standard="from --cfg"),
+    _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "INT", standard="from --cfg"),
     _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory, and "
-          "continue a run that ran out of it.", "that of the run that is continued, else its share of the batch, or "
-          "from --cfg", "INT"),
+          "continue a run that ran out of it.", "INT", standard="that of the run that is continued, else its share of "
+          "the batch, or from --cfg"),
 
     _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "What sets the probability of augmentations. ada: it follows "
-          "the overfitting; fixed: it is --p; noaug: there are none.", "ada"),
+          "the overfitting; fixed: it is --p; noaug: there are none."),
     _flag("--p", float, AUGMENT, "Probability of each augmentation with --aug=fixed, from 0 to 1; must be given there.",
           metavar="FLOAT"),
     _flag("--target", float, AUGMENT, "Overfitting that --aug=ada allows: mean sign of the discriminator on reals.",
-          "0.6", "FLOAT"),
-    _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: b(lit), g(eom), c(olor), f(ilter), "
-          "n(oise), c(utout).", "bgc"),
+          "FLOAT"),
+    _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: "
+          + ", ".join(f"{name[0]}({name[1:]})" for name in AUGMENT_GROUPS) + "."),
 
     _flag("--resume", UserPath(), START, "Network file whose weights training starts from: a .safetensors of a run, or "
           f"a .pkl of the original; also {OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
-          "noresume: random weights", "FILE|noresume"),
+          "FILE|noresume", standard="noresume: random weights"),
     _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network's classes are those of --data, "
           "by name, in any order. new: the class embedding starts anew and all else is taken, for other classes, for "
-          "an unconditional network with --cond=1, or a conditional one without.", "same"),
+          "an unconditional network with --cond=1, or a conditional one without."),
     _flag("--resume-partial", bool, START, "Where resolutions, mapping layers or numbers of channels differ, take the "
-          "layers that are the same, and let the others begin anew; without it such a network is refused.", "false",
+          "layers that are the same, and let the others begin anew; without it such a network is refused.",
           "BOOL"),
     _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn; "
-          "for --resume.", "0", "INT"),
+          "for --resume.", "INT", standard="0"),
 
-    _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", "auto",
-          "NAME", default="auto"),
-    _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "1", "INT"),
+    _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.",
+          "NAME"),
+    _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "INT"),
     _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
-          "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with.", "auto"),
-    _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "not given", "BOOL"),
-    _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "false", "BOOL"),
-    _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "true", "BOOL"),
-    _flag("--nobench", bool, SPEED, "Do not let cuDNN try which of its convolutions is fastest.", "false", "BOOL"),
-    _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "3", "INT"),
-    _flag("--tune-malloc", bool, SPEED, TUNE_MALLOC_HELP, "true", "BOOL", default=True),
+          "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with."),
+    _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "BOOL", standard="not given"),
+    _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "BOOL"),
+    _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "BOOL"),
+    _flag("--nobench", bool, SPEED, "Do not let cuDNN try which of its convolutions is fastest.", "BOOL"),
+    _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "INT"),
+    _flag("--tune-malloc", bool, SPEED, TUNE_MALLOC_HELP, "BOOL"),
 ]

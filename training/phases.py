@@ -75,7 +75,7 @@ def active_phases(iteration: int, loss: LossConfig) -> list[Phase]:
     active = {Phase.Gmain: True,
               Phase.Greg: loss.pl_weight > 0 and iteration % loss.g_reg_interval == 0,
               Phase.Dmain: True,
-              Phase.Dreg: loss.r1_gamma > 0 and iteration % loss.d_reg_interval == 0}
+              Phase.Dreg: loss.gamma > 0 and iteration % loss.d_reg_interval == 0}
     return [phase for phase in PHASES if active[phase]]
 
 
@@ -235,7 +235,7 @@ class PhaseWork:
         reals = part.reals.detach().requires_grad_()
         squared_norms = losses.squared_gradient(self._judge_reals(reals, part), reals)
         self._report("Loss/r1_penalty", squared_norms)
-        penalty = losses.r1_penalty(squared_norms, gamma=self.loss.r1_gamma)
+        penalty = losses.r1_penalty(squared_norms, gamma=self.loss.gamma)
         yield self._report("Loss/D/reg", penalty).mean() * self.loss.d_reg_interval
 
     def sums(self) -> list[Tensor]:

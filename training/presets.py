@@ -1,63 +1,56 @@
-"""The presets that --cfg and --augpipe name, as tables.
+"""The presets that --cfg and --augpipe name, as tables, and how a preset's batch is shared out.
 
 They are those of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (ada), and `tiny`
 for machines without a GPU.
+
+An iteration takes `batch` images; each of `gpus` processes gets an equal share of them and works through it in
+micro-batches. The minibatch standard deviation wants at most one group of images, or whole groups, in a micro-batch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from imagesets.resize import is_power_of_two
-from training.config import ConfigError
+from training.augmentations.draws import AUGMENT_GROUPS
+from training.config import AdaConfig, ConfigError, DiscriminatorConfig, GeneratorConfig, LossConfig
+from training.layers import keeps_groups
 
-AUGMENT_GROUPS = {
-    "blit": ("xflip", "rotate90", "xint"),
-    "geom": ("scale", "rotate", "aniso", "xfrac"),
-    "color": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
-    "filter": ("imgfilter",),
-    "noise": ("noise",),
-    "cutout": ("cutout",),
-}
 
-_CUMULATIVE = {
-    "bg": ("blit", "geom"),
-    "bgc": ("blit", "geom", "color"),
-    "bgcf": ("blit", "geom", "color", "filter"),
-    "bgcfn": ("blit", "geom", "color", "filter", "noise"),
-    "bgcfnc": ("blit", "geom", "color", "filter", "noise", "cutout"),
-}
+def _first_groups(count: int) -> tuple[str, tuple[str, ...]]:
+    """Return the initials of the first groups of augmentations, and the names in these groups."""
+    groups = [*AUGMENT_GROUPS][:count]
+    return "".join(group[0] for group in groups), tuple(name for group in groups for name in AUGMENT_GROUPS[group])
 
-# --augpipe: names of the augmentations, each at full strength
-AUGPIPES = {**AUGMENT_GROUPS} | {
-    pipe: tuple(name for group in groups for name in AUGMENT_GROUPS[group]) for pipe, groups in _CUMULATIVE.items()
-}
+
+# --augpipe -> names of the augmentations, each at full strength: one group, or by their initials the first groups (bgc)
+AUGPIPES = {**AUGMENT_GROUPS, **dict(_first_groups(count) for count in range(2, len(AUGMENT_GROUPS) + 1))}
 
 # Published networks that --resume knows by name; any other value is a path or URL and is called custom.
 TRANSFER_NAMES = ("ffhq256", "ffhq512", "ffhq1024", "celebahq256", "lsundog256")
 
-ADA_KIMG = 500
+ADA_KIMG = AdaConfig.kimg
 # A discriminator that is trained already overfits sooner, so that p has to move faster (ada, section 4).
 ADA_KIMG_RESUMED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a value of --cfg stands for."""
+    """What a value of --cfg stands for; the fields are those of `training.config`."""
 
     batch: int
     reference_gpus: int  # the number that batch_gpu = batch / reference_gpus was chosen for
-    mbstd: int
+    mbstd: int  # images of a group of the minibatch standard deviation
     channel_base: int
     lr: float
     gamma: float
     ema_kimg: float
     ema_rampup: float | None = None
-    mapping_layers: int = 8
-    channel_max: int = 512
-    latent_dim: int = 512  # of z and w
-    pl_weight: float = 2
-    style_mixing_prob: float = 0.9
-    d_architecture: str = "resnet"
+    mapping_layers: int = GeneratorConfig.mapping_layers
+    channel_max: int = GeneratorConfig.channel_max
+    latent_dim: int = GeneratorConfig.z_dim  # of z and w
+    pl_weight: float = LossConfig.pl_weight
+    style_mixing_prob: float = LossConfig.style_mixing_prob
+    d_architecture: str = DiscriminatorConfig.architecture
     kimg: int = 25000
 
 
@@ -114,13 +107,6 @@ def _scaled_preset(resolution: int, gpus: int, *, batch: int) -> Preset:
     )
 
 
-# MERGED from training.batching
-# How an iteration's batch is shared out to processes and cut into micro-batches.
-#
-# An iteration takes `batch` images; each of `gpus` processes gets an equal share of them and works through it in
-# micro-batches. The minibatch standard deviation wants at most one group of images, or whole groups, in a micro-batch.
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchSplit:
     """The sizes that a run uses."""
@@ -130,103 +116,85 @@ class BatchSplit:
     micro_batch: int  # images of a pass as it will be: never more than a process has
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRules:
-    """What a preset asks of a batch."""
-
-    cfg: str  # the preset's name
-    batch: int
-    reference_gpus: int  # the preset's batch_gpu is batch / reference_gpus
-    group: int  # of the minibatch standard deviation
-
-    def allows(self, micro_batch: int) -> bool:
-        """Tell whether a pass may have this many images."""
-        return keeps_groups(micro_batch, self.group)
-
-    def expectation(self) -> str:
-        """Say what `allows` checks."""
-        return f"at most {self.group} images in a pass, or a multiple of {self.group}"
-
-
-def keeps_groups(micro_batch: int, group: int) -> bool:
-    """Tell whether a pass is at most one group of the minibatch standard deviation, or whole groups."""
-    return micro_batch <= group or micro_batch % group == 0
-
-
 def largest_pass(share: int, group: int, most: int) -> int | None:
     """Return the most images, up to `most`, of passes that a process's share of a batch can be cut into."""
     return next((size for size in range(min(most, share), 0, -1) if share % size == 0 and keeps_groups(size, group)),
                 None)
 
 
-def split_batch(rules: BatchRules, gpus: int, batch: int | None, batch_gpu: int | None) -> BatchSplit:
+def split_batch(cfg: str, preset: Preset, gpus: int, batch: int | None, batch_gpu: int | None) -> BatchSplit:
     """Choose the sizes of a run.
 
+    cfg:       the preset's name, for messages
     gpus:      processes; must be a power of two where the preset sets the batch, may be any divisor of a given batch
     batch:     the user's batch, or None: the preset's
     batch_gpu: the user's images of a pass, or None: the preset's, or all that a process has where `batch` is given
 
     Raises ConfigError, with a size that would do, where the parts do not fit each other.
     """
-    total = rules.batch if batch is None else batch
+    total = preset.batch if batch is None else batch
     if batch is None:
-        _check_gpus(rules, gpus, batch_gpu)
+        _check_gpus(cfg, preset, gpus, batch_gpu)
     elif total % gpus:
-        usable = _usable_batch(rules, gpus, batch, batch_gpu)
+        usable = _usable_batch(preset, gpus, batch, batch_gpu)
         raise ConfigError(f"--batch is {batch}; expected a multiple of gpus ({gpus}): try {usable}")
     share = total // gpus
     if batch_gpu is not None:
-        _check_batch_gpu(rules, gpus, share, batch, batch_gpu)
+        _check_batch_gpu(cfg, preset, gpus, share, batch, batch_gpu)
         return BatchSplit(batch=total, batch_gpu=batch_gpu, micro_batch=batch_gpu)
-    described = share if batch is not None else total // rules.reference_gpus
+    described = share if batch is not None else total // preset.reference_gpus
     micro_batch = min(described, share)
-    if not rules.allows(micro_batch):
+    if not keeps_groups(micro_batch, preset.mbstd):
         raise ConfigError(
-            f"--batch is {total}, which gives each of {gpus} gpus {micro_batch}; expected {rules.expectation()}: "
-            f"try {_usable_batch(rules, gpus, total, None)}"
+            f"--batch is {total}, which gives each of {gpus} gpus {micro_batch}; expected {_expected_pass(preset)}: "
+            f"try {_usable_batch(preset, gpus, total, None)}"
         )
     return BatchSplit(batch=total, batch_gpu=described, micro_batch=micro_batch)
 
 
-def _check_gpus(rules: BatchRules, gpus: int, batch_gpu: int | None) -> None:
+def _check_gpus(cfg: str, preset: Preset, gpus: int, batch_gpu: int | None) -> None:
     """Refuse numbers of processes that the preset's own batch cannot be shared out to."""
-    usable = f"or --batch={_usable_batch(rules, gpus, rules.batch, batch_gpu)}"
+    usable = f"or --batch={_usable_batch(preset, gpus, preset.batch, batch_gpu)}"
     if not is_power_of_two(gpus):
-        power = 1 << (min(gpus, rules.batch).bit_length() - 1)
+        power = 1 << (min(gpus, preset.batch).bit_length() - 1)
         raise ConfigError(
-            f"--gpus is {gpus}; expected a power of two, because --cfg={rules.cfg} sets the batch: "
+            f"--gpus is {gpus}; expected a power of two, because --cfg={cfg} sets the batch: "
             f"try {power}, {usable}"
         )
-    if gpus > rules.batch:
+    if gpus > preset.batch:
         raise ConfigError(
-            f"--gpus is {gpus}; expected at most the batch of --cfg={rules.cfg}: try {rules.batch}, {usable}"
+            f"--gpus is {gpus}; expected at most the batch of --cfg={cfg}: try {preset.batch}, {usable}"
         )
 
 
-def _check_batch_gpu(rules: BatchRules, gpus: int, share: int, batch: int | None, batch_gpu: int) -> None:
+def _check_batch_gpu(cfg: str, preset: Preset, gpus: int, share: int, batch: int | None, batch_gpu: int) -> None:
     """Refuse a size of a pass that breaks groups or does not divide what a process has."""
-    fitting = _nearest(batch_gpu, lambda size: rules.allows(size) and share % size == 0, stop=share)
-    if not rules.allows(batch_gpu):
-        usable = fitting or _nearest(batch_gpu, rules.allows)
-        raise ConfigError(f"--batch-gpu is {batch_gpu}; expected {rules.expectation()}: try {usable}")
+    fitting = _nearest(batch_gpu, lambda size: keeps_groups(size, preset.mbstd) and share % size == 0, stop=share)
+    if not keeps_groups(batch_gpu, preset.mbstd):
+        usable = fitting or _nearest(batch_gpu, lambda size: keeps_groups(size, preset.mbstd))
+        raise ConfigError(f"--batch-gpu is {batch_gpu}; expected {_expected_pass(preset)}: try {usable}")
     if share % batch_gpu == 0:
         return
     if batch is not None:
         raise ConfigError(
             f"--batch is {batch}; expected a multiple of gpus * batch_gpu ({gpus} * {batch_gpu}): "
-            f"try {_usable_batch(rules, gpus, batch, batch_gpu)}"
+            f"try {_usable_batch(preset, gpus, batch, batch_gpu)}"
         )
     raise ConfigError(
-        f"--batch-gpu is {batch_gpu}; expected a divisor of the {share} images that --cfg={rules.cfg} gives to each of "
+        f"--batch-gpu is {batch_gpu}; expected a divisor of the {share} images that --cfg={cfg} gives to each of "
         f"{gpus} gpus: try {fitting}"
     )
 
 
-def _usable_batch(rules: BatchRules, gpus: int, batch: int, batch_gpu: int | None) -> int:
+def _expected_pass(preset: Preset) -> str:
+    return f"at most {preset.mbstd} images in a pass, or a multiple of {preset.mbstd}"
+
+
+def _usable_batch(preset: Preset, gpus: int, batch: int, batch_gpu: int | None) -> int:
     """Return the batch nearest to `batch` that passes every check with these gpus and this batch_gpu."""
-    if batch_gpu is not None and rules.allows(batch_gpu):
+    if batch_gpu is not None and keeps_groups(batch_gpu, preset.mbstd):
         return _nearest(batch, lambda size: size % (gpus * batch_gpu) == 0)
-    return _nearest(batch, lambda size: size % gpus == 0 and rules.allows(size // gpus))
+    return _nearest(batch, lambda size: size % gpus == 0 and keeps_groups(size // gpus, preset.mbstd))
 
 
 def _nearest(wanted: int, is_usable: Callable[[int], bool], stop: int | None = None) -> int | None:

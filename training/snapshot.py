@@ -123,19 +123,18 @@ def _header_content(networks: Networks) -> dict[str, object]:
 
 def _as_json(where: str, value: object) -> object:
     """Return `value` as it will come back from a file."""
+    def has_text_keys(value: object) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and has_text_keys(item) for key, item in value.items())
+        return not isinstance(value, (list, tuple)) or all(map(has_text_keys, value))
+
     try:
         result = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not plain JSON ({error}); expected numbers, texts, lists and dicts") from error
-    if not _has_text_keys(value):
+    if not has_text_keys(value):
         raise ValueError(f"{where} has a key that is not a text; JSON would change it: use text keys")
     return result
-
-
-def _has_text_keys(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _has_text_keys(item) for key, item in value.items())
-    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
 
 
 def _read_safetensors(path: str | os.PathLike) -> Networks:
@@ -244,12 +243,11 @@ def build_network(
     Raises ValueError when the arguments, names, shapes, dtypes or kinds do not fit.
     """
     network = _construct(role, arguments, len(tensors))
-    _check_tensors(role, network, tensors)
-    if kinds is not None:
-        _check_kinds(role, network, kinds)
-    layouts = {name: tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-               for name, tensor in network.state_dict().items() if tensor.ndim == 4}
-    arranged = {name: tensor.contiguous(memory_format=torch.channels_last) if layouts.get(name) else tensor
+    _check_tensors(role, network, tensors, kinds)
+    # The memory format is that of the constructor's arguments, whatever the file's is.
+    last = {name for name, tensor in network.state_dict().items() if tensor.ndim == 4
+            and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()}
+    arranged = {name: tensor.contiguous(memory_format=torch.channels_last) if name in last else tensor
                 for name, tensor in tensors.items()}
     network.load_state_dict(arranged, strict=True, assign=True)
     return network.eval().requires_grad_(False)
@@ -270,7 +268,8 @@ def _construct(role: str, arguments: Mapping[str, object], num_tensors: int) -> 
         raise ValueError(f"{role} cannot be built with the constructor arguments in the file: {reason}") from error
 
 
-def _check_tensors(role: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(role: str, network: nn.Module, tensors: Mapping[str, Tensor],
+                   kinds: Mapping[str, str] | None) -> None:
     expected = network.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
@@ -282,13 +281,10 @@ def _check_tensors(role: str, network: nn.Module, tensors: Mapping[str, Tensor])
             raise ValueError(f"{role}.{name} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{role}.{name} is {tensor.dtype}; expected float32 or float64")
-
-
-def _check_kinds(role: str, network: nn.Module, kinds: Mapping[str, str]) -> None:
     parameters = {name for name, _ in network.named_parameters()}
-    for name in network.state_dict():
+    for name in expected:
         kind = "parameter" if name in parameters else "buffer"
-        if kinds[name] != kind:
+        if kinds is not None and kinds[name] != kind:
             raise ValueError(f"{role}.{name} is a {kinds[name]} in the file; expected a {kind} "
                              "(freeze_layers decides which)")
 

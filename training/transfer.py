@@ -246,7 +246,7 @@ def _check_fits(path: str | os.PathLike, networks: Networks, state: TrainingStat
 
 def _differences(networks: Networks, state: TrainingState,
                  comparisons: Mapping[str, Comparison]) -> list[tuple[str, str]]:
-    """Say how the networks of a file and of a run differ: (there, here) for each difference, at least one."""
+    """Describe how the networks of a file and of a run differ: (there, here) for each difference, at least one."""
     theirs, mine = networks.G_ema, state.G_ema
     pairs = [tuple(describe(network) for network in (theirs, mine)) for describe in (
         lambda G: f"{describe_shape((G.img_channels, G.img_resolution, G.img_resolution))} images",

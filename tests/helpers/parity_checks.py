@@ -26,10 +26,11 @@ from training.augment import AugmentPipe
 from training.config import AdamConfig, EmaConfig, LossConfig, StepConfig
 from training.dataset import choose_subset
 from training.discriminator import Discriminator
+from training.dry_run import describe
 from training.generator import Generator
 from training.layers import modulated_conv2d
 from training.nvidia_pickle import read_nvidia_pickle
-from training.options import ConfigError, DatasetFacts, TrainOptions, describe, resolve
+from training.options import ConfigError, DatasetFacts, TrainOptions, resolve
 from training.phases import PHASES, PhaseInputs, StepInputs
 from training.snapshot import load_network
 from training.state import TrainingState, ema_beta, lazy_adam

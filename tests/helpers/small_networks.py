@@ -33,7 +33,7 @@ def random_labels(count, c_dim=CLASSES):
 
 def small_config(batch=8, micro_batch=8, ada=None, **loss):
     return StepConfig(batch=batch, micro_batch=micro_batch, ema=EmaConfig(kimg=0.1, rampup=0.5), ada=ada,
-                      loss=LossConfig(**{"r1_gamma": 0.5, "g_reg_interval": 2, "d_reg_interval": 3, **loss}))
+                      loss=LossConfig(**{"gamma": 0.5, "g_reg_interval": 2, "d_reg_interval": 3, **loss}))
 
 
 def small_state(config, augment=None, dtype=torch.float32, **networks):

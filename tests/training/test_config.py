@@ -26,7 +26,7 @@ from training.generator import Generator
 from training.options import DatasetFacts, TrainOptions, resolve
 
 IMAGES = {"img_resolution": 8, "img_channels": 3, "c_dim": 2}
-LOSS, EMA = LossConfig(r1_gamma=1), EmaConfig(kimg=10, rampup=None)
+LOSS, EMA = LossConfig(gamma=1), EmaConfig(kimg=10, rampup=None)
 DATASET = {
     "name": "ds", "resolution": 8, "channels": 3, "c_dim": 2, "use_labels": True, "max_size": 5, "xflip": False,
 }  # fmt: skip
@@ -45,20 +45,20 @@ def message_of(build, *args, **kwargs) -> str:
 
 
 REFUSED = [
-    (LossConfig, {"r1_gamma": -1}, "LossConfig.r1_gamma is -1; expected a number >= 0"),
-    (LossConfig, {"r1_gamma": "1"}, "LossConfig.r1_gamma is '1'; expected a finite number"),
-    (LossConfig, {"r1_gamma": True}, "LossConfig.r1_gamma is True; expected a finite number"),
-    (LossConfig, {"r1_gamma": float("nan")}, "LossConfig.r1_gamma is nan; expected a finite number"),
-    (LossConfig, {"r1_gamma": float("inf")}, "LossConfig.r1_gamma is inf; expected a finite number"),
-    (LossConfig, {"r1_gamma": 1, "pl_weight": -2}, "LossConfig.pl_weight is -2; expected a number >= 0"),
-    (LossConfig, {"r1_gamma": 1, "pl_decay": 0}, "LossConfig.pl_decay is 0; expected a number > 0 and <= 1"),
-    (LossConfig, {"r1_gamma": 1, "pl_batch_shrink": 0}, "LossConfig.pl_batch_shrink is 0; expected a number >= 1"),
-    (LossConfig, {"r1_gamma": 1, "pl_batch_shrink": 2.0}, "LossConfig.pl_batch_shrink is 2.0; expected a whole number"),
-    (LossConfig, {"r1_gamma": 1, "style_mixing_prob": 1.1},
+    (LossConfig, {"gamma": -1}, "LossConfig.gamma is -1; expected a number >= 0"),
+    (LossConfig, {"gamma": "1"}, "LossConfig.gamma is '1'; expected a finite number"),
+    (LossConfig, {"gamma": True}, "LossConfig.gamma is True; expected a finite number"),
+    (LossConfig, {"gamma": float("nan")}, "LossConfig.gamma is nan; expected a finite number"),
+    (LossConfig, {"gamma": float("inf")}, "LossConfig.gamma is inf; expected a finite number"),
+    (LossConfig, {"gamma": 1, "pl_weight": -2}, "LossConfig.pl_weight is -2; expected a number >= 0"),
+    (LossConfig, {"gamma": 1, "pl_decay": 0}, "LossConfig.pl_decay is 0; expected a number > 0 and <= 1"),
+    (LossConfig, {"gamma": 1, "pl_batch_shrink": 0}, "LossConfig.pl_batch_shrink is 0; expected a number >= 1"),
+    (LossConfig, {"gamma": 1, "pl_batch_shrink": 2.0}, "LossConfig.pl_batch_shrink is 2.0; expected a whole number"),
+    (LossConfig, {"gamma": 1, "style_mixing_prob": 1.1},
      "LossConfig.style_mixing_prob is 1.1; expected a number from 0 to 1"),
-    (LossConfig, {"r1_gamma": 1, "g_reg_interval": 0}, "LossConfig.g_reg_interval is 0; expected a number >= 1"),
-    (LossConfig, {"r1_gamma": 1, "d_reg_interval": 0}, "LossConfig.d_reg_interval is 0; expected a number >= 1"),
-    (LossConfig, {"r1_gamma": 1, "noise_mode": "off"},
+    (LossConfig, {"gamma": 1, "g_reg_interval": 0}, "LossConfig.g_reg_interval is 0; expected a number >= 1"),
+    (LossConfig, {"gamma": 1, "d_reg_interval": 0}, "LossConfig.d_reg_interval is 0; expected a number >= 1"),
+    (LossConfig, {"gamma": 1, "noise_mode": "off"},
      "LossConfig.noise_mode is 'off'; expected one of random, const, none"),
     (EmaConfig, {"kimg": -1, "rampup": None}, "EmaConfig.kimg is -1; expected a number >= 0"),
     (EmaConfig, {"kimg": 1, "rampup": 0}, "EmaConfig.rampup is 0; expected a number > 0, or none"),
@@ -111,12 +111,12 @@ def test_config_unusable_value_raises_exact_message(cls, values, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"img_resolution": 4}, "img_resolution is 4; expected a power of two >= 8"),
-        ({"img_resolution": 24}, "img_resolution is 24; expected a power of two >= 8"),
-        ({"img_channels": 0}, "img_channels is 0; expected a number >= 1"),
+        ({"img_resolution": 4}, "img_resolution is 4; expected a power of two from 8 to 2048"),
+        ({"img_resolution": 24}, "img_resolution is 24; expected a power of two from 8 to 2048"),
+        ({"img_channels": 0}, "img_channels is 0; expected at least 1"),
         ({"c_dim": -1}, "c_dim is -1; expected a number >= 0"),
         ({"num_fp16_res": -1}, "num_fp16_res is -1; expected a number >= 0"),
-        ({"channel_base": 4}, "channel_base is 4; expected a number >= img_resolution (8), or no channel is left"),
+        ({"channel_base": 4}, "channel_base is 4; expected at least img_resolution, 8, or no channel is left"),
         ({"channel_max": 0}, "channel_max is 0; expected a number >= 1"),
         ({"conv_clamp": 0}, "conv_clamp is 0; expected a number > 0, or none"),
         ({"architecture": "flat"}, "architecture is 'flat'; expected one of orig, skip, resnet"),
@@ -128,10 +128,22 @@ def test_network_config_unusable_value_raises_exact_message(cls, changes, messag
 
 
 def test_loss_config_defaults_are_those_of_the_paper():
-    assert LossConfig(r1_gamma=10).to_dict() == {
-        "r1_gamma": 10, "pl_weight": 2.0, "pl_decay": 0.01, "pl_batch_shrink": 2, "style_mixing_prob": 0.9,
+    assert LossConfig(gamma=10).to_dict() == {
+        "gamma": 10, "pl_weight": 2.0, "pl_decay": 0.01, "pl_batch_shrink": 2, "style_mixing_prob": 0.9,
         "g_reg_interval": 4, "d_reg_interval": 16, "noise_mode": "random",
     }  # fmt: skip
+
+
+def test_loss_config_under_the_old_name_of_gamma_is_the_same():
+    old = LossConfig(r1_gamma=10)
+    assert old == LossConfig(gamma=10)
+    assert (old.gamma, old.r1_gamma) == (10, 10)
+    assert repr(old) == repr(LossConfig(gamma=10))
+    assert message_of(LossConfig, r1_gamma=-1) == "LossConfig.gamma is -1; expected a number >= 0"
+    assert message_of(LossConfig, r1_gamma=1, gamma=1) == (
+        "LossConfig has both r1_gamma and gamma; expected gamma alone, which is its name today")
+    assert dataclasses.replace(old, gamma=3) == LossConfig(gamma=3)
+    assert pickle.loads(pickle.dumps(old)) == old
 
 
 def test_adam_and_ada_config_defaults_are_those_of_the_paper():
@@ -141,7 +153,7 @@ def test_adam_and_ada_config_defaults_are_those_of_the_paper():
 
 def test_config_assignment_is_refused():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LOSS.r1_gamma = 2
+        LOSS.gamma = 2
     with pytest.raises(TypeError):
         LossConfig(1)  # keyword-only
 
@@ -248,8 +260,8 @@ def edited(config: TrainConfig, path: str, value) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("step.loss.gamma", 1,
-         ("step.loss.gamma is not a setting of LossConfig; expected one of r1_gamma, pl_weight, pl_decay, "
+        ("step.loss.r1_weight", 1,
+         ("step.loss.r1_weight is not a setting of LossConfig; expected one of gamma, pl_weight, pl_decay, "
          "pl_batch_shrink, style_mixing_prob, g_reg_interval, d_reg_interval, noise_mode")),
         ("g_adam.lr!", None, "g_adam.lr is missing; expected a finite number"),
         ("seed!", None, "seed is missing; expected a whole number"),
@@ -269,7 +281,9 @@ def edited(config: TrainConfig, path: str, value) -> dict:
           "'xfrac': 1, 'brightness': 1, 'contrast': 1, 'lumaflip': 1, 'hue': 1, 'saturation': 1}; "
           "expected names with finite numbers")),
         ("step", 5, "step is 5; expected an object with the fields of StepConfig"),
-        ("step.loss.r1_gamma", -1, "LossConfig.r1_gamma is -1; expected a number >= 0"),
+        ("step.loss.gamma", -1, "LossConfig.gamma is -1; expected a number >= 0"),
+        ("step.loss.r1_gamma", 1,
+         "step.loss has both r1_gamma and gamma; expected gamma alone, which is its name today"),
     ],
 )  # fmt: skip
 def test_train_config_from_edited_dict_raises_exact_message(run, path, value, message):
@@ -309,6 +323,13 @@ def test_train_config_from_dict_missing_default_takes_it(run):
 )  # fmt: skip
 def test_train_config_contradicting_parts_raise_exact_message(run, path, value, message):
     assert message_of(TrainConfig.from_dict, edited(run, path, value)) == message
+
+
+def test_train_config_of_earlier_programs_has_the_old_name_of_gamma(run):
+    data = edited(run, "step.loss.r1_gamma", run.step.loss.gamma)
+    del data["step"]["loss"]["gamma"]
+    assert TrainConfig.from_dict(data) == run
+    assert TrainConfig.from_dict(data).to_dict() == run.to_dict()
 
 
 def test_train_config_of_earlier_programs_holds_ada_in_step_and_augment_alike(run):

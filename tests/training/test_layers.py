@@ -1,4 +1,4 @@
-"""Modulated convolution, layers with equalised learning rate, and minibatch standard deviation."""
+"""Modulated convolution, layers with equalized learning rate, and minibatch standard deviation."""
 
 import math
 import re

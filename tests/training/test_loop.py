@@ -489,7 +489,7 @@ def test_loop_new_run_says_on_standard_error_and_in_its_log_what_it_does_not_con
     first, second = sorted((tmp_path / "runs").iterdir())
     assert second.name == "00001-set-cond-tiny-gamma3-kimg9-batch200-blit"
     error = capsys.readouterr().err
-    assert error == (f"{first} is unfinished and not continued: step.loss.r1_gamma is 0.0008 there and 3 here\n")
+    assert error == (f"{first} is unfinished and not continued: step.loss.gamma is 0.0008 there and 3 here\n")
     assert error in (second / "log.txt").read_text()
 
 

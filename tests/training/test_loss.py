@@ -1,4 +1,4 @@
-"""Losses and regularisers against closed forms."""
+"""Losses and regularizers against closed forms."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from tests.helpers.small_networks import random_labels, small_discriminator
 from training import loss as losses
 from training.augment import AugmentPipe
-from training.config import AUGMENTATIONS
+from training.augmentations.draws import AUGMENTATIONS
 
 
 def test_generator_loss_is_softplus_of_minus_logits():

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from training.config import AUGMENTATIONS, AdaConfig, ConfigError, TrainConfig
-from training.options import AUGMENT_GROUPS, AUGPIPES, CFG_NAMES, DatasetFacts, TrainOptions, describe, resolve
-from training.presets import BatchRules, split_batch
+from training.augmentations.draws import AUGMENTATIONS
+from training.config import AdaConfig, ConfigError, DatasetFacts, TrainConfig
+from training.dry_run import describe
+from training.options import TrainOptions, resolve
+from training.presets import AUGPIPES, CFG_NAMES, choose_preset, split_batch
 
 DATA = Path(__file__).parent.parent / "data"
 PRESET_ROWS = json.loads((DATA / "preset_table.json").read_text())
@@ -138,8 +140,8 @@ FLAG_EFFECTS = [
     }),
     ({"mirror": True}, {"run_name": "ds256-mirror-auto1", "dataset.xflip": True}),
     ({"subset": 299}, {"run_name": "ds256-subset299-auto1", "dataset.max_size": 299}),
-    ({"gamma": 0}, {"run_name": "ds256-auto1-gamma0", "step.loss.r1_gamma": 0}),
-    ({"gamma": 0.25}, {"run_name": "ds256-auto1-gamma0.25", "step.loss.r1_gamma": 0.25}),
+    ({"gamma": 0}, {"run_name": "ds256-auto1-gamma0", "step.loss.gamma": 0}),
+    ({"gamma": 0.25}, {"run_name": "ds256-auto1-gamma0.25", "step.loss.gamma": 0.25}),
     ({"kimg": 1000000}, {"run_name": "ds256-auto1-kimg1000000", "kimg": 1000000}),
     ({"batch": 8}, {"run_name": "ds256-auto1-batch8", "step.batch": 8, "step.micro_batch": 8, "batch_gpu": 8}),
     ({"batch_gpu": 4}, {"step.micro_batch": 4, "batch_gpu": 4}),
@@ -204,7 +206,7 @@ def test_resolve_without_flags_takes_the_documented_defaults():
     assert (config.metrics, config.state_minutes, config.num_workers) == (("fid50k_full",), 10, 3)
     assert config.step.ada == AdaConfig(target=0.6, kimg=500, interval=4)
     assert config.step.loss.to_dict() == {
-        "r1_gamma": 0.8192, "pl_weight": 2, "pl_decay": 0.01, "pl_batch_shrink": 2, "style_mixing_prob": 0.9,
+        "gamma": 0.8192, "pl_weight": 2, "pl_decay": 0.01, "pl_batch_shrink": 2, "style_mixing_prob": 0.9,
         "g_reg_interval": 4, "d_reg_interval": 16, "noise_mode": "random",
     }  # fmt: skip
 
@@ -262,7 +264,8 @@ def test_augpipes_are_the_groups_and_their_unions():
         "bgcfn": AUGMENTATIONS[:14],
         "bgcfnc": AUGMENTATIONS,
     } == AUGPIPES
-    assert tuple(name for group in AUGMENT_GROUPS.values() for name in group) == AUGMENTATIONS
+    assert AUGMENTATIONS == ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast",
+                             "lumaflip", "hue", "saturation", "imgfilter", "noise", "cutout")
 
 
 @pytest.mark.parametrize("pipe", AUGPIPES)
@@ -278,7 +281,7 @@ def test_resolve_tiny_is_auto_but_for_its_sizes():
         "run_name": "ds64-tiny", "cfg": "tiny", "batch_gpu": 16, "step.batch": 16, "step.micro_batch": 16,
         "generator.z_dim": 64, "generator.w_dim": 64, "generator.channel_base": 1024, "generator.channel_max": 64,
         "discriminator.channel_base": 1024, "discriminator.channel_max": 64,
-        "step.loss.r1_gamma": 0.0512, "step.ema.kimg": 5.0,
+        "step.loss.gamma": 0.0512, "step.ema.kimg": 5.0,
     }  # fmt: skip
     assert config_of(64, cfg="tiny", gpus=16).step.micro_batch == 1
 
@@ -305,7 +308,7 @@ def test_resolve_given_batch_allows_any_gpus_that_divide_it(gpus, batch, micro_b
 def test_resolve_auto_works_from_the_smallest_to_the_largest_resolution(resolution):
     expected = {8: (32, 2e-4 * 64 / 32), 16: (32, 2e-4 * 256 / 32), 1024: (4, 52.4288), 2048: (2, 2e-4 * 2048**2 / 2)}
     config = config_of(resolution)
-    assert (config.batch, config.step.loss.r1_gamma) == expected[resolution]
+    assert (config.batch, config.step.loss.gamma) == expected[resolution]
 
 
 def test_resolve_few_images_on_a_laptop_is_sensible():
@@ -337,7 +340,7 @@ REFUSED_FLAGS = [
     ({"augpipe": "all"},
      "--augpipe is 'all'; expected one of blit, geom, color, filter, noise, cutout, bg, bgc, bgcf, bgcfn, bgcfnc"),
     ({"aug": "some"}, "--aug is 'some'; expected one of noaug, ada, fixed"),
-    ({"precision": "fp64"}, "--precision is 'fp64'; expected one of fp16, bf16, fp32"),
+    ({"precision": "fp64"}, "--precision is 'fp64'; expected one of fp32, fp16, bf16"),
     ({"gpus": 0}, "--gpus is 0; expected a number >= 1"),
     ({"gpus": "2"}, "--gpus is '2'; expected a whole number or null"),
     ({"subset": 0}, "--subset is 0; expected a number >= 1"),
@@ -484,11 +487,12 @@ def test_resolve_too_many_gpus_advice_of_a_batch_leads_to_a_run():
 
 
 def test_split_batch_keeps_groups_whole():
-    rules = BatchRules(cfg="auto", batch=16, reference_gpus=1, group=4)
+    preset = choose_preset("auto", 256, 1)
+    assert preset.mbstd == 4
     usable = []
     for batch in range(1, 25):
         try:
-            usable.append(split_batch(rules, 1, batch, None).micro_batch)
+            usable.append(split_batch("auto", preset, 1, batch, None).micro_batch)
         except ConfigError:
             continue
     assert usable == [1, 2, 3, 4, 8, 12, 16, 20, 24]

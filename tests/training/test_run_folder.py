@@ -151,7 +151,7 @@ def test_identity_missing_network_is_a_line(tmp_path):
 def test_describe_difference_names_what_changed():
     base = identity(config_of(), CONTENT)
     assert describe_difference(base, identity(config_of(gamma=3), CONTENT)) == \
-        f"step.loss.r1_gamma is {base['options']['step.loss.r1_gamma']} there and 3 here"
+        f"step.loss.gamma is {base['options']['step.loss.gamma']} there and 3 here"
     assert describe_difference(base, identity(config_of(), "1" * 64)) == "the data differ"
     assert describe_difference(base, {**base, "resume": "ab"}) == "the network of --resume differs"
     assert describe_difference({**base, "version": 0}, base) == "it was begun by another version of this program"

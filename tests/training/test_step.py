@@ -39,7 +39,7 @@ def test_step_runs_phases_lazily_and_counts():
     assert (state.iteration, state.nimg) == (4, 32)
 
 
-@pytest.mark.parametrize(("changes", "missing"), [({"pl_weight": 0}, "Greg"), ({"r1_gamma": 0}, "Dreg")])
+@pytest.mark.parametrize(("changes", "missing"), [({"pl_weight": 0}, "Greg"), ({"gamma": 0}, "Dreg")])
 def test_step_without_a_regulariser_leaves_its_phase_out(changes, missing):
     config = small_config(**changes)
     assert active_phases(0, config.loss) == [phase for phase in PHASES if phase != missing]
@@ -73,7 +73,7 @@ def test_step_moves_every_parameter_and_leaves_no_gradient():
 def test_step_accumulates_micro_batches_as_sums_of_their_gradients():
     # Without batch statistics and regularisers, two micro-batches make twice one batch's mean gradient.
     def run(micro_batch):
-        config = small_config(micro_batch=micro_batch, pl_weight=0, r1_gamma=0, style_mixing_prob=0)
+        config = small_config(micro_batch=micro_batch, pl_weight=0, gamma=0, style_mixing_prob=0)
         state = small_state(config, dtype=torch.float64)
         state.D.b4.mbstd.group_size = 1
         whole = dataclasses.replace(config, micro_batch=8)
@@ -135,7 +135,7 @@ def test_step_running_means_move_once_a_phase_by_all_micro_batches(monkeypatch):
 
 
 def test_step_skipped_phase_leaves_w_avg_alone():
-    config = small_config(pl_weight=0, r1_gamma=0)
+    config = small_config(pl_weight=0, gamma=0)
     state = small_state(config)
     inputs = small_inputs(state, config)
     inputs.phases["Gmain"].z[0] = float("nan")
@@ -371,7 +371,7 @@ def test_draw_phases_phases_and_iterations_are_independent():
 
 
 def test_draw_phases_mixes_as_often_as_asked_at_every_layer():
-    config = small_config(batch=4000, micro_batch=2, style_mixing_prob=0.75, pl_weight=0, r1_gamma=0)
+    config = small_config(batch=4000, micro_batch=2, style_mixing_prob=0.75, pl_weight=0, gamma=0)
     state = small_state(config)
     cutoffs = torch.tensor(small_inputs(state, config).phases["Gmain"].mix_cutoffs)
     num_ws = state.G.num_ws  # 6: crossovers at 1..5
@@ -382,7 +382,7 @@ def test_draw_phases_mixes_as_often_as_asked_at_every_layer():
 
 
 def test_draw_phases_labels_follow_the_training_set():
-    config = small_config(batch=4000, micro_batch=4000, pl_weight=0, r1_gamma=0)
+    config = small_config(batch=4000, micro_batch=4000, pl_weight=0, gamma=0)
     table = random_labels(10)
     table[:] = torch.tensor([1.0, 0.0])
     table[0] = torch.tensor([0.0, 1.0])

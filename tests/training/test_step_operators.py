@@ -155,7 +155,7 @@ def test_readings_sees_what_it_is_for():
 def test_step_takes_few_operators_for_what_every_parameter_needs():
     # Optimizer, moving average and the check of the gradients handle all parameters at once, so that a deeper network
     # has more operators for its layers alone.
-    state, config = start("cpu", {}, pl_weight=0, r1_gamma=0)
+    state, config = start("cpu", {}, pl_weight=0, gamma=0)
     inputs = inputs_on("cpu", state, config)
     train_step(state, inputs, config)
     seen = Counter()

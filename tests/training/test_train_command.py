@@ -23,7 +23,8 @@ from torch_utils.device import Tuning
 from torch_utils.ops import compiled
 from training.command import make_command
 from training.dataset import content_of
-from training.options import DatasetFacts, TrainOptions, describe, resolve
+from training.dry_run import describe
+from training.options import DatasetFacts, TrainOptions, resolve
 from training.run_folder import choose_run
 from training.sampling import image_weights
 from training.snapshot import Networks, save_network
@@ -107,7 +108,7 @@ CONFIG_FLAGS = [
     ("--subset=4", "dataset.max_size", 4),
     ("--mirror=true", "dataset.xflip", True),
     ("--mirror=0", "dataset.xflip", False),
-    ("--gamma=5", "step.loss.r1_gamma", 5.0),
+    ("--gamma=5", "step.loss.gamma", 5.0),
     ("--kimg=10", "kimg", 10),
     ("--batch=16", "step.batch", 16),
     ("--batch-gpu=8", "step.micro_batch", 8),

@@ -1,8 +1,17 @@
-"""Name every setting of the augmentation pipeline and check its value."""
+"""What the augmentation pipeline may do, by name and strength, and the random numbers that decide what it does.
+
+The names of the augmentations, their groups, spreads and ranges stand here alone: presets, --augpipe and the settings
+of a run derive from them. They are those of the ADA paper: Karras et al. 2020, "Training Generative Adversarial
+Networks with Limited Data", appendix B.
+
+Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
+neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
+images costs less than a device takes to start, and where it can be looked at without waiting for the device.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 
 import numpy as np
@@ -12,109 +21,93 @@ from torch import Tensor
 BANDS = 4  # of the image filter
 
 
+def _strength_in(group: str) -> float:
+    return field(default=0, metadata={"group": group})
+
+
 @dataclass(frozen=True, kw_only=True)
 class AugmentStrengths:
-    """What the pipeline may do and how far.
+    """What the pipeline may do and how far; augmentations are in the order in which they are applied.
 
     A strength multiplies the overall probability p: 0 switches the augmentation off, 1 applies it with probability p.
-    Spreads and ranges are those of the ADA paper (Karras et al. 2020, appendix B); `_std` of a factor is in octaves.
+    `_std` of a factor is in octaves.
     """
 
-    # Copies of pixels
-    xflip: float = 0
-    rotate90: float = 0
-    xint: float = 0
+    # Pixel blitting
+    xflip: float = _strength_in("blit")
+    rotate90: float = _strength_in("blit")
+    xint: float = _strength_in("blit")
     xint_max: float = 0.125  # translation, of width and height
     # General geometry
-    scale: float = 0
-    rotate: float = 0
-    aniso: float = 0
-    xfrac: float = 0
+    scale: float = _strength_in("geom")
+    rotate: float = _strength_in("geom")
+    aniso: float = _strength_in("geom")
+    xfrac: float = _strength_in("geom")
     scale_std: float = 0.2
     rotate_max: float = 1  # of half a turn
     aniso_std: float = 0.2
     xfrac_std: float = 0.125  # translation, of width and height
-    # Colour
-    brightness: float = 0
-    contrast: float = 0
-    lumaflip: float = 0
-    hue: float = 0
-    saturation: float = 0
+    # Color
+    brightness: float = _strength_in("color")
+    contrast: float = _strength_in("color")
+    lumaflip: float = _strength_in("color")
+    hue: float = _strength_in("color")
+    saturation: float = _strength_in("color")
     brightness_std: float = 0.2
     contrast_std: float = 0.5
     hue_max: float = 1  # of half a turn
     saturation_std: float = 1
     # Frequency bands
-    imgfilter: float = 0
+    imgfilter: float = _strength_in("filter")
     imgfilter_bands: Sequence[float] = (1, 1, 1, 1)  # strength of each band, from low to high frequencies
     imgfilter_std: float = 1
     # Corruption
-    noise: float = 0
-    cutout: float = 0
+    noise: float = _strength_in("noise")
+    cutout: float = _strength_in("cutout")
     noise_std: float = 0.1
     cutout_size: float = 0.5  # of width and height
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "imgfilter_bands":
-                _check_not_negative(field.name, value)
-                continue
-            if not isinstance(value, Sequence) or len(value) != BANDS:
-                raise ValueError(f"augmentation setting imgfilter_bands is {value!r}; expected {BANDS} strengths")
-            for band in value:
-                _check_not_negative("imgfilter_bands", band)
+        for each in fields(self):
+            values = [getattr(self, each.name)]
+            if each.name == "imgfilter_bands":
+                values = self.imgfilter_bands
+                if not isinstance(values, Sequence) or len(values) != BANDS:
+                    raise ValueError(f"augmentation setting imgfilter_bands is {values!r}; expected {BANDS} strengths")
+            for value in values:
+                if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+                    raise ValueError(f"augmentation setting {each.name} is {value!r}; expected a finite number >= 0")
 
-    @property
-    def uses_geometry(self) -> bool:
-        return any([self.xflip, self.rotate90, self.xint, self.scale, self.rotate, self.aniso, self.xfrac])
+    def uses(self, *groups: str) -> bool:
+        """Tell whether an augmentation of these groups is on."""
+        return any(getattr(self, name) for group in groups for name in AUGMENT_GROUPS[group])
 
-    @property
-    def uses_color(self) -> bool:
-        return any([self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation])
 
-    @property
-    def uses_filter(self) -> bool:
-        return self.imgfilter > 0 and any(self.imgfilter_bands)
+def _by_group() -> dict[str, tuple[str, ...]]:
+    groups: dict[str, tuple[str, ...]] = {}
+    for each in fields(AugmentStrengths):
+        if "group" in each.metadata:
+            groups[each.metadata["group"]] = (*groups.get(each.metadata["group"], ()), each.name)
+    return groups
+
+
+# Group -> names of its augmentations. Groups and names are in the order in which the pipeline applies them.
+AUGMENT_GROUPS = _by_group()
+AUGMENTATIONS = tuple(name for names in AUGMENT_GROUPS.values() for name in names)
 
 
 def parse_strengths(given: Mapping[str, float]) -> AugmentStrengths:
     """Build the settings from names and values. Raises ValueError for an unknown name or a value out of range."""
-    known = [field.name for field in fields(AugmentStrengths)]
+    known = [each.name for each in fields(AugmentStrengths)]
     for name in given:
         if name not in known:
             raise ValueError(f"augmentation setting {name!r} is unknown; expected one of {', '.join(known)}")
     return AugmentStrengths(**given)
 
 
-def _check_not_negative(name: str, value) -> None:
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"augmentation setting {name} is {value!r}; expected a finite number >= 0")
-
-
-# MERGED from training.augmentations.device
-# Bring what was decided on the host to the images.
-
-
-def on_device_of(images: Tensor, values: np.ndarray) -> Tensor:
-    """Return `values`, floating point ones in the dtype of the images, on their device, without waiting for it."""
-    dtype = images.dtype if values.dtype.kind == "f" else None
-    return torch.from_numpy(values).to(images.device, dtype, non_blocking=True)
-
-
-# MERGED from training.augmentations.draws
-# Draw the random numbers of one augmented batch.
-#
-# Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
-# neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
-# images costs less than a device takes to start, and where it can be looked at without waiting for the device.
-
-
 _TWO_ROTATIONS = 2  # before and after the anisotropic scaling
-# Numbers an image needs of each kind.
-_GATES = {"xflip": 1, "rotate90": 1, "xint": 1, "scale": 1, "rotate": _TWO_ROTATIONS, "aniso": 1, "xfrac": 1,
-          "brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 1, "saturation": 1, "imgfilter": BANDS, "noise": 1,
-          "cutout": 1}
+# Numbers an image needs of each kind; the order is that of the columns drawn, and decides what a seed gives.
+_GATES = {**dict.fromkeys(AUGMENTATIONS, 1), "rotate": _TWO_ROTATIONS, "imgfilter": BANDS}
 _UNIFORM = {"xflip": 1, "rotate90": 1, "xint": 2, "rotate": _TWO_ROTATIONS, "lumaflip": 1, "hue": 1, "cutout": 2}
 _NORMAL = {"scale": 1, "aniso": 1, "xfrac": 2, "brightness": 1, "contrast": 1, "saturation": 1, "imgfilter": BANDS}
 _HALF_NORMAL = {"noise": 1}
@@ -192,10 +185,16 @@ def draw_quantile(count: int, quantile: float) -> Draws:
 
 
 def rotation_probability(strength: float, p: float) -> float:
-    """Return the probability of each of the two rotations for which either happens with strength * p."""
+    """Return 1 - sqrt(1 - strength * p): either of two rotations then happens with strength * p (appendix B.1)."""
     return 1 - math.sqrt(max(1 - strength * p, 0))
 
 
 def _named_columns(table: np.ndarray, widths: dict[str, int]) -> dict[str, np.ndarray]:
     ends = np.cumsum(list(widths.values()))
     return dict(zip(widths, np.split(table, ends[:-1], axis=1)))
+
+
+def on_device_of(images: Tensor, values: np.ndarray) -> Tensor:
+    """Return `values`, floating point ones in the dtype of the images, on their device, without waiting for it."""
+    dtype = images.dtype if values.dtype.kind == "f" else None
+    return torch.from_numpy(values).to(images.device, dtype, non_blocking=True)

@@ -1,4 +1,7 @@
-"""Continue images beyond their borders by reflection, however far."""
+"""Move images about: flips, turns, translations and scalings, in one resampling (ADA paper, appendix B.1).
+
+Coordinates are (x, y) in pixels from the center of the image, y downwards.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,30 +15,8 @@ from torch_utils.ops.grid_sample import sample_bilinear
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
 from training.augmentations.draws import AugmentStrengths, Draws, on_device_of, rotation_probability
 
-
-def reflect_pad(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
-    """Pad by mirroring about the centres of the border pixels, again and again where an image is small.
-
-    images: [N, C, H, W], H and W at least 2;  left, right, top, bottom: pixels to add, 0 or more
-    """
-    while max(left, right, top, bottom) > 0:
-        # Reflection reaches size - 1 pixels. A mirror of the whole image there lies on a mirror of its period again, so
-        # the next round goes on with the same pattern; a smaller step would not.
-        height, width = images.shape[2:]
-        step = [min(left, width - 1), min(right, width - 1), min(top, height - 1), min(bottom, height - 1)]
-        images = F.pad(images, step, mode="reflect")
-        left, right, top, bottom = left - step[0], right - step[1], top - step[2], bottom - step[3]
-    return images
-
-
-# MERGED from training.augmentations.geometry
-# Move images about: flips, turns, translations and scalings, in one resampling.
-#
-# Coordinates are (x, y) in pixels from the centre of the image, y downwards.
-
-
-# The sym6 low-pass has its centre of gravity 0.4 samples in front of the middle of its taps: that is how far the
-# content of the doubled image is displaced. The transform turns about the displaced centre, to the nearest half.
+# The sym6 low-pass has its center of gravity 0.4 samples in front of the middle of its taps: that is how far the
+# content of the doubled image is displaced. The transform turns about the displaced center, to the nearest half.
 _FILTER_DELAY = -0.5
 # Source pixels that an output pixel reads around its own place: bilinear neighbours, and the taps of the upsampling.
 _READING_REACH = 4
@@ -123,7 +104,7 @@ def _resample_all(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
     edge = len(taps) // 4  # result pixels outside the image that the halving reads
     left, right, top, bottom = _margins(source, edge, images.shape)
     doubled = upsample2d(reflect_pad(images, left, right, top, bottom), taps, up=2)
-    offset = (left - right) / 2, (top - bottom) / 2  # of the old centre in the padded image
+    offset = (left - right) / 2, (top - bottom) / 2  # of the old center in the padded image
     grid = _sampling_grid(source, offset, images, doubled.shape, edge)
     return downsample2d(sample_bilinear(doubled, grid), taps, down=2, padding=-2 * edge, flip_filter=True)
 
@@ -139,7 +120,7 @@ def _margins(source: SourceMap, edge: int, shape) -> list[int]:
 def _sampling_grid(source: SourceMap, offset: tuple[float, float], images: Tensor, doubled_shape, edge: int) -> Tensor:
     """Return where to read in the doubled image: [N, 2 (H + 2 edge), 2 (W + 2 edge), 2], -1 to 1 from side to side.
 
-    A sample of the result at `place` (half pixels from the centre) shows the content of place - delay, and the doubled
+    A sample of the result at `place` (half pixels from the center) shows the content of place - delay, and the doubled
     image shows that of `source` at source + delay.
     """
     like = {"dtype": images.dtype, "device": images.device}
@@ -152,3 +133,18 @@ def _sampling_grid(source: SourceMap, offset: tuple[float, float], images: Tenso
     per_x, per_y, start = on_device_of(images, maps).unsqueeze(3).unbind(2)  # [N, 2, 1] each
     planes = (per_x * xs).unsqueeze(2) + torch.addcmul(start, per_y, ys).unsqueeze(3)  # [N, 2, rows, columns]
     return planes.permute(0, 2, 3, 1)
+
+
+def reflect_pad(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Pad by mirroring about the centers of the border pixels, again and again where an image is small.
+
+    images: [N, C, H, W], H and W at least 2;  left, right, top, bottom: pixels to add, 0 or more
+    """
+    while max(left, right, top, bottom) > 0:
+        # Reflection reaches size - 1 pixels. A mirror of the whole image there lies on a mirror of its period again, so
+        # the next round goes on with the same pattern; a smaller step would not.
+        height, width = images.shape[2:]
+        step = [min(left, width - 1), min(right, width - 1), min(top, height - 1), min(bottom, height - 1)]
+        images = F.pad(images, step, mode="reflect")
+        left, right, top, bottom = left - step[0], right - step[1], top - step[2], bottom - step[3]
+    return images

@@ -1,4 +1,4 @@
-"""Wavelet low-pass filters of the augmentation pipeline, with the filter bank made from one of them."""
+"""Change the pixels of images: colors (ADA paper, appendix B.1), frequency bands (B.2), noise and cutouts (B.3)."""
 
 import math
 from dataclasses import dataclass
@@ -17,84 +17,17 @@ SYM2 = tuple((np.array([1, 3, 3, 1]) + np.sqrt(3) * np.array([-1, -1, 1, 1])) / 
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
         0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
         -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
-
-
-def octave_bank(lowpass=SYM2, bands: int = 4) -> np.ndarray:
-    """Split the spectrum into octaves by symmetric filters that add up to the identity.
-
-    The power response of an orthonormal filter and that of its mirrored high-pass add up to 2, which makes
-    low = |H|^2 / 2 and high = 1 - low two symmetric filters. Stage k of the cascade uses them stretched 2^k times:
-    what its high-pass takes is a band, what is left goes on (ADA paper, appendix B.2).
-
-    Returns [bands, taps] float64, low frequencies first; 4 bands of 4 taps give 43.
-    """
-    low = np.correlate(lowpass, lowpass, mode="full") / 2
-    left = np.ones(1)
-    octaves = []
-    for stage in range(bands - 1):
-        stretched = np.zeros((len(low) - 1) * 2 ** stage + 1)
-        stretched[::2 ** stage] = low
-        rest = np.convolve(left, stretched)
-        taken = -rest
-        margin = (len(rest) - len(left)) // 2
-        taken[margin:margin + len(left)] += left
-        octaves.insert(0, taken)
-        left = rest
-    octaves.insert(0, left)
-    size = len(left)
-    return np.stack([np.pad(octave, (size - len(octave)) // 2) for octave in octaves])
-
-
-# MERGED from training.augmentations.filters
-# Amplify and weaken frequency bands of images.
-
-
 # Share of each band in the power of natural images, of spectrum 1/f (ADA paper, appendix B.2), low frequencies first.
 _BAND_POWER = np.array([10, 1, 1, 1]) / 13
 
 
-def draw_band_gains(strengths: AugmentStrengths, draws: Draws, p: float) -> np.ndarray:
-    """Draw the amplification of each band and keep the power of a typical image. -> [N, 4]
-
-    Band after band is amplified by t and the whole then divided by the root of the power that a typical image would
-    have; the divisors are multiplied up. Exactly 1 where no band is changed.
-    """
-    probability = np.array(strengths.imgfilter_bands) * strengths.imgfilter * p
-    factors = np.exp2(draws.normal("imgfilter", probability) * strengths.imgfilter_std)
-    power = 1 + _BAND_POWER * (np.square(factors) - 1)
-    return factors / np.sqrt(power.prod(axis=1, keepdims=True))
-
-
-def filter_bands(images: Tensor, gains: np.ndarray, bank: Tensor) -> Tensor:
-    """Filter rows and columns of each image with its own combination of the bank's filters.
-
-    images: [N, C, H, W] float32 or float64, H and W at least 2
-    gains:  [N, B];  bank: [B, k], k odd, its rows adding up to the identity
-
-    Images whose gains are all 1 come back bit for bit.
-    """
-    changed = (gains != 1).any(axis=1)
-    if not changed.any():
-        return images
-    count, channels, height = images.shape[:3]
-    taps = (on_device_of(images, gains)[:, :, None] * bank).sum(1)  # [N, k]; no matmul, it may round to TF32
-    taps = taps.repeat_interleave(channels, dim=0)[:, None, None]  # [N C, 1, 1, k]
-    reach = bank.shape[1] // 2
-    rows = reflect_pad(images, reach, reach, reach, reach).reshape(1, count * channels, height + 2 * reach, -1)
-    filtered = F.conv2d(F.conv2d(rows, taps, groups=count * channels), taps.mT, groups=count * channels)
-    return torch.where(on_device_of(images, changed[:, None, None, None]), filtered.reshape(images.shape), images)
-
-
-# MERGED from training.augmentations.color
-# Change the colours of images: brightness, contrast, luma flip, hue, saturation.
+# Colors. Seen from the gray axis, the line of equal red, green and blue, all five are simple: brightness moves along
+# the axis, the luma flip mirrors along it, hue turns about it, saturation scales away from it, and contrast scales
+# everything. Applied one after the other they are this one affine map of a color, with `mean` its gray part:
 #
-# Seen from the grey axis, the line of equal red, green and blue, all five are simple: brightness moves along the axis,
-# the luma flip mirrors along it, hue turns about it, saturation scales away from it, and contrast scales everything.
-# Applied one after the other they are this one affine map of a colour, with `mean` its grey part:
+#     contrast * (flip * (mean + brightness) + saturation * turn(color - mean))
 #
-#     contrast * (flip * (mean + brightness) + saturation * turn(colour - mean))
-#
-# The map favours none of the three: red becomes of red, green and blue what green becomes of green, blue and red. So it
+# The map favors none of the three: red becomes of red, green and blue what green becomes of green, blue and red. So it
 # takes three factors, of a channel itself and of the two after it, and one shift.
 
 
@@ -137,10 +70,10 @@ def recolor(images: Tensor, changes: ColorMap) -> Tensor:
     else:
         across = changes.contrast * changes.saturation
         kept = across * np.cos(changes.hue)
-        grey = (along - kept) / 3  # of the mean, a third of each channel
+        gray = (along - kept) / 3  # of the mean, a third of each channel
         # Cross product with the unit vector of the axis (Rodrigues' rotation formula).
         turned = across * np.sin(changes.hue) / math.sqrt(3)
-        factors = [kept + grey, grey - turned, grey + turned]
+        factors = [kept + gray, gray - turned, gray + turned]
     if np.all(factors[0] == 1) and not np.any([*factors[1:], shift]):
         return images
     *factors, result = on_device_of(images, np.stack([*factors, shift])[:, :, None, None, None]).unbind()
@@ -150,8 +83,68 @@ def recolor(images: Tensor, changes: ColorMap) -> Tensor:
     return result
 
 
-# MERGED from training.augmentations.corruption
-# Spoil images: noise on every pixel, a rectangle cut out.
+# Frequency bands.
+
+
+def draw_band_gains(strengths: AugmentStrengths, draws: Draws, p: float) -> np.ndarray:
+    """Draw the amplification of each band and keep the power of a typical image. -> [N, 4]
+
+    Band after band is amplified by t and the whole then divided by the root of the power that a typical image would
+    have; the divisors are multiplied up. Exactly 1 where no band is changed.
+    """
+    probability = np.array(strengths.imgfilter_bands) * strengths.imgfilter * p
+    factors = np.exp2(draws.normal("imgfilter", probability) * strengths.imgfilter_std)
+    power = 1 + _BAND_POWER * (np.square(factors) - 1)
+    return factors / np.sqrt(power.prod(axis=1, keepdims=True))
+
+
+def filter_bands(images: Tensor, gains: np.ndarray, bank: Tensor) -> Tensor:
+    """Filter rows and columns of each image with its own combination of the bank's filters.
+
+    images: [N, C, H, W] float32 or float64, H and W at least 2
+    gains:  [N, B];  bank: [B, k], k odd, its rows adding up to the identity
+
+    Images whose gains are all 1 come back bit for bit.
+    """
+    changed = (gains != 1).any(axis=1)
+    if not changed.any():
+        return images
+    count, channels, height = images.shape[:3]
+    taps = (on_device_of(images, gains)[:, :, None] * bank).sum(1)  # [N, k]; no matmul, it may round to TF32
+    taps = taps.repeat_interleave(channels, dim=0)[:, None, None]  # [N C, 1, 1, k]
+    reach = bank.shape[1] // 2
+    rows = reflect_pad(images, reach, reach, reach, reach).reshape(1, count * channels, height + 2 * reach, -1)
+    filtered = F.conv2d(F.conv2d(rows, taps, groups=count * channels), taps.mT, groups=count * channels)
+    return torch.where(on_device_of(images, changed[:, None, None, None]), filtered.reshape(images.shape), images)
+
+
+def octave_bank(lowpass=SYM2, bands: int = 4) -> np.ndarray:
+    """Split the spectrum into octaves by symmetric filters that add up to the identity.
+
+    The power response of an orthonormal filter and that of its mirrored high-pass add up to 2, which makes
+    low = |H|^2 / 2 and high = 1 - low two symmetric filters. Stage k of the cascade uses them stretched 2^k times:
+    what its high-pass takes is a band, what is left goes on (ADA paper, appendix B.2).
+
+    Returns [bands, taps] float64, low frequencies first; 4 bands of 4 taps give 43.
+    """
+    low = np.correlate(lowpass, lowpass, mode="full") / 2
+    left = np.ones(1)
+    octaves = []
+    for stage in range(bands - 1):
+        stretched = np.zeros((len(low) - 1) * 2 ** stage + 1)
+        stretched[::2 ** stage] = low
+        rest = np.convolve(left, stretched)
+        taken = -rest
+        margin = (len(rest) - len(left)) // 2
+        taken[margin:margin + len(left)] += left
+        octaves.insert(0, taken)
+        left = rest
+    octaves.insert(0, left)
+    size = len(left)
+    return np.stack([np.pad(octave, (size - len(octave)) // 2) for octave in octaves])
+
+
+# Corruption.
 
 
 def draw_noise_level(strengths: AugmentStrengths, draws: Draws, p: float) -> np.ndarray:
@@ -167,7 +160,7 @@ def add_noise(images: Tensor, level: np.ndarray, generator: torch.Generator | No
 
 
 def cut_out(images: Tensor, strengths: AugmentStrengths, draws: Draws, p: float) -> Tensor:
-    """Set a rectangle of cutout_size times width and height to 0, its centre anywhere in the image.
+    """Set a rectangle of cutout_size times width and height to 0, its center anywhere in the image.
 
     images: [N, C, H, W]
     """
@@ -180,5 +173,5 @@ def cut_out(images: Tensor, strengths: AugmentStrengths, draws: Draws, p: float)
 
 
 def _covered(size: int, center: np.ndarray, extent: float) -> np.ndarray:
-    """Tell which of `size` pixel centres lie within a stretch of the unit interval. center: [N, 1] -> [N, size]"""
+    """Tell which of `size` pixel centers lie within a stretch of the unit interval. center: [N, 1] -> [N, size]"""
     return abs((np.arange(size) + 0.5) / size - center) < extent / 2
