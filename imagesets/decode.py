@@ -37,7 +37,8 @@ from imagesets.pixel_formats import (
     to_srgb,
     value_range,
 )
-from imagesets.pixel_hashes import channels_first, describe_excess, hash_pixels
+from imagesets.pixel_hashes import hash_pixels
+from imagesets.reader import channels_first, describe_excess
 from imagesets.resize import PixelSpec, Size, crop_and_resize, crop_box, decoder_reduction, picture_size
 from imagesets.writer import encode_png
 

@@ -22,8 +22,8 @@ from dnnlib.workers import ordered_map
 from imagesets.classes import VECTOR, class_name
 from imagesets.metadata import METADATA
 from imagesets.pixel_formats import MAX_DEPTH, MIN_DEPTH, depth_remark
-from imagesets.pixel_hashes import DIGEST_SIZE, describe_excess, identical_sets, number_texts
-from imagesets.reader import ImageSet
+from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, number_texts
+from imagesets.reader import ImageSet, describe_excess
 from imagesets.resize import MAX_RESOLUTION, MIN_RESOLUTION, is_power_of_two
 
 TRAINING, LABELS = "training", "labels"  # what a problem blocks: all training, or only training with --cond

@@ -2,7 +2,6 @@
 
 import os
 import textwrap
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import click
 
 from dnnlib.cli import UserError, UserPath, join_values
 from dnnlib.lines import AppendFile, to_line
-from dnnlib.progress import format_seconds
 from generation.network import OpenNetwork, choose_network, open_network
 from metrics.detectors.registry import DETECTOR_NAMES
 from metrics.evaluation import Evaluator
@@ -23,9 +21,10 @@ from torch_utils.device import TUNE_MALLOC_HELP, check_counts, settle_device
 from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
 from torch_utils.launch import launch
 from torch_utils.plots import save_curves
-from training.network_file import OTHER_NAMES, find_path, run_snapshots
-from training.run_folder import RunFolder
+from training.network_file import OTHER_NAMES, find_path
+from training.run_folder import RunFolder, list_snapshots
 from training.run_record import read_record
+from training.run_report import metric_record
 
 _HELP = """Measure how good generated images are; print one JSON line for each metric.
 
@@ -203,7 +202,7 @@ def _open_if_there(path: Path, processes: Processes) -> OpenNetwork | None:
 
 
 def _snapshots(run: str) -> list[Path]:
-    found = [Path(path) for path in run_snapshots(run)] if os.path.isdir(run) else []
+    found = [Path(path) for path in list_snapshots(run)] if os.path.isdir(run) else []
     if not found:
         what = "holds no network files" if os.path.isdir(run) else "is no folder"
         raise UserError(f"--run is {run}, which {what}; expected the folder of a run, such as "
@@ -253,11 +252,7 @@ def _write(name: str, found: Mapping[str, Any], processes: Processes, folder: Pa
     folder:    of the run; None leaves it at printing
     snapshot:  name of the network file; None when images were measured
     """
-    seconds = found["total_time"]
-    usual = {"results": found["results"], "metric": name, "total_time": seconds,
-             "total_time_str": format_seconds(seconds), "num_gpus": processes.count, "snapshot_pkl": snapshot,
-             "timestamp": time.time()}
-    line = to_line({**usual, **{key: value for key, value in found.items() if key not in usual}, **more})
+    line = to_line({**metric_record(name, found, num_gpus=processes.count, snapshot=snapshot), **more})
     click.echo(line.decode(), nl=False)
     if folder is not None:
         # Shared with a training that may go on there.

@@ -5,12 +5,10 @@ them into the numbers of each metric.
 """
 
 import os
-import platform
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ from metrics.kernel import kernel_distances
 from metrics.names import IS_SPLITS, LPIPS, MetricRequest, choose_detector, parse_metrics
 from metrics.perceptual_path import EPSILON, PathSteps, check_path_requests, path_length
 from metrics.precision_recall import precision_recall
+from torch_utils.device import find_versions
 from torch_utils.distributed import any_process, is_main
 
 Results = dict[str, dict[str, Any]]  # metric -> {"results": {key: value}, further fields of its record}
@@ -314,12 +313,11 @@ def compare(request: MetricRequest, real: Features | None, fake: Features, seed:
 
 def _software_versions() -> dict[str, str]:
     """Return the versions of what computes; "unknown" where that of the project is not known."""
-    packages = {name: metadata.version(name) for name in ("torch", "numpy")}
     try:  # the project's own file lies beside the packages: it is run without installing
         project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"]
     except (OSError, ValueError, KeyError):
         project = "unknown"
-    return {"python": platform.python_version(), **packages, "project": project}
+    return {**find_versions("torch", "numpy"), "project": project}
 
 
 @contextmanager

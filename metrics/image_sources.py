@@ -21,8 +21,8 @@ from imagesets.classes import (
     missing_labels,
     named_classes,
 )
-from imagesets.pixel_hashes import Shape, describe_shape, equal_images, known_pixel_hashes, load_pixels
-from imagesets.reader import ImageSet
+from imagesets.pixel_hashes import equal_images, known_pixel_hashes
+from imagesets.reader import ImageSet, Shape, describe_shape, load_pixels
 from metrics.names import MetricRequest
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for

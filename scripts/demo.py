@@ -22,10 +22,10 @@ import torch
 from dnnlib.cli import UserError, UserPath, run
 from dnnlib.files import atomic_write
 from dnnlib.lines import read_lines
-from imagesets.pixel_hashes import load_pixels
-from imagesets.reader import ImageSet
+from imagesets.reader import ImageSet, load_pixels
 from torch_utils.images import save_grid, to_pixels
 from torch_utils.plots import draw_curves
+from training.run_folder import RunFolder, list_snapshots
 from training.snapshot import load_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,14 +73,14 @@ class Demo:
     @property
     def run(self) -> Path:
         """The folder of the newest run."""
-        folders = sorted(path for path in (self.dest / "run").glob("[0-9]*") if (path / "log.txt").exists())
+        folders = sorted(path for path in (self.dest / "run").glob("[0-9]*") if RunFolder(path).log.exists())
         if not folders:
             raise UserError(f"{self.dest / 'run'} holds no run; expected one from train.py")
         return folders[-1]
 
     @property
     def snapshots(self) -> list[Path]:
-        return sorted(self.run.glob("network-snapshot-*.safetensors"))
+        return [Path(path) for path in list_snapshots(self.run)]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -132,11 +132,11 @@ def make_synthetic_set(demo: Demo) -> None:
 
 def summarize(demo: Demo, *, seconds: float) -> dict[str, Any]:
     """Return what summary.json says."""
-    records = {metric: read_lines(demo.run / f"metric-{metric}.jsonl") for metric in METRICS}
+    records = {metric: read_lines(RunFolder(demo.run).metric(metric)) for metric in METRICS}
     for metric, lines in records.items():
         if len(lines) < 2:
             raise UserError(f"{demo.run} has {len(lines)} results of {metric}; expected those of start and end: see "
-                            f"{demo.run / 'log.txt'}")
+                            f"{RunFolder(demo.run).log}")
     first, last = ({metric: lines[index]["results"][metric] for metric, lines in records.items()} for index in (0, -1))
     lead = records[METRICS[0]]
     return {"kimg": lead[-1]["nimg"] / 1000, "seconds": round(seconds, 1), "seed": demo.seed, "metric": METRICS[0],
@@ -185,9 +185,9 @@ def save_reals_and_fakes(path: Path, reals: Path, fakes: Path, *, seed: int) -> 
 
 def save_training_curves(path: Path, run: Path, metrics: Sequence[str]) -> None:
     """Write metrics, losses, the discriminator's signs and the augmentation probability, one picture below another."""
-    ticks = read_lines(run / "stats.jsonl")
+    ticks = read_lines(RunFolder(run).stats)
     curves = [{metric: [(line["nimg"] / 1000, line["results"][metric]) for line in
-                        read_lines(run / f"metric-{metric}.jsonl")]} for metric in metrics]
+                        read_lines(RunFolder(run).metric(metric))]} for metric in metrics]
     curves += [{name: [(tick["Progress/kimg"]["mean"], tick[name]["mean"]) for tick in ticks if name in tick]
                 for name in names} for names in _CURVES]
     pictures = [draw_curves(curve) for curve in curves]

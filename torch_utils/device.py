@@ -1,15 +1,18 @@
 """Fit work into the machine: its device, number format, processes and memory.
 
-What --device, --precision, --gpus and --tune-malloc choose, and what errors mean for memory and for the device.
+What --device, --precision, --gpus and --tune-malloc choose, which software computes, and what errors mean for memory
+and for the device.
 """
 
 import ctypes
 import errno
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,6 +164,17 @@ def _slow_format(name: str) -> str | None:
         return None
     return (f"warning: {name} may be many times slower than fp32 on this CPU, which has neither {instructions}; "
             "a new run is faster with --precision=fp32")
+
+
+def find_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python and of packages, by name; "unknown" for one that is not installed."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
 
 
 # Memory

@@ -17,7 +17,8 @@ from dnnlib.cli import GroupedCommand, UserError, check_outdir
 from dnnlib.files import retrying
 from dnnlib.workers import usable_cores
 from imagesets.classes import LABELS
-from imagesets.pixel_hashes import describe_shape, equal_images
+from imagesets.pixel_hashes import equal_images
+from imagesets.reader import describe_shape
 from torch_utils.device import DeviceChoice, choose_device, choose_precision, tune_malloc
 from torch_utils.distributed import Place
 from training.config import BestValue, RunSettings, TrainConfig

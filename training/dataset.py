@@ -1,4 +1,4 @@
-"""Read a data set that dataset_tool.py made, image by image, for training and metrics."""
+"""Read a data set that dataset_tool.py made, image by image, for training and metrics; tell what it consists of."""
 
 import hashlib
 import os
@@ -11,8 +11,8 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.classes import label_vectors, missing_labels
-from imagesets.pixel_hashes import Shape, describe_shape, hash_set, known_pixel_hashes, load_pixels, read_pixel_hashes
-from imagesets.reader import ImageSet
+from imagesets.pixel_hashes import hash_set, known_pixel_hashes, read_pixel_hashes
+from imagesets.reader import ImageSet, Shape, describe_shape, load_pixels
 from training.config import DatasetFacts
 
 CONTENT_HASH_VERSION = 1
@@ -25,13 +25,13 @@ class ImageDataset(torch.utils.data.Dataset):
     path:        zip or folder, as dataset_tool.py writes it, or as the original does
     use_labels:  False gives labels of length 0
     xflip:       a second half of items, the first half mirrored
-    max_size:    a random subset of so many images, chosen by `seed`; None for all
+    max_size:    a random subset of that size, chosen by `seed`; None for all
     seed:        of the subset
     classes:     names that labels are to be the numbers of, where the data set names its own; None for its own
 
     Integer labels become one-hot vectors of length max + 1, or of the number of classes where dataset.json names them;
     lists are taken as they are. Files are opened in the process that reads them.
-    Raises UserError when the data set cannot be read, or is not made of square images, grey or RGB.
+    Raises UserError when the data set cannot be read, or is not made of square images, gray or RGB.
     """
 
     def __init__(self, path: str | os.PathLike, *, use_labels: bool = False, xflip: bool = False,
@@ -44,7 +44,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.name = self.path.name.removesuffix(".zip")
         self._chosen = choose_subset(len(self._set), max_size, seed)
         self._pixel_hashes: list[str] | None = None
-        self._shape = self._check_first_image()
+        self.image_shape: Shape = self._check_first_image()
         if use_labels:
             self._check_labels()
 
@@ -53,11 +53,15 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         mirrored, row = divmod(int(index), len(self._chosen))
-        pixels = load_pixels(self._set, self._set.names[self._chosen[row]], self._shape)
+        pixels = load_pixels(self._set, self._set.names[self._chosen[row]], self.image_shape)
         if mirrored:
             pixels = pixels[:, :, ::-1]
-        # A copy of what is read-only, as grey images are: PyTorch warns where it makes tensors of such arrays.
-        return np.require(pixels, requirements=("C", "W")), self.get_label(index)
+        label = np.zeros(0, dtype=np.float32)
+        if self.use_labels:
+            label = self._set.labels[self._chosen[row]]
+            label = (label if np.ndim(label) else self._class_vectors[label]).copy()
+        # A copy of what is read-only, as gray images are: PyTorch warns where it makes tensors of such arrays.
+        return np.require(pixels, requirements=("C", "W")), label
 
     @property
     def num_images(self) -> int:
@@ -65,21 +69,12 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self._chosen)
 
     @property
-    def image_shape(self) -> Shape:
-        return self._shape
-
-    @property
     def resolution(self) -> int:
-        return self._shape[1]
+        return self.image_shape[1]
 
     @property
     def num_channels(self) -> int:
-        return self._shape[0]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the data set has labels, used or not."""
-        return self._set.labels is not None
+        return self.image_shape[0]
 
     @property
     def label_dim(self) -> int:
@@ -95,13 +90,6 @@ class ImageDataset(torch.utils.data.Dataset):
     def label_names(self) -> list[str] | None:
         """Names of the classes in use, or of a vector's numbers; None where labels are not used, or have no names."""
         return self.classes if self.use_labels else None
-
-    def get_label(self, index: int) -> np.ndarray:
-        """Return the label of an item: float32 [c_dim]."""
-        if not self.use_labels:
-            return np.zeros(0, dtype=np.float32)
-        label = self._set.labels[self._chosen[int(index) % len(self._chosen)]]
-        return (label if np.ndim(label) else self._class_vectors[label]).copy()
 
     def label_table(self) -> torch.Tensor:
         """Return the labels of all images, without the mirrored ones: float32 [num_images, c_dim]."""
@@ -121,10 +109,6 @@ class ImageDataset(torch.utils.data.Dataset):
     def locate(self, name: str) -> str:
         """Return the path of an image inside the zip or folder, as it is stored there."""
         return self._set.locate(name)
-
-    def groups(self) -> list[str]:
-        """Return what each image belongs to (patient, lesion, or the image itself) and must not be split from."""
-        return [self._set.groups[row] for row in self._chosen]
 
     def named_groups(self) -> list[str | None]:
         """Return the patient or lesion of each image; None where the data set names none."""
@@ -182,6 +166,7 @@ class ImageDataset(torch.utils.data.Dataset):
                                       self._chosen, (b"/" + label for label in labels))
 
     def close(self) -> None:
+        """Close what is open in this process; the next image opens it again."""
         self._set.close()
 
     @cached_property
@@ -190,7 +175,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return label_vectors(np.arange(self.label_dim), self.label_dim)
 
     def _check_labels(self) -> None:
-        if not self.has_labels:
+        if self._set.labels is None:
             raise UserError(f"{self.path} has no labels; expected them: convert it with dataset_tool.py --labels, or "
                             "leave --cond out")
         labels = self._set.labels[self._chosen]
@@ -211,21 +196,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return shape
 
 
-def _generated_parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what generated images among those of a data set say of their network, however often they were converted.
-
-    source:  of a data set; beneath, dataset_tool.py keeps that of what it converted as "origin", and of each --source
-             that it joined as "origin", "sources"
-    """
-    if source.get("generated") is True:
-        yield source
-        return
-    origin = source.get("origin")
-    if isinstance(origin, Mapping):
-        parts = origin.get("sources")
-        for part in parts.values() if isinstance(parts, Mapping) else [origin]:
-            if isinstance(part, Mapping):
-                yield from _generated_parts(part)
+def hash_content(dataset: ImageDataset, weights: np.ndarray | None) -> str:
+    """Return a sha256 of images and labels in use, and of weights from `training.sampling.image_weights`."""
+    content = dataset.content_hash()
+    return content if weights is None else hashlib.sha256(content.encode() + weights.tobytes()).hexdigest()
 
 
 def history_of(info: Mapping[str, Any]) -> list[Any]:
@@ -249,13 +223,18 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
     return np.sort(rows[:max_size])
 
 
-# MERGED from training.run_content
-# Tell by one hash which images a run sees, and how often each.
+def _generated_parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what generated images among those of a data set say of their network, however often they were converted.
 
-
-def content_of(dataset: ImageDataset, weights: np.ndarray | None) -> str:
-    """Return a sha256 of images and labels in use, and of weights from `training.sampling.image_weights`."""
-    content = dataset.content_hash()
-    if weights is None:
-        return content
-    return hashlib.sha256(content.encode() + weights.tobytes()).hexdigest()
+    source:  of a data set; beneath, dataset_tool.py keeps that of what it converted as "origin", and of each --source
+             that it joined as "origin", "sources"
+    """
+    if source.get("generated") is True:
+        yield source
+        return
+    origin = source.get("origin")
+    if isinstance(origin, Mapping):
+        parts = origin.get("sources")
+        for part in parts.values() if isinstance(parts, Mapping) else [origin]:
+            if isinstance(part, Mapping):
+                yield from _generated_parts(part)

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import DeviceChoice, choose_precision
 from torch_utils.ops.compiled import estimating
 from training.augment import AugmentPipe
 from training.config import RunSettings, TrainConfig
-from training.dataset import ImageDataset, content_of
+from training.dataset import ImageDataset, hash_content
 from training.discriminator import Discriminator
 from training.generator import Generator
 from training.phases import MicroBatch, Phase, PhaseInputs, PhaseWork, active_phases, path_length_images
 from training.presets import ADA_KIMG, ADA_KIMG_RESUMED
-from training.run_folder import plan_run
+from training.run_folder import RunFolder, plan_run
 from training.sampling import image_weights
 from training.state import TrainingState
 from training.step import GradientSum
@@ -45,7 +46,7 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
 
     "warnings" are lines that the user should see. Raises UserError where the run would not start.
     """
-    content = content_of(dataset, image_weights(settings.balance, dataset))
+    content = hash_content(dataset, image_weights(settings.balance, dataset))
     run = plan_run(settings.outdir, config, content, **settings.asked(), classes=dataset.label_names or [])
     config = run.config
     state = meta_state(config)
@@ -161,22 +162,23 @@ def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str,
         config.network_snapshot_ticks, config.image_snapshot_ticks))
     state = f"with each network, and every {config.state_minutes:g} minutes; {_in_units(sizes['training-state'])}"
     tick = f"a line every {config.kimg_per_tick:g} kimg"
+    run, states = RunFolder(""), CheckpointPair("")
     count = _count_snapshots(config, settings, sizes["network-snapshot"])
     networks = f"{count['written']} in all, {_in_units(count['bytes_written'])}"
     if settings.num_newest is not None:
         networks += f"; {settings.keep_flags} keeps {count['kept']} at a time, {_in_units(count['bytes_kept'])}"
     return {
-        "training_options.json": "at the start",
-        "log.txt": tick,
-        "stats.jsonl": tick,
+        run.options.name: "at the start",
+        run.log.name: tick,
+        run.stats.name: tick,
         "events.*": "for TensorBoard",
-        "reals.png": "at the start",
-        "fakes_init.png": "at the start",
-        "fakesKKKKKK.png": images,
-        "network-snapshot-KKKKKK.safetensors": f"{snapshot}; {_in_units(sizes['network-snapshot'])} each; {networks}",
-        "training-state.pt": state,
-        "training-state.prev.pt": "the state before",
-        **{f"metric-{name}.jsonl": "a line with each network" for name in config.metrics},
+        run.reals.name: "at the start",
+        run.fakes_init.name: "at the start",
+        run.fakes(None).name: images,
+        run.snapshot(None).name: f"{snapshot}; {_in_units(sizes['network-snapshot'])} each; {networks}",
+        states.newest.name: state,
+        states.previous.name: "the state before",
+        **{run.metric(name).name: "a line with each network" for name in config.metrics},
     }
 
 

@@ -1,13 +1,13 @@
 """Find the network file that a user means, and recognize by its first bytes what kind it is."""
 import glob
 import os
-import re
 import stat
 from enum import Enum
 from pathlib import Path
 
 from dnnlib.cli import UserError
 from dnnlib.files import retrying, unpack_advice
+from training.run_folder import list_snapshots
 
 # What an option that names a network file takes besides its path; for help texts.
 OTHER_NAMES = "a pattern that matches one file, or the folder of a run, which stands for its newest network"
@@ -27,7 +27,6 @@ _FOREIGN = {
     b"\x89PNG": "a PNG image",
 }
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-_SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # of a run; .pkl: of one of the original
 _SHOWN = 5  # of the files that a pattern matches
 
 
@@ -49,7 +48,7 @@ def find_network(text: str, option: str) -> str:
                         "or a .pkl of the original") from error
     if not is_folder:
         return path
-    found = run_snapshots(path)
+    found = list_snapshots(path)
     if not found:
         what = f"{path}, a folder" if path == text else f"{text}, which matches the folder {path}"
         raise UserError(f"{option} is {what} without network-snapshot-*.safetensors; expected a network file (a "
@@ -60,11 +59,11 @@ def find_network(text: str, option: str) -> str:
 def network_files(text: str) -> list[str]:
     """Return all files that the text of `find_network` can stand for, by path and number of images."""
     if os.path.isdir(text):
-        return run_snapshots(text)
+        return list_snapshots(text)
     if os.path.lexists(text) or not glob.has_magic(text):
         return [text]
     found = sorted(glob.glob(text, recursive=True))
-    return [file for path in found for file in (run_snapshots(path) if os.path.isdir(path) else [path])]
+    return [file for path in found for file in (list_snapshots(path) if os.path.isdir(path) else [path])]
 
 
 def find_path(text: str, option: str, expected: str) -> str:
@@ -84,16 +83,6 @@ def find_path(text: str, option: str, expected: str) -> str:
     more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     raise UserError(f"{option} is {text}, which matches {len(found)}: {', '.join(found[:_SHOWN])}{more}; expected a "
                     f"pattern that matches one, {expected}")
-
-
-def run_snapshots(folder: str | os.PathLike) -> list[str]:
-    """Return the paths of the network files that a run wrote into its folder, by their number of images."""
-    found = []
-    for name in os.listdir(folder):
-        match = _SNAPSHOT.fullmatch(name)
-        if match:
-            found.append((int(match[1]), match[2] == "safetensors", os.path.join(folder, name)))
-    return [path for *_, path in sorted(found)]
 
 
 def recognize(path: str | os.PathLike) -> FileKind:

@@ -17,7 +17,7 @@ from torch_utils.seeding import generator_for, seed_for
 from training import loss as losses
 from training.ada import count_signs
 from training.config import LossConfig, StepConfig
-from training.sampling import LabelLaw
+from training.sampling import LabelDistribution
 from training.state import TrainingState
 
 
@@ -85,7 +85,8 @@ def path_length_images(micro_batch: int, loss: LossConfig) -> int:
 
 
 def draw_phases(config: StepConfig, *, seed: int, nimg: int, iteration: int, microbatches: range, z_dim: int,
-                num_ws: int, label_law: LabelLaw, image_shape: Sequence[int], device="cpu") -> dict[str, PhaseInputs]:
+                num_ws: int, label_law: LabelDistribution, image_shape: Sequence[int],
+                device: torch.device | str = "cpu") -> dict[str, PhaseInputs]:
     """Draw the inputs of every phase of an iteration.
 
     nimg:         images seen before the iteration

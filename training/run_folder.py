@@ -2,6 +2,7 @@
 
     runs/00007-isic256-cond-auto1/
 
+`RunFolder` and `list_snapshots` are the home of the names of its files, but for those of states: see CheckpointPair.
 All choosing in one output folder happens under a lock, and so does each run's training: `ProcessLock` says when the
 lock of a process that is gone is taken over.
 """
@@ -22,24 +23,22 @@ from dnnlib.text import listed
 from imagesets.classes import class_order
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from training.config import ConfigError, TrainConfig
-from training.network_file import run_snapshots
 from training.run_record import (
     RECORD_NAME,
     RunRecord,
     comparable_options,
     describe_difference,
-    identity,
+    identify,
     read_record,
     software_versions,
     without_precision,
     write_record,
 )
 
-__all__ = ["RunFolder", "RunPlan", "began_from", "choose_run", "identity", "plan_run"]
-
 LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
+_SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # .pkl: in a run's folder of the original
 _CHOOSING_SECONDS = 30  # to wait for other programs that choose at the same time, each of which takes milliseconds
 _MOST_NOT_CONTINUED = 3  # runs that are named: an output folder may hold hundreds
 _NUMBERED = re.compile(r"(\d{5})-")
@@ -84,6 +83,9 @@ class RunFolder:
                  continues: bool = False, left_alone: str | None = None, notes: tuple[str, ...] = (),
                  not_continued: tuple[str, ...] = ()):
         self.path = Path(path)
+        self.options = self.path / RECORD_NAME
+        self.log, self.stats = self.path / "log.txt", self.path / "stats.jsonl"
+        self.reals, self.fakes_init = self.path / "reals.png", self.path / "fakes_init.png"
         self.record = record
         self.continues = continues  # the run was begun before
         self.left_alone = left_alone  # as in RunPlan; no lock is held then
@@ -96,41 +98,30 @@ class RunFolder:
     def __exit__(self, *_) -> None:
         self.release()
 
-    @property
-    def options(self) -> Path:
-        return self.path / RECORD_NAME
+    def fakes(self, nimg: int | None) -> Path:
+        """Return the grid after `nimg` images; names count thousands, and None stands for any number."""
+        return self.path / f"fakes{_thousands(nimg)}.png"
 
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def stats(self) -> Path:
-        return self.path / "stats.jsonl"
-
-    @property
-    def reals(self) -> Path:
-        return self.path / "reals.png"
-
-    def fakes(self, nimg: int) -> Path:
-        """Return the name of the grid after `nimg` images; names count thousands."""
-        return self.path / f"fakes{nimg // 1000:06d}.png"
-
-    def snapshot(self, nimg: int) -> Path:
-        """Return the name of the network file after `nimg` images."""
-        return self.path / f"network-snapshot-{nimg // 1000:06d}.safetensors"
+    def snapshot(self, nimg: int | None) -> Path:
+        """Return the network file after `nimg` images, as `fakes`."""
+        return self.path / f"network-snapshot-{_thousands(nimg)}.safetensors"
 
     def metric(self, name: str) -> Path:
+        """Return the lines of a metric; its curve lies beside them as metric-NAME.png."""
         return self.path / f"metric-{name}.jsonl"
+
+    def metrics(self) -> list[Path]:
+        """Return the files of lines of all metrics that are there."""
+        return sorted(self.path.glob(self.metric("*").name))
 
     def newest_snapshot(self) -> Path | None:
         """Return the network file of the most images, None where there is none yet."""
-        found = run_snapshots(self.path)
+        found = list_snapshots(self.path)
         return Path(found[-1]) if found else None
 
     def mark_finished(self) -> None:
         """Note that the run reached its end: the same command then leaves it alone, one for longer continues it."""
-        self.record = self.record.as_finished()
+        self.record = replace(self.record, finished=True)
         write_record(self.path, self.record)
 
     def note_pass(self, nimg: int, batch_gpu: int) -> None:
@@ -154,14 +145,28 @@ class RunFolder:
             self._lock.release()
 
 
+def list_snapshots(folder: str | os.PathLike) -> list[str]:
+    """Return the paths of the network files in a run's folder, by their number of images."""
+    found = []
+    for name in os.listdir(folder):
+        match = _SNAPSHOT.fullmatch(name)
+        if match:
+            found.append((int(match[1]), match[2] == "safetensors", os.path.join(folder, name)))
+    return [path for *_, path in sorted(found)]
+
+
+def _thousands(nimg: int | None) -> str:
+    return "KKKKKK" if nimg is None else f"{nimg // 1000:06d}"
+
+
 def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
              precision_given: bool = False, batch_gpu_given: bool = False,
              classes: Sequence[str] | None = None) -> RunPlan:
-    """Tell which folder `choose_run` would take now, and change nothing.
+    """Return which folder `choose_run` would take now, and change nothing.
 
     Arguments and errors are those of `choose_run`.
     """
-    request = Request(config=config, identity=identity(config, content_hash), new=new,
+    request = Request(config=config, identity=identify(config, content_hash), new=new,
                       precision_given=precision_given, batch_gpu_given=batch_gpu_given,
                       classes=None if classes is None else tuple(classes))
     with _outdir_errors(Path(outdir)):
@@ -190,7 +195,7 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
     outdir, name = Path(outdir), config.run_name
     if Path(name).name != name:
         raise UserError(f"the run's name is {name!r}; expected a name without folders: give one with --name")
-    request = Request(config=config, identity=identity(config, content_hash), new=new,
+    request = Request(config=config, identity=identify(config, content_hash), new=new,
                       precision_given=precision_given, batch_gpu_given=batch_gpu_given,
                       classes=None if classes is None else tuple(classes))
     with _outdir_errors(outdir):
@@ -198,10 +203,10 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
         with _choosing(outdir):
             plan = _plan(outdir, request)
             if plan.left_alone is not None:
-                return _leave_alone(plan)
+                return RunFolder(plan.path, record=plan.record, left_alone=plan.left_alone)
             if not plan.continues:
-                _make(plan.path, RunRecord.of(config, request.identity, precision_given=precision_given,
-                                            classes=request.classes))
+                _make(plan.path, RunRecord(config=config, identity=request.identity, precision_given=precision_given,
+                                           classes=request.classes))
             return _take(plan, request)
 
 
@@ -269,8 +274,10 @@ def _plan(outdir: Path, request: Request) -> RunPlan:
         raise UserError(exchanged)
     if len(others) > _MOST_NOT_CONTINUED:
         others[_MOST_NOT_CONTINUED:] = [f"{len(others) - _MOST_NOT_CONTINUED} older ones are not continued either"]
-    return RunPlan(path=_next_path(outdir, runs, request.config.run_name), config=request.config,
-                   not_continued=tuple(others))
+    number = runs[0][0] + 1 if runs else 0
+    while os.path.lexists(path := outdir / f"{number:05d}-{request.config.run_name}"):  # a file has the name
+        number += 1
+    return RunPlan(path=path, config=request.config, not_continued=tuple(others))
 
 
 def _has_other_classes(record: RunRecord, request: Request) -> bool:
@@ -300,8 +307,9 @@ def _plan_known(path: Path, record: RunRecord, request: Request, notes: list[str
     if record.finished and asked <= longest:
         left_alone = f"already finished at {longest} kimg: {path}; --new starts another"
     elif record.finished and _images_of_state(path) is None:
-        raise UserError(f"{path} is finished at {longest} kimg, but its state is gone; expected training-state.pt, to "
-                        f"go on to {asked} kimg: copy it back, or begin another run with --new")
+        raise UserError(f"{path} is finished at {longest} kimg, but its state is gone; expected "
+                        f"{CheckpointPair(path).newest.name}, to go on to {asked} kimg: copy it back, or begin another "
+                        "run with --new")
     elif asked < longest:
         nimg = _images_of_state(path) or 0
         if nimg < asked * 1000:
@@ -325,7 +333,7 @@ def _images_of_state(path: Path) -> int | None:
 
 
 def _explain(old: TrainConfig, new: TrainConfig, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Say how two identities differ, first by the flags that several settings follow from."""
+    """Return how two identities differ, first by the flags that several settings follow from."""
     causes = []
     if old.precision != new.precision:
         causes.append(f"--precision is {old.precision} there and {new.precision} here")
@@ -346,14 +354,6 @@ def _numbered(outdir: Path) -> Iterator[tuple[int, Path]]:
         path, short, long = outdir / name, _NUMBERED.match(name), _NUMBERED_FURTHER.match(name)
         if (short and path.is_dir()) or (long and (path / RECORD_NAME).exists()):
             yield int((short or long)[1]), path
-
-
-def _next_path(outdir: Path, runs: list[tuple[int, Path]], name: str) -> Path:
-    """Return the folder of the next number. runs: those that are there, the last one first"""
-    number = runs[0][0] + 1 if runs else 0
-    while os.path.lexists(path := outdir / f"{number:05d}-{name}"):  # a file has the name
-        number += 1
-    return path
 
 
 @contextmanager
@@ -384,10 +384,6 @@ def _make(path: Path, record: RunRecord) -> None:
         raise
 
 
-def _leave_alone(plan: RunPlan) -> RunFolder:
-    return RunFolder(plan.path, record=plan.record, left_alone=plan.left_alone)
-
-
 def _take(plan: RunPlan, request: Request) -> RunFolder:
     """Lock a run's folder and bring it up to date."""
     lock = ProcessLock(plan.path / LOCK_NAME)
@@ -405,9 +401,12 @@ def _take(plan: RunPlan, request: Request) -> RunFolder:
             notes.append(f"{plan.path}: {taken_over}")
         if plan.left_alone is not None:
             lock.release()
-            return _leave_alone(plan)
+            return RunFolder(plan.path, record=plan.record, left_alone=plan.left_alone)
         if plan.continues:
-            notes.extend(_version_notes(plan.path, record))
+            changed = [f"{name} {record.versions.get(name, 'unknown')} then and {version} now"
+                       for name, version in software_versions().items() if record.versions.get(name) != version]
+            if changed:
+                notes.append(f"{plan.path}: {', '.join(changed)}; the end may differ from that of an unbroken run")
             remove_abandoned(plan.path)  # not those of a calc_metrics.py that is at work there
             # What may differ, for example kimg, is now as the user says.
             record = replace(record, config=plan.config, versions=software_versions(), finished=False,
@@ -419,14 +418,6 @@ def _take(plan: RunPlan, request: Request) -> RunFolder:
         raise
     return RunFolder(plan.path, record=record, lock=lock, continues=plan.continues, notes=tuple(notes),
                      not_continued=plan.not_continued)
-
-
-def _version_notes(path: Path, record: RunRecord) -> list[str]:
-    """Name the software that changed since the run was last trained."""
-    now = software_versions()
-    changed = [f"{name} {record.versions.get(name, 'unknown')} then and {version} now"
-               for name, version in now.items() if record.versions.get(name) != version]
-    return [f"{path}: {', '.join(changed)}; the end may differ from that of an unbroken run"] if changed else []
 
 
 @contextmanager

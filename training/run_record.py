@@ -1,15 +1,19 @@
-"""Record what a run computes: training_options.json, and the identity that decides what may continue it."""
+"""Record what a run computes: training_options.json, and the identity that decides what may continue it.
+
+Two commands mean the same run where their identities are equal: the data, the network of --resume and all options but
+FREE_OPTIONS.
+"""
 
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write, retrying, sha256_of
+from torch_utils.device import find_versions
 from training.config import ConfigError, TrainConfig
 from training.presets import largest_pass
 
@@ -33,7 +37,6 @@ FREE_OPTIONS = frozenset({
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")
 _NEW_FIELDS = ("precision_given", "passes", "classes")  # missing in records of earlier programs
 _PRECISION = ("num_fp16_res", "conv_clamp", "half_dtype")  # what --precision sets in both networks
-_PACKAGES = ("torch", "torchvision", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +52,12 @@ class RunRecord:
     """The content of training_options.json."""
 
     config: TrainConfig
-    identity: dict[str, Any]  # as `identity` returns it
-    versions: dict[str, str]  # of the software that trained last
+    identity: dict[str, Any]  # as `identify` returns it
+    versions: dict[str, str] = field(default_factory=lambda: software_versions())  # of what trained last
     finished: bool = False  # the run reached config.kimg, and a larger one continues it
     precision_given: bool = False  # by the user, when the run began; else --precision=auto follows this record
     passes: tuple[PassSize, ...] = ()  # the images of a pass, and from which image on; what was computed, not asked for
     classes: tuple[str, ...] | None = None  # names of the labels' numbers, () without; None in earlier records
-
-    @classmethod
-    def of(cls, config: TrainConfig, wanted: dict[str, Any], *, precision_given: bool = False,
-           classes: tuple[str, ...] | None = None) -> Self:
-        """Return the record of a run that this program trains."""
-        return cls(config=config, identity=wanted, versions=software_versions(), precision_given=precision_given,
-                   classes=classes)
-
-    def as_finished(self) -> Self:
-        return replace(self, finished=True)
 
     def with_pass(self, nimg: int, batch_gpu: int) -> Self:
         """Return the record of a run that took passes of that size after `nimg` images; it may have been beyond."""
@@ -90,14 +83,18 @@ class RunRecord:
         return replace(config, kimg=max(config.kimg, self.config.kimg))
 
 
-def identity(config: TrainConfig, content_hash: str) -> dict[str, Any]:
+def identify(config: TrainConfig, content_hash: str) -> dict[str, Any]:
     """Return everything that changes what a run computes, as JSON types: equal identities continue each other.
 
     content_hash: of the images and labels in use, see ImageDataset.content_hash
 
     Reads the file that config.resume names. Raises UserError when it cannot.
     """
-    resume = None if config.resume is None else _network_hash(config.resume)
+    try:
+        resume = None if config.resume is None else sha256_of(config.resume)
+    except OSError as error:
+        raise UserError(f"--resume={config.resume} cannot be read ({error.strerror}); expected a network file: "
+                        "check the path") from error
     return {"version": IDENTITY_VERSION, "data": content_hash, "resume": resume, "options": comparable_options(config)}
 
 
@@ -124,7 +121,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Say in a few words how two identities differ."""
+    """Return in a few words how two identities differ."""
     if there["version"] != here["version"]:
         return "it was begun by another version of this program"
     found = ["the data differ"] if there["data"] != here["data"] else []
@@ -140,13 +137,7 @@ def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
 
 def software_versions() -> dict[str, str]:
     """Return the versions of what computes."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions
+    return find_versions("torch", "torchvision", "numpy")
 
 
 def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
@@ -166,13 +157,8 @@ def read_record(folder: str | os.PathLike) -> RunRecord | None:
     a record that cannot be read for a moment must not make its run one that is not there.
     """
     path = os.path.join(folder, RECORD_NAME)
-
-    def read() -> str:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-
     try:
-        content = json.loads(retrying(read, path))
+        content = json.loads(retrying(lambda: Path(path).read_text(encoding="utf-8"), path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -219,11 +205,3 @@ def _check_fields(path: str, content: dict[str, Any]) -> None:
     versions = content["versions"]
     if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
         raise ConfigError(f"{path}: versions is {versions!r}; expected names with texts")
-
-
-def _network_hash(path: str) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise UserError(f"--resume={path} cannot be read ({error.strerror}); expected a network file: "
-                        "check the path") from error

@@ -1,4 +1,9 @@
-"""What a tick, the span between two lines of statistics, measures and how its progress line reads."""
+"""Report how a run goes: on the screen and in the log, statistics, metric and TensorBoard files of its folder.
+
+A tick is the span between two lines of statistics. Records for TensorBoard are written here, in its own encoding, and
+not by torch's SummaryWriter: its thread dies with a traceback on the first full disk, and takes with it everything that
+comes later.
+"""
 
 import io
 import os
@@ -18,9 +23,13 @@ from dnnlib.files import DiskFailure, atomic_write, retrying
 from dnnlib.lines import AppendFile, cut_lines, insert_line, read_lines, to_line
 from dnnlib.progress import format_seconds
 from torch_utils.plots import save_curves
+from training.run_folder import RunFolder
 
 SKIPPED_PREFIX = "Trouble/skipped/"  # begins a statistic for each phase: 1 for a step that was left out, else 0
 _GB = 2**30
+_PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and how a progress line begins
+_PREFIX = "events.out.tfevents."  # TensorBoard finds files by it, and reads them in the order of their names
+_NUMBERED = re.compile(re.escape(_PREFIX) + r"(\d{5,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,10 @@ class TickTimes:
     maintenance: float  # between the tick before and this one: start, pictures, snapshots, metrics
     images: int  # of this tick, as far as this process trained them
     left: float | None  # expected until the end of training; None before anything is known
+
+    @property
+    def per_kimg(self) -> float:
+        return self.tick / self.images * 1000 if self.images else float("nan")
 
 
 class TickClock:
@@ -92,26 +105,29 @@ class Tick:
             "Progress/tick": self.number, "Progress/kimg": self.nimg / 1000, "Progress/augment": self.augment_p,
             "Timing/total_sec": times.total, "Timing/total_hours": times.total / 3600,
             "Timing/total_days": times.total / 86400, "Timing/sec_per_tick": times.tick,
-            "Timing/sec_per_kimg": _pace(times), "Timing/maintenance_sec": times.maintenance,
+            "Timing/sec_per_kimg": times.per_kimg, "Timing/maintenance_sec": times.maintenance,
             "Resources/cpu_mem_gb": self.cpu_memory / _GB, "Resources/peak_gpu_mem_gb": self.gpu_memory / _GB,
         }  # fmt: skip
 
     def line(self, stats: Mapping[str, Mapping[str, float]]) -> str:
         """Return the progress line; `stats` gives the losses and the skipped steps."""
+        def mean(name: str) -> str:
+            return f"{stats[name]['mean']:.3f}" if name in stats else "-"
+
         times = self.times
         fields = [
             (f"tick {self.number}", 10), (f"kimg {self.nimg / 1000:.1f}", 13),
             (f"time {format_seconds(times.total)}", 14),
             (f"left {'-' if times.left is None else format_seconds(times.left)}", 14),
-            (f"sec/tick {times.tick:.1f}", 16), (f"sec/kimg {_pace(times):.2f}", 17),
+            (f"sec/tick {times.tick:.1f}", 16), (f"sec/kimg {times.per_kimg:.2f}", 17),
             (f"maintenance {times.maintenance:.1f}", 18),
         ]
         if self.cpu_memory:
             fields.append((f"cpumem {self.cpu_memory / _GB:.2f}", 13))
         if self.gpu_memory:
             fields.append((f"gpumem {self.gpu_memory / _GB:.2f}", 13))
-        fields += [(f"augment {self.augment_p:.3f}", 14), (f"G {_mean(stats, 'Loss/G/loss')}", 8),
-                   (f"D {_mean(stats, 'Loss/D/loss')}", 8)]
+        fields += [(f"augment {self.augment_p:.3f}", 14), (f"G {mean('Loss/G/loss')}", 8),
+                   (f"D {mean('Loss/D/loss')}", 8)]
         skipped = sum(round(entry["num"] * entry["mean"]) for name, entry in stats.items()
                       if name.startswith(SKIPPED_PREFIX))
         if skipped:
@@ -142,88 +158,8 @@ def take_peak_gpu_memory(device: torch.device) -> float:
     return peak
 
 
-def _pace(times: TickTimes) -> float:
-    """Return seconds per thousand images."""
-    return times.tick / times.images * 1000 if times.images else float("nan")
-
-
-def _mean(stats: Mapping[str, Mapping[str, float]], name: str) -> str:
-    return f"{stats[name]['mean']:.3f}" if name in stats else "-"
-
-
-# MERGED from training.event_file
-# Write scalars that TensorBoard shows.
-#
-# Records are written here and not by torch's SummaryWriter: its thread dies with a traceback on the first full disk,
-# and takes with it everything that comes later. TensorBoard's own encoding of records is used.
-
-
-_PREFIX = "events.out.tfevents."  # TensorBoard finds files by it, and reads them in the order of their names
-_NUMBERED = re.compile(re.escape(_PREFIX) + r"(\d{5,})")
-
-
-class EventFile:
-    """The events of one process; those of a continued run are in several files, whichever of them were removed.
-
-    purge_step: steps from here on in files before this one no longer count; None keeps all
-    """
-
-    def __init__(self, folder: str | os.PathLike, *, purge_step: int | None = None):
-        # One more than the last: a count would name a file that is there where an earlier one was removed.
-        found = (_NUMBERED.fullmatch(path.name) for path in Path(folder).glob(f"{_PREFIX}*"))
-        number = max((int(match[1]) for match in found if match), default=-1) + 1
-        self.path = Path(folder) / f"{_PREFIX}{number:05d}"
-        self._file = AppendFile(self.path, durable=False)
-        self._purge_step = purge_step
-        self._started = False
-
-    def add_scalars(self, scalars: Mapping[str, float], *, step: int, time: float) -> None:
-        """Append values at `step`. Raises OSError when that is not possible; they are then written later.
-
-        time: seconds since 1970
-        """
-        from tensorboard.compat.proto.event_pb2 import Event  # takes a moment, and only the main process writes
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        events = [] if self._started else self._first_events(time)
-        self._started = True
-        self._file.append(_encode([*events, Event(wall_time=time, step=step, summary=summary)]))
-
-    def _first_events(self, time: float) -> list:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        events = [Event(wall_time=time, file_version="brain.Event:2")]
-        if self._purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            events.append(Event(wall_time=time, step=self._purge_step, session_log=start))
-        return events
-
-
-def _encode(events: list) -> bytes:
-    """Return events as records with checksums."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
-    for event in events:
-        writer.write(event.SerializeToString())
-    return buffer.getvalue()
-
-
-# MERGED from training.reporting
-# Tell how a run goes: on the screen and in the log, statistics, metric and TensorBoard files of its folder.
-
-
-LOG, STATS = "log.txt", "stats.jsonl"
-# Of a line on a metric; what else is known of a result follows them.
-METRIC_FIELDS = ("results", "metric", "total_time", "total_time_str", "num_gpus", "snapshot_pkl", "timestamp", "tick",
-                 "nimg")
-_PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and how a progress line begins
-
-
 class Reporter:
-    """Writes what a run has to say. A full disk or a missing folder gives a warning, and training goes on.
+    """Writes what a run reports. A full disk or a missing folder gives a warning, and training goes on.
 
     folder:       the run's, which exists
     is_main:      False makes a reporter that does nothing, for all processes but one
@@ -231,12 +167,12 @@ class Reporter:
     """
 
     def __init__(self, folder: str | os.PathLike, *, is_main: bool, tensorboard: bool = True):
-        self.folder = Path(folder)
+        self.run = RunFolder(folder)
         self._is_main = is_main
-        self._log = AppendFile(self.folder / LOG, durable=False)
-        self._stats = AppendFile(self.folder / STATS, durable=True)
+        self._log = AppendFile(self.run.log, durable=False)
+        self._stats = AppendFile(self.run.stats, durable=True)
         self._metrics: dict[str, AppendFile] = {}
-        self._events = EventFile(self.folder) if is_main and tensorboard else None
+        self._events = EventFile(self.run.path) if is_main and tensorboard else None
         self._failures = 0  # writes that did not work
         self._warned: set[str] = set()  # of what, since a tick could be written
 
@@ -249,27 +185,20 @@ class Reporter:
         """
         if not self._is_main:
             return
-        _cut_log(self.folder / LOG, ticks)
-        cut_lines(self.folder / STATS, lambda record: _tick_of_statistics(record) < ticks)
-        for path in self.folder.glob("metric-*.jsonl"):
+        _cut_log(self.run.log, ticks)
+        cut_lines(self.run.stats, lambda record: _tick_of_statistics(record) < ticks)
+        for path in self.run.metrics():
             # Lines without a tick are none of the run's: somebody measured a snapshot.
             cut_lines(path, lambda record: record.get("tick", -1) < ticks)
         if self._events is not None:
-            self._events = EventFile(self.folder, purge_step=nimg + 1)
+            self._events = EventFile(self.run.path, purge_step=nimg + 1)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str, *, to_stderr: bool = False) -> None:
         """Print lines, and log them with the time."""
-        self._say(text, sys.stdout)
-
-    def warn(self, text: str) -> None:
-        """As `say`, on standard error."""
-        self._say(text, sys.stderr)
-
-    def _say(self, text: str, stream: TextIO) -> None:
         if not self._is_main:
             return
-        _print(text, stream)
-        with self._surviving_lines(LOG):
+        _print(text, sys.stderr if to_stderr else sys.stdout)
+        with self._surviving_lines(self.run.log):
             self._log.append(_dated(text))
 
     def tick(self, tick: Tick, stats: Mapping[str, Mapping[str, float]]) -> None:
@@ -277,8 +206,8 @@ class Reporter:
         if not self._is_main:
             return
         now, scalars, failures = time.time(), tick.scalars(), self._failures
-        self.say(tick.line(stats))
-        with self._surviving_lines(STATS):
+        self.log(tick.line(stats))
+        with self._surviving_lines(self.run.stats):
             self._stats.append(to_line({
                 **stats, **{name: {"num": 1, "mean": value, "std": 0.0} for name, value in scalars.items()},
                 "timestamp": now}))
@@ -286,28 +215,24 @@ class Reporter:
         if self._failures == failures:
             self._warned.clear()
 
-    def metric(self, name: str, results: Mapping[str, float], *, tick: int, nimg: int, seconds: float, num_gpus: int,
-               snapshot: str | None, **more: Any) -> None:
-        """Report the results of a metric: say them, add a line to metric-NAME.jsonl, and draw metric-NAME.png anew.
+    def metric(self, name: str, found: Mapping[str, Any], *, tick: int, nimg: int, num_gpus: int,
+               snapshot: str | None) -> None:
+        """Report a metric: log its results, add a line to metric-NAME.jsonl, and draw metric-NAME.png anew.
 
         The line stands in front of those of later ticks, so that the file is that of a run that computed it in time.
 
-        results:   by key, such as pr50k3_full_precision
-        tick:      number of the tick that it belongs to
-        seconds:   that it took;  num_gpus: processes that computed it
-        snapshot:  name of the network file in the run's folder; None when there is none
-        more:      further fields of the line
+        found, num_gpus, snapshot:  as in `metric_record`
+        tick:                       number of the tick that it belongs to
         """
         if not self._is_main:
             return
-        now = time.time()
-        record = {"results": results, "metric": name, "total_time": seconds, "total_time_str": format_seconds(seconds),
-                  "num_gpus": num_gpus, "snapshot_pkl": snapshot, "timestamp": now, "tick": tick, "nimg": nimg, **more}
-        counts = f"  of {more['num_fake']} fakes and {more['num_real']} reals" if more.get("num_real") else ""
-        self.say("  ".join(f"{key} {value:.5g}" for key, value in results.items())
-                 + f"{counts}  at kimg {nimg / 1000:.1f}, in {format_seconds(seconds)}")
-        path = self.folder / f"metric-{name}.jsonl"
-        with self._surviving_lines(path.name):
+        record = metric_record(name, {"tick": tick, "nimg": nimg, **found}, num_gpus=num_gpus, snapshot=snapshot)
+        results, now = record["results"], record["timestamp"]
+        counts = f"  of {found['num_fake']} fakes and {found['num_real']} reals" if found.get("num_real") else ""
+        self.log("  ".join(f"{key} {value:.5g}" for key, value in results.items())
+                 + f"{counts}  at kimg {nimg / 1000:.1f}, in {record['total_time_str']}")
+        path = self.run.metric(name)
+        with self._surviving_lines(path):
             file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
             is_there = False
             with suppress(OSError, DiskFailure):  # behind the others then, where it waits for room
@@ -319,41 +244,51 @@ class Reporter:
 
     def write_waiting(self) -> None:
         """Write lines that a full disk kept back: a state that counts their ticks must not be saved before them."""
-        with self._surviving_lines(STATS):
+        with self._surviving_lines(self.run.stats):
             for file in (self._log, self._stats, *self._metrics.values()):
                 file.retry()
 
     @contextmanager
     def surviving(self, what: str) -> Iterator[None]:
         """Run a block that writes `what`; when it cannot, warn (once until a tick is written whole) and go on."""
-        with self._warning_of(what, f"{what} cannot be written", "training goes on without it"):
+        with self._warning_of(what, what, "training goes on without it"):
             yield
 
-    def _surviving_lines(self, name: str) -> AbstractContextManager[None]:
+    def _surviving_lines(self, path: Path) -> AbstractContextManager[None]:
         """As `surviving`; one warning for all files of lines, since they fail together."""
-        return self._warning_of("", f"{name} cannot be written",
-                                "training goes on; missing lines follow once there is room again")
+        return self._warning_of("", path.name, "training goes on; missing lines follow once there is room again")
 
     @contextmanager
-    def _warning_of(self, key: str, trouble: str, consequence: str) -> Iterator[None]:
+    def _warning_of(self, key: str, what: str, consequence: str) -> Iterator[None]:
         try:
             yield
         except (OSError, DiskFailure) as error:
             self._failures += 1
             if self._is_main and key not in self._warned:
                 self._warned.add(key)
-                self._warn(f"warning: {trouble} ({describe(error)}); {consequence}")
-
-    def _warn(self, text: str) -> None:
-        _print(text, sys.stdout)
-        with suppress(OSError):  # The screen has it, and the log will, once it can be written.
-            self._log.append(_dated(text))
+                text = f"warning: {what} cannot be written ({describe(error)}); {consequence}"
+                _print(text, sys.stdout)
+                with suppress(OSError):  # The screen has it, and the log will, once it can be written.
+                    self._log.append(_dated(text))
 
     def _show(self, scalars: Mapping[str, float], nimg: int, now: float) -> None:
         """Hand values to TensorBoard, with images as steps: short ticks stay apart, and kimg 200 reads "200k"."""
         if self._events is not None:
-            with self._surviving_lines(self._events.path.name):
+            with self._surviving_lines(self._events.path):
                 self._events.add_scalars(scalars, step=nimg, time=now)
+
+
+def metric_record(name: str, found: Mapping[str, Any], *, num_gpus: int, snapshot: str | None) -> dict[str, Any]:
+    """Return a line on a metric: the fields of the original's lines, and ours behind them.
+
+    found:     what was computed: results, by key such as pr50k3_full_precision, total_time in seconds, further fields
+    num_gpus:  processes that computed it
+    snapshot:  name of the network file in the run's folder; None where images were measured, or there is none
+    """
+    usual = {"results": found["results"], "metric": name, "total_time": found["total_time"],
+             "total_time_str": format_seconds(found["total_time"]), "num_gpus": num_gpus, "snapshot_pkl": snapshot,
+             "timestamp": time.time()}
+    return {**usual, **{key: value for key, value in found.items() if key not in usual}}
 
 
 def describe(error: OSError | DiskFailure) -> str:
@@ -363,7 +298,7 @@ def describe(error: OSError | DiskFailure) -> str:
 
 def _print(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
-    try:  # letters that the terminal has not, as in the name of a class, must not end the run
+    try:  # letters that the terminal does not have, as in the name of a class, must not end the run
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
         # The terminal, or the program that read our output, is gone. Nothing more goes there, training goes on.
@@ -408,3 +343,47 @@ def _curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
             for key, value in record.get("results", {}).items():
                 curves.setdefault(key, []).append((record["nimg"] / 1000, float("nan") if value is None else value))
     return curves
+
+
+class EventFile:
+    """The events of one process; those of a continued run are in several files, whichever of them were removed.
+
+    purge_step: steps from here on in files before this one no longer count; None keeps all
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, purge_step: int | None = None):
+        # One more than the last: a count would name a file that is there where an earlier one was removed.
+        found = (_NUMBERED.fullmatch(path.name) for path in Path(folder).glob(f"{_PREFIX}*"))
+        number = max((int(match[1]) for match in found if match), default=-1) + 1
+        self.path = Path(folder) / f"{_PREFIX}{number:05d}"
+        self._file = AppendFile(self.path, durable=False)
+        self._purge_step = purge_step
+        self._started = False
+
+    def add_scalars(self, scalars: Mapping[str, float], *, step: int, time: float) -> None:
+        """Append values at `step`. Raises OSError when that is not possible; they are then written later.
+
+        time: seconds since 1970
+        """
+        # Takes a moment, and only the main process writes.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        events = [] if self._started else self._first_events(time)
+        self._started = True
+        buffer = io.BytesIO()
+        writer = RecordWriter(buffer)  # records with checksums
+        for event in [*events, Event(wall_time=time, step=step, summary=summary)]:
+            writer.write(event.SerializeToString())
+        self._file.append(buffer.getvalue())
+
+    def _first_events(self, time: float) -> list:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        events = [Event(wall_time=time, file_version="brain.Event:2")]
+        if self._purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            events.append(Event(wall_time=time, step=self._purge_step, session_log=start))
+        return events

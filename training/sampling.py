@@ -1,16 +1,16 @@
-"""In which order a run sees its images, and which labels its fakes take.
+"""Which image a run sees when, which labels its fakes take, and the batches that a process reads ahead.
 
-Both are functions of the run's seed and the number of images seen: nothing is stored, a run continues anywhere, and
-any number of processes share one order.
+The order and the labels are functions of the run's seed and the number of images seen: nothing is stored, a run
+continues anywhere, and any number of processes share one order.
 """
 
 import csv
+import itertools
 import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dnnlib.cli import SIGNALS, UserError
 from dnnlib.files import DiskFailure, retrying
+from dnnlib.text import shorten
 from imagesets.classes import class_name, missing_labels
 from torch_utils.seeding import seed_for
 from training.dataset import ImageDataset
@@ -42,24 +43,19 @@ class TrainingOrder:
         self.num_items = num_items
         self.seed = seed
         self.weights = None if weights is None else weights / weights.sum()
-        self._round = lru_cache(maxsize=2)(self._draw_round)
+        self._rounds: dict[int, np.ndarray] = {}  # the last two that were asked for, by number
 
     def items(self, start: int, count: int) -> np.ndarray:
         """Return what is seen at positions start, ..., start + count - 1: int64 [count]."""
         parts = []
         while count > 0:
             number, offset = divmod(start, self.num_items)
-            part = self._round(number)[offset:offset + count]
+            if number not in self._rounds:
+                self._rounds = {**dict([*self._rounds.items()][-1:]), number: self._draw_round(number)}
+            part = self._rounds[number][offset:offset + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_round"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._round = lru_cache(maxsize=2)(self._draw_round)
 
     def _draw_round(self, number: int) -> np.ndarray:
         rng = np.random.Generator(np.random.PCG64(seed_for(self.seed, number, 0, "data order")))
@@ -73,7 +69,7 @@ class TrainingOrder:
         return rng.permutation(drawn)
 
 
-class LabelLaw:
+class LabelDistribution:
     """How often each label occurs among the images a run sees; fakes draw theirs from it.
 
     labels:   float32 [N, c_dim], one row an image
@@ -98,8 +94,46 @@ class LabelLaw:
         return self.values[rows.clamp(max=len(self.values) - 1)]
 
 
-# MERGED from training.balance
-# Turn --balance into one weight an image.
+def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, batch: int, rows: range,
+                    num_workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (pixels uint8 [len(rows), C, R, R], labels float32 [len(rows), c_dim]) for each iteration from `nimg` on.
+
+    nimg:   images seen before the first one that is wanted
+    batch:  images of an iteration, over all processes
+    rows:   which of them this process computes
+
+    Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, when an
+    image cannot be read, and DiskFailure.
+    """
+    items = (order.items(start + rows.start, len(rows)).tolist() for start in itertools.count(nimg, batch))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=items, num_workers=num_workers, pin_memory=pin_memory,
+                                         worker_init_fn=_leave_stopping_to_the_parent)
+    try:
+        yield from map(tuple, loader)
+    except (UserError, DiskFailure) as error:
+        # A worker's exception arrives with its traceback in the message; the last line is what was raised.
+        kind = type(error)
+        text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        raise kind(text) from None
+
+
+def _leave_stopping_to_the_parent(_: int) -> None:
+    """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
+
+    SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
+    """
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    """Wait for SIGTERM, and end this process when the parent sent it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarray | None:
@@ -137,24 +171,26 @@ def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: st
 
 
 def _from_file(path: Path, dataset: ImageDataset) -> np.ndarray:
-    flag = f"--balance={path}"
-    rows = _read_rows(path, flag)
-    by_class = rows.pop("class", None)
-    if by_class is not None:
-        names = {class_name(label, dataset.classes): label for label in range(dataset.label_dim)}
-        _refuse_unknown(flag, "class", by_class, names)
-        weights = _of_classes(dataset, {names[name]: weight for name, weight in by_class.items()}, flag)
+    """Return the weights of a CSV file, float64 [num_images]."""
+    flag, files = f"--balance={path}", dataset.image_names()
+    kind, given = _read_weights(path, flag)
+    labels = {class_name(label, dataset.classes): label for label in range(dataset.label_dim)}
+    known = labels if kind == "class" else dict.fromkeys(files)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UserError(f"{flag} names the {kind} {unknown[0]}, which the data set has not; expected "
+                        f"{shorten([*known], 5)}")
+    if kind == "class":
+        weights = _of_classes(dataset, {labels[name]: weight for name, weight in given.items()}, flag)
     else:
-        files = dataset.image_names()
-        _refuse_unknown(flag, "file", rows["file"], files)
-        weights = np.array([rows["file"].get(name, 0.0) for name in files])
+        weights = np.array([given.get(name, 0.0) for name in files])
     if weights.sum() <= 0:
         raise UserError(f"{flag}: all weights are 0; expected one above 0")
     return weights
 
 
-def _read_rows(path: Path, flag: str) -> dict[str, dict[str, float]]:
-    """Return {"class" or "file": {name: weight}}."""
+def _read_weights(path: Path, flag: str) -> tuple[str, dict[str, float]]:
+    """Return what a CSV file names, "class" or "file", and {name: weight}."""
     def read() -> list[list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return list(csv.reader(file))
@@ -170,90 +206,15 @@ def _read_rows(path: Path, flag: str) -> dict[str, dict[str, float]]:
     for number, row in enumerate(table[1:], start=2):
         if not row:
             continue
-        weight = _number(row[1]) if len(row) == 2 else None
-        if weight is None:
+        try:
+            name, text = row
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
             raise UserError(f"{flag}, line {number} is {','.join(row)}; expected {header[0]},weight with a number >= 0")
-        if row[0].strip() in weights:
-            raise UserError(f"{flag}, line {number} names {header[0]} {row[0].strip()} a second time")
-        weights[row[0].strip()] = weight
-    return {header[0]: weights}
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
-
-
-def _refuse_unknown(flag: str, kind: str, named, known) -> None:
-    known = dict.fromkeys(known)
-    unknown = [name for name in named if name not in known]
-    if unknown:
-        examples = ", ".join(list(known)[:5]) + (", ..." if len(known) > 5 else "")
-        raise UserError(f"{flag} names the {kind} {unknown[0]}, which the data set has not; expected {examples}")
-
-
-# MERGED from training.loading
-# Feed a process of a run with its share of images, read ahead by worker processes.
-
-
-class _Share(torch.utils.data.Sampler):
-    """The item numbers of one process: one list an iteration, from any image counter on, without end."""
-
-    def __init__(self, order: TrainingOrder, nimg: int, batch: int, rows: range):
-        self.order, self.nimg, self.batch, self.rows = order, nimg, batch, rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        nimg = self.nimg
-        while True:
-            yield self.order.items(nimg + self.rows.start, len(self.rows)).tolist()
-            nimg += self.batch
-
-
-def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, batch: int, rows: range,
-                    num_workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (pixels uint8 [len(rows), C, R, R], labels float32 [len(rows), c_dim]) for each iteration from `nimg` on.
-
-    nimg:   images seen before the first one that is wanted
-    batch:  images of an iteration, over all processes
-    rows:   which of them this process computes
-
-    Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, when an
-    image cannot be read, and DiskFailure.
-    """
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=_Share(order, nimg, batch, rows),
-                                         num_workers=num_workers, pin_memory=pin_memory,
-                                         worker_init_fn=_leave_stopping_to_the_parent)
-    try:
-        yield from map(tuple, loader)
-    except (UserError, DiskFailure) as error:
-        # A worker's exception arrives with its traceback in the message; the last line is what was raised.
-        kind = type(error)
-        text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-        raise kind(text) from None
-
-
-def _leave_stopping_to_the_parent(_: int) -> None:
-    """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
-
-    SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
-    """
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_the_parent(parent: int) -> None:
-    """Wait for SIGTERM, and end this process when the parent sent it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """Map uint8 0..255 to float32 -1..1."""
-    return pixels.float() / 127.5 - 1
+        name = name.strip()
+        if name in weights:
+            raise UserError(f"{flag}, line {number} names {header[0]} {name} a second time")
+        weights[name] = weight
+    return header[0], weights

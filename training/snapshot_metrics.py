@@ -16,10 +16,10 @@ from torch_utils.device import lost_device
 from torch_utils.distributed import Processes, ProcessLost, any_process, broadcast_object, first_text
 from training.config import BestValue
 from training.run_folder import RunFolder
-from training.run_report import METRIC_FIELDS, Reporter
+from training.run_report import Reporter
 from training.snapshot import load_network, read_info
 
-# Fields of a line that say how a network was measured: lines of equal ones hold values that compare.
+# Fields of a line that tell how a network was measured: lines of equal ones hold values that compare.
 _HOW = ("num_real", "num_fake", "mirrored_reals", "detector", "detector_sha256", "preprocessing", "seed", "batch",
         "class", "data_sha256")
 
@@ -30,7 +30,7 @@ class Evaluate(Protocol):
     def __call__(self, G: torch.nn.Module, *, stop: Callable[[], bool]) -> Mapping[str, Mapping[str, Any]]:
         """Return {metric: {"results": {key: value}, **further fields of its line}}.
 
-        stop:  once it says yes, in any process, the work is given up with an error, in all
+        stop:  once it returns True, in any process, the work is given up with an error, in all
         """
         ...
 
@@ -49,7 +49,7 @@ class SnapshotMetrics:
     metrics:   their names
     evaluate:  None computes none
     stop:      tells when the run is to stop
-    continuation:  says from where it goes on then, for messages; asked on the main process
+    continuation:  returns from where it goes on then, for messages; asked on the main process
 
     All processes make the same calls; the main one decides what there is time for, and writes.
     """
@@ -74,7 +74,8 @@ class SnapshotMetrics:
         """Take up what was to be computed when a state was saved, and is not on the disk by now."""
         networks = saved.get("networks", []) if self._evaluate is not None else []
         missing = [Missing(tick=tick, nimg=nimg) for tick, nimg in networks]
-        self.missing = broadcast_object([each for each in missing if self._names(each)] if self._is_main else None)
+        missing = [each for each in missing if self._list_missing(each)] if self._is_main else None
+        self.missing = broadcast_object(missing)
         self._given_up_after = saved.get("given_up_after")
         found = [self._given_up_after, self._recorded_seconds() if self._is_main else None]
         self._seconds = max((seconds for seconds in found if seconds is not None), default=None)
@@ -101,14 +102,14 @@ class SnapshotMetrics:
         elif newest in self.missing and failure is not None:
             self._give_up(newest, "its network file could not be written")
         elif newest in self.missing:
-            self._say_left_out(newest)
+            self._log_left_out(newest)
 
     def make_up(self) -> None:
         """Compute those that are missing of networks on the disk, the newest first, until there is no more time."""
         for missing in self.missing[::-1]:
             if not self._measure_file(missing):
                 if missing in self.missing:
-                    self._say_left_out(missing)
+                    self._log_left_out(missing)
                 return
 
     def make_up_replaced(self, nimg: int) -> None:
@@ -126,10 +127,10 @@ class SnapshotMetrics:
     def _measure_file(self, missing: Missing) -> bool:
         """Compute the metrics of a network on the disk, as far as no line has them; return as `_measure` does."""
         path = self._run.snapshot(missing.nimg)
-        is_there, are_missing = broadcast_object((self._is_file_of(path, missing), bool(self._names(missing)))
+        is_there, are_missing = broadcast_object((self._is_file_of(path, missing), bool(self._list_missing(missing)))
                                                  if self._is_main else None)
         if are_missing and not is_there:
-            self._reporter.say(f"warning: metrics at kimg {missing.nimg / 1000:.1f} are not computed: {path.name} is "
+            self._reporter.log(f"warning: metrics at kimg {missing.nimg / 1000:.1f} are not computed: {path.name} is "
                                "missing, damaged, or another network")
         if not (are_missing and is_there):  # measured by calc_metrics.py
             self.missing.remove(missing)
@@ -145,7 +146,7 @@ class SnapshotMetrics:
         if any_process(error is not None):
             reason = self._reason_unless_lost(error)
             self.missing.remove(missing)
-            self._reporter.say(f"warning: metrics at kimg {missing.nimg / 1000:.1f} cannot be computed ({reason}); "
+            self._reporter.log(f"warning: metrics at kimg {missing.nimg / 1000:.1f} cannot be computed ({reason}); "
                                "training goes on")
             return True
         return self._measure(missing, G, snapshot=path.name, network_sha256=digest)
@@ -153,7 +154,7 @@ class SnapshotMetrics:
     def _measure(self, missing: Missing, G: torch.nn.Module, *, snapshot: str | None, **more: Any) -> bool:
         """Compute metrics and write their lines; tell whether to go on with others.
 
-        Where there is no time they stay missing, and `left_out` says why. What fails is said, and not tried again.
+        Where there is no time they stay missing, and `left_out` says why. What fails is logged, and not tried again.
         """
         if self._is_left_out():
             return False
@@ -161,18 +162,16 @@ class SnapshotMetrics:
         try:
             found = self._evaluate(G, stop=self._stop.wanted)
         except Exception as error:  # no ordinary failure of a metric ends a training run
-            return self._has_failed(missing, error, time.monotonic() - started)
+            self._note_failure(missing, error, time.monotonic() - started)
+            return False
         self.missing.remove(missing)
         self.has_computed, self._given_up_after = True, None
         if self._is_main:
             seconds = {name: record.get("total_time", time.monotonic() - started) for name, record in found.items()}
             self._seconds = max(seconds.values(), default=None)
-            for name in self._names(missing):
-                record = found[name]
-                fields = {key: value for key, value in record.items() if key not in METRIC_FIELDS}
-                self._reporter.metric(name, record["results"], tick=missing.tick, nimg=missing.nimg,
-                                      seconds=seconds[name], num_gpus=self._processes.count, snapshot=snapshot,
-                                      **{**fields, **more})
+            for name in self._list_missing(missing):
+                self._reporter.metric(name, {**found[name], "total_time": seconds[name], **more}, tick=missing.tick,
+                                      nimg=missing.nimg, num_gpus=self._processes.count, snapshot=snapshot)
         return True
 
     def _is_left_out(self) -> bool:
@@ -188,38 +187,36 @@ class SnapshotMetrics:
         self.left_out = broadcast_object(self.left_out)
         return self.left_out is not None
 
-    def _has_failed(self, missing: Missing, error: Exception, seconds: float) -> bool:
+    def _note_failure(self, missing: Missing, error: Exception, seconds: float) -> None:
         """Decide what an error means: metrics that were given up, a GPU that is lost, or a metric that fails."""
         reason = self._reason_unless_lost(error)
-        stops = any_process(self._stop.wanted())
-        if stops:
+        if any_process(self._stop.wanted()):
             self.left_out = broadcast_object(self._stop.reason or "another process was asked to stop")
             self.has_given_up, self._given_up_after = True, max(seconds, self._given_up_after or 0)
-            return False
+            return
         self.missing.remove(missing)
-        self._reporter.say(f"warning: metrics failed ({reason}); training goes on")
-        return False
+        self._reporter.log(f"warning: metrics failed ({reason}); training goes on")
 
     def _reason_unless_lost(self, error: Exception | None) -> str:
         """Return what failed, in this process or another one; raise where a GPU computes no more."""
         is_lost = error is not None and lost_device(error, self._processes.device)
         reason = first_text("" if error is None else f"{type(error).__name__}: {error}")
         if any_process(is_lost):
-            self._reporter.say(f"stopped: the GPU fails since metrics were computed ({reason}); {self._continuation()}")
+            self._reporter.log(f"stopped: the GPU fails since metrics were computed ({reason}); {self._continuation()}")
             if is_lost:
                 raise error
             raise ProcessLost(f"the GPU of another process fails ({reason})") from error
         return reason
 
-    def _say_left_out(self, missing: Missing) -> None:
-        self._reporter.say(f"metrics at kimg {missing.nimg / 1000:.1f} are left out ({self.left_out}); they are "
+    def _log_left_out(self, missing: Missing) -> None:
+        self._reporter.log(f"metrics at kimg {missing.nimg / 1000:.1f} are left out ({self.left_out}); they are "
                            f"computed with the next network file, or by calc_metrics.py --run={self._run.path}")
 
     def _give_up(self, missing: Missing, reason: str) -> None:
         self.missing.remove(missing)
-        self._reporter.say(f"metrics at kimg {missing.nimg / 1000:.3f} are not computed ({self.left_out}): {reason}")
+        self._reporter.log(f"metrics at kimg {missing.nimg / 1000:.3f} are not computed ({self.left_out}): {reason}")
 
-    def _names(self, missing: Missing) -> list[str]:
+    def _list_missing(self, missing: Missing) -> list[str]:
         """Return the metrics that no line has of a network."""
         snapshot = self._run.snapshot(missing.nimg).name
         return [name for name in self._metrics if not any(

@@ -18,9 +18,11 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def ema_beta(batch: int, nimg: int, ema_kimg: float, rampup: float | None) -> float:
-    """Return how much of the averaged generator stays when `batch` images follow after `nimg`.
+    """Return how much of the averaged generator stays when `batch` images follow after `nimg` (StyleGAN2-ADA's code).
 
-    The average halves its memory every ema_kimg thousand images, and during ramp-up every nimg * rampup images.
+        beta = 0.5^(batch / half_life),  half_life = min(1000 * ema_kimg, rampup * nimg) images
+
+    rampup:  None keeps the half-life at 1000 * ema_kimg
     """
     half_life = ema_kimg * 1000
     if rampup is not None:
@@ -29,9 +31,10 @@ def ema_beta(batch: int, nimg: int, ema_kimg: float, rampup: float | None) -> fl
 
 
 def lazy_adam(adam: AdamConfig, interval: int) -> dict[str, Any]:
-    """Return Adam's arguments for a network that takes an extra regularisation step every `interval` iterations.
+    """Return Adam's arguments for a network that takes an extra regularization step every k = `interval` iterations.
 
-    The time constants are scaled so that the extra steps do not speed training up (StyleGAN2, appendix B).
+    With c = k / (k + 1): lr * c, beta1^c and beta2^c, so that the extra steps do not speed training up (StyleGAN2,
+    appendix B).
     """
     ratio = interval / (interval + 1)
     return {"lr": adam.lr * ratio, "betas": (adam.beta1**ratio, adam.beta2**ratio), "eps": adam.eps}

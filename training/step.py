@@ -1,6 +1,6 @@
 """One training iteration: its phases, the moving average, and the adaptive augmentation.
 
-All randomness is in the inputs, all that changes is in the state.
+All randomness is in the inputs, all that changes is in the state. What each phase minimizes stands in phases.py.
 """
 
 import math
@@ -28,7 +28,11 @@ class StepResult:
 
 def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
                processes: Processes | None = None) -> StepResult:
-    """Run one iteration (Gmain, Greg, Dmain, Dreg, then the moving average, then the augmentation) in place.
+    """Run one iteration in place: the phases that are due, then the moving average, then the augmentation.
+
+        for Gmain, Greg, Dmain, Dreg:  one step of Adam on the gradients of all micro-batches of all processes
+        G_ema <- beta * G_ema + (1 - beta) * G,  beta as in `training.state.ema_beta`
+        every ada.interval iterations:  p <- p +- batch * ada.interval / (1000 * ada.kimg) (ADA paper, section 3)
 
     batch:      this process's share of the images
     processes:  those that take the step together, from equal states, and end with equal states; None for one alone
@@ -38,13 +42,14 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
     if processes is not None and len(batch.reals) * processes.count != config.batch:
         raise ValueError(f"a step got {len(batch.reals)} images on each of {processes.count} processes; expected "
                          f"{config.batch} in all")
-    result = StepResult()
-    plan = {}
+    plan: dict[Phase, list[MicroBatch]] = {}
     for phase in active_phases(state.iteration, config.loss):
         if phase not in batch.phases:
             raise ValueError(f"iteration {state.iteration} runs phase {phase}; expected inputs for it")
         plan[phase] = cut(phase, batch, config, state)
-    norms = {phase: _run_phase(phase, parts, state, config, processes, result) for phase, parts in plan.items()}
+    result, norms = StepResult(), {}
+    for phase, parts in plan.items():
+        result.stats[phase.value], norms[phase] = _run_phase(phase, parts, state, config, processes)
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
     state.iteration += 1
@@ -90,18 +95,17 @@ class GradientSum:
 
 
 def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
-               processes: Processes | None, result: StepResult) -> Tensor:
+               processes: Processes | None) -> tuple[dict[str, Tensor], Tensor]:
     """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite.
 
-    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the norm of
-    each gradient, and last the magnitude of the loss.
+    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the
+    statistics of the phase, and the norm of each gradient, and last the magnitude of the loss.
     """
     network = phase.network(state)
     optimizer = state.g_adam if network is state.G else state.d_adam
     work = PhaseWork(phase, state, config.loss)
     losses = []
-    parameters = [*network.parameters()]
-    gradients = GradientSum(parameters)
+    gradients = GradientSum([*network.parameters()])
     network.requires_grad_(True)
     try:
         for part in parts:
@@ -112,9 +116,8 @@ def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, conf
         network.requires_grad_(False)
     gradients.hand_over()
 
-    result.stats[phase.value] = {name: torch.cat(values) for name, values in work.stats.items()}
     total = torch.stack(losses).sum()
-    sums = [parameter.grad for parameter in parameters]
+    sums = [parameter.grad for parameter in gradients.parameters]
     if processes is not None:
         # Gradients add up over processes as they do over micro-batches. Dividing by the number of processes, as the
         # original does, would be another run: Adam is blind to the scale of gradients except where they come near its
@@ -130,7 +133,7 @@ def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, conf
     optimizer.step()
     work.commit(finite, 1 if processes is None else processes.count)
     optimizer.zero_grad(set_to_none=True)
-    return norms
+    return {name: torch.cat(values) for name, values in work.stats.items()}, norms
 
 
 def _name_non_finite(norms: dict[Phase, Tensor], state: TrainingState) -> dict[str, list[str]]:
@@ -151,14 +154,17 @@ def _name_non_finite(norms: dict[Phase, Tensor], state: TrainingState) -> dict[s
 
 @torch.no_grad()
 def _update_average(state: TrainingState, beta: float) -> None:
-    """Move G_ema towards G; buffers are copied, so that its w_avg is the generator's."""
+    """G_ema <- beta * G_ema + (1 - beta) * G (Progressive GAN: Karras et al. 2018, appendix A).
+
+    Buffers are copied, so that its w_avg is the generator's.
+    """
     averaged, current = ([*network.parameters()] for network in (state.G_ema, state.G))
     torch._foreach_lerp_(averaged, current, 1 - beta)
     torch._foreach_copy_([*state.G_ema.buffers()], [*state.G.buffers()])
 
 
 def _adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
-    """Move p towards the target sign every few iterations (ADA paper, section 3)."""
+    """Move p so that E[sign(D(x))] since it last moved comes towards its target (ADA paper, section 3)."""
     ada, pipe = config.ada, state.augment_pipe
     if ada is None or pipe is None or state.iteration % ada.interval:
         return

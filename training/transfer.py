@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.text import listed
 from imagesets.classes import VECTOR, class_order, label_kind_of, named_classes
-from imagesets.pixel_hashes import describe_shape
+from imagesets.reader import describe_shape
 from training.config import ConfigError, TrainConfig
 from training.dataset import ImageDataset, history_of
 from training.discriminator import Discriminator

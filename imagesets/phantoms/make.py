@@ -25,7 +25,8 @@ from imagesets.classes import class_counts
 from imagesets.phantoms.fields import stream
 from imagesets.phantoms.paint import render
 from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, check_looks_differ, draw_scene, look_of
-from imagesets.pixel_hashes import channels_first, hash_pixels
+from imagesets.pixel_hashes import hash_pixels
+from imagesets.reader import channels_first
 from imagesets.resize import MIN_RESOLUTION, is_power_of_two, nearest_resolution
 from imagesets.tables import CompactTexts
 from imagesets.writer import ImageSetWriter

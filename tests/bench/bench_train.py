@@ -37,7 +37,7 @@ from torch_utils.ops.compiled import auto_means, describe, make_ready
 from training.config import TrainConfig
 from training.options import DatasetFacts, TrainOptions, resolve
 from training.phases import StepInputs, active_phases, draw_phases
-from training.sampling import LabelLaw
+from training.sampling import LabelDistribution
 from training.state import TrainingState
 from training.step import train_step
 
@@ -106,8 +106,8 @@ def build_iterations(config: TrainConfig, images: int, device: str) -> dict[tupl
     def iterate(iteration: int) -> None:
         state.iteration = iteration
         phases = draw_phases(step, seed=0, nimg=state.nimg, iteration=iteration, microbatches=range(1),
-                             z_dim=state.G.z_dim, num_ws=state.G.num_ws, label_law=LabelLaw(labels), image_shape=shape,
-                             device=device)
+                             z_dim=state.G.z_dim, num_ws=state.G.num_ws, label_law=LabelDistribution(labels),
+                             image_shape=shape, device=device)
         train_step(state, StepInputs(reals=reals, labels=labels.to(device), phases=phases), step)
 
     kinds = {}

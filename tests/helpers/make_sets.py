@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import PIL.Image
 
-from imagesets.pixel_hashes import channels_first, hash_pixels
-from imagesets.reader import ImageSet
+from imagesets.pixel_hashes import hash_pixels
+from imagesets.reader import ImageSet, channels_first
 from imagesets.writer import ImageSetWriter
 from tests.helpers.make_archives import make_folder, make_zip
 

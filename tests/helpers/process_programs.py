@@ -17,7 +17,7 @@ from torch_utils.distributed import Processes
 from training.augment import AugmentPipe
 from training.dataset import ImageDataset
 from training.phases import StepInputs, draw_phases
-from training.sampling import LabelLaw, TrainingOrder, iterate_batches
+from training.sampling import LabelDistribution, TrainingOrder, iterate_batches
 from training.step import train_step
 
 DATA = Path(__file__).parent.parent / "data"
@@ -34,7 +34,7 @@ def train_golden(processes: Processes) -> dict:
     labels = one_hot(torch.arange(16).numpy() % 2).double()
     for iteration in range(5):
         phases = draw_phases(config, seed=3, nimg=state.nimg, iteration=iteration, microbatches=processes.share(2),
-                             z_dim=64, num_ws=state.G.num_ws, label_law=LabelLaw(labels.float()),
+                             z_dim=64, num_ws=state.G.num_ws, label_law=LabelDistribution(labels.float()),
                              image_shape=(3, 32, 32))
         reals = (0.5 * randn(iteration, 16, 3, 32, 32)).clamp(-1, 1)
         result = train_step(state, StepInputs(reals=reals[rows], labels=labels[rows], phases=phases), config, processes)

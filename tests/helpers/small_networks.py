@@ -6,7 +6,7 @@ from training.config import AdaConfig, AdamConfig, EmaConfig, LossConfig, StepCo
 from training.discriminator import Discriminator
 from training.generator import Generator
 from training.phases import StepInputs, draw_phases
-from training.sampling import LabelLaw
+from training.sampling import LabelDistribution
 from training.state import TrainingState
 
 CLASSES = 2
@@ -54,7 +54,7 @@ def small_inputs(state, config, seed=0, microbatches=None, c_dim=CLASSES):
     labels = random_labels(config.batch, c_dim)
     rows = slice(microbatches.start * config.micro_batch, microbatches.stop * config.micro_batch)
     phases = draw_phases(config, seed=seed, nimg=state.nimg, iteration=state.iteration, microbatches=microbatches,
-                         z_dim=G.z_dim, num_ws=G.num_ws, label_law=LabelLaw(labels), image_shape=shape)
+                         z_dim=G.z_dim, num_ws=G.num_ws, label_law=LabelDistribution(labels), image_shape=shape)
     return StepInputs(reals=reals[rows], labels=labels[rows], phases=phases)
 
 

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
-from imagesets.classes import choose_classes, class_counts, find_class, order_classes
+from imagesets.classes import NO_LABEL, choose_classes, class_counts, find_class, label_vectors, order_classes
 
 HAM = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 MERGE = "melanoma=mel;benign=nv,bkl,df,vasc"
@@ -218,3 +219,11 @@ def test_find_class_names_the_option():
 ])
 def test_class_counts_follow_the_largest_remainder(shares, count, expected):
     assert class_counts(shares, count) == expected
+
+
+def test_label_vectors_are_one_hot_and_zeros_without_a_label():
+    found = label_vectors(np.array([2, NO_LABEL, 0]), 3)
+    assert (found.dtype, found.tolist()) == (np.float32, [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
+    vectors = np.array([[0.5, 0.25]], dtype=np.float32)
+    np.testing.assert_array_equal(label_vectors(vectors, 2), vectors)
+    assert label_vectors(np.zeros(0, dtype=np.int64), 4).shape == (0, 4)

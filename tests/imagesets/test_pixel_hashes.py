@@ -12,15 +12,8 @@ from dataset_tool import main as dataset_tool
 from dnnlib.cli import UserError, run
 from imagesets.convert import convert
 from imagesets.phantoms.make import write_phantoms
-from imagesets.pixel_hashes import (
-    describe_shape,
-    hash_pixels,
-    hash_set,
-    known_pixel_hashes,
-    load_pixels,
-    read_pixel_hashes,
-)
-from imagesets.reader import ImageSet
+from imagesets.pixel_hashes import hash_pixels, hash_set, known_pixel_hashes, read_pixel_hashes
+from imagesets.reader import ImageSet, describe_shape, load_pixels
 from tests.helpers.make_sets import make_set, pixels_of, png
 
 

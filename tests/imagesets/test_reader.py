@@ -1,10 +1,12 @@
-"""Archives that once gave wrong labels, or no end."""
+"""imagesets.reader: checksums, and archives that once gave wrong labels, or no end."""
 
 import io
 import json
 import os
+import pickle
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -13,13 +15,12 @@ from dnnlib.cli import UserError
 from imagesets.classes import MAX_CLASSES
 from imagesets.convert import convert
 from imagesets.inspect import measure
-from imagesets.pixel_hashes import load_pixels
-from imagesets.reader import ImageSet
+from imagesets.reader import ImageSet, load_pixels
 from imagesets.sources import open_source
 from imagesets.tables import read_table
 from tests.helpers.image_files import png_chunk
 from tests.helpers.make_archives import counts, encode, make_folder, make_zip, noise
-from tests.helpers.make_sets import pixels_of, png
+from tests.helpers.make_sets import make_set, pixels_of, png
 
 
 def test_table_whose_ids_share_a_folder_leaves_images_of_other_folders_alone(tmp_path):
@@ -146,3 +147,14 @@ def test_images_of_equal_names_that_share_a_row_are_reported(tmp_path):
     assert f"  {line}" in summary.lines
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["images_that_share_a_row"] == {"count": 2, "names": ["one/0.png", "two/0.png"]}
+
+
+@pytest.mark.parametrize("name", ["a.zip", "folder"])
+def test_image_set_checksums_are_those_of_the_files_and_are_left_out_of_copies(tmp_path, name):
+    images = ImageSet(make_set(tmp_path / name, 3))
+    contents = [png(pixels_of(index)) for index in range(3)]
+    assert images.checksums() == [(len(data), zlib.crc32(data)) for data in contents]
+    assert images.checksums() is images.checksums()
+    bare = ImageSet(images.path)
+    assert len(pickle.dumps(images)) == len(pickle.dumps(bare))
+    assert pickle.loads(pickle.dumps(images)).checksums() == images.checksums()

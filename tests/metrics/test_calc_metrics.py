@@ -20,7 +20,7 @@ from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.small_networks import small_generator
 from tests.helpers.training_runs import replaced
 from training.options import DatasetFacts, TrainOptions, resolve
-from training.run_record import RunRecord, identity, write_record
+from training.run_record import RunRecord, identify, write_record
 from training.snapshot import Networks, save_network
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +51,7 @@ def save_run(folder, *, xflip=False):
     folder.mkdir(parents=True)
     facts = DatasetFacts(name="a", resolution=16, channels=3, num_images=COUNT, c_dim=2)
     config = resolve(TrainOptions(cond=True, mirror=xflip), facts)
-    write_record(folder, RunRecord.of(config, identity(config, "0")))
+    write_record(folder, RunRecord(config=config, identity=identify(config, "0")))
     for seed in (0, 1):
         save(folder / f"network-snapshot-{seed * 200:06d}.safetensors", seed, kimg=200.0 * seed)
     return folder

@@ -25,6 +25,11 @@ def test_to_pixels_rounds_down_from_a_half_up(value, expected):
     assert to_pixels(torch.tensor([value])).item() == expected
 
 
+def test_to_unit_range_maps_pixels_to_minus_one_and_one():
+    found = to_unit_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.6]))
+
+
 def test_to_pixels_undoes_the_range_of_training_for_every_value():
     pixels = torch.arange(256, dtype=torch.uint8)
     assert (to_pixels(to_unit_range(pixels)) == pixels).all()

@@ -1,15 +1,8 @@
 """training.dataset: what it reads, and what it says when it cannot."""
 
-import gc
-import json
-import multiprocessing
 import pickle
-import re
 import shutil
-import subprocess
-import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +10,12 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
-from imagesets.classes import NO_LABEL, label_vectors
 from imagesets.reader import ImageSet
-from imagesets.writer import ImageSetWriter
 from tests.helpers.make_archives import make_zip
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from training.command import check_images
 from training.dataset import ImageDataset, choose_subset
-from training.sampling import TrainingOrder, iterate_batches, to_unit_range
+from training.sampling import TrainingOrder, iterate_batches
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -105,7 +96,7 @@ def test_dataset_subset_is_consistent(tmp_path):
     for item, row in enumerate(chosen):
         np.testing.assert_array_equal(dataset[item][0], pixels_of(row).transpose(2, 0, 1))
         assert dataset[item][1].argmax() == row % 3
-    assert dataset.groups() == [groups[row] for row in chosen]
+    assert dataset.named_groups() == [groups[row] for row in chosen]
     assert dataset.image_names() == [f"00000/img{row:08d}.png" for row in chosen]
     assert len(ImageDataset(path, max_size=50)) == 20
 
@@ -156,7 +147,7 @@ def test_dataset_reads_a_folder_of_plain_images_without_labels(tmp_path):
     (folder / "notes.txt").write_text("x")
     dataset = ImageDataset(folder)
     assert dataset.image_names() == ["a.png", "sub/b.png"]
-    assert not dataset.has_labels
+    assert not dataset.facts().has_labels
 
 
 def test_dataset_follows_linked_folders_and_no_circles(tmp_path):
@@ -294,142 +285,6 @@ def test_dataset_json_that_does_not_fit_is_refused(tmp_path, metadata, message):
     assert refused(lambda: ImageDataset(folder)).startswith(f"{folder}: {message}")
 
 
-def test_image_set_round_trip_keeps_everything(tmp_path):
-    groups = ["p1", None, "p1", "p2"]
-    for name in ("a.zip", "b.zip", "folder"):
-        with ImageSetWriter(tmp_path / name, classes=["x", "y"], source={"made": "here"}) as writer:
-            for index, label in enumerate([1, None, 0, 1]):
-                writer.add(png(pixels_of(index)), label, groups[index])
-            writer.add_file("table.csv", b"1,2\n")
-    for name in ("a.zip", "folder"):
-        opened = ImageSet(tmp_path / name)
-        assert opened.labels.tolist() == [1, -1, 0, 1]
-        assert opened.missing_labels().sum() == 1
-        assert opened.classes == ["x", "y"]
-        assert opened.groups == ["p1", "00000/img00000001.png", "p1", "p2"]
-        assert opened.source == {"made": "here"}
-        assert opened.other_members == ["dataset.json", "table.csv"]
-        assert opened.read("table.csv") == b"1,2\n"
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    # Readers of the original's format find what they know.
-    metadata = json.loads(ImageSet(tmp_path / "a.zip").read("dataset.json"))
-    assert metadata["labels"][0] == ["00000/img00000000.png", 1]
-
-
-@pytest.mark.parametrize("name", ["a.zip", "folder"])
-def test_image_set_checksums_are_those_of_the_files_and_are_left_out_of_copies(tmp_path, name):
-    images = ImageSet(make_set(tmp_path / name, 3))
-    contents = [png(pixels_of(index)) for index in range(3)]
-    assert images.checksums() == [(len(data), zlib.crc32(data)) for data in contents]
-    assert images.checksums() is images.checksums()
-    bare = ImageSet(images.path)
-    assert len(pickle.dumps(images)) == len(pickle.dumps(bare))
-    assert pickle.loads(pickle.dumps(images)).checksums() == images.checksums()
-
-
-def test_label_vectors_are_one_hot_and_zeros_without_a_label():
-    found = label_vectors(np.array([2, NO_LABEL, 0]), 3)
-    assert (found.dtype, found.tolist()) == (np.float32, [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
-    vectors = np.array([[0.5, 0.25]], dtype=np.float32)
-    np.testing.assert_array_equal(label_vectors(vectors, 2), vectors)
-    assert label_vectors(np.zeros(0, dtype=np.int64), 4).shape == (0, 4)
-
-
-@pytest.mark.parametrize("name", ["a.zip", "folder"])
-def test_image_set_writer_leaves_nothing_when_it_fails(tmp_path, name):
-    def fail():
-        with ImageSetWriter(tmp_path / name) as writer:
-            writer.add(png(pixels_of(0)))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_image_set_writer_refuses_destinations_it_cannot_write(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a").write_text("x")
-    (tmp_path / "folder.zip").mkdir()
-    for name, message in {
-        "folder.zip": "is a folder; expected a zip file to write",
-        "set.tar": "ends in .tar; expected .zip, or a folder",
-        "file": "is a file; expected a name ending in .zip, or a folder",
-        "full": "is a folder with files in it; expected an empty or a new one",
-        "missing/a.zip": f": there is no folder {tmp_path / 'missing'}; make it first",
-    }.items():
-        found = refused(lambda name=name: ImageSetWriter(tmp_path / name))
-        assert found == f"--dest={tmp_path / name}{'' if message.startswith(':') else ' '}{message}"
-
-
-def test_image_set_writer_names_the_option_of_its_caller(tmp_path):
-    (tmp_path / "set.zip").mkdir()
-    assert refused(lambda: ImageSetWriter(tmp_path / "set.zip", option="--zip")) == (
-        f"--zip={tmp_path / 'set.zip'} is a folder; expected a zip file to write")
-
-
-def test_image_set_writer_refuses_labels_of_mixed_kinds(tmp_path):
-    def write():
-        with ImageSetWriter(tmp_path / "a.zip") as writer:
-            writer.add(b"x", 1)
-            writer.add(b"y", [0.5])
-
-    assert re.search("labels are of mixed kinds", refused(write))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_iterate_batches_is_one_order_for_any_number_of_processes_and_workers(tmp_path):
-    dataset = ImageDataset(make_set(tmp_path / "a.zip", 10, labels=list(range(10))), use_labels=True)
-    order = TrainingOrder(10, seed=3)
-
-    def seen(nimg, rows, workers=0, iterations=3):
-        batches = iterate_batches(dataset, order, nimg=nimg, batch=4, rows=rows, num_workers=workers)
-        return [next(batches)[1].argmax(1).tolist() for _ in range(iterations)]
-
-    whole = seen(0, range(4))
-    assert whole == [order.items(start, 4).tolist() for start in (0, 4, 8)]
-    assert seen(0, range(4), workers=2) == whole
-    halves = [seen(0, range(2)), seen(0, range(2, 4))]
-    assert [a + b for a, b in zip(*halves)] == whole
-    assert seen(4, range(4), iterations=2) == whole[1:]
-
-
-def test_workers_ignore_signals_to_all_processes_and_obey_their_parent(tmp_path):
-    dataset = ImageDataset(make_set(tmp_path / "a.zip", 4))
-    before = {worker.pid for worker in multiprocessing.active_children()}
-    batches = iterate_batches(dataset, TrainingOrder(4, seed=0), nimg=0, batch=2, rows=range(2), num_workers=1)
-    next(batches)
-    worker, = (worker for worker in multiprocessing.active_children() if worker.pid not in before)
-    sender = f"import os; [os.kill({worker.pid}, number) for number in (2, 10, 15)]"
-    subprocess.run([sys.executable, "-c", sender], check=True)
-    assert len([next(batches) for _ in range(20)]) == 20
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(timeout=20)
-    assert worker.exitcode == 0
-
-
-def test_to_unit_range_maps_pixels_to_minus_one_and_one():
-    found = to_unit_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -0.6]))
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_writer_that_is_interrupted_within_a_member_leaves_nothing_and_says_nothing_else(tmp_path):
-    def write():
-        with ImageSetWriter(tmp_path / "set.zip") as writer:
-            writer.add(png(pixels_of(0)))
-            handle = writer._zip.open("half.png", "w")  # as in the moment when writestr has just begun
-            handle.write(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    gc.collect()
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- a set that lies in a folder inside
 
 
@@ -447,7 +302,7 @@ def test_set_in_a_folder_inside_is_read_as_if_it_lay_at_the_top(tmp_path, name, 
                                  groups=["p", "p", "q", None, "r", "r"]), use_labels=True)
     inside = ImageDataset(enclose(flat.path, tmp_path / name, folder, more), use_labels=True)
     assert inside.image_names() == flat.image_names()
-    assert inside.groups() == flat.groups()
+    assert inside.named_groups() == flat.named_groups()
     assert inside.classes == flat.classes
     assert torch.equal(inside.label_table(), flat.label_table())
     assert all(np.array_equal(inside[row][0], flat[row][0]) for row in range(6))

@@ -125,7 +125,7 @@ def test_loop_asks_the_others_once_an_iteration_and_saves_when_one_wishes(tmp_pa
     config, settings, dataset = prepared(tmp_path)
     asked = stop_after(monkeypatch, iterations=3, saves_at=2)
     saved = []
-    monkeypatch.setattr(loop._Loop, "_save_state", lambda self: saved.append(self.state.iteration))
+    monkeypatch.setattr(loop.CheckpointPair, "save", lambda self, state: saved.append(state["training"]["iteration"]))
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
     assert asked == [[False, False, False]] * 3  # this process wished nothing, and could read its images
     assert saved == [1, 2, 3]  # the first is that of tick 0

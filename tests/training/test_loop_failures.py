@@ -1,6 +1,5 @@
 """training.loop: failures that stop a run."""
 
-
 import pytest
 import torch
 

@@ -1,6 +1,9 @@
-"""The order of images, the law of labels, and --balance."""
+"""training.sampling: the order of images, batches of them, the labels of fakes, and --balance."""
 
+import multiprocessing
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from dnnlib.cli import UserError
 from tests.helpers.make_sets import make_set
 from training.dataset import ImageDataset
-from training.sampling import LabelLaw, TrainingOrder, image_weights
+from training.sampling import LabelDistribution, TrainingOrder, image_weights, iterate_batches
 
 
 def test_order_shows_every_item_once_a_round():
@@ -65,24 +68,55 @@ def test_order_refuses_weights_that_are_none(weights):
         TrainingOrder(4, seed=0, weights=weights)
 
 
-def test_label_law_is_that_of_the_images():
+def test_label_distribution_is_that_of_the_images():
     labels = torch.eye(3)[[0, 0, 0, 1]]
-    law = LabelLaw(labels)
-    assert {tuple(value.tolist()): p.item() for value, p in zip(law.values, law.probabilities)} == {
+    distribution = LabelDistribution(labels)
+    assert {tuple(value.tolist()): p.item() for value, p in zip(distribution.values, distribution.probabilities)} == {
         (1, 0, 0): 0.75, (0, 1, 0): 0.25}
-    drawn = law.draw(4000, torch.Generator().manual_seed(0))
+    drawn = distribution.draw(4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 3)
     assert abs(drawn[:, 0].mean().item() - 0.75) < 4 * (0.75 * 0.25 / 4000) ** 0.5
 
 
-def test_label_law_follows_weights():
-    law = LabelLaw(torch.eye(2)[[0, 0, 0, 1]], np.array([1.0, 1.0, 1.0, 3.0]))
-    torch.testing.assert_close(law.probabilities, torch.tensor([0.5, 0.5], dtype=torch.float64))
-    assert len(LabelLaw(torch.eye(2)[[0, 1]], np.array([1.0, 0.0])).values) == 1
+def test_label_distribution_follows_weights():
+    distribution = LabelDistribution(torch.eye(2)[[0, 0, 0, 1]], np.array([1.0, 1.0, 1.0, 3.0]))
+    torch.testing.assert_close(distribution.probabilities, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert len(LabelDistribution(torch.eye(2)[[0, 1]], np.array([1.0, 0.0])).values) == 1
 
 
-def test_label_law_without_labels_gives_empty_ones():
-    assert LabelLaw(torch.zeros(5, 0)).draw(3, torch.Generator()).shape == (3, 0)
+def test_label_distribution_without_labels_gives_empty_ones():
+    assert LabelDistribution(torch.zeros(5, 0)).draw(3, torch.Generator()).shape == (3, 0)
+
+
+def test_iterate_batches_is_one_order_for_any_number_of_processes_and_workers(tmp_path):
+    dataset = ImageDataset(make_set(tmp_path / "a.zip", 10, labels=list(range(10))), use_labels=True)
+    order = TrainingOrder(10, seed=3)
+
+    def seen(nimg, rows, workers=0, iterations=3):
+        batches = iterate_batches(dataset, order, nimg=nimg, batch=4, rows=rows, num_workers=workers)
+        return [next(batches)[1].argmax(1).tolist() for _ in range(iterations)]
+
+    whole = seen(0, range(4))
+    assert whole == [order.items(start, 4).tolist() for start in (0, 4, 8)]
+    assert seen(0, range(4), workers=2) == whole
+    halves = [seen(0, range(2)), seen(0, range(2, 4))]
+    assert [a + b for a, b in zip(*halves)] == whole
+    assert seen(4, range(4), iterations=2) == whole[1:]
+
+
+def test_workers_ignore_signals_to_all_processes_and_obey_their_parent(tmp_path):
+    dataset = ImageDataset(make_set(tmp_path / "a.zip", 4))
+    before = {worker.pid for worker in multiprocessing.active_children()}
+    batches = iterate_batches(dataset, TrainingOrder(4, seed=0), nimg=0, batch=2, rows=range(2), num_workers=1)
+    next(batches)
+    worker, = (worker for worker in multiprocessing.active_children() if worker.pid not in before)
+    sender = f"import os; [os.kill({worker.pid}, number) for number in (2, 10, 15)]"
+    subprocess.run([sys.executable, "-c", sender], check=True)
+    assert len([next(batches) for _ in range(20)]) == 20
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from training import loss as losses
 from training.augment import AugmentPipe
 from training.loss import path_lengths
 from training.phases import PHASES, PhaseInputs, StepInputs, active_phases, draw_phases
-from training.sampling import LabelLaw
+from training.sampling import LabelDistribution
 from training.step import GradientSum, train_step
 
 
@@ -40,7 +40,7 @@ def test_step_runs_phases_lazily_and_counts():
 
 
 @pytest.mark.parametrize(("changes", "missing"), [({"pl_weight": 0}, "Greg"), ({"gamma": 0}, "Dreg")])
-def test_step_without_a_regulariser_leaves_its_phase_out(changes, missing):
+def test_step_without_a_regularizer_leaves_its_phase_out(changes, missing):
     config = small_config(**changes)
     assert active_phases(0, config.loss) == [phase for phase in PHASES if phase != missing]
 
@@ -208,7 +208,7 @@ def test_step_path_lengths_take_half_the_micro_batch_and_update_the_mean():
     assert state.pl_mean > 0
 
 
-def test_step_with_one_image_regularises_on_it():
+def test_step_with_one_image_regularizes_on_it():
     config = small_config(batch=1, micro_batch=1)
     state = small_state(config)
     result = train_step(state, small_inputs(state, config), config)
@@ -246,7 +246,7 @@ def test_step_augments_reals_and_fakes_before_the_discriminator():
 
 
 @pytest.mark.parametrize(("bias", "direction"), [(50.0, 1), (-50.0, -1)])
-def test_step_moves_p_with_the_signs_of_main_and_regularisation(bias, direction):
+def test_step_moves_p_with_the_signs_of_main_and_regularization(bias, direction):
     config = small_config(batch=8, ada=ada_config(interval=2, kimg=0.16), d_reg_interval=2)
     pipe = AugmentPipe(brightness=1)
     pipe.p.fill_(0.5)
@@ -387,7 +387,7 @@ def test_draw_phases_labels_follow_the_training_set():
     table[:] = torch.tensor([1.0, 0.0])
     table[0] = torch.tensor([0.0, 1.0])
     phases = draw_phases(config, seed=0, nimg=0, iteration=0, microbatches=range(1), z_dim=4, num_ws=6,
-                         label_law=LabelLaw(table), image_shape=(3, 8, 8))
+                         label_law=LabelDistribution(table), image_shape=(3, 8, 8))
     assert abs(phases["Gmain"].c[:, 1].mean().item() - 0.1) < 4 * (0.1 * 0.9 / 4000) ** 0.5
 
 

@@ -22,7 +22,7 @@ from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import Tuning
 from torch_utils.ops import compiled
 from training.command import make_command
-from training.dataset import content_of
+from training.dataset import hash_content
 from training.dry_run import describe
 from training.options import DatasetFacts, TrainOptions, resolve
 from training.run_folder import choose_run
@@ -293,7 +293,7 @@ def test_same_command_continues_its_run_when_resume_could_mean_a_newer_file(resu
     flags = ["--cfg=tiny", "--precision=fp32", f"--resume={resume}"]
     path = "bases/00000-a/network-snapshot-000008.safetensors"
     begun, _ = start(capsys, *flags)
-    with choose_run("runs", begun.config, content_of(begun.dataset, None)) as run_folder:
+    with choose_run("runs", begun.config, hash_content(begun.dataset, None)) as run_folder:
         pass
     # The base trains on, and the run itself writes a file that the pattern matches, too.
     save_tiny_network("bases/00000-a/network-snapshot-000020.safetensors", seed=20)
@@ -475,7 +475,7 @@ def test_auto_precision_on_a_cpu_continues_a_run_that_was_begun_on_a_gpu(inside,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     begun, _ = start(capsys, "--cfg=tiny")
-    with choose_run("runs", begun.config, content_of(begun.dataset, None), **begun.settings.asked()):
+    with choose_run("runs", begun.config, hash_content(begun.dataset, None), **begun.settings.asked()):
         pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, err = dry_run(capsys, "--cfg=tiny")
@@ -539,7 +539,7 @@ def test_dry_run_names_the_files(inside, capsys):
 def test_dry_run_tells_which_run_would_be_continued(inside, capsys):
     trainer, _ = start(capsys, "--cfg=tiny", "--balance=classes")
     weights = image_weights("classes", trainer.dataset)
-    with choose_run("runs", trainer.config, content_of(trainer.dataset, weights)):
+    with choose_run("runs", trainer.config, hash_content(trainer.dataset, weights)):
         pass
     same, another = ("runs/00000-set-tiny", True), ("runs/00001-set-tiny", False)
     for flags, expected in (([], same), (["--kimg=30000", "--workers=0"], same), (["--new"], another),
@@ -551,7 +551,7 @@ def test_dry_run_tells_which_run_would_be_continued(inside, capsys):
 
 def test_dry_run_tells_what_a_finished_run_would_do(inside, capsys):
     trainer, _ = start(capsys, "--cfg=tiny", "--kimg=2")
-    with choose_run("runs", trainer.config, content_of(trainer.dataset, None)) as run:
+    with choose_run("runs", trainer.config, hash_content(trainer.dataset, None)) as run:
         CheckpointPair(run.path).save({"training": {"nimg": 2000}})
         run.mark_finished()
     found, err = dry_run(capsys, "--cfg=tiny", "--kimg=2")
@@ -561,7 +561,7 @@ def test_dry_run_tells_what_a_finished_run_would_do(inside, capsys):
     found, err = dry_run(capsys, "--cfg=tiny", "--kimg=3")
     assert (found["run_folder"], found["continues"], found["already_finished"], found["kimg"], err) == (
         "runs/00000-set-tiny-kimg2", True, False, 3, "")
-    with choose_run("runs", dataclasses.replace(trainer.config, kimg=9), content_of(trainer.dataset, None)):
+    with choose_run("runs", dataclasses.replace(trainer.config, kimg=9), hash_content(trainer.dataset, None)):
         pass
     assert refuse(capsys, *BASE, "--cfg=tiny", "--kimg=3", "--dry-run") == (
         "--kimg is 3, and runs/00000-set-tiny-kimg2, at 2 kimg, was asked to reach 9; expected --kimg=9 or more to "

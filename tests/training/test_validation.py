@@ -6,9 +6,9 @@ import torch
 from dnnlib.cli import UserError
 from tests.helpers.make_sets import make_set
 from tests.helpers.small_networks import small_discriminator
+from torch_utils.images import to_unit_range
 from training.dataset import ImageDataset
 from training.loop import MOST_IMAGES, Validation
-from training.sampling import to_unit_range
 
 
 def dataset_of(tmp_path, count):

@@ -130,7 +130,7 @@ def test_save_fakes_twice_gives_equal_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_grids_of_grey_images_are_grey(tmp_path):
+def test_grids_of_gray_images_are_gray(tmp_path):
     dataset = ImageDataset(make_set(tmp_path / "set.zip", 6, size=16, channels=1))
     G = small_generator(channels=1, c_dim=0).eval()
     grid = choose_grid(dataset, z_dim=G.z_dim, seed=1, screen=screen(3, 2))

@@ -105,9 +105,9 @@ def test_reporter_without_tensorboard_writes_no_events(tmp_path):
 def test_reporter_of_another_process_does_nothing(tmp_path, capsys):
     reporter = Reporter(tmp_path / "missing", is_main=False)
     reporter.start(ticks=0, nimg=0)
-    reporter.say("words")
+    reporter.log("words")
     reporter.tick(a_tick(0), STATISTICS)
-    reporter.metric("fid", {"fid": 1.0}, tick=0, nimg=0, seconds=1, num_gpus=2, snapshot=None)
+    reporter.metric("fid", {"results": {"fid": 1.0}, "total_time": 1}, tick=0, nimg=0, num_gpus=2, snapshot=None)
     with reporter.surviving("a file"):
         raise OSError
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +116,7 @@ def test_reporter_of_another_process_does_nothing(tmp_path, capsys):
 
 def test_log_holds_everything_said_with_the_time(tmp_path, capsys):
     reporter = Reporter(tmp_path, is_main=True)
-    reporter.say("one\ntwo \u00e9")
+    reporter.log("one\ntwo \u00e9")
     reporter.tick(a_tick(0), STATISTICS)
     lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert [line[20:] for line in lines] == capsys.readouterr().out.splitlines()
@@ -163,7 +163,7 @@ def test_start_hides_what_tensorboard_was_told_beyond_the_state(tmp_path):
 
 def test_start_takes_later_progress_lines_from_the_log_and_keeps_other_words(tmp_path):
     reporter = a_run(tmp_path, range(3))
-    reporter.say("warning: something  tick 2  kimg 9")
+    reporter.log("warning: something  tick 2  kimg 9")
     with open(tmp_path / "log.txt", "ab") as file:
         file.write(b"2026-01-01 00:00:00 cut sho")
     Reporter(tmp_path, is_main=True).start(ticks=2, nimg=1000)
@@ -175,9 +175,9 @@ def test_start_takes_later_progress_lines_from_the_log_and_keeps_other_words(tmp
 # ---- Metrics ----
 
 def report_metric(reporter, tick, value=10.0, **more):
-    reporter.metric("pr50k3_full", {"pr50k3_full_precision": value, "pr50k3_full_recall": 0.5}, tick=tick,
-                    nimg=1000 * tick, seconds=65.2, num_gpus=2, snapshot="network-snapshot-000000.safetensors", seed=7,
-                    **more)
+    found = {"results": {"pr50k3_full_precision": value, "pr50k3_full_recall": 0.5}, "total_time": 65.2, "seed": 7}
+    reporter.metric("pr50k3_full", {**found, **more}, tick=tick, nimg=1000 * tick, num_gpus=2,
+                    snapshot="network-snapshot-000000.safetensors")
 
 
 def test_metric_prints_how_many_images_were_compared(tmp_path, capsys):
@@ -331,12 +331,12 @@ def test_surviving_lets_other_errors_through(tmp_path):
         raise KeyError
 
 
-def test_say_outlives_its_reader_and_a_terminal_of_few_letters(tmp_path):
+def test_log_outlives_its_reader_and_a_terminal_of_few_letters(tmp_path):
     code = f"""
 from training.run_report import Reporter
 reporter = Reporter({str(tmp_path)!r}, is_main=True)
 for number in range(3):
-    reporter.say(f"line {{number}} \\u00e9")
+    reporter.log(f"line {{number}} \\u00e9")
     input()
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
