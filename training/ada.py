@@ -4,13 +4,16 @@ ADA paper: Karras et al. 2020, "Training Generative Adversarial Networks with Li
 r_t = E[sign(D(real))]: near 0 the discriminator does not know its training images, near 1 it does. p climbs at a fixed
 pace while r_t is above its target and sinks while it is below.
 
-`training.phases` counts the signs of each pass over reals, `training.step` moves p every few iterations.
+`training.phases` counts the signs of each pass over reals, `training.step` calls `adapt_augmentation` at its end.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from training.config import StepConfig
+from training.state import TrainingState
 
 
 def count_signs(logits: Tensor) -> Tensor:
@@ -31,6 +34,17 @@ def mean_sign(counts: Tensor) -> float:
     if number < 1:
         raise ValueError(f"the sign statistic counts {number:g} outputs of the discriminator; expected at least 1")
     return total / number
+
+
+def adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
+    """Move p every `interval` iterations so that r_t since it last moved comes towards its target."""
+    ada, pipe = config.ada, state.augment_pipe
+    if ada is None or pipe is None or state.iteration % ada.interval:
+        return
+    signs = state.ada_signs.cpu()
+    if signs[1] > 0:  # none where every phase since was skipped
+        pipe.p.fill_(next_p(pipe.p.item(), mean_sign(signs), ada.target, config.batch, ada.interval, ada.kimg))
+    state.ada_signs.zero_()
 
 
 def next_p(p: float, mean_sign: float, target: float, batch: int, interval: int, kimg: float) -> float:

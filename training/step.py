@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.distributed import Processes
-from training.ada import mean_sign, next_p
+from training.ada import adapt_augmentation
 from training.config import StepConfig
 from training.phases import MicroBatch, Phase, PhaseWork, StepInputs, active_phases, cut
 from training.state import TrainingState, ema_beta
@@ -53,7 +53,7 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
     state.iteration += 1
-    _adapt_augmentation(state, config)
+    adapt_augmentation(state, config)
     result.skipped = _name_non_finite(norms, state)  # last, since it waits for the device
     return result
 
@@ -161,14 +161,3 @@ def _update_average(state: TrainingState, beta: float) -> None:
     averaged, current = ([*network.parameters()] for network in (state.G_ema, state.G))
     torch._foreach_lerp_(averaged, current, 1 - beta)
     torch._foreach_copy_([*state.G_ema.buffers()], [*state.G.buffers()])
-
-
-def _adapt_augmentation(state: TrainingState, config: StepConfig) -> None:
-    """Move p so that E[sign(D(x))] since it last moved comes towards its target (ADA paper, section 3)."""
-    ada, pipe = config.ada, state.augment_pipe
-    if ada is None or pipe is None or state.iteration % ada.interval:
-        return
-    signs = state.ada_signs.cpu()
-    if signs[1] > 0:  # none where every phase since was skipped
-        pipe.p.fill_(next_p(pipe.p.item(), mean_sign(signs), ada.target, config.batch, ada.interval, ada.kimg))
-    state.ada_signs.zero_()

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # readers of images are new processes that begin wit
 def on_another_system(tmp_path):
     """Return a function that runs programs where Python has not what POSIX or Linux alone has."""
     (tmp_path / "site").mkdir()
-    shutil.copy(ROOT / "tests" / "other_system.py", tmp_path / "site" / "sitecustomize.py")
+    shutil.copy(ROOT / "tests" / "helpers" / "other_system.py", tmp_path / "site" / "sitecustomize.py")
     (tmp_path / "programs.py").write_text(PROGRAMS)
 
     def run(*lines):
