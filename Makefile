@@ -16,9 +16,9 @@ LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 # (test_compiled_operators, test_kernels, data sets).
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers grid_sample \
 	ops_training loss step state transfer snapshot augment pixels geometry \
-	image_generator generate run_output video projection pivotal_tuning similarity \
+	image_generator generate run_output one_image_video projection pivotal_tuning similarity \
 	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
-	perceptual_path feature_tensors frechet inception_score kernel precision_recall validation
+	perceptual_path feature_tensors frechet inception_score kernel precision_recall loop_validation
 
 .PHONY: help setup demo test test-portable slow soak bench lint clean
 

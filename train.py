@@ -14,7 +14,7 @@ from torch_utils.ops.compiled import make_ready
 from training.command import make_command
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
-from training.run_output import Evaluate
+from training.snapshot_metrics import Evaluate
 
 
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:

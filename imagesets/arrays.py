@@ -59,6 +59,9 @@ _MAX_BATCH_BYTES = 64 << 20  # twice what the archive has
 _DAMAGED_CIFAR = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError)
 
 
+# MedMNIST, and what all kinds share
+
+
 def open_npz(path: Path, split: str) -> Source:
     """Open a MedMNIST file: train_images [N, H, W] or [N, H, W, 3], train_labels [N, 1] or [N, D], and so on.
 
@@ -247,6 +250,9 @@ def _why_unnamed(path: Path, are_classes: bool) -> str:
     return f"{what}: its classes are known by number alone{advice}"
 
 
+# MNIST
+
+
 def open_mnist(path: Path) -> Source:
     """Open MNIST's images, "...-images-idx3-ubyte.gz", with the file of labels beside them.
 
@@ -296,7 +302,7 @@ def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-# CIFAR-10: its pickles are read without importing or calling what they name
+# CIFAR-10, whose pickles are read without importing or calling what they name
 
 
 def open_cifar(path: Path, split: str) -> Source:

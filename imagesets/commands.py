@@ -26,7 +26,7 @@ from imagesets.phantoms.make import (
     parse_classes,
     write_phantoms,
 )
-from imagesets.phantoms.scene import ARTEFACT_RATES
+from imagesets.phantoms.scene import ARTIFACT_RATES
 from imagesets.pixel_formats import MAX_DEPTH, MIN_DEPTH
 from imagesets.pixel_hashes import read_pixel_hashes
 from imagesets.reader import PRESENT, ImageSet
@@ -287,7 +287,7 @@ def _skew_rows(assignment: Assignment, request: SplitRequest) -> Iterator[list[s
 @click.option("--seed", type=int, default=PhantomOptions.seed, show_default=True, metavar="INT",
               help="Equal seeds give equal images.")
 @click.option("--bias", multiple=True, metavar="NAME=P:P:...", help="Probability of an artefact in each class, in the "
-              f"order of --classes; may be repeated. Names: {', '.join(ARTEFACT_RATES)}.")
+              f"order of --classes; may be repeated. Names: {', '.join(ARTIFACT_RATES)}.")
 @click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given.")
 def phantom_command(dest: str, count: int, resolution: str, classes: str, seed: int, bias: tuple[str, ...],
                     workers: int | None) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 from dnnlib.files import atomic_write
 from dnnlib.text import listed, shorten
 from imagesets.classes import class_names, missing_labels
-from imagesets.decode import BEYOND_DEPTH, TOO_SMALL
+from imagesets.decode import TOO_SMALL
 from imagesets.folders import Source
 from imagesets.metadata import image_name
-from imagesets.pixel_formats import Values, depth_remark
+from imagesets.pixel_formats import BEYOND_DEPTH, Values, depth_remark
 from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.resize import PixelSpec
 from imagesets.selection import NOT_DRAWN, REASONS, Labeling, Selection, images_of_rows

@@ -20,7 +20,6 @@ from dnnlib.files import sha256_of
 from dnnlib.progress import Progress
 from dnnlib.workers import ordered_map, usable_cores
 from imagesets.conversion_report import (
-    TOO_SMALL,
     Tally,
     build_report,
     describe_conversion,
@@ -28,8 +27,7 @@ from imagesets.conversion_report import (
     write_report,
 )
 from imagesets.decode import (
-    BEYOND_DEPTH,
-    BadImage,
+    TOO_SMALL,
     Decoded,
     Header,
     decode,
@@ -39,7 +37,7 @@ from imagesets.decode import (
     probe_range,
 )
 from imagesets.folders import Loader, Source, refuse_doubtful_folders
-from imagesets.pixel_formats import MAX_DEPTH, Depth, widen
+from imagesets.pixel_formats import BEYOND_DEPTH, MAX_DEPTH, BadImage, Depth, widen
 from imagesets.resize import RESOLUTIONS, PixelSpec, check_resolution, is_resolution, nearest_resolution
 from imagesets.selection import Labeling, LabelsUnclear, Selection, select
 from imagesets.sources import open_sources

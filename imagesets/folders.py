@@ -22,8 +22,8 @@ from dnnlib.cli import UserError
 from dnnlib.files import retrying
 from dnnlib.text import listed
 from imagesets.classes import numbers_of, order_classes
-from imagesets.decode import BadImage
 from imagesets.metadata import METADATA, NUMBERED_NAME
+from imagesets.pixel_formats import BadImage
 from imagesets.reader import ImageSet, MisplacedMetadata, excess_of
 
 _TABLES = (".csv", ".tsv", ".xlsx")

@@ -27,7 +27,7 @@ from generation.image_generator import ImageGenerator, SynthesisSettings, choose
 from generation.network import Classes, Label, OpenNetwork
 from generation.pictures import as_png
 from imagesets.classes import VECTOR
-from imagesets.decode import BadImage
+from imagesets.pixel_formats import BadImage
 from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
 from imagesets.resize import PixelSpec

@@ -25,8 +25,8 @@ from dnnlib.files import retrying, unpack_advice
 from dnnlib.progress import Progress
 from generation.network import Classes, Label
 from imagesets.classes import NO_LABEL, VECTOR, class_name, known_classes, missing_labels, no_labels
-from imagesets.decode import BEYOND_DEPTH, BadImage, Decoded, decode, may_need_range, probe, probe_range
-from imagesets.pixel_formats import Depth, depth_remark, widen
+from imagesets.decode import Decoded, decode, may_need_range, probe, probe_range
+from imagesets.pixel_formats import BEYOND_DEPTH, BadImage, Depth, depth_remark, widen
 from imagesets.reader import ImageSet, excess_of
 from imagesets.resize import TRANSFORMS, PixelSpec
 

@@ -206,32 +206,6 @@ class GeneratedImages:
         return to_rgb(to_pixels(self.G.synthesis(ws, noise_mode="random", force_fp32=fp32, generator=noise)))
 
 
-class FakeLabels:
-    """Labels of fakes, each drawn from a table by the number of the fake.
-
-    table:  float32 [rows, c_dim]; c_dim 0 for networks without labels
-    """
-
-    def __init__(self, table: Tensor):
-        self.table = table
-
-    @classmethod
-    def of_class(cls, index: int, c_dim: int) -> "FakeLabels":
-        return cls(torch.eye(c_dim)[[index]])
-
-    @classmethod
-    def of_counts(cls, counts: list[int]) -> "FakeLabels":
-        """Draw classes as often as they were counted."""
-        classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        return cls(torch.eye(len(counts))[classes])
-
-    def draw(self, rows: range, seed: int) -> Tensor:
-        """Return labels [n, c_dim]."""
-        chosen = [torch.randint(len(self.table), (), generator=generator_for(seed_for(seed, row, 0, "metrics/label")))
-                  for row in rows]
-        return self.table[torch.stack(chosen)]
-
-
 class RealSubset(NamedTuple):
     """Which reals a metric takes."""
 

@@ -138,6 +138,16 @@ def test_every_basename_occurs_once():
     assert [name for name, count in counts.items() if count > 1 and name not in MAY_OCCUR_TWICE] == []
 
 
+def test_a_file_defines_each_function_and_class_once():
+    found = []
+    for path in PRODUCTION:
+        for body in [parse(path).body, *(node.body for node in parse(path).body if isinstance(node, ast.ClassDef))]:
+            counts = Counter(node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                             and not node.decorator_list)
+            found += [f"{path.relative_to(ROOT)}: {name}" for name, count in counts.items() if count > 1]
+    assert found == []
+
+
 def test_a_script_and_a_package_never_share_a_name():
     assert not {path.stem for path in SCRIPTS} & set(ALLOWED)
 

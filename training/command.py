@@ -301,7 +301,7 @@ def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: 
 def check_resume_weights(config: TrainConfig, dataset: ImageDataset) -> Transferred | None:
     """Raise UserError unless the file of --resume can be read and suits this run; return what it gives.
 
-    Frozen layers have to come from a network; the original freezes random ones too, and so does `presets.resolve`.
+    Frozen layers have to come from a network; the original freezes random ones too, and so does `options.resolve`.
     """
     frozen = config.discriminator.freeze_layers
     if config.resume is None and frozen:

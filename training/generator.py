@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from imagesets.resize import RESOLUTIONS, is_resolution
-from torch_utils.ops.bias_act import activation_named, bias_act
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import activation_named
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.layers import (
     DEFAULT_FILTER,

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torch_utils.ops.bias_act import activation_named, bias_act
+from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.bias_act_ref import activation_named
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import Flag, UserPath, join_values
-from dnnlib.typed_config import Config
+from dnnlib.typed_config import Config, ConfigError
 from torch_utils.device import PRECISION_NAMES, TUNE_MALLOC_HELP
 from training.augmentations.draws import AUGMENT_GROUPS
 from training.config import (
@@ -19,7 +19,6 @@ from training.config import (
     AdaConfig,
     AdamConfig,
     AugmentConfig,
-    ConfigError,
     DatasetConfig,
     DatasetFacts,
     DiscriminatorConfig,
@@ -54,7 +53,7 @@ DEFAULTS = {
     "tick": 4, "snap": 50, "state_minutes": 10, "metrics": ("fid50k_full",), "workers": TrainConfig.num_workers,
     "nobench": not TrainConfig.cudnn_benchmark, "allow_tf32": TrainConfig.allow_tf32,
     "device": "auto", "precision": "auto", "balance": RunSettings.balance, "tune_malloc": RunSettings.tune_malloc,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)

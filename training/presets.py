@@ -10,9 +10,10 @@ micro-batches. The minibatch standard deviation wants at most one group of image
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from dnnlib.typed_config import ConfigError
 from imagesets.resize import is_power_of_two
 from training.augmentations.draws import AUGMENT_GROUPS
-from training.config import AdaConfig, ConfigError, DiscriminatorConfig, GeneratorConfig, LossConfig
+from training.config import AdaConfig, DiscriminatorConfig, GeneratorConfig, LossConfig
 from training.layers import keeps_groups
 
 

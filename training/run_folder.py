@@ -20,9 +20,10 @@ from dnnlib.cli import UserError
 from dnnlib.files import remove_abandoned
 from dnnlib.process_lock import LockHeld, LockLost, ProcessLock
 from dnnlib.text import listed
+from dnnlib.typed_config import ConfigError
 from imagesets.classes import class_order
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.run_record import (
     RECORD_NAME,
     RunRecord,

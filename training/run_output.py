@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dnnlib.cli import StopRequest
 from dnnlib.files import DiskFailure, sha256_of
+from dnnlib.typed_config import ConfigError
 from imagesets.classes import CLASS, VECTOR, class_name, missing_labels
 from imagesets.reader import describe_shape
 from torch_utils.checkpoint import CheckpointPair
@@ -28,7 +29,7 @@ from torch_utils.images import save_grid, to_pixels
 from torch_utils.ops.compiled import auto_implementation
 from torch_utils.ops.compiled import describe as describe_operators
 from torch_utils.seeding import generator_for, seed_for
-from training.config import ConfigError, RunSettings, TrainConfig
+from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.run_folder import RunFolder, list_snapshots
 from training.run_record import read_record
@@ -321,10 +322,6 @@ class SampleGrid:
     labels: Tensor  # float32 [cells, c_dim], of reals and fakes
     z: Tensor  # float32 [cells, Z]
     row_names: tuple[str, ...] | None  # the class of each row, or None
-
-    @property
-    def num_cells(self) -> int:
-        return self.columns * self.rows
 
 
 def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen) -> SampleGrid:

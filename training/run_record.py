@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write, retrying, sha256_of
+from dnnlib.typed_config import ConfigError
 from torch_utils.device import find_versions
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.presets import largest_pass
 
 RECORD_NAME = "training_options.json"

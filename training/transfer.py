@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed
+from dnnlib.typed_config import ConfigError
 from imagesets.classes import VECTOR, class_order, label_kind_of, named_classes
 from imagesets.reader import describe_shape
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.dataset import ImageDataset, history_of
 from training.discriminator import Discriminator
 from training.generator import Generator

@@ -24,7 +24,7 @@ from dnnlib.workers import ordered_map, usable_cores
 from imagesets.classes import class_counts
 from imagesets.phantoms.fields import stream
 from imagesets.phantoms.paint import render
-from imagesets.phantoms.scene import ARTEFACT_RATES, attributes, check_looks_differ, draw_scene, look_of
+from imagesets.phantoms.scene import ARTIFACT_RATES, attributes, check_looks_differ, draw_scene, look_of
 from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import channels_first
 from imagesets.resize import MIN_RESOLUTION, is_power_of_two, nearest_resolution
@@ -48,7 +48,7 @@ class PhantomOptions:
     """Fields are named as the options of the command.
 
     classes: {name: share of the images}, which add up to 1; the order numbers the labels
-    bias:    {artefact: its probability in each class, in their order}; one not named is as frequent in all classes
+    bias:    {artifact: its probability in each class, in their order}; one not named is as frequent in all classes
 
     Raises UserError for values that do not fit.
     """
@@ -70,17 +70,17 @@ class PhantomOptions:
             _check_bias(name, probabilities, len(self.classes))
 
     def rates(self, label: int) -> dict[str, float]:
-        """Return the probability of each artefact in a class."""
-        return {name: self.bias[name][label] if name in self.bias else rate for name, rate in ARTEFACT_RATES.items()}
+        """Return the probability of each artifact in a class."""
+        return {name: self.bias[name][label] if name in self.bias else rate for name, rate in ARTIFACT_RATES.items()}
 
 
 def render_phantom(seed: int, index: int, *, class_name: str = "benign", resolution: int = 64,
                    lesion_number: int | None = None,
-                   rates: Mapping[str, float] = ARTEFACT_RATES) -> tuple[np.ndarray, dict[str, str | int | float]]:
+                   rates: Mapping[str, float] = ARTIFACT_RATES) -> tuple[np.ndarray, dict[str, str | int | float]]:
     """Return pixels, uint8 [resolution, resolution, 3], and the attributes of the image by name.
 
     lesion_number: images of one seed, class and lesion show the same lesion; None for the one `index` has in a set
-    rates:         probability of each artefact
+    rates:         probability of each artifact
     """
     if lesion_number is None:
         lesion_number = int(lesion_numbers(seed, index + 1)[index])
@@ -269,8 +269,8 @@ def _check_classes(classes: Mapping[str, float]) -> None:
 
 
 def _check_bias(name: str, probabilities: Sequence[float], num_classes: int) -> None:
-    if name not in ARTEFACT_RATES:
-        known = list(ARTEFACT_RATES)
+    if name not in ARTIFACT_RATES:
+        known = list(ARTIFACT_RATES)
         raise UserError(f"--bias names {name}{suggestion(name, known)}; expected one of {listed(known)}")
     if len(probabilities) != num_classes:
         raise UserError(f"--bias gives {name} {len(probabilities)} probabilities; expected {num_classes}, one for each "

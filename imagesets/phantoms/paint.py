@@ -67,7 +67,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
     canvas = Canvas(factor * resolution)
     rgb = _skin(canvas, scene)
     _paint_lesion(rgb, canvas, scene)
-    _paint_artefacts(rgb, canvas, scene)
+    _paint_artifacts(rgb, canvas, scene)
     pixels = _shrink(np.clip(rgb, 0, 1), factor) * np.float32(255)
     return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(1, 2, 0))
 
@@ -284,14 +284,14 @@ _PAINT_STRUCTURE = {"cysts": _paint_cysts, "vessels": _paint_vessels, "lacunae":
 # Between skin and camera
 
 
-def _paint_artefacts(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
+def _paint_artifacts(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
     """Paint in place on rgb [3, H, W] float32, from the skin up to the camera; values may leave [0, 1]."""
     view = scene.view
     for name, purpose, paint in _LAYERS:
-        if name in view.artefacts:
+        if name in view.artifacts:
             paint(rgb, canvas, view, stream(scene.seed, purpose, scene.index))
     _light(rgb, canvas, view)
-    if "frame" in view.artefacts:
+    if "frame" in view.artifacts:
         _paint_frame(rgb, canvas, view, stream(scene.seed, _FRAME, scene.index))
 
 

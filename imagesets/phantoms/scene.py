@@ -20,10 +20,10 @@ from imagesets.phantoms.fields import stream
 
 STRUCTURES = ("none", "cysts", "vessels", "lacunae", "scar", "scales")
 NUM_SKIN_TONES = 6
-# artefact -> how often it is seen
-ARTEFACT_RATES: Mapping[str, float] = MappingProxyType({
+# artifact -> how often it is seen
+ARTIFACT_RATES: Mapping[str, float] = MappingProxyType({
     "hair": 0.35, "ruler": 0.15, "vignette": 0.45, "frame": 0.12, "ink": 0.06, "bubbles": 0.20})
-_LESION, _COLORS, _VIEW, _ARTEFACTS = range(4)  # purposes of random streams; paint.py numbers its own from 10
+_LESION, _COLORS, _VIEW, _ARTIFACTS = range(4)  # purposes of random streams; paint.py numbers its own from 10
 _NORMAL = NormalDist()
 _NUM_DRAWS = 16  # uniform numbers a stream gives out; more than are used, so that a new attribute moves no other
 
@@ -176,7 +176,7 @@ class Lesion:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One photograph: camera, light and artefacts."""
+    """One photograph: camera, light and artifacts."""
 
     field_mm: float  # width of the image
     center: tuple[float, float]  # of the lesion, in image widths from the middle
@@ -187,7 +187,7 @@ class View:
     light_angle: float
     vignette_strength: float
     num_hairs: int
-    artefacts: frozenset[str]
+    artifacts: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class Scene:
 def draw_scene(*, seed: int, lesion_number: int, index: int, look: Look, rates: Mapping[str, float]) -> Scene:
     """Draw a scene.
 
-    rates: probability of each artefact
+    rates: probability of each artifact
     """
     return Scene(seed=seed, lesion_number=lesion_number, index=index, lesion=_draw_lesion(seed, lesion_number, look),
                  view=_draw_view(seed, index, rates))
@@ -231,7 +231,7 @@ def attributes(scene: Scene) -> dict[str, str | int | float]:
         "rotation_deg": round(math.degrees(view.rotation), 1),
         "brightness": round(view.brightness, 3),
         "num_hairs": view.num_hairs,
-        **{name: int(name in view.artefacts) for name in ARTEFACT_RATES},
+        **{name: int(name in view.artifacts) for name in ARTIFACT_RATES},
     }
 
 
@@ -264,10 +264,10 @@ def _draw_colors(seed: int, number: int, look: Look) -> tuple[str, ...]:
 
 
 def _draw_view(seed: int, index: int, rates: Mapping[str, float]) -> View:
-    draws = _draws(seed, _ARTEFACTS, index)
-    shown = frozenset(name for name in ARTEFACT_RATES if next(draws) < rates[name])
+    draws = _draws(seed, _ARTIFACTS, index)
+    shown = frozenset(name for name in ARTIFACT_RATES if next(draws) < rates[name])
     draws = _draws(seed, _VIEW, index)
-    # Drawn also where nothing shows of them: an artefact then changes nothing but itself.
+    # Drawn also where nothing shows of them: an artifact then changes nothing but itself.
     hairs, shade = next(draws), next(draws)
     return View(
         field_mm=10.5 + 5.5 * next(draws),
@@ -279,7 +279,7 @@ def _draw_view(seed: int, index: int, rates: Mapping[str, float]) -> View:
         light_angle=math.tau * next(draws),
         num_hairs=round(2 + 20 * hairs ** 2) if "hair" in shown else 0,
         vignette_strength=0.25 + 0.3 * shade if "vignette" in shown else 0.0,
-        artefacts=shown,
+        artifacts=shown,
     )
 
 

@@ -27,7 +27,8 @@ from tests.bench.bench_ops import commit, measure
 from torch_utils.device import tune_malloc
 from torch_utils.images import to_pixels
 from torch_utils.ops.compiled import describe, make_ready
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts
+from training.options import TrainOptions, resolve
 from training.state import TrainingState
 
 FORMS = {"per_image": True, "shared": False}

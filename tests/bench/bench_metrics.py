@@ -22,7 +22,7 @@ from metrics.kernel import kernel_distance
 from metrics.precision_recall import precision_recall
 from tests.bench.bench_ops import commit, measure
 
-SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
+SUBSETS, SUBSET_SIZE, NEIGHBORS = 100, 1000, 3
 
 
 def features(count: int, num_features: int, seed: int) -> Tensor:
@@ -64,11 +64,11 @@ def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[
     real, fake = features(count, num_features, 1), features(count, num_features, 2)
 
     def theirs():
-        found = prc_features_to_metric(fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=2048, save_cpu_ram=True,
+        found = prc_features_to_metric(fake, real, prc_neighborhood=NEIGHBORS, prc_batch_size=2048, save_cpu_ram=True,
                                        verbose=False)
         return [found["precision"], found["recall"]]
 
-    return {"ours": lambda: list(precision_recall(real, fake, NEIGHBOURS)), "torch-fidelity": theirs}
+    return {"ours": lambda: list(precision_recall(real, fake, NEIGHBORS)), "torch-fidelity": theirs}
 
 
 def compare(name: str, works: dict[str, Callable[[], object]], repeats: int) -> list[dict]:

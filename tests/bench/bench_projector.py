@@ -25,7 +25,8 @@ import torch
 
 from imagesets.writer import ImageSetWriter, encode_png
 from tests.bench.bench_ops import commit
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts
+from training.options import TrainOptions, resolve
 from training.snapshot import Networks, save_network
 from training.state import TrainingState
 

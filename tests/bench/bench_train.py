@@ -34,8 +34,8 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from tests.bench.bench_ops import commit
 from torch_utils.device import tune_malloc
 from torch_utils.ops.compiled import auto_means, describe, make_ready
-from training.config import TrainConfig
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts, TrainConfig
+from training.options import TrainOptions, resolve
 from training.phases import StepInputs, active_phases, draw_phases
 from training.sampling import LabelDistribution
 from training.state import TrainingState

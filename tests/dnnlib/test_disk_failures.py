@@ -28,7 +28,8 @@ from tests.helpers.generator_files import lively_generator, save_generator
 from tests.helpers.make_archives import make_cifar, make_idx, noise
 from tests.helpers.make_sets import make_set, pixels_of, png
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint, read_checkpoint, write_checkpoint
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts
+from training.options import TrainOptions, resolve
 from training.run_folder import choose_run
 from training.run_record import read_record
 

@@ -109,7 +109,7 @@ def test_training_on_classes_gives_no_warning_and_its_network_says_the_kind(tmp_
     assert "2 classes" in log
 
 
-def test_grey_images_are_arrays_that_may_be_written(tmp_path):
+def test_gray_images_are_arrays_that_may_be_written(tmp_path):
     dataset = ImageDataset(make_set(tmp_path / "set.zip", channels=1))
     assert dataset[0][0].flags.writeable
     assert np.array_equal(dataset[0][0][0], pixels_of(0, channels=1))

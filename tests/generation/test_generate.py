@@ -13,12 +13,13 @@ from dnnlib.cli import UserError, run
 from dnnlib.files import sha256_of
 from generation.image_generator import ImageGenerator, SynthesisSettings
 from generation.network import open_network, require_same
-from generation.pictures import MOST_PIXELS, Sheet, choose_layers, mix
+from generation.pictures import Sheet, choose_layers, mix
 from imagesets.reader import ImageSet
 from tests.helpers.generator_files import is_alike, pixels_in, save_generator
 from tests.helpers.make_sets import make_set
 from tests.helpers.tiny_networks import generator
 from torch_utils.distributed import Processes
+from torch_utils.images import MOST_PIXELS
 from torch_utils.ops import compiled
 from training.snapshot import Networks, load_network, save_network
 
@@ -29,7 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with networks of two named classes, of no classes, and one for grey images."""
+    """A folder to work in, with networks of two named classes, of no classes, and one for gray images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -136,7 +137,7 @@ def test_images_replace_earlier_ones_and_leave_other_files(inside, capsys):
     assert sorted(os.listdir("out")) == ["notes.txt", "seed0001.png"]
 
 
-def test_grey_network_writes_grey_files(inside, capsys):
+def test_gray_network_writes_gray_files(inside, capsys):
     make(capsys, "--seeds=1", "--outdir=out", "--grid", network="grey.safetensors")
     expected = images_of([1], network="grey.safetensors")[0, :, :, 0]
     assert np.array_equal(pixels_in("out/seed0001.png"), expected)

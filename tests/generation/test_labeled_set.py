@@ -88,12 +88,12 @@ def test_set_holds_what_was_drawn_and_says_where_it_is_from(network, tmp_path):
     assert os.listdir(tmp_path) == ["set.zip"]
 
 
-def test_set_of_an_unconditional_grey_network_has_no_labels(tmp_path):
-    grey = open_network(save_generator(tmp_path / "net.safetensors", c_dim=0, img_channels=1), "cpu")
-    found = ImageSet(write(tmp_path / "set.zip", grey, SetContents(first_seed=0, count=3, counts=None, piece=2)))
+def test_set_of_an_unconditional_gray_network_has_no_labels(tmp_path):
+    gray = open_network(save_generator(tmp_path / "net.safetensors", c_dim=0, img_channels=1), "cpu")
+    found = ImageSet(write(tmp_path / "set.zip", gray, SetContents(first_seed=0, count=3, counts=None, piece=2)))
     assert (len(found), found.labels, found.classes, found.source["classes"]) == (3, None, None, None)
     assert "phantom" not in found.source
-    assert found.read(found.names[0])[25] == 0  # the colour type of a PNG: grey
+    assert found.read(found.names[0])[25] == 0  # the color type of a PNG: gray
 
 
 def test_set_does_not_depend_on_interruptions(network, tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_16_bit(values: np.ndarray) -> bytes:
-    """Return a 16-bit PNG, which Pillow cannot write in colour: values [H, W, C], C = 1 L, 2 LA, 3 RGB, 4 RGBA."""
+    """Return a 16-bit PNG, which Pillow cannot write in color: values [H, W, C], C = 1 L, 2 LA, 3 RGB, 4 RGBA."""
     height, width, channels = values.shape
     rows = values.astype(">u2").reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)

@@ -16,7 +16,7 @@ HOST_GPU = Path(__file__).parent.parent / "host_gpu"
 OPS = ("upfirdn2d", "bias_act")
 SCALARS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of Scalar in calls.h
 
-# Optimised, sanitized kernels take minutes to compile.
+# Optimized, sanitized kernels take minutes to compile.
 PLAIN = ("-O0",)
 SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")  # each finding ends the program
 THREADS = ("-O0", "-g1", "-fsanitize=thread")

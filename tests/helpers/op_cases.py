@@ -1,6 +1,6 @@
 """Small cases of every op: one table for comparisons, numerical derivative checks and precision bounds.
 
-A new behaviour is a new row; a new implementation is a new entry in the lists below.
+A new behavior is a new row; a new implementation is a new entry in the lists below.
 """
 
 import math

@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from dnnlib.typed_config import ConfigError
 from imagesets.resize import PixelSpec, crop_and_resize, crop_box
 from tests.helpers.generator_files import rounded_share
 from torch_utils.ops import upfirdn2d as upfirdn2d_module
@@ -23,14 +24,14 @@ from torch_utils.ops.bias_act_ref import ACTIVATIONS
 from training import loss as losses
 from training.ada import next_p
 from training.augment import AugmentPipe
-from training.config import AdamConfig, EmaConfig, LossConfig, StepConfig
+from training.config import AdamConfig, DatasetFacts, EmaConfig, LossConfig, StepConfig
 from training.dataset import choose_subset
 from training.discriminator import Discriminator
 from training.dry_run import describe
 from training.generator import Generator
 from training.layers import modulated_conv2d
 from training.nvidia_pickle import read_nvidia_pickle
-from training.options import ConfigError, DatasetFacts, TrainOptions, resolve
+from training.options import TrainOptions, resolve
 from training.phases import PHASES, PhaseInputs, StepInputs
 from training.snapshot import load_network
 from training.state import TrainingState, ema_beta, lazy_adam

@@ -30,7 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @contextmanager
 def working_in(folder, monkeypatch):
-    """Work in a folder, with networks of two named classes, of no classes, and one for grey images."""
+    """Work in a folder, with networks of two named classes, of no classes, and one for gray images."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Progress, "advance", lambda self, count=1: None)  # a slow machine says more than a fast one

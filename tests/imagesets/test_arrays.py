@@ -57,7 +57,7 @@ def test_npz_without_a_split_is_the_training_part_and_all_is_all(tmp_path):
     assert np.array_equal(load_all(source), expected)
 
 
-def test_npz_grey_and_multi_label_gives_vectors(tmp_path):
+def test_npz_gray_and_multi_label_gives_vectors(tmp_path):
     labels = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])
     make_npz(tmp_path / "set.npz", train_images=noise(0, 4, 6, 8), train_labels=labels)
     source = open_source(tmp_path / "set.npz")

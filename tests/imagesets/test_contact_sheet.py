@@ -76,18 +76,18 @@ def test_write_sheets_many_images_shows_a_hundred_groups(tmp_path):
     assert all((cell(sheet, place, 10)[::8, ::8] == pixels_of(index, 8)).all() for place, index in enumerate(shown))
 
 
-def test_write_sheets_large_and_grey_and_oblong_images_fit_their_cells(tmp_path):
+def test_write_sheets_large_and_gray_and_oblong_images_fit_their_cells(tmp_path):
     with ImageSetWriter(tmp_path / "set.zip") as writer:
         writer.add(png(np.full((300, 600, 3), (200, 0, 0))))
         writer.add(png(np.full((40, 20), 100)))
         writer.add(png(np.full((32, 32, 3), (0, 0, 200))))
     (file,) = sheets_of(tmp_path / "set.zip", tmp_path / "sheets")
     sheet = PIL.Image.open(file)
-    oblong, grey = cell(sheet, 0, 2, 128), cell(sheet, 1, 2, 128)
+    oblong, gray = cell(sheet, 0, 2, 128), cell(sheet, 1, 2, 128)
     assert (oblong[32:96] == (200, 0, 0)).all()
     assert (oblong[:31] == 255).all()
-    assert (grey[44:84, 54:74] == 100).all()
-    assert (grey[:, :53] == 255).all()
+    assert (gray[44:84, 54:74] == 100).all()
+    assert (gray[:, :53] == 255).all()
 
 
 def test_write_sheets_unlabelled_have_their_own_and_unusable_are_left_out(tmp_path):

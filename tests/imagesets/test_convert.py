@@ -243,18 +243,18 @@ def test_a_table_without_a_row_for_any_image_raises(folder, tmp_path):
         run(folder, tmp_path / "set.zip", labels=str(tmp_path / "truth.csv"), id_column="id", label_column="kind")
 
 
-def test_grey_images_stay_grey_only_among_themselves(tmp_path):
-    grey = {f"{name}.png": image(seed, channels=1) for seed, name in enumerate("abc")}
-    run(make_folder(tmp_path / "grey", grey), tmp_path / "grey.zip")
+def test_gray_images_stay_gray_only_among_themselves(tmp_path):
+    gray = {f"{name}.png": image(seed, channels=1) for seed, name in enumerate("abc")}
+    run(make_folder(tmp_path / "grey", gray), tmp_path / "grey.zip")
     result = ImageSet(tmp_path / "grey.zip")
     assert np.array_equal(pixels(result, result.names[1]), noise(1, 8, 8))
-    summary = run(make_folder(tmp_path / "mixed", grey | {"d.png": image(4)}), tmp_path / "mixed.zip")
+    summary = run(make_folder(tmp_path / "mixed", gray | {"d.png": image(4)}), tmp_path / "mixed.zip")
     result = ImageSet(tmp_path / "mixed.zip")
     assert np.array_equal(pixels(result, result.names[1]), np.repeat(noise(1, 8, 8)[:, :, None], 3, axis=2))
     assert counts(summary.report["converted"]) == {"grey to RGB": 3}
 
 
-def test_dropped_images_do_not_decide_on_colour(tmp_path):
+def test_dropped_images_do_not_decide_on_color(tmp_path):
     files = {f"x/{name}.png": image(seed, channels=1) for seed, name in enumerate("abc")} | {"y/d.png": image(4)}
     run(make_folder(tmp_path / "in", files), tmp_path / "set.zip", classes="x")
     result = ImageSet(tmp_path / "set.zip")

@@ -16,14 +16,14 @@ import pytest
 from imagesets.decode import (
     MAX_PIXELS,
     REASONS,
-    BadImage,
-    PixelSpec,
     decode,
     decode_array,
     pillow_silenced,
     probe,
     stderr_silenced,
 )
+from imagesets.pixel_formats import BadImage
+from imagesets.resize import PixelSpec
 from tests.helpers.image_files import encode, lesion_like, png_16_bit, png_chunk, read_png
 
 LESION = lesion_like(60, 45)
@@ -111,7 +111,7 @@ def test_decode_two_pictures_of_a_phone_take_the_first_and_may_be_reduced():
 
 @pytest.mark.parametrize("image_format", ["GIF", "TIFF", "WEBP", "PNG"])
 def test_decode_several_frames_takes_the_first(image_format):
-    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames = [PIL.Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     options = {"lossless": True} if image_format == "WEBP" else {}
     found = decode(encode(frames[0], image_format, save_all=True, append_images=frames[1:], **options), spec_with())
     assert read_png(found.png)[4, 4].tolist() == [255, 0, 0]
@@ -141,17 +141,17 @@ def test_decode_16_bit_png_is_scaled(channels, values, expected):
     assert "16-bit scaled" in found.notes
 
 
-def test_decode_grey_and_colour_meet_the_wanted_channels():
-    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    as_rgb = decode(encode(grey), spec_with())
-    np.testing.assert_array_equal(read_png(as_rgb.png), np.repeat(grey[..., None], 3, axis=2))
+def test_decode_gray_and_color_meet_the_wanted_channels():
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    as_rgb = decode(encode(gray), spec_with())
+    np.testing.assert_array_equal(read_png(as_rgb.png), np.repeat(gray[..., None], 3, axis=2))
     assert (as_rgb.notes, as_rgb.source_mode) == (("grey to RGB",), "L")
-    as_grey = decode(encode(grey), spec_with(channels=1))
-    np.testing.assert_array_equal(read_png(as_grey.png), grey)
-    assert as_grey.notes == ()
-    colour = decode(encode(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)), spec_with(channels=1))
-    assert read_png(colour.png).tolist() == [[76, 150]]  # ITU-R 601: 0.299 and 0.587
-    assert colour.notes == ("RGB to grey",)
+    as_gray = decode(encode(gray), spec_with(channels=1))
+    np.testing.assert_array_equal(read_png(as_gray.png), gray)
+    assert as_gray.notes == ()
+    color = decode(encode(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)), spec_with(channels=1))
+    assert read_png(color.png).tolist() == [[76, 150]]  # ITU-R 601: 0.299 and 0.587
+    assert color.notes == ("RGB to grey",)
 
 
 def test_decode_notes_are_sorted_and_complete():
@@ -161,13 +161,13 @@ def test_decode_notes_are_sorted_and_complete():
                                                                 "rotated by EXIF", "upscaled")
 
 
-def test_decode_colour_profile_is_applied():
+def test_decode_color_profile_is_applied():
     from tests.imagesets.test_pixel_formats import SRGB, matrix_profile
-    grey = np.full((4, 4, 3), 128, np.uint8)
-    found = decode(encode(grey, icc_profile=matrix_profile(1.0)), spec_with())
+    gray = np.full((4, 4, 3), 128, np.uint8)
+    found = decode(encode(gray, icc_profile=matrix_profile(1.0)), spec_with())
     assert np.abs(read_png(found.png).astype(int) - 188).max() <= 1  # linear 0.502 is 188 in sRGB
     assert found.notes == ("colour profile to sRGB",)
-    same = decode(encode(grey, icc_profile=SRGB), spec_with())
+    same = decode(encode(gray, icc_profile=SRGB), spec_with())
     assert (read_png(same.png) == 128).all()
     assert same.notes == ()
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dnnlib.cli import UserError
-from imagesets.decode import BadImage
 from imagesets.folders import labels_of_folders, parts_among, refuse_doubtful_folders
+from imagesets.pixel_formats import BadImage
 from imagesets.reader import ImageSet
 from imagesets.sources import open_source
 from tests.helpers.make_archives import encode, make_folder, make_zip, noise

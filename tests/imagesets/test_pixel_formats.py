@@ -14,8 +14,8 @@ from dnnlib.cli import UserError, run
 from dnnlib.progress import Progress
 from imagesets.commands import inspect_command
 from imagesets.convert import convert
-from imagesets.decode import BadImage, decode, decode_array, probe
-from imagesets.pixel_formats import Depth, Values, cmyk_to_srgb, depth_remark, flatten, is_gray, to_srgb
+from imagesets.decode import decode, decode_array, probe
+from imagesets.pixel_formats import BadImage, Depth, Values, cmyk_to_srgb, depth_remark, flatten, is_gray, to_srgb
 from imagesets.reader import ImageSet
 from imagesets.resize import PixelSpec
 from tests.helpers.image_files import encode, png_16_bit, read_png
@@ -398,7 +398,7 @@ def test_flatten_rgba_goes_on_white():
     assert notes == {"alpha on white"}
 
 
-def test_flatten_la_goes_on_white_and_stays_grey():
+def test_flatten_la_goes_on_white_and_stays_gray():
     image = PIL.Image.merge("LA", [PIL.Image.fromarray(np.array([[0, 0, 100]], np.uint8)),
                                    PIL.Image.fromarray(np.array([[0, 255, 128]], np.uint8))])
     image = opened(encode(image))
@@ -408,7 +408,7 @@ def test_flatten_la_goes_on_white_and_stays_grey():
 
 
 def test_flatten_premultiplied_alpha_is_divided_first():
-    image = PIL.Image.frombytes("RGBa", (1, 1), bytes([50, 25, 0, 128]))  # colour 100, 50, 0 at half strength
+    image = PIL.Image.frombytes("RGBa", (1, 1), bytes([50, 25, 0, 128]))  # color 100, 50, 0 at half strength
     pixels, _ = flat(image, gray=False)
     assert np.abs(pixels[0, 0].astype(int) - [on_white(100, 128), on_white(50, 128), on_white(0, 128)]).max() <= 1
 
@@ -431,7 +431,7 @@ def palette_image(palette=PALETTE):
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "GIF", "BMP", "TIFF"])
-def test_flatten_palette_gives_its_colours(image_format):
+def test_flatten_palette_gives_its_colors(image_format):
     image = opened(encode(palette_image(), image_format))
     assert (image.mode, is_gray(image)) == ("P", False)
     pixels, notes = flat(image, gray=False)
@@ -439,20 +439,20 @@ def test_flatten_palette_gives_its_colours(image_format):
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])])
-def test_flatten_palette_transparent_colour_goes_on_white(transparency):
+def test_flatten_palette_transparent_color_goes_on_white(transparency):
     pixels, notes = flat(opened(encode(palette_image(), transparency=transparency)), gray=False)
     assert pixels.tolist() == [[[200, 10, 30], [255, 255, 255], [90, 90, 90]]]
     assert notes == {"palette", "alpha on white"}
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_flatten_palette_of_greys_is_gray(image_format):
+def test_flatten_palette_of_grays_is_gray(image_format):
     image = opened(encode(palette_image([7, 7, 7, 0, 0, 0, 255, 255, 255]), image_format))
     assert (image.mode, is_gray(image)) == ("P", True)
     assert flat(image, gray=True)[0].tolist() == [[7, 0, 255]]
 
 
-def test_flatten_rgb_with_one_transparent_colour_goes_on_white():
+def test_flatten_rgb_with_one_transparent_color_goes_on_white():
     pixels = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
     found, notes = flat(opened(encode(pixels, transparency=(1, 2, 3))), gray=False)
     assert (found.tolist(), notes) == ([[[255, 255, 255], [4, 5, 6]]], {"alpha on white"})
@@ -469,14 +469,14 @@ def test_flatten_one_bit_is_black_and_white():
                                            ((255, 0, 0, 0), (0, 255, 255)), ((0, 128, 255, 0), (255, 127, 0)),
                                            ((0, 51, 102, 51), (204, 163, 122))])
 @pytest.mark.parametrize("image_format", ["JPEG", "TIFF"])
-def test_flatten_cmyk_known_colours(cmyk, rgb, image_format):
+def test_flatten_cmyk_known_colors(cmyk, rgb, image_format):
     image = opened(encode(PIL.Image.new("CMYK", (16, 16), cmyk), image_format, quality=100))
     pixels, notes = flat(image, gray=False)
     assert np.abs(pixels.astype(int) - rgb).max() <= 1  # JPEG's own rounding
     assert notes == {"CMYK"}
 
 
-def test_flatten_ycck_jpeg_turns_colours_round_once():
+def test_flatten_ycck_jpeg_turns_colors_round_once():
     data = bytearray(encode(PIL.Image.new("CMYK", (16, 16), (105, 155, 115, 51)), "JPEG", quality=100))
     marker = data.index(b"Adobe\0")
     assert data[marker + 11] == 0
@@ -487,11 +487,11 @@ def test_flatten_ycck_jpeg_turns_colours_round_once():
     assert np.abs(pixels - (255 - inks) * (255 - 51) / 255).max() <= 2
 
 
-@pytest.mark.parametrize(("mode", "colour", "rgb", "tolerance"), [
+@pytest.mark.parametrize(("mode", "color", "rgb", "tolerance"), [
     ("HSV", (0, 255, 255), (255, 0, 0), 0), ("YCbCr", (76, 85, 255), (254, 0, 0), 1),
     ("LAB", (255, 128, 128), (255, 255, 255), 2), ("LAB", (0, 128, 128), (0, 0, 0), 2)])
-def test_flatten_other_colour_spaces_known_colours(mode, colour, rgb, tolerance):
-    pixels, notes = flat(PIL.Image.new(mode, (2, 2), colour), gray=False)
+def test_flatten_other_color_spaces_known_colors(mode, color, rgb, tolerance):
+    pixels, notes = flat(PIL.Image.new(mode, (2, 2), color), gray=False)
     assert np.abs(pixels.astype(int) - rgb).max() <= tolerance
     assert notes == {mode}
 
@@ -562,6 +562,6 @@ def test_cmyk_to_srgb_profile_of_another_kind_leaves_the_plain_formula():
         assert (found.mode, found.getpixel((0, 0)), note) == ("RGB", (204, 163, 122), expected)
 
 
-def test_to_srgb_grey_image_stays_as_it_is():
+def test_to_srgb_gray_image_stays_as_it_is():
     image = PIL.Image.new("L", (1, 1), 100)
     assert to_srgb(image, matrix_profile(1.0)) == (image, "colour profile ignored")

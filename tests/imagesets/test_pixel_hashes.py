@@ -48,8 +48,8 @@ def test_pixel_hash_is_that_of_the_mirror_image_and_of_no_other():
     image = pixels_of(0).transpose(2, 0, 1)
     other = image.copy()
     other[0, 0, 0] ^= 1
-    grey = image[:1]
-    different = [image, image[:, ::-1], image.transpose(0, 2, 1), image[::-1], other, grey, grey.repeat(3, axis=0),
+    gray = image[:1]
+    different = [image, image[:, ::-1], image.transpose(0, 2, 1), image[::-1], other, gray, gray.repeat(3, axis=0),
                  image.reshape(3, 4, 16)]
     assert hash_pixels(image[:, :, ::-1]) == hash_pixels(image)
     assert len({hash_pixels(pixels) for pixels in different}) == len(different)
@@ -201,9 +201,9 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("place", ["set.zip", "folder"])
 def test_load_pixels_gives_the_planes_of_a_member(tmp_path, place):
-    colour = ImageSet(make_set(tmp_path / f"colour_{place}", 2))
-    grey = ImageSet(make_set(tmp_path / f"grey_{place}", 2, channels=1))
-    for images, expected in ((colour, pixels_of(1).transpose(2, 0, 1)), (grey, pixels_of(1, channels=1)[None])):
+    color = ImageSet(make_set(tmp_path / f"colour_{place}", 2))
+    gray = ImageSet(make_set(tmp_path / f"grey_{place}", 2, channels=1))
+    for images, expected in ((color, pixels_of(1).transpose(2, 0, 1)), (gray, pixels_of(1, channels=1)[None])):
         for shape in (None, expected.shape):
             found = load_pixels(images, NAME, shape)
             assert found.dtype == np.uint8
@@ -239,8 +239,8 @@ def test_load_pixels_of_a_member_that_claims_to_be_huge_is_refused(folder, monke
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "I;16"])
 def test_load_pixels_of_another_mode_is_refused(folder, mode):
-    grey = pixels_of(1, channels=1)
-    data = encoded(grey.astype(np.uint16)) if mode == "I;16" else encoded(grey, mode=mode)
+    gray = pixels_of(1, channels=1)
+    data = encoded(gray.astype(np.uint16)) if mode == "I;16" else encoded(gray, mode=mode)
     (folder / "b.png").write_bytes(data)
     assert refused(ImageSet(folder), "b.png") == (
         f"{folder}: b.png has mode {mode}; expected 8-bit grey or RGB: convert it with dataset_tool.py")

@@ -370,7 +370,7 @@ def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabelled(
         run([tmp_path / "one", tmp_path / "two"], tmp_path / "set.zip")
 
 
-def make_labelled(path, labels, classes, groups=None, seed=0, source=None):
+def make_labeled(path, labels, classes, groups=None, seed=0, source=None):
     with ImageSetWriter(path, classes=classes, source=source) as writer:
         for index, label in enumerate(labels):
             writer.add(image(seed + index), label, None if groups is None else groups[index])
@@ -378,8 +378,8 @@ def make_labelled(path, labels, classes, groups=None, seed=0, source=None):
 
 
 def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path):
-    one = make_labelled(tmp_path / "one.zip", [0, 1, 1], ["mel", "nv"], ["p", "00000/img00000001.png", None])
-    two = make_labelled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
+    one = make_labeled(tmp_path / "one.zip", [0, 1, 1], ["mel", "nv"], ["p", "00000/img00000001.png", None])
+    two = make_labeled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
                         source={"phantom": True})
     folders = make_folder(tmp_path / "folders", {"nv/x.png": image(20)})
     run([one, two, folders], tmp_path / "set.zip", unlabelled="keep", report=tmp_path / "report.json")
@@ -408,11 +408,11 @@ def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path
      "one.zip has numbers of classes without names as labels, and the folders of other sources are named bcc, nv; "
      "expected the same classes in all: convert each alone, or give --labels")])
 def test_sources_of_other_classes_are_refused_unless_a_table_labels_them(tmp_path, one, two, message):
-    one = make_labelled(tmp_path / "one.zip", *one)
+    one = make_labeled(tmp_path / "one.zip", *one)
     if two == "folders":
         two = make_folder(tmp_path / "folders", {"bcc/x.png": image(20), "nv/y.png": image(21)})
     else:
-        two = make_labelled(tmp_path / "two.zip", *two, seed=5)
+        two = make_labeled(tmp_path / "two.zip", *two, seed=5)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run([one, two], tmp_path / "set.zip")
     assert not (tmp_path / "set.zip").exists()
@@ -423,8 +423,8 @@ def test_sources_of_other_classes_are_refused_unless_a_table_labels_them(tmp_pat
 
 
 def test_numbers_without_names_of_several_data_sets_stay(tmp_path):
-    one = make_labelled(tmp_path / "one.zip", [3, 1], None)
-    two = make_labelled(tmp_path / "two.zip", [2, 0], None, seed=5)
+    one = make_labeled(tmp_path / "one.zip", [3, 1], None)
+    two = make_labeled(tmp_path / "two.zip", [2, 0], None, seed=5)
     run([one, two], tmp_path / "set.zip")
     assert ImageSet(tmp_path / "set.zip").labels.tolist() == [3, 1, 2, 0]
 

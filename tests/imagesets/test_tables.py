@@ -95,7 +95,7 @@ def test_isic_2017_neither_column_implies_nevus(table):
     assert classes(found) == {"a": "nevus", "b": "melanoma", "c": "seborrheic_keratosis", "d": None}
 
 
-def test_known_header_in_other_case_is_recognised(table):
+def test_known_header_in_other_case_is_recognized(table):
     found = table("Image_ID,DX", "a,nv")
     assert (found.kind, classes(found)) == ("HAM10000", {"a": "nv"})
 

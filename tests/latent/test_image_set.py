@@ -212,7 +212,7 @@ def test_count_of_more_than_there_are_takes_all_and_says_so(inside, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--class=nv"], ["--class=0"]])
-def test_class_of_a_labelled_set_takes_its_images_alone(inside, capsys, flags):
+def test_class_of_a_labeled_set_takes_its_images_alone(inside, capsys, flags):
     project(capsys, *SET)
     expected = [row for row in results_in("out") if row[5] == "nv"]
     project(capsys, *SET, *flags, "--outdir=nv")
@@ -270,7 +270,7 @@ def test_set_of_a_network_without_classes_keeps_the_labels_of_the_set(inside, ca
         assert arrays["network_class"].tolist() == [""] * 6
 
 
-def test_grey_network_makes_grey_projections(inside, capsys):
+def test_gray_network_makes_gray_projections(inside, capsys):
     project(capsys, *SET, network="grey.safetensors")
     images = ImageSet("out/projections.zip")
     assert {read_png(images.read(name)).shape for name in images.names} == {(8, 8)}

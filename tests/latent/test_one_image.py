@@ -117,7 +117,7 @@ def test_target_of_pixels_that_the_network_shows_has_null_for_its_psnr(inside, c
     G = lively_generator(c_dim=0)
     for name, parameter in G.synthesis.named_parameters():
         if "torgb" in name:
-            torch.nn.init.zeros_(parameter)  # one colour, whatever the style
+            torch.nn.init.zeros_(parameter)  # one color, whatever the style
     save_network("even.safetensors", Networks(G=None, D=None, G_ema=G, config={"info": {}}))
     color = ImageGenerator(G, SynthesisSettings(), batch=1).render(torch.zeros(1, G.num_ws, G.w_dim), [0])[0]
     Path("target.png").write_bytes(png(color.permute(1, 2, 0).numpy()))
@@ -169,7 +169,7 @@ def test_class_auto_of_a_network_with_one_class_tries_that(inside, capsys):
     assert "perceptual_by_class" not in record_in("out")
 
 
-def test_grey_network_writes_grey_files(inside, capsys):
+def test_gray_network_writes_gray_files(inside, capsys):
     out = project(capsys, "--target=target.png", "--outdir=out", network="grey.safetensors")
     assert out.startswith("out/proj.png: pixels distance ")
     assert pixels_in("out/target.png").shape == pixels_in("out/proj.png").shape == (8, 8)

@@ -344,7 +344,7 @@ def test_input_of_a_fitting_size_is_the_image_itself(side):
     assert torch.equal(to_similarity_input(images, LARGE_ENOUGH), images)
 
 
-def test_input_of_grey_has_three_equal_channels():
+def test_input_of_gray_has_three_equal_channels():
     images = images_of(2, 1, 8, 8)
     found = to_similarity_input(images, LARGE_ENOUGH)
     assert found.shape == (2, 3, 8, 8)

@@ -16,8 +16,8 @@ import torch
 
 from dnnlib.cli import UserError
 from generation.network import Classes
-from imagesets.decode import REASONS, BadImage, decode
-from imagesets.pixel_formats import Depth
+from imagesets.decode import REASONS, decode
+from imagesets.pixel_formats import BadImage, Depth
 from imagesets.reader import ImageSet
 from imagesets.resize import PixelSpec
 from latent.targets import (

@@ -19,7 +19,8 @@ from metrics.names import DESCRIPTIONS, KNOWN_NAMES
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.small_networks import small_generator
 from tests.helpers.training_runs import replaced
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts
+from training.options import TrainOptions, resolve
 from training.run_record import RunRecord, identify, write_record
 from training.snapshot import Networks, save_network
 

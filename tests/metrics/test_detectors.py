@@ -244,5 +244,5 @@ def test_random_conv_distance_falls_as_images_get_more_like_the_reals(detectors)
     for values in (noisy, blurred, shifted):
         assert (np.diff(values) > 0).all(), values
     few = frechet(detector, reals, pixels[160:165].repeat(32, 1, 1, 1))
-    grey = frechet(detector, reals, torch.full_like(reals, 128))
-    assert min(few, grey) > 5 * noisy[0]
+    gray = frechet(detector, reals, torch.full_like(reals, 128))
+    assert min(few, gray) > 5 * noisy[0]

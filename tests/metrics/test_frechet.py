@@ -61,7 +61,7 @@ def test_frechet_distance_to_itself_is_zero_up_to_rounding(count):
 
 
 @pytest.mark.parametrize(("count1", "count2"), [(10, 10), (10, 300), (60, 80), (2, 2), (101, 100)])
-def test_frechet_distance_fewer_images_than_features_equals_that_of_centred_features(count1, count2):
+def test_frechet_distance_fewer_images_than_features_equals_that_of_centered_features(count1, count2):
     random = np.random.RandomState(0)
     x, y = random.randn(count1, 100), random.randn(count2, 100) * 1.5 + 0.1
     a, b = FeatureStats.of(x), FeatureStats.of(y)

@@ -21,30 +21,30 @@ def planes(index, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("set") / "a.zip", 6, labels=[0, 1, 0, 0, 1, 0], classes=CLASSES)
 
 
-def test_set_images_give_pixels_by_index(labelled):
-    found = SetImages(labelled).select().pixels(range(2, 5))
+def test_set_images_give_pixels_by_index(labeled):
+    found = SetImages(labeled).select().pixels(range(2, 5))
     assert found.dtype == torch.uint8
     assert torch.equal(found, torch.stack([planes(index) for index in (2, 3, 4)]))
 
 
-def test_set_images_repeat_grey(tmp_path):
-    grey = SetImages(make_set(tmp_path / "grey.zip", 2, channels=1))
-    assert grey.shape == (1, 8, 8)
-    assert torch.equal(grey.select().pixels(range(2)), torch.stack([planes(index, channels=1) for index in (0, 1)]))
+def test_set_images_repeat_gray(tmp_path):
+    gray = SetImages(make_set(tmp_path / "grey.zip", 2, channels=1))
+    assert gray.shape == (1, 8, 8)
+    assert torch.equal(gray.select().pixels(range(2)), torch.stack([planes(index, channels=1) for index in (0, 1)]))
 
 
-def test_select_mirror_doubles_the_set_with_flipped_images(labelled):
-    selection = SetImages(labelled).select(mirror=True)
+def test_select_mirror_doubles_the_set_with_flipped_images(labeled):
+    selection = SetImages(labeled).select(mirror=True)
     assert len(selection) == 12
     assert torch.equal(selection.pixels(range(8, 9))[0], planes(2).flip(2))
 
 
-def test_select_takes_random_images_once_each_by_seed(labelled):
-    images = SetImages(labelled)
+def test_select_takes_random_images_once_each_by_seed(labeled):
+    images = SetImages(labeled)
     chosen = [images.select(4, mirror=True, seed=seed).items.tolist() for seed in range(20)]
     assert all(len(set(items)) == 4 and items == sorted(items) for items in chosen)
     assert {item for items in chosen for item in items} == set(range(12))
@@ -52,28 +52,28 @@ def test_select_takes_random_images_once_each_by_seed(labelled):
     assert images.select(7).items.tolist() == list(range(6))  # no more than there are
 
 
-def test_select_shuffle_takes_all_in_another_order(labelled):
-    items = SetImages(labelled).select(shuffle=True, seed=0).items.tolist()
+def test_select_shuffle_takes_all_in_another_order(labeled):
+    items = SetImages(labeled).select(shuffle=True, seed=0).items.tolist()
     assert sorted(items) == list(range(6))
     assert items != sorted(items)
 
 
-def test_set_images_of_a_class_leave_others_out(labelled):
+def test_set_images_of_a_class_leave_others_out(labeled):
     for chosen in ("melanoma", "1"):
-        images = SetImages(labelled, chosen)
+        images = SetImages(labeled, chosen)
         assert len(images) == 2
         assert torch.equal(images.select().pixels(range(2)), torch.stack([planes(1), planes(4)]))
 
 
-def test_content_hash_follows_images_order_and_mirroring_not_names(labelled, tmp_path):
-    images = SetImages(labelled)
+def test_content_hash_follows_images_order_and_mirroring_not_names(labeled, tmp_path):
+    images = SetImages(labeled)
     folder = tmp_path / "other"
     folder.mkdir()
     for index in range(6):
         (folder / f"x{index}.png").write_bytes(png(pixels_of(index)))
     assert SetImages(folder).select().content_hash() == images.select().content_hash()
     different = [images.select(), images.select(5), images.select(mirror=True), images.select(shuffle=True),
-                 SetImages(labelled, "0").select()]
+                 SetImages(labeled, "0").select()]
     assert len({selection.content_hash() for selection in different}) == len(different)
     assert images.select().content_hash(5) == images.content_hash(np.arange(5))
     (folder / "x5.png").write_bytes(png(pixels_of(77)))
@@ -94,9 +94,9 @@ def test_content_hash_reads_the_files_of_a_folder_once(tmp_path, monkeypatch):
     ("2", r"--class names the class '2'; expected one of benign, melanoma, or a number from 0 to 1$"),
     ("-1", r"--class names the class '-1'; expected one of benign, melanoma, or a number from 0 to 1$"),
 ])
-def test_set_images_unknown_class_raises(labelled, chosen, message):
+def test_set_images_unknown_class_raises(labeled, chosen, message):
     with pytest.raises(UserError, match=message):
-        SetImages(labelled, chosen)
+        SetImages(labeled, chosen)
 
 
 def test_set_images_class_without_labels_raises(tmp_path):
@@ -127,10 +127,10 @@ def test_set_images_of_another_size_or_mode_raise(tmp_path):
             selection.pixels(range(row, row + 1))
 
 
-def test_label_table_is_one_hot_and_must_fit_the_network(labelled, tmp_path):
-    assert SetImages(labelled).label_table(2)[:, 1].tolist() == [0, 1, 0, 0, 1, 0]
+def test_label_table_is_one_hot_and_must_fit_the_network(labeled, tmp_path):
+    assert SetImages(labeled).label_table(2)[:, 1].tolist() == [0, 1, 0, 0, 1, 0]
     with pytest.raises(UserError, match=r"a.zip has labels of length 2 and the network takes 3; expected"):
-        SetImages(labelled).label_table(3)
+        SetImages(labeled).label_table(3)
     nameless = SetImages(make_set(tmp_path / "b.zip", 2, labels=[0, 1]))
     assert nameless.label_table(3).shape == (2, 3)  # a part of a set may lack its last class
     with pytest.raises(UserError, match=r"b.zip has labels of length 2 and the network takes 1"):
@@ -189,7 +189,7 @@ def test_generated_images_follow_seed_and_block_and_leave_random_state_alone():
         assert apart.max() <= 1  # without noise an image does not depend on its block
 
 
-def test_generated_images_grey_are_repeated():
+def test_generated_images_gray_are_repeated():
     G = small_generator(channels=1, c_dim=0).eval()
     with torch.no_grad():
         pixels = GeneratedImages(G, FakeLabels(torch.zeros(1, 0)), count=2, seed=0, device="cpu").pixels(range(2))
@@ -197,13 +197,13 @@ def test_generated_images_grey_are_repeated():
     assert torch.equal(pixels, pixels[:, :1].expand(-1, 3, -1, -1))
 
 
-def test_to_rgb_leaves_colour_alone():
+def test_to_rgb_leaves_color_alone():
     images = torch.rand(2, 3, 4, 4)
     assert to_rgb(images) is images
 
 
-def test_set_images_of_a_set_in_a_folder_inside_have_its_labels_and_hash(labelled, tmp_path):
-    flat, inside = SetImages(labelled, "melanoma"), SetImages(enclose(labelled, tmp_path / "inside.zip"), "melanoma")
+def test_set_images_of_a_set_in_a_folder_inside_have_its_labels_and_hash(labeled, tmp_path):
+    flat, inside = SetImages(labeled, "melanoma"), SetImages(enclose(labeled, tmp_path / "inside.zip"), "melanoma")
     assert inside.rows.tolist() == [1, 4]
     assert torch.equal(inside.label_table(2), flat.label_table(2))
     assert inside.select().content_hash() == flat.select().content_hash()

@@ -12,11 +12,11 @@ NUM_FEATURES = 24
 
 
 def modes(count, seed, num_modes=6, kept=None):
-    """Return features around `kept` of `num_modes` centres, all where None, varying in two directions there."""
+    """Return features around `kept` of `num_modes` centers, all where None, varying in two directions there."""
     random = np.random.RandomState(100)
-    centres, directions = random.randn(num_modes, NUM_FEATURES) * 2, random.randn(2, NUM_FEATURES) * 0.3
+    centers, directions = random.randn(num_modes, NUM_FEATURES) * 2, random.randn(2, NUM_FEATURES) * 0.3
     random = np.random.RandomState(seed)
-    return centres[random.randint(kept or num_modes, size=count)] + random.randn(count, 2) @ directions
+    return centers[random.randint(kept or num_modes, size=count)] + random.randn(count, 2) @ directions
 
 
 def frechet(real, fake, batch=None):

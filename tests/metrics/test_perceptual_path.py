@@ -72,7 +72,7 @@ def test_along_circle_moves_evenly_between_directions():
     assert moved[0, 1].item() == pytest.approx(EPSILON * math.pi / 2, rel=1e-6)
 
 
-def test_prepare_crops_averages_and_repeats_grey():
+def test_prepare_crops_averages_and_repeats_gray():
     images = torch.arange(64.0).reshape(1, 1, 8, 8)
     assert torch.equal(prepare(images, 8, crop=True), images[:, :, 3:7, 2:6].expand(-1, 3, -1, -1))
     large = torch.rand(1, 3, 512, 512)

@@ -15,11 +15,11 @@ def brute_force(real, fake, k):
     def squares(a, b):
         return np.stack([((row - b) ** 2).sum(axis=1) for row in a])
 
-    def share_inside(points, centres):
-        others = squares(centres, centres)
+    def share_inside(points, centers):
+        others = squares(centers, centers)
         np.fill_diagonal(others, np.inf)
         radii = np.sort(others, axis=1)[:, k - 1]
-        return (squares(points, centres) <= radii).any(axis=1).mean()
+        return (squares(points, centers) <= radii).any(axis=1).mean()
 
     return share_inside(fake, real), share_inside(real, fake)
 
@@ -70,9 +70,9 @@ def test_precision_recall_grid_full_of_ties_equals_brute_force(seed):
 
 @pytest.mark.parametrize("copies", [2, 3, 4, 5])
 @pytest.mark.usefixtures("block")
-def test_precision_recall_duplicates_are_neighbours_at_distance_zero(copies):
+def test_precision_recall_duplicates_are_neighbors_at_distance_zero(copies):
     real, fake = gaussians(12, 15, 40)
-    real = np.repeat(real, copies, axis=0)  # 4 copies have 3 neighbours at 0: their neighbourhood is a point
+    real = np.repeat(real, copies, axis=0)  # 4 copies have 3 neighbors at 0: their neighborhood is a point
     fake = np.concatenate([fake * 0.9, real[:5], real[:1]])
     found = precision_recall(real, fake, 3)
     assert found == pytest.approx(brute_force(real, fake, 3), abs=1e-12)
@@ -89,7 +89,7 @@ def test_precision_recall_equal_sets_are_inside_each_other():
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_precision_recall_image_at_the_radius_is_inside_just_beyond_is_not(direction):
-    # The 1st neighbours are at 1; a fake at distance 1 of the last real is inside, the next number is not.
+    # The 1st neighbors are at 1; a fake at distance 1 of the last real is inside, the next number is not.
     real = np.zeros([3, 50])
     real[:, 0] = [0, 1, 2]
     fake = np.full([2, 50], 1e3)
@@ -136,7 +136,7 @@ def test_precision_recall_more_images_than_a_block_equals_brute_force():
 
 def test_precision_recall_blocks_smaller_than_k_leave_out_the_image_itself(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 2)
-    real = np.arange(6.0)[:, None]  # the 5th neighbours of both ends are at 5
+    real = np.arange(6.0)[:, None]  # the 5th neighbors of both ends are at 5
     fake = np.array([[-5.0], [-5.5], [10], [10.5], [100], [200]])
     assert precision_recall(real, fake, 5).precision == 2 / 6
 

@@ -185,7 +185,7 @@ def test_distance_grows_with_the_change_and_is_symmetric(similarities, name):
 
 @every_quick_one
 @pytest.mark.parametrize("brightness", [-1, 0, 1])
-def test_images_of_one_colour_have_finite_maps_and_gradients(similarities, name, brightness):
+def test_images_of_one_color_have_finite_maps_and_gradients(similarities, name, brightness):
     similarity, a = similarities[name], torch.full((1, 3, 32, 32), float(brightness))
     maps, _, gradient = distance_and_gradient(similarity, a, similarity.embed(images(6, count=1)))
     assert all(x.isfinite().all() for x in maps)
@@ -257,7 +257,7 @@ def test_smallest_images_have_a_distance_and_smaller_ones_are_refused(similariti
 @every_quick_one
 @pytest.mark.parametrize("other", [torch.zeros(2, 1, 32, 32), torch.zeros(3, 32, 32),
                                    torch.zeros(2, 3, 32, 32, dtype=torch.uint8)])
-def test_images_that_are_grey_or_no_batch_or_pixels_are_refused(similarities, name, other):
+def test_images_that_are_gray_or_no_batch_or_pixels_are_refused(similarities, name, other):
     with pytest.raises(ValueError) as caught:
         similarities[name].embed(other)
     assert str(caught.value) == (f"images are {other.dtype} {list(other.shape)}; expected floating point [N, 3, H, W], "
@@ -297,7 +297,7 @@ def test_description_is_the_deepest_map_averaged_over_the_image(similarities, na
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_description_by_pixels_is_the_8x8_image_less_its_colour(similarities, size):
+def test_description_by_pixels_is_the_8x8_image_less_its_color(similarities, size):
     a = images(1, size=size)
     eighths = a.double().reshape(2, 3, 8, size // 8, 8, size // 8).mean(dim=(3, 5))
     expected = (eighths - a.double().mean(dim=(2, 3), keepdim=True)).reshape(2, 192)

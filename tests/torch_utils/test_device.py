@@ -16,6 +16,7 @@ import calc_metrics
 import generate
 import projector
 from dnnlib.cli import run
+from dnnlib.typed_config import ConfigError
 from tests.helpers.generator_files import save_generator
 from torch_utils.device import (
     DeviceChoice,
@@ -28,7 +29,6 @@ from torch_utils.device import (
     tune_malloc,
 )
 from torch_utils.distributed import Place
-from training.config import ConfigError
 
 FOREIGN = Tuning(is_done=False, reason="MALLOC_ARENA_MAX is set", is_foreign=True)
 ROOT = Path(__file__).parent.parent.parent

@@ -52,7 +52,7 @@ def test_save_grid_puts_each_image_at_its_place(tmp_path):
         assert (cell == image.permute(1, 2, 0).numpy()).all()
 
 
-def test_save_grid_grey_stays_grey_and_missing_cells_are_white(tmp_path):
+def test_save_grid_gray_stays_gray_and_missing_cells_are_white(tmp_path):
     save_grid(tmp_path / "grid.png", numbered(3, channels=1), columns=2, rows=2)
     pixels = read(tmp_path / "grid.png")
     assert pixels.shape == (16, 16)
@@ -71,9 +71,9 @@ def test_save_grid_float_equals_its_pixels(tmp_path):
 def test_draw_grid_labels_stand_beside_their_rows(channels, size):
     images = numbered(4, channels, size, size)
     plain = np.asarray(draw_grid(images, columns=2, rows=2))
-    labelled = np.asarray(draw_grid(images, columns=2, rows=2, labels=["mel", ""]))
-    assert (labelled[:, -2 * size:] == plain).all()
-    column = labelled[:, :-2 * size]
+    labeled = np.asarray(draw_grid(images, columns=2, rows=2, labels=["mel", ""]))
+    assert (labeled[:, -2 * size:] == plain).all()
+    column = labeled[:, :-2 * size]
     assert column[:size].min() < 128  # ink
     assert (column[size:] == 255).all()
     assert (column[0] == 255).all()  # the text lies inside its row

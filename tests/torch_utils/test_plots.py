@@ -21,7 +21,7 @@ NAMES = ["_private", "$x_1$", "a_b^c", "100%", "m\u00e9lanome", "\u75e3", "\ud80
 
 
 def places(picture, color):
-    """Return rows and columns of a colour between the axes."""
+    """Return rows and columns of a color between the axes."""
     return np.nonzero((np.asarray(picture)[AREA] == color).all(axis=2))
 
 

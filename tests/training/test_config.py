@@ -7,15 +7,15 @@ import pickle
 
 import pytest
 
+from dnnlib.typed_config import ConfigError, FrozenMapping
 from training.config import (
     AdaConfig,
     AdamConfig,
     AugmentConfig,
-    ConfigError,
     DatasetConfig,
+    DatasetFacts,
     DiscriminatorConfig,
     EmaConfig,
-    FrozenMapping,
     GeneratorConfig,
     LossConfig,
     StepConfig,
@@ -23,7 +23,7 @@ from training.config import (
 )
 from training.discriminator import Discriminator
 from training.generator import Generator
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.options import TrainOptions, resolve
 
 IMAGES = {"img_resolution": 8, "img_channels": 3, "c_dim": 2}
 LOSS, EMA = LossConfig(gamma=1), EmaConfig(kimg=10, rampup=None)

@@ -5,9 +5,9 @@ import torch
 
 from tests.helpers.small_networks import small_discriminator
 from training.augment import AugmentPipe
-from training.config import TrainConfig
+from training.config import DatasetFacts, TrainConfig
 from training.dry_run import LiveBytes, augment_bytes, count_parameters, estimate_memory, meta_state, state_bytes
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.options import TrainOptions, resolve
 from training.phases import MicroBatch, Phase, PhaseInputs, PhaseWork
 from training.snapshot import Networks, save_network
 from training.state import TrainingState

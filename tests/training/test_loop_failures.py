@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from training.config import DatasetFacts
 from training.loop import SkippedSteps, describe_out_of_memory, smaller_batch_gpu
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.options import TrainOptions, resolve
 from training.step import StepResult
 
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers.op_cases import CPU_IMPLEMENTATIONS
 from torch_utils.ops.compiled import auto_means
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts
+from training.options import TrainOptions, resolve
 from training.phases import PhaseInputs, StepInputs, draw_phases
 from training.sampling import LabelDistribution
 from training.state import TrainingState
@@ -37,8 +38,8 @@ def train(impl, iterations, dtype=torch.float32, scale=1.0):
             weight.mul_(scale)
         for iteration in range(iterations):
             random = torch.Generator().manual_seed(iteration)
-            centre = torch.rand(2, IMAGES, 1, 1, 1, generator=random) - 0.5  # dark spots on light ground
-            reals = 0.8 - 1.5 * torch.exp(-8 * ((place - centre[0]) ** 2 + (place[:, None] - centre[1]) ** 2))
+            center = torch.rand(2, IMAGES, 1, 1, 1, generator=random) - 0.5  # dark spots on light ground
+            reals = 0.8 - 1.5 * torch.exp(-8 * ((place - center[0]) ** 2 + (place[:, None] - center[1]) ** 2))
             phases = draw_phases(step, seed=0, nimg=state.nimg, iteration=iteration, microbatches=range(1),
                                  z_dim=state.G.z_dim, num_ws=state.G.num_ws, label_law=LabelDistribution(labels),
                                  image_shape=(3, RESOLUTION, RESOLUTION), device="cpu")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dnnlib.typed_config import ConfigError
 from training.augmentations.draws import AUGMENTATIONS
-from training.config import AdaConfig, ConfigError, DatasetFacts, TrainConfig
+from training.config import AdaConfig, DatasetFacts, TrainConfig
 from training.dry_run import describe
 from training.options import TrainOptions, resolve
 from training.presets import AUGPIPES, CFG_NAMES, choose_preset, split_batch
@@ -38,7 +39,7 @@ def config_of(resolution: int = 256, **flags) -> TrainConfig:
 
 
 def table_inputs(flags: dict) -> tuple[TrainOptions, DatasetFacts]:
-    """Return the inputs of a row; the table's data set has two labelled images, and rows use labels by default."""
+    """Return the inputs of a row; the table's data set has two labeled images, and rows use labels by default."""
     given = {"cond": True} | flags
     facts = facts_of(given.pop("resolution"), num_images=2)
     if "metrics" in given:
@@ -239,7 +240,7 @@ def test_resolve_noaug_has_no_strengths():
 
 
 @pytest.mark.parametrize(("channels", "c_dim"), [(1, 0), (1, 7), (3, 0), (3, 7)])
-def test_resolve_grey_or_rgb_sizes_both_networks(channels, c_dim):
+def test_resolve_gray_or_rgb_sizes_both_networks(channels, c_dim):
     facts = facts_of(64, channels=channels, c_dim=c_dim)
     config = resolve(TrainOptions(cond=c_dim > 0), facts)
     for network in (config.generator, config.discriminator):

@@ -17,8 +17,8 @@ import pytest
 from dnnlib.cli import UserError
 from dnnlib.process_lock import LEASE_SECONDS, ProcessLock
 from torch_utils.checkpoint import CheckpointPair
-from training.config import TrainConfig
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import DatasetFacts, TrainConfig
+from training.options import TrainOptions, resolve
 from training.run_folder import RunFolder, choose_run, plan_run
 from training.run_record import identify, read_record, software_versions, write_record
 

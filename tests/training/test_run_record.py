@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from dnnlib.cli import UserError
-from dnnlib.typed_config import Config
+from dnnlib.typed_config import Config, ConfigError
 from tests.training.test_run_folder import CONTENT, config_of, edit
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.run_record import (
     FREE_OPTIONS,
     RunRecord,

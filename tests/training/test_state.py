@@ -10,8 +10,8 @@ import torch
 from tests.helpers.small_networks import ada_config, small_config, small_inputs, small_state
 from torch_utils.seeding import generator_for, seed_for
 from training.augment import AugmentPipe
-from training.config import AdamConfig
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.config import AdamConfig, DatasetFacts
+from training.options import TrainOptions, resolve
 from training.state import TrainingState, ema_beta, lazy_adam
 from training.step import train_step
 

@@ -22,9 +22,10 @@ from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import Tuning
 from torch_utils.ops import compiled
 from training.command import make_command
+from training.config import DatasetFacts
 from training.dataset import hash_content
 from training.dry_run import describe
-from training.options import DatasetFacts, TrainOptions, resolve
+from training.options import TrainOptions, resolve
 from training.run_folder import choose_run
 from training.sampling import image_weights
 from training.snapshot import Networks, save_network
@@ -36,7 +37,7 @@ BASE = ("--outdir=runs", "--data=set.zip", "--metrics=none")
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with a data set of six labelled images of 16x16; bf16 is slow here, and no GPU is seen.
+    """A folder to work in, with a data set of six labeled images of 16x16; bf16 is slow here, and no GPU is seen.
 
     The allocator of the tests' process is left alone.
     """
@@ -755,7 +756,7 @@ def test_setting_that_is_named_for_resume_fits(inside, capsys):
         start(capsys, f"--cfg={cfg}", "--resume=network.safetensors")
 
 
-def test_resume_of_grey_images_names_the_data(inside, capsys):
+def test_resume_of_gray_images_names_the_data(inside, capsys):
     make_set("grey.zip", size=16, channels=1)
     save_tiny_network("network.safetensors")
     assert refuse(capsys, *replaced(BASE, ["--data=grey.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (

@@ -18,7 +18,8 @@ from torch import Tensor
 from dnnlib.cli import UserError
 from torch_utils.distributed import is_first_process
 from torch_utils.ops.bias_act_ref import ACTIVATIONS, activation_named, bias_act_ref
-from torch_utils.ops.build import BuildError, find, library
+from torch_utils.ops.build import find, library
+from torch_utils.ops.compilers import BuildError
 from torch_utils.ops.upfirdn2d_ref import Axis, upfirdn2d_ref
 
 IMPLEMENTATIONS = ("auto", "ref", "composed", "cpp", "cuda")

@@ -18,7 +18,7 @@ from training.augmentations.draws import AugmentStrengths, Draws, on_device_of, 
 # The sym6 low-pass has its center of gravity 0.4 samples in front of the middle of its taps: that is how far the
 # content of the doubled image is displaced. The transform turns about the displaced center, to the nearest half.
 _FILTER_DELAY = -0.5
-# Source pixels that an output pixel reads around its own place: bilinear neighbours, and the taps of the upsampling.
+# Source pixels that an output pixel reads around its own place: bilinear neighbors, and the taps of the upsampling.
 _READING_REACH = 4
 
 

@@ -20,7 +20,7 @@ from imagesets.phantoms.make import (
     render_phantom,
     write_phantoms,
 )
-from imagesets.phantoms.scene import ARTEFACT_RATES
+from imagesets.phantoms.scene import ARTIFACT_RATES
 from imagesets.reader import ImageSet
 
 
@@ -73,7 +73,7 @@ def test_table_agrees_with_labels_groups_and_pixels(phantom_zip):
 def test_image_of_a_set_is_what_render_phantom_returns(phantom_zip):
     images, rows = ImageSet(phantom_zip), read_table(phantom_zip)
     for index in (0, 17, 59):
-        rates = {**ARTEFACT_RATES, "frame": float(images.labels[index])}
+        rates = {**ARTIFACT_RATES, "frame": float(images.labels[index])}
         pixels, row = render_phantom(4, index, class_name=rows[index]["class"], resolution=32, rates=rates)
         assert np.array_equal(pixels, read_pixels(images, index))
         assert {name: str(value) for name, value in row.items()}.items() <= rows[index].items()

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from imagesets.phantoms.make import render_phantom
-from imagesets.phantoms.scene import ARTEFACT_RATES, LOOKS
+from imagesets.phantoms.scene import ARTIFACT_RATES, LOOKS
 from tests.helpers.phantom_helpers import auc
 
-NO_ARTEFACTS = dict.fromkeys(ARTEFACT_RATES, 0.0)
+NO_ARTIFACTS = dict.fromkeys(ARTIFACT_RATES, 0.0)
 
 
-def test_classes_can_be_told_apart_by_colours_and_border():
+def test_classes_can_be_told_apart_by_colors_and_border():
     spread, border = [], []
     is_melanoma = np.arange(240) % 2 == 1
     for index, melanoma in enumerate(is_melanoma):
         pixels, _ = render_phantom(5, index, class_name="melanoma" if melanoma else "benign", lesion_number=index,
-                                   rates=NO_ARTEFACTS)
+                                   rates=NO_ARTIFACTS)
         density = -np.log(np.maximum(pixels, 12) / 255)
         change = density - np.median(density.reshape(-1, 3), axis=0)
         depth = smooth(np.abs(change).mean(2))
@@ -36,13 +36,13 @@ def smooth(values):
 
 
 def render_with(name, index):
-    """Return the same phantom without artefacts, and with one of them, as float."""
-    return [render_phantom(2, index, rates={**NO_ARTEFACTS, name: rate})[0].astype(np.float64) for rate in (0.0, 1.0)]
+    """Return the same phantom without artifacts, and with one of them, as float."""
+    return [render_phantom(2, index, rates={**NO_ARTIFACTS, name: rate})[0].astype(np.float64) for rate in (0.0, 1.0)]
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [
     ("hair", 0.01, 0.6), ("ruler", 0.02, 0.2), ("ink", 0.01, 0.2), ("bubbles", 0.001, 0.2)])
-def test_artefact_covers_part_of_the_image(name, least, most):
+def test_artifact_covers_part_of_the_image(name, least, most):
     for index in range(12):
         without, shown = render_with(name, index)
         changed = np.abs(shown - without).max(2) > 12
@@ -70,7 +70,7 @@ def test_every_class_has_lesions_unlike_the_skin():
     for name in (*LOOKS, "lentigo", "wart"):
         contrasts = []
         for index in range(10):
-            pixels, _ = render_phantom(1, index, class_name=name, lesion_number=index, rates=NO_ARTEFACTS)
+            pixels, _ = render_phantom(1, index, class_name=name, lesion_number=index, rates=NO_ARTIFACTS)
             skin = np.median(pixels.reshape(-1, 3), axis=0)
             contrasts.append(np.quantile(np.abs(pixels - skin).max(2), 0.97))
         assert min(contrasts) > 20, name

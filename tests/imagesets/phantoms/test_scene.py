@@ -8,7 +8,7 @@ import pytest
 from dnnlib.cli import UserError
 from imagesets.phantoms.make import PhantomOptions, deal_lesions, render_phantom
 from imagesets.phantoms.scene import (
-    ARTEFACT_RATES,
+    ARTIFACT_RATES,
     LOOKS,
     STRUCTURES,
     attributes,
@@ -19,10 +19,10 @@ from imagesets.phantoms.scene import (
 from tests.helpers.phantom_helpers import auc
 
 OF_CLASS = ["border_irregularity", "asymmetry", "num_colors", "colors", "structure"]
-OF_VIEW = ["field_mm", "rotation_deg", "brightness", "num_hairs", *ARTEFACT_RATES]
+OF_VIEW = ["field_mm", "rotation_deg", "brightness", "num_hairs", *ARTIFACT_RATES]
 
 
-def scene_table(class_name, count, rates=ARTEFACT_RATES, seed=0):
+def scene_table(class_name, count, rates=ARTIFACT_RATES, seed=0):
     return [attributes(draw_scene(seed=seed, lesion_number=i, index=i, look=look_of(class_name), rates=rates))
             for i in range(count)]
 
@@ -38,7 +38,7 @@ def test_attributes_but_those_of_the_look_are_the_same_in_every_class():
 def test_attributes_are_independent_of_the_class_in_a_set():
     labels, lesions = deal_lesions([1000, 1000], 1)
     looks = [look_of("benign"), look_of("melanoma")]
-    rows = [attributes(draw_scene(seed=1, lesion_number=lesion, index=index, look=looks[label], rates=ARTEFACT_RATES))
+    rows = [attributes(draw_scene(seed=1, lesion_number=lesion, index=index, look=looks[label], rates=ARTIFACT_RATES))
             for index, (label, lesion) in enumerate(zip(labels.tolist(), lesions.tolist()))]
     for name in rows[0]:
         if name not in OF_CLASS:
@@ -68,17 +68,17 @@ def test_bias_sets_the_probability_and_changes_nothing_else():
         assert all({**row, "frame": 0} == {**other, "frame": 0} for row, other in zip(plain, biased))
 
 
-def test_artefact_leaves_the_rest_of_the_view_alone():
+def test_artifact_leaves_the_rest_of_the_view_alone():
     def view(hair):
-        rates = {**ARTEFACT_RATES, "vignette": 1.0, "hair": hair}
+        rates = {**ARTIFACT_RATES, "vignette": 1.0, "hair": hair}
         return draw_scene(seed=0, lesion_number=0, index=5, look=look_of("benign"), rates=rates).view
-    assert replace(view(1.0), num_hairs=0, artefacts=frozenset()) == replace(view(0.0), artefacts=frozenset())
-    assert view(1.0).artefacts == view(0.0).artefacts | {"hair"}
+    assert replace(view(1.0), num_hairs=0, artifacts=frozenset()) == replace(view(0.0), artifacts=frozenset())
+    assert view(1.0).artifacts == view(0.0).artifacts | {"hair"}
 
 
-def test_artefacts_are_as_frequent_as_stated():
+def test_artifacts_are_as_frequent_as_stated():
     rows = scene_table("benign", 1500)
-    for name, rate in ARTEFACT_RATES.items():
+    for name, rate in ARTIFACT_RATES.items():
         # Three standard errors of a share of 1500.
         assert np.mean([row[name] for row in rows]) == pytest.approx(rate, abs=3 * (rate * (1 - rate) / 1500) ** 0.5)
     assert all((row["num_hairs"] > 0) == bool(row["hair"]) for row in rows)

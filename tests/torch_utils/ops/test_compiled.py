@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib.cli import UserError
 from torch_utils.ops import compiled
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.build import BuildError
 from torch_utils.ops.compiled import (
     auto_implementation,
     auto_means,
@@ -21,6 +20,7 @@ from torch_utils.ops.compiled import (
     first_difference,
     resolve_impl,
 )
+from torch_utils.ops.compilers import BuildError
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 

@@ -153,7 +153,7 @@ def test_no_toolkit_says_why_and_how_to_get_one(tmp_path, monkeypatch):
     ("", [(9, 0), (8, 0), (9, 0)], ("8.0", "9.0")),
     ("", [], ("8.0", "9.0", "10.0+PTX")),
 ])
-def test_architectures_are_those_named_else_those_at_hand_else_those_of_data_centres(text, devices, expected):
+def test_architectures_are_those_named_else_those_at_hand_else_those_of_data_centers(text, devices, expected):
     assert architectures(text, "13.0", devices) == expected
 
 

@@ -47,7 +47,7 @@ def test_conv2d_resample_derivatives_pass_numerical_checks(case, impl):
 def test_conv2d_resample_equals_its_three_steps(size, up, down, impl):
     x, w, f = randn(1, 2, 6, 4), randn(3, 2, size, size), randn(4, 4)
     margin = size // 2
-    # What keeps 4 taps centred.
+    # What keeps 4 taps centered.
     front = margin + ((3 + up) // 2 if up > 1 else 0) + ((5 - down) // 2 if down > 1 else 0)
     back = margin + ((4 - up) // 2 if up > 1 else 0) + ((4 - down) // 2 if down > 1 else 0)
     y = upfirdn2d(x, f if up > 1 else None, up=up, padding=(front, back, front, back), gain=up**2, impl="ref")

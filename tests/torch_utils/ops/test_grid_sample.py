@@ -17,7 +17,7 @@ def case():
     return images, grid
 
 
-def test_sample_bilinear_equals_weighted_neighbours(case):
+def test_sample_bilinear_equals_weighted_neighbors(case):
     images, grid = case
     result = sample_bilinear(images, grid)
     for n in range(2):

@@ -109,7 +109,7 @@ def test_narrow_rounds_as_pytorch(program, dtype):
 
 
 def floats_to_narrow(dtype: torch.dtype) -> torch.Tensor:
-    """Return every number of the format, the middles between neighbours, what lies beside those, and any bits."""
+    """Return every number of the format, the middles between neighbors, what lies beside those, and any bits."""
     every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     finite = every[every.isfinite()].sort().values
     middles = (finite[1:].double() + finite[:-1].double()).div(2).float()

@@ -188,17 +188,17 @@ def test_downsample2d_constant_stays_constant_inside(taps, impl):
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("num_taps", [1, 2, 3, 4, 5])
-def test_filter2d_centred_impulse_shifts_nothing(num_taps, impl):
+def test_filter2d_centered_impulse_shifts_nothing(num_taps, impl):
     x = randn(1, 2, 5, 4)
     f = torch.zeros(num_taps, num_taps, dtype=torch.float64)
-    centre = (num_taps - 1) // 2  # with an even number, the first of the two middle taps
-    f[centre, centre] = 1
+    center = (num_taps - 1) // 2  # with an even number, the first of the two middle taps
+    f[center, center] = 1
     assert torch.equal(filter2d(x, f, impl=impl), x)
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS)
 def test_resampling_mirrored_image_gives_mirrored_result(impl):
-    # A symmetric filter must not move the centre of the image.
+    # A symmetric filter must not move the center of the image.
     x, f = randn(1, 1, 6, 8), setup_filter([1, 3, 3, 1])
     for op in (upsample2d, downsample2d):
         torch.testing.assert_close(op(x.flip([2, 3]), f, impl=impl), op(x, f, impl=impl).flip([2, 3]),
@@ -241,7 +241,7 @@ def test_upfirdn2d_half_precision_error_is_bounded(case: Case, dtype, impl):
 # Filters
 
 
-def test_setup_filter_normalises_flips_and_scales():
+def test_setup_filter_normalizes_flips_and_scales():
     expected = torch.tensor([[1.0, 3.0], [3.0, 9.0]]) / 16
     torch.testing.assert_close(setup_filter([1, 3]), expected)
     torch.testing.assert_close(setup_filter([1, 3], flip_filter=True), expected.flip([0, 1]))

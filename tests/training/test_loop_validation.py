@@ -1,4 +1,4 @@
-"""Scores of images that are never learned from."""
+"""training.loop: scores of images that are never learned from."""
 
 import pytest
 import torch

@@ -56,7 +56,7 @@ def enlarged(frame, factor):
 
 
 def check_quarters(pixels, expected):
-    """Check each quarter off its edges: the colour's mean within 3 levels, every pixel within 20."""
+    """Check each quarter off its edges: the color's mean within 3 levels, every pixel within 20."""
     height, width = expected.shape[0] // 2, expected.shape[1] // 2
     for top in (0, height):
         for left in (0, width):
@@ -107,7 +107,7 @@ def test_video_is_what_players_expect(tmp_path):
 
 
 def test_video_detail_of_small_images_survives(tmp_path):
-    """A drawn lesion of 64x64: no pixel is lost between its neighbours."""
+    """A drawn lesion of 64x64: no pixel is lost between its neighbors."""
     places = torch.arange(64.0)
     inner = ((places[:, None] - 30) ** 2 + (places - 34) ** 2 < 200).float()
     skin = torch.stack([220 - 120 * inner, 170 - 110 * inner, 150 - 90 * inner])
