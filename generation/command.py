@@ -41,7 +41,14 @@ from generation.pictures import (
     save_picture,
     write_style_mix,
 )
-from torch_utils.device import TUNE_MALLOC_HELP, check_counts, count_processes, memory_advice, settle_device
+from torch_utils.device import (
+    DEVICE_HELP,
+    TUNE_MALLOC_HELP,
+    check_counts,
+    count_processes,
+    memory_advice,
+    settle_device,
+)
 from torch_utils.distributed import Place, join
 from torch_utils.launch import launch
 from training.generator import NOISE_MODES
@@ -105,7 +112,7 @@ BESIDE_FILES = ""  # the value of --grid without a name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerateRequest:
     """The options of generate.py.
 
     Raises UserError where they contradict each other, one is missing, or a number is out of its range.
@@ -171,8 +178,7 @@ class Request:
         MIX, "LIST", "Layers taken from the column; from 0, the coarsest.",
         shown=f"0-{COARSE_LAYERS - 1}; the first half where there are no more", only=(Mode.MIX,))
 
-    device: str = flag(
-        SPEED, "NAME", "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", default="auto")
+    device: str = flag(SPEED, "NAME", DEVICE_HELP, default="auto")
     gpus: int | None = flag(
         SPEED, "INT", "Processes that share the work of --zip: one a GPU, or several on a CPU.", shown="1",
         only=(Mode.SET,), neutral=1)
@@ -256,18 +262,18 @@ A seed gives the same image each time: that of the original's generate.py, for i
 
 def make_command() -> click.Command:
     """Return the command of generate.py."""
-    return GroupedCommand(None, callback=_generate, params=flags_of(Request), help=HELP,
+    return GroupedCommand(None, callback=_generate, params=flags_of(GenerateRequest), help=HELP,
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
 def _generate(**flags: Any) -> int:
     """Do what is asked for, and return the exit code. Nothing is written where inputs do not fit."""
-    request = Request(**flags)
+    request = GenerateRequest(**flags)
     work = {Mode.IMAGES: make_images, Mode.PROJECTED: make_projected, Mode.SET: make_set, Mode.MIX: make_style_mix}
     return work[request.mode](request)
 
 
-def make_images(request: Request) -> int:
+def make_images(request: GenerateRequest) -> int:
     """Write an image a seed, and a sheet of them."""
     named = parse_seeds("--seeds", request.seeds)
     seeds = list(dict.fromkeys(named))  # a seed has one file, and one image
@@ -288,7 +294,7 @@ def make_images(request: Request) -> int:
     return 0
 
 
-def make_projected(request: Request) -> int:
+def make_projected(request: GenerateRequest) -> int:
     """Write an image for each of the styles in a file, and a sheet of them."""
     with _open(request) as (_, generator):
         ws = read_projected_w(request.projected_w, generator.G)
@@ -299,7 +305,7 @@ def make_projected(request: Request) -> int:
     return 0
 
 
-def make_style_mix(request: Request) -> int:
+def make_style_mix(request: GenerateRequest) -> int:
     """Write the images of pairs of seeds, and a sheet of them."""
     rows, columns = parse_seeds("--rows", request.rows), parse_seeds("--cols", request.cols)
     with _open(request) as (network, generator):
@@ -313,7 +319,7 @@ def make_style_mix(request: Request) -> int:
     return 0
 
 
-def make_set(request: Request) -> int:
+def make_set(request: GenerateRequest) -> int:
     """Write a labeled set, in as many processes as asked for."""
     check_file("--zip", request.zip, ".zip")
     place = Place.from_environment()
@@ -341,7 +347,7 @@ def make_set(request: Request) -> int:
 
 
 @contextmanager
-def _open(request: Request) -> Iterator[tuple[OpenNetwork, ImageGenerator]]:
+def _open(request: GenerateRequest) -> Iterator[tuple[OpenNetwork, ImageGenerator]]:
     """Open the network and its device for images that are files of their own, once their places were checked."""
     place = Place.from_environment()
     processes = count_processes(place, request.gpus, shared=Mode.SET.value)
@@ -365,7 +371,7 @@ def _print_center(settings: SynthesisSettings) -> None:
               f"{MEAN_LATENTS} latents (--trunc-center={settings.center})", file=sys.stderr)
 
 
-def _choose_contents(request: Request, network: OpenNetwork, batch: int) -> SetContents:
+def _choose_contents(request: GenerateRequest, network: OpenNetwork, batch: int) -> SetContents:
     G, classes = network.G, network.classes
     first_seed = 0 if request.seeds is None else parse_first_seed("--seeds", request.seeds)
     piece = choose_piece_size((G.img_channels, G.img_resolution, G.img_resolution), batch)
@@ -391,7 +397,8 @@ def _describe_set(path: str, network: OpenNetwork, contents: SetContents) -> str
             f"{contents.first_seed + contents.count - 1}")
 
 
-def _write_images(request: Request, batches: Iterable[Tensor], files: Sequence[str], sheet: Sheet | None) -> None:
+def _write_images(request: GenerateRequest, batches: Iterable[Tensor], files: Sequence[str],
+                  sheet: Sheet | None) -> None:
     """Write images, uint8 [n, C, R, R], into --outdir under their names, then the sheet; print what was written."""
     outdir, names = None, iter(files)
     for pixels in batches:

@@ -179,9 +179,9 @@ def _facts(found: Inspection) -> Iterator[list[str]]:
         yield ["other files", shorten(found.other_files)]
 
 
-def _counts(counts: dict[str, int], limit: int = 8) -> str:
+def _counts(counts: dict[str, int]) -> str:
     texts = [name if len(counts) == 1 else f"{name} ({count})" for name, count in counts.items()]
-    return shorten(texts, limit) or "none"
+    return shorten(texts, 8) or "none"
 
 
 @click.command("split")

@@ -170,7 +170,6 @@ class LabelTable:
     class_names:    one-hot columns in the table's order (all of them, also those that no row has), else the labels by
                     name, or by number when all are numbers
     ids:            the images' names in ascending order, each once (see image_key)
-    num_rows:       rows read
     num_duplicates: rows that only repeat another one
 
     An image is looked up by its path or name, with or without its extension. Where the table's ids have no folders,
@@ -187,7 +186,6 @@ class LabelTable:
     groups_file: str | None
     class_names: list[str]
     ids: CompactTexts
-    num_rows: int
     num_duplicates: int
     _codes: array  # index into class_names, NO_LABEL where the row has no label
     _groups: CompactTexts | None
@@ -280,7 +278,7 @@ def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
     return LabelTable(name=file.path.name, kind=layout.kind, label_columns=layout.label_columns,
                       other_levels=layout.other_levels, groups_file=layout.groups_file,
                       group_columns=tuple(file.header[index] for index in layout.group_index),
-                      class_names=names, ids=ids, num_rows=len(rows.ids), num_duplicates=len(rows.ids) - len(kept),
+                      class_names=names, ids=ids, num_duplicates=len(rows.ids) - len(kept),
                       _codes=array("h", (code_of[rows.codes[row]] for row in kept)),
                       _groups=None if groups is None else CompactTexts(groups[row] for row in kept),
                       _has_folders=any("/" in name for name in ids), _common=common)

@@ -61,7 +61,14 @@ from latent.targets import (
 )
 from metrics.detectors.registry import SIMILARITY_NAMES
 from metrics.detectors.similarity import Similarity
-from torch_utils.device import TUNE_MALLOC_HELP, check_counts, count_processes, memory_advice, settle_device
+from torch_utils.device import (
+    DEVICE_HELP,
+    TUNE_MALLOC_HELP,
+    check_counts,
+    count_processes,
+    memory_advice,
+    settle_device,
+)
 from torch_utils.distributed import Place, Processes, join
 from torch_utils.launch import launch
 from torch_utils.piecework import OPERATORS, Pieces, complete
@@ -128,8 +135,7 @@ class ProjectRequest:
         IMAGES, "BITS", "Bits of the numbers in images of more than 8 bits, as in dataset_tool.py: 12 makes 4095 "
         "white.", shown="16, or by the values")
 
-    device: str = flag(
-        SPEED, "NAME", "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.", default="auto")
+    device: str = flag(SPEED, "NAME", DEVICE_HELP, default="auto")
     gpus: int | None = flag(
         SPEED, "INT", "Processes that share the work of --data: one a GPU, or several on a CPU.", shown="1",
         only=["--data"], neutral=1)

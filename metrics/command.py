@@ -17,7 +17,7 @@ from metrics.evaluation import Evaluator
 from metrics.features import OtherProcessFailed
 from metrics.image_sources import SetImages
 from metrics.names import DEFAULT_METRIC, DESCRIPTIONS, FORMS, KNOWN_NAMES, USUAL_DETECTORS, needed_detectors
-from torch_utils.device import TUNE_MALLOC_HELP, check_counts, settle_device
+from torch_utils.device import DEVICE_HELP, TUNE_MALLOC_HELP, check_counts, settle_device
 from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
 from torch_utils.launch import launch
 from torch_utils.plots import save_curves
@@ -82,8 +82,7 @@ def _options() -> list[click.Option]:
         _option("--seed", int, "Number that latents and all random choices follow from.", "INT", default=0),
         _option("--batch", int, "Images at a time; part of the result, since the noise within a network follows from "
                 "it.", "INT", shown="by resolution"),
-        _option("--device", str, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.",
-                "NAME", default="auto"),
+        _option("--device", str, DEVICE_HELP, "NAME", default="auto"),
         _option("--gpus", int, "Number of processes that share the work.", "INT", shown="1"),
         _option("--tune-malloc", bool, TUNE_MALLOC_HELP, "BOOL", default=True),
         _option("--verbose", bool, "Show how far the work is.", "BOOL", default=True),
@@ -187,7 +186,7 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
                     curves.setdefault(name, {}).setdefault(key, []).append((kimg, value))
     if settings.run is not None and is_main():
         for name, found in curves.items():
-            save_curves(Path(settings.run) / f"measured-{name}.png", found)
+            save_curves(RunFolder(settings.run).measured(name), found)
 
 
 def _open_if_there(path: Path, processes: Processes) -> OpenNetwork | None:

@@ -98,13 +98,10 @@ class FeatureStats:
         self._need(1)
         return (self._origin + self._shift).numpy()
 
-    def covariance(self, ddof: int = 0) -> np.ndarray:
-        """Return float64 [F, F], divided by count - ddof: 0 as in StyleGAN2-ADA, 1 as in torch-fidelity.
-
-        Raises ValueError when there are no more than ddof features.
-        """
-        self._need(ddof + 1)
-        return (self._scatter / (self.count - ddof)).numpy()
+    def covariance(self) -> np.ndarray:
+        """Float64 [F, F], divided by the count as in StyleGAN2-ADA. Raises ValueError before the first feature."""
+        self._need(1)
+        return (self._scatter / self.count).numpy()
 
     def add(self, features: np.ndarray | Tensor) -> None:
         """Take features [N, F] into account, floating point, of any device; N may be 0.

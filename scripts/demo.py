@@ -200,10 +200,11 @@ def save_training_curves(path: Path, run: Path, metrics: Sequence[str]) -> None:
         sheet.save(file, "png")
 
 
-def save_page(path: Path, summary: Mapping[str, Any], classes: Sequence[str] = ("benign", "melanoma")) -> None:
+def save_page(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a page of the pictures beside it."""
     with atomic_write(path, text=True) as file:
-        file.write(_PAGE.format(first=classes[0], second=classes[1],
+        first, second = (share.split(":")[0] for share in CLASSES.split(","))
+        file.write(_PAGE.format(first=first, second=second,
                                 summary=html.escape(json.dumps(summary, indent=1, allow_nan=False))))
 
 

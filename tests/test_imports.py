@@ -99,6 +99,11 @@ def test_imports_point_down_only(path):
         assert "torch" not in names
 
 
+def test_every_package_is_in_the_table():
+    packages = {path.parent.name for path in ROOT.glob("[!.]*/*.py")}
+    assert packages - set(ALLOWED) == {"scripts", "tests"}
+
+
 def test_imports_go_in_no_circle():
     graph = {name: {other for other in imported_modules(path) if other in MODULES} for name, path in MODULES.items()}
     left = dict(graph)
@@ -138,12 +143,14 @@ def test_every_basename_occurs_once():
     assert [name for name, count in counts.items() if count > 1 and name not in MAY_OCCUR_TWICE] == []
 
 
-def test_a_file_defines_each_function_and_class_once():
+def test_each_name_is_defined_once_in_its_file():
     found = []
-    for path in PRODUCTION:
-        for body in [parse(path).body, *(node.body for node in parse(path).body if isinstance(node, ast.ClassDef))]:
+    for path in [*PRODUCTION, *TESTS]:
+        bodies = [parse(path).body, *(node.body for node in parse(path).body if isinstance(node, ast.ClassDef))]
+        for body in bodies:
+            # Setters of a property carry its name, and are no second definition.
             counts = Counter(node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                             and not node.decorator_list)
+                             and not any(isinstance(each, ast.Attribute) for each in node.decorator_list))
             found += [f"{path.relative_to(ROOT)}: {name}" for name, count in counts.items() if count > 1]
     assert found == []
 
@@ -171,7 +178,7 @@ assert flags() == before
 
 
 # docs/architecture.md: a numbered line below a heading is one file of a path: 1. `file.py` `name`, `Class.method`: text
-_STOP = re.compile(r"^\d+\. `(?P<file>[^`]+\.py)`(?P<names>(?:,? `[^`]+`)*): ", re.MULTILINE)
+_STOP = re.compile(r"^(?P<number>\d+)\. `(?P<file>[^`]+\.py)`(?P<names>(?:,? `[^`]+`)*): ", re.MULTILINE)
 MOST_FILES = {"What does --gamma do?": 6, "From zip to logits": 9, "ADA": 5, "One projected image": 10, "FID": 9}
 
 
@@ -198,6 +205,16 @@ def defined_names(path):
             elif isinstance(node, ast.AnnAssign):
                 found.add(prefix + node.target.id)
     return found
+
+
+def test_architecture_is_read_whole_by_these_tests():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    numbers = [int(match["number"]) for match in _STOP.finditer(text)]
+    assert numbers == [int(number) for number in re.findall(r"^(\d+)\. ", text, flags=re.MULTILINE)]
+    assert numbers == [number for stops in paths_of_architecture().values() for number in range(1, len(stops) + 1)]
+    quoted = [name for name in re.findall(r"`([^`\s]+)`", text) if name.endswith((".py", "/"))]
+    # A bare name such as `command.py` stands for a script or for a file of the package that the sentence is about.
+    assert [name for name in quoted if not (ROOT / name).exists() and not list(ROOT.glob(f"*/{name}"))] == []
 
 
 def test_architecture_has_its_five_paths_and_each_is_short():

@@ -23,6 +23,7 @@ from dnnlib.typed_config import ConfigError
 from torch_utils.distributed import Place
 
 PRECISION_NAMES = ("auto", "fp32", "fp16", "bf16")
+DEVICE_HELP = "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1."
 TUNE_MALLOC_HELP = (
     "On a CPU with Linux and glibc, keep freed memory for reuse: faster, and the program's memory never shrinks. Left "
     "alone where the environment has settings of its own: MALLOC_*, GLIBC_TUNABLES, another allocator in LD_PRELOAD.")

@@ -40,7 +40,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Map uint8 0..255 to float32 -1..1, as networks take it; `to_pixels` undoes it for every level."""
+    """Map 0..255, uint8 or float, to float32 -1..1, as networks take it; `to_pixels` undoes it for every level."""
     return pixels.float() / 127.5 - 1
 
 

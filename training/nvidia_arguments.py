@@ -5,6 +5,7 @@ whose classes or arguments are not in this table come from another project or ve
 """
 import math
 
+_LONGEST_QUOTE = 80  # characters of an untrusted value in a message
 _MAX_VALUES, _MAX_DEPTH = 10_000, 16  # shared references could otherwise unfold without end
 
 _IMAGE = "img_resolution img_channels"
@@ -108,9 +109,9 @@ def to_plain(value: object, where: str) -> object:
     return copy(value, 0)
 
 
-def quote(value: object, limit: int = 80) -> str:
+def quote(value: object) -> str:
     """Show an untrusted value in a message: ASCII, one line, short."""
     if isinstance(value, (str, bytes)):
-        value = value[:limit + 1]  # a value can be hundreds of megabytes
+        value = value[:_LONGEST_QUOTE + 1]  # a value can be hundreds of megabytes
     text = ascii(value) if isinstance(value, (str, bytes, int, float, type(None))) else type(value).__name__
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."

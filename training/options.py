@@ -12,7 +12,7 @@ import click
 
 from dnnlib.cli import Flag, UserPath, join_values
 from dnnlib.typed_config import Config, ConfigError
-from torch_utils.device import PRECISION_NAMES, TUNE_MALLOC_HELP
+from torch_utils.device import DEVICE_HELP, PRECISION_NAMES, TUNE_MALLOC_HELP
 from training.augmentations.draws import AUGMENT_GROUPS
 from training.config import (
     RESUME_CLASSES,
@@ -406,8 +406,7 @@ FLAGS = [
     _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn; "
           "for --resume.", "INT", standard="0"),
 
-    _flag("--device", str, SPEED, "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1.",
-          "NAME"),
+    _flag("--device", str, SPEED, DEVICE_HELP, "NAME"),
     _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "INT"),
     _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
           "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with."),

@@ -47,7 +47,7 @@ _NUMBERED_FURTHER = re.compile(r"([1-9]\d{5,})-")  # after 99999; a date looks t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RunRequest:
     """What a command asks for."""
 
     config: TrainConfig
@@ -111,6 +111,10 @@ class RunFolder:
         """Return the lines of a metric; its curve lies beside them as metric-NAME.png."""
         return self.path / f"metric-{name}.jsonl"
 
+    def measured(self, name: str) -> Path:
+        """Return the curve of a metric that calc_metrics.py draws over the run's network files."""
+        return self.path / f"measured-{name}.png"
+
     def metrics(self) -> list[Path]:
         """Return the files of lines of all metrics that are there."""
         return sorted(self.path.glob(self.metric("*").name))
@@ -167,9 +171,9 @@ def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, 
 
     Arguments and errors are those of `choose_run`.
     """
-    request = Request(config=config, identity=identify(config, content_hash), new=new,
-                      precision_given=precision_given, batch_gpu_given=batch_gpu_given,
-                      classes=None if classes is None else tuple(classes))
+    request = RunRequest(config=config, identity=identify(config, content_hash), new=new,
+                         precision_given=precision_given, batch_gpu_given=batch_gpu_given,
+                         classes=None if classes is None else tuple(classes))
     with _outdir_errors(Path(outdir)):
         return _plan(Path(outdir), request)
 
@@ -196,9 +200,9 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
     outdir, name = Path(outdir), config.run_name
     if Path(name).name != name:
         raise UserError(f"the run's name is {name!r}; expected a name without folders: give one with --name")
-    request = Request(config=config, identity=identify(config, content_hash), new=new,
-                      precision_given=precision_given, batch_gpu_given=batch_gpu_given,
-                      classes=None if classes is None else tuple(classes))
+    request = RunRequest(config=config, identity=identify(config, content_hash), new=new,
+                         precision_given=precision_given, batch_gpu_given=batch_gpu_given,
+                         classes=None if classes is None else tuple(classes))
     with _outdir_errors(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
         with _choosing(outdir):
@@ -241,7 +245,7 @@ def began_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequenc
     return None
 
 
-def _plan(outdir: Path, request: Request) -> RunPlan:
+def _plan(outdir: Path, request: RunRequest) -> RunPlan:
     runs = sorted(_numbered(outdir), reverse=True)
     unreadable: list[str] = []
     others: list[str] = []
@@ -281,7 +285,7 @@ def _plan(outdir: Path, request: Request) -> RunPlan:
     return RunPlan(path=path, config=request.config, not_continued=tuple(others))
 
 
-def _has_other_classes(record: RunRecord, request: Request) -> bool:
+def _has_other_classes(record: RunRecord, request: RunRequest) -> bool:
     """Tell whether a run of equal data gave its classes other names, so that it is not what is asked for.
 
     Names that are added or lost change nothing that is computed, but which columns --resume takes.
@@ -296,12 +300,12 @@ def _named(classes: tuple[str, ...]) -> str:
     return listed(classes) if classes else "without names"
 
 
-def _settle(record: RunRecord, request: Request) -> TrainConfig:
+def _settle(record: RunRecord, request: RunRequest) -> TrainConfig:
     return record.settle(request.config, precision_given=request.precision_given,
                          batch_gpu_given=request.batch_gpu_given)
 
 
-def _plan_known(path: Path, record: RunRecord, request: Request, notes: list[str]) -> RunPlan:
+def _plan_known(path: Path, record: RunRecord, request: RunRequest, notes: list[str]) -> RunPlan:
     """Decide what becomes of a run that the command means. Raises UserError when the command can mean no good."""
     asked, longest, config = request.config.kimg, record.config.kimg, _settle(record, request)
     left_alone = None
@@ -385,7 +389,7 @@ def _make(path: Path, record: RunRecord) -> None:
         raise
 
 
-def _take(plan: RunPlan, request: Request) -> RunFolder:
+def _take(plan: RunPlan, request: RunRequest) -> RunFolder:
     """Lock a run's folder and bring it up to date."""
     lock = ProcessLock(plan.path / LOCK_NAME)
     try:

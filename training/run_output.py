@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dnnlib.cli import StopRequest
 from dnnlib.files import DiskFailure, sha256_of
 from dnnlib.typed_config import ConfigError
-from imagesets.classes import CLASS, VECTOR, class_name, missing_labels
+from imagesets.classes import CLASS, VECTOR, class_name, label_vectors, missing_labels
 from imagesets.reader import describe_shape
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import choose_precision
@@ -347,8 +347,7 @@ def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen)
         row_labels = np.repeat(shown, each)
         rows = len(row_labels)
         names = tuple(class_name(label, dataset.classes, unnamed="class {}") for label in row_labels)
-        one_hot = torch.nn.functional.one_hot(torch.from_numpy(row_labels), dataset.label_dim).float()
-        labels = one_hot.repeat_interleave(columns, dim=0)
+        labels = torch.from_numpy(label_vectors(row_labels, dataset.label_dim)).repeat_interleave(columns, dim=0)
     latents = generator_for(seed_for(seed, 0, 0, "grid/latents"))
     return SampleGrid(columns=columns, rows=rows, items=items, labels=labels, row_names=names,
                       z=torch.randn(columns * rows, z_dim, generator=latents))

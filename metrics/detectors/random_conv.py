@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
 from metrics.detectors.base import Detector
+from torch_utils.images import to_unit_range
 
 _SIZE = 64
 _CHANNELS = (3, 32, 32, 32, 32)
@@ -43,7 +44,7 @@ class RandomConv(Detector):
         self.weights_sha256 = _digest([*weights, *biases])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        images = interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True) / 127.5 - 1
+        images = to_unit_range(interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True))
         features = []
         for x in self.layers(images):
             # The logarithm: else images differ so much in color that a change of fine texture is lost beside it.

@@ -275,7 +275,7 @@ def test_table_goes_to_workers(table):
 
 def test_duplicate_rows_that_agree_are_counted(table):
     found = table("image_id,dx,lesion_id", "a,nv,L", "b,mel,M", "a.jpg,nv,L", "a,nv,L")
-    assert (len(found), found.num_rows, found.num_duplicates) == (2, 4, 2)
+    assert (len(found), found.num_duplicates) == (2, 2)
     assert classes(found) == {"a": "nv", "b": "mel"}
 
 

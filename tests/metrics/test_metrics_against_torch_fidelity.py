@@ -23,7 +23,8 @@ def test_frechet_distance_with_unbiased_covariances_equals_torch_fidelity(num_fa
     real, fake = features(300, seed=1), features(num_fakes, seed=2, shift=0.2)
     theirs = fid_statistics_to_metric(fid_features_to_statistics(real), fid_features_to_statistics(fake), False)
     a, b = FeatureStats.of(real), FeatureStats.of(fake)
-    found = frechet_distance(a.mean, a.covariance(ddof=1), b.mean, b.covariance(ddof=1))
+    unbiased = [each.covariance() * each.count / (each.count - 1) for each in (a, b)]
+    found = frechet_distance(a.mean, unbiased[0], b.mean, unbiased[1])
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
     biased = frechet_distance(a.mean, a.covariance(), b.mean, b.covariance())
     assert biased != pytest.approx(found, rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.augmentations.draws import AugmentStrengths, Draws, on_device_of
+from training.augmentations.draws import BANDS, AugmentStrengths, Draws, on_device_of
 from training.augmentations.geometry import reflect_pad
 
 # Daubechies' least asymmetric orthonormal filters ("symlets") with 2 and 6 vanishing moments; sum sqrt(2).
@@ -118,19 +118,19 @@ def filter_bands(images: Tensor, gains: np.ndarray, bank: Tensor) -> Tensor:
     return torch.where(on_device_of(images, changed[:, None, None, None]), filtered.reshape(images.shape), images)
 
 
-def octave_bank(lowpass=SYM2, bands: int = 4) -> np.ndarray:
+def octave_bank() -> np.ndarray:
     """Split the spectrum into octaves by symmetric filters that add up to the identity.
 
     The power response of an orthonormal filter and that of its mirrored high-pass add up to 2, which makes
     low = |H|^2 / 2 and high = 1 - low two symmetric filters. Stage k of the cascade uses them stretched 2^k times:
     what its high-pass takes is a band, what is left goes on (ADA paper, appendix B.2).
 
-    Returns [bands, taps] float64, low frequencies first; 4 bands of 4 taps give 43.
+    Returns [BANDS, taps] float64, low frequencies first; 4 bands of 4 taps give 43.
     """
-    low = np.correlate(lowpass, lowpass, mode="full") / 2
+    low = np.correlate(SYM2, SYM2, mode="full") / 2
     left = np.ones(1)
     octaves = []
-    for stage in range(bands - 1):
+    for stage in range(BANDS - 1):
         stretched = np.zeros((len(low) - 1) * 2 ** stage + 1)
         stretched[::2 ** stage] = low
         rest = np.convolve(left, stretched)
