@@ -37,7 +37,7 @@ EVERYTHING = {**BGC, "imgfilter": 1, "noise": 1, "cutout": 1}
 # Where an iteration waits: place -> why.
 DOCUMENTED = {
     "training/step.py:_name_non_finite": "once, at the end: were all gradients finite",
-    "training/step.py:_adapt_augmentation": "every few iterations: the mean sign, to move p",
+    "training/ada.py:adapt_augmentation": "every few iterations: the mean sign, to move p",
 }
 
 
