@@ -20,7 +20,7 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
 	perceptual_path feature_tensors frechet inception_score kernel precision_recall loop_validation
 
-.PHONY: help setup demo test test-portable slow soak bench lint clean
+.PHONY: help setup demo test test-portable slow nightly soak bench lint clean
 
 help:
 	@echo "make setup   install what is needed into .venv, and compile the operators where there is a compiler"
@@ -29,15 +29,16 @@ help:
 	@echo "make test-portable run those tests that compute as on a CPU without AVX, slow ones too"
 	@echo "make slow    run the tests that take longer"
 	@echo "make soak    kill a training run a hundred times, and compare its end with an unbroken one"
+	@echo "make nightly run all tests, the soak and the demonstration with three seeds: hours"
 	@echo "make bench   measure speeds"
 	@echo "make lint    check the style"
 
 setup: $(BUILT)
 
-$(READY): requirements.txt requirements-offline.txt requirements-dev.txt
+$(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python %d.%d found; 3.11 or later is needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -e .[dev]
 	touch $(READY)
 
 $(BUILT): $(READY) $(wildcard torch_utils/ops/csrc/*)
@@ -59,6 +60,9 @@ slow: $(BUILT)
 
 soak: $(BUILT)
 	$(BIN)/python -m tests.end_to_end.soak $(ARGS)
+
+nightly: test test-portable slow lint soak
+	for seed in 0 1 2; do $(BIN)/python -m scripts.demo --seed=$$seed --dest=demo/seed$$seed || exit 1; done
 
 bench: $(BUILT)
 	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench.bench_$$subject || exit 1; done
