@@ -6,10 +6,18 @@ import click
 from click.core import ParameterSource
 
 from dnnlib.cli import UserError, run
-from imagesets.commands import convert_options, inspect_command, phantom_command, run_convert, split_command
+from imagesets.commands import (
+    convert_options,
+    current_spelling,
+    inspect_command,
+    phantom_command,
+    run_convert,
+    split_command,
+)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"],
+                                                            "token_normalize_func": current_spelling})
 @convert_options
 @click.pass_context
 def main(context: click.Context, **options) -> None:
@@ -26,8 +34,8 @@ def main(context: click.Context, **options) -> None:
         return
     for name in options:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise UserError(f"--{name.replace('_', '-')} stands before {context.invoked_subcommand}; expected options "
-                            "of a command behind its name")
+            raise UserError(f"--{name.replace('_', '-')} comes before {context.invoked_subcommand}; expected the "
+                            "options of a command after its name")
 
 
 main.add_command(inspect_command, "inspect")

@@ -1,1 +1,1 @@
-"""Image data sets on disk: made from archives of any kind, looked at, split, and read. Needs no torch."""
+"""Image data sets on disk: convert archives of any kind, inspect, split and read them. Does not import torch."""

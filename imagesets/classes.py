@@ -1,9 +1,9 @@
-"""What labels of images are, classes or vectors; which are missing; and classes found, ordered and merged by name.
+"""Labels of images: classes or vectors, which are missing; and classes found, ordered and merged by name.
 
-The labels of N images are None, or int64 [N], the numbers of classes, with NO_LABEL where an image has none, or
-float32 [N, D], vectors, with NaN there. In dataset.json they are an integer, a list of numbers, or null.
+The labels of N images are None, or int64 [N] class numbers with NO_LABEL for an image without one, or float32 [N, D]
+vectors with NaN there. In dataset.json a label is an integer, a list of numbers, or null.
 
-A name may hold commas, as "Melanoma, NOS" of the ISIC archive does: the longest name that exists is taken.
+A class name may contain commas, like "Melanoma, NOS" of the ISIC archive: the longest name that exists is taken.
 
 LIMIT: names that contain a semicolon or an equals sign cannot be written in --merge.
 """
@@ -19,7 +19,7 @@ from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
 
 NO_LABEL = -1
-MAX_CLASSES = 1000  # more are names, ages or dates, and would make one-hot labels that fill the memory
+MAX_CLASSES = 1000  # more would be names, ages or dates, and their one-hot labels would fill the memory
 # Kinds of labels. In dataset.json an integer is a class, and a list of numbers a vector: several findings, or values.
 CLASS, VECTOR = "class", "vector"
 LABELS = {CLASS: "numbers of classes as labels", VECTOR: "lists of numbers as labels", None: "no labels"}  # in messages
@@ -30,7 +30,7 @@ _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
 
 
 def missing_labels(labels: np.ndarray | None, count: int | None = None) -> np.ndarray:
-    """Return which images have no label: bool [N]; all where labels are None, of `count` images then."""
+    """Return which images have no label: bool [N]; if labels are None, all `count` images."""
     if labels is None:
         return np.ones(count, dtype=bool)
     return labels == NO_LABEL if labels.ndim == 1 else np.isnan(labels).any(axis=1)
@@ -44,20 +44,20 @@ def no_labels(count: int, shape: Sequence[int] = ()) -> np.ndarray:
 def label_vectors(labels: np.ndarray, length: int) -> np.ndarray:
     """Return labels as networks take them: float32 [N, length]; classes become one-hot, NO_LABEL zeros.
 
-    labels:  int64 [N] below `length`, or float32 [N, length], which come back as they are
+    labels:  int64 [N] below `length`, or float32 [N, length], which are returned as they are
     """
     return labels if labels.ndim == 2 else (labels[:, None] == np.arange(length)).astype(np.float32)
 
 
 def class_name(number: int, names: Sequence[str] | None, unnamed: str = "{}") -> str:
-    """Return the name of a class, or its number, as `unnamed` has it, where classes have no names."""
+    """Return the name of a class; if classes have no names, its number, formatted by `unnamed`."""
     return unnamed.format(number) if names is None else names[number]
 
 
 def class_names(labels: np.ndarray | None, names: Sequence[str] | None) -> list[str]:
-    """Return a name for each class that labels may have, or for each number of vectors; numbers where there are none.
+    """Return a name for each class, or for each number of a vector; its number if there are no names.
 
-    Numbers of classes stay as they are, also with gaps; then there are classes without images.
+    Class numbers are kept, even with gaps; then there are classes without images.
     """
     if labels is None:
         return []
@@ -74,12 +74,12 @@ def numbers_of(found: Sequence[str | None], classes: Sequence[str]) -> np.ndarra
 def find_class(text: str, names: Sequence[str] | None, count: int, *, flag: str = "--class") -> int:
     """Return the number of a class, given by its name or number.
 
-    Where a name is a number itself, as of the classes 1 to 7, only names are taken: 1 would be another class.
+    If a name is itself a number, as for the classes 1 to 7, only names are accepted: 1 could be two classes.
 
-    names:  of the classes, None where they have none;  count: how many there are
+    names:  of the classes, None if they have none;  count: the number of classes
     flag:   the option that names the class, for messages
 
-    Raises UserError where there is no such class.
+    Raises UserError if there is no such class.
     """
     for name in (text, text.strip()) if names is not None else ():
         if name in names:
@@ -103,7 +103,7 @@ def _are_numbers(names: Sequence[str] | None) -> bool:
 
 
 def split_names(text: str, known: Sequence[str]) -> list[str]:
-    """Return the names between the commas of a text; those of `known` that hold commas themselves stay whole."""
+    """Split a text at commas, but not inside those names of `known` that contain commas."""
     pieces, names = text.split(","), []
     longest = 1 + max((name.count(",") for name in known), default=0)
     while pieces:
@@ -114,12 +114,12 @@ def split_names(text: str, known: Sequence[str]) -> list[str]:
 
 
 def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:
-    """Return the kind of label that a network learned: CLASS, VECTOR, or None where its file does not tell.
+    """Return the kind of label that a network learned: CLASS, VECTOR, or None if its file does not record it.
 
-    info:   what the file says: "label_kind"; files that are older than it still say class_counts, null for vectors
+    info:   of the network file: "label_kind"; older files have class_counts instead, which is null for vectors
     c_dim:  of the network
 
-    LIMIT: NVIDIA's files tell nothing; their labels are taken for classes.
+    LIMIT: NVIDIA's files do not record it; their labels are taken for classes.
     """
     if c_dim == 0:
         return None
@@ -131,7 +131,7 @@ def label_kind_of(info: Mapping[str, Any], c_dim: int) -> str | None:
 
 
 def named_classes(info: Mapping[str, Any], c_dim: int) -> list[str] | None:
-    """Return the names that a network file gives its classes, or the numbers of its vectors; None without fitting ones.
+    """Return the names of classes, or of a vector's numbers, in a network file; None if they are missing or wrong.
 
     info, c_dim:  as in `label_kind_of`
     """
@@ -141,17 +141,17 @@ def named_classes(info: Mapping[str, Any], c_dim: int) -> list[str] | None:
 
 
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
-    """Return the place in `names` of each of `wanted`; None where these are not the same names."""
+    """Return the index in `names` of each of `wanted`; None if the two do not have the same names."""
     if names is None or wanted is None or sorted(names) != sorted(wanted):
         return None
     return [list(names).index(name) for name in wanted]
 
 
 def order_classes(names: Iterable[str]) -> list[str]:
-    """Return different names of classes in the order that numbers them, wherever they come from.
+    """Return class names, all different, in the order in which they are numbered.
 
-    By value when all are numbers (0, 1, 2, 10; -1, 9.5, 010, 10: equal values by text), else by text. A class's number
-    is its place: the classes 1 to 7 become 0 to 6.
+    By value if all are numbers (0, 1, 2, 10; -1, 9.5, 010, 10: equal values by text), else by text. The number of a
+    class is its index: the classes 1 to 7 become 0 to 6.
     """
     names = sorted(names)
     numeric = all(_DECIMAL.fullmatch(name) for name in names)
@@ -160,14 +160,14 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 def choose_classes(found: Sequence[str], classes: str | None = None,
                    merge: str | None = None) -> tuple[list[str], dict[str, int | None]]:
-    """Apply --merge, then --classes; return the names of the classes, and the number of each found one, None for none.
+    """Apply --merge, then --classes; return the class names, and the new number of each found one, None if left out.
 
-    found:   the names that exist, in the order that counts where nothing else is said
+    found:   the names that exist, in the default order
     merge:   "melanoma=mel;benign=nv,bkl": classes named here get a new name, the others keep theirs; a merged class
-             stands where the first of its members stood. None merges nothing.
+             takes the place of its first member. None merges nothing.
     classes: "melanoma,benign": names after merging that are wanted, in this order. None takes all.
 
-    Raises UserError for names that do not exist, that come twice, and for texts of another form.
+    Raises UserError for names that do not exist or are repeated, and for texts of another form.
     """
     found = list(found)
     if twice := _first_repeated(found):
@@ -181,7 +181,7 @@ def choose_classes(found: Sequence[str], classes: str | None = None,
 
 
 def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
-    """Return found name -> new name for the classes that are named."""
+    """Return {found name: new name} of the classes in --merge."""
     new_name: dict[str, str] = {}
     groups = [_parse_group(merge, text, found) for text in merge.removesuffix(";").split(";")]
     if twice := _first_repeated([name for name, _ in groups]):
@@ -219,15 +219,15 @@ def _parse_classes(classes: str, members: dict[str, list[str]]) -> list[str]:
     """Return the names in the order wanted."""
     names = split_names(classes, list(members))
     if "" in names:
-        raise UserError(f"--classes={classes} has an empty name; expected names with commas between them, as nv,mel")
+        raise UserError(f"--classes={classes} has an empty name; expected names separated by commas, such as nv,mel")
     if twice := _first_repeated(names):
         raise UserError(f"--classes={classes} names {twice} twice; expected each class once")
     for name in names:
         if name not in members:
             merged = next((target for target, inside in members.items() if name in inside), None)
             if merged is not None:
-                raise UserError(f"--classes={classes} names {name}, which --merge has put into {merged}; expected some "
-                                f"of {listed(list(members))}")
+                raise UserError(f"--classes={classes} names {name}, which --merge put into {merged}; expected some of "
+                                f"{listed(list(members))}")
             raise _unknown(f"--classes={classes} names {name}, but there is no class {name}", name, list(members))
     return names
 
@@ -241,9 +241,9 @@ def _first_repeated(names: Sequence[str]) -> str | None:
 
 
 def class_counts(shares: Sequence[float], count: int) -> list[int]:
-    """Return numbers of images that add up to `count`, by largest remainder; of equal remainders the first wins.
+    """Return image counts that sum to `count`, by the largest remainder method; of equal remainders the first wins.
 
-    shares: of the classes, >= 0, of any sum above 0
+    shares: of the classes, >= 0, with any sum above 0
     """
     total = sum(shares)
     wanted = [share / total * count for share in shares]

@@ -36,57 +36,67 @@ from imagesets.sources import SPLITS
 from imagesets.split import Assignment, SplitRequest, assign, create_request, read_digests
 from imagesets.split_files import SplitPaths, write_split
 
+_WORKERS_HELP = "Number of worker processes. [default: one per CPU core]"
+_PHANTOM_LINE = "PHANTOM: rendered images, not patient data"
+_CURRENT_SPELLING = {"unlabelled": "unlabeled"}  # options that were renamed: old name -> name
 _OPTIONS = [
     click.option("--source", type=UserPath(), metavar="PATH", multiple=True,
-                 help="Folder or zip of images, MedMNIST npz, CIFAR-10 python archive, or MNIST images (gz). Several "
-                 "folders or zips of one set: give it once for each."),
-    click.option("--dest", type=UserPath(), metavar="PATH",
-                 help="The data set to write: a name ending in .zip, or a new folder."),
-    click.option("--resolution", metavar="WxH", help="Size of the images, such as 256x256; without it they must fit."),
-    click.option("--width", type=int, metavar="INT", help="As the first number of --resolution."),
-    click.option("--height", type=int, metavar="INT", help="As the second number of --resolution."),
-    click.option("--transform", type=click.Choice(TRANSFORMS), help="Cut a square from the centre, or a wide rectangle "
-                 "that is padded to a square; without it images are stretched."),
+                 help="Folder or zip of images, MedMNIST .npz, CIFAR-10 python archive, or MNIST images (.gz). Repeat "
+                 "the option to join several folders or zips into one data set."),
+    click.option("--dest", type=UserPath(), metavar="PATH", help="Data set to write: a .zip file, or a new folder."),
+    click.option("--resolution", metavar="WxH", help="Resize all images to this size, such as 256x256. Required unless "
+                 "all images already have one suitable size."),
+    click.option("--width", type=int, metavar="INT", help="With --height, instead of --resolution."),
+    click.option("--height", type=int, metavar="INT", help="With --width, instead of --resolution."),
+    click.option("--transform", type=click.Choice(TRANSFORMS), help="Crop a square from the center, or a wide "
+                 "rectangle that is padded with black to a square. By default images are stretched."),
     click.option("--resize-filter", type=click.Choice(FILTERS), default=ConvertOptions.resize_filter,
-                 show_default=True),
-    click.option("--max-images", type=int, metavar="INT",
-                 help="Convert a random sample of at most that many images: of each class its share."),
-    click.option("--seed", type=int, metavar="INT", help=f"Random seed of --max-images. [default: {DEFAULT_SEED}]"),
-    click.option("--include", multiple=True, metavar="PATTERN", help="Take only files whose names fit, such as "
-                 "'*.jpg'; may be repeated. '*' takes all, even several files of one row of --labels."),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names fit, such as "
+                 show_default=True, help="Filter for resizing."),
+    click.option("--max-images", type=int, metavar="N",
+                 help="Convert a random subset of at most N images, keeping the proportions of the classes."),
+    click.option("--seed", type=int, metavar="INT", help=f"Random seed for --max-images. [default: {DEFAULT_SEED}]"),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Convert only files whose names match, such as "
+                 "'*.jpg'; may be repeated. '*' accepts all, even several files for one row of --labels."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files whose names match, such as "
                  "'*_mask.png', or a folder, such as 'masks/*'; may be repeated."),
     click.option("--labels", type=UserPath(), metavar="FILE",
-                 help="Table of labels: ISIC 2017 to 2020 and 2024, metadata.csv of the ISIC archive, HAM10000, or any "
-                 "with the columns named below. Without it labels come from dataset.json or sub-folders."),
+                 help="Table of labels (CSV): ISIC 2017 to 2020 and 2024, metadata.csv of the ISIC archive, HAM10000, "
+                 "or any other with the columns named below. By default labels come from dataset.json or subfolders."),
     click.option("--groups", type=UserPath(), metavar="FILE",
-                 help="Table of the patient or lesion of each image where --labels has none, such as "
+                 help="Table with the patient or lesion of each image if --labels has none, such as "
                  "ISIC_2019_Training_Metadata.csv."),
-    click.option("--id-column", metavar="NAME", help="Column with the names of the images."),
-    click.option("--label-column", metavar="NAME", help="Column with their classes."),
-    click.option("--group-column", metavar="NAME", help="Column with patient or lesion: what split keeps together; of "
-                 "--groups where that is given."),
+    click.option("--id-column", metavar="NAME", help="Column with the image names."),
+    click.option("--label-column", metavar="NAME", help="Column with the classes."),
+    click.option("--group-column", metavar="NAME", help="Column with the patient or lesion of each image, in --groups "
+                 "if that is given. The split command keeps their images together."),
     click.option("--folders", type=click.Choice(FOLDERS), metavar="|".join(FOLDERS),
-                 help="Whether names of sub-folders are classes. Without it they are, unless they look like parts of a "
-                 "set, such as images_part_1 or train: then say so."),
-    click.option("--classes", metavar="A,B,...", help="Classes wanted, in this order."),
-    click.option("--merge", metavar='"NEW=A,B;..."', help="Join classes under a new name."),
-    click.option("--unlabelled", type=click.Choice(UNLABELED), default=ConvertOptions.unlabelled, show_default=True,
-                 help="What to do when some images have no label."),
-    click.option("--split", type=click.Choice(SPLITS), help="Part of a MedMNIST or CIFAR-10 file; train if not given."),
+                 help="Whether the names of subfolders are classes. By default they are; required if they look like "
+                 "parts of a data set, such as images_part_1 or train."),
+    click.option("--classes", metavar="A,B,...", help="Classes to keep, in this order."),
+    click.option("--merge", metavar='"NEW=A,B;..."', help="Merge classes under a new name."),
+    click.option("--unlabeled", type=click.Choice(UNLABELED), default=ConvertOptions.unlabeled, show_default=True,
+                 help="What to do if some images have no label."),
+    click.option("--split", type=click.Choice(SPLITS), help="Split of a MedMNIST or CIFAR-10 file to convert. "
+                 "[default: train]"),
     click.option("--max-bad", default=f"{ConvertOptions.max_bad:.0%}", show_default=True, metavar="SHARE",
-                 help="Share of unreadable images above which nothing is written."),
+                 help="Stop and write no data set if more than this share of the images is unreadable."),
     click.option("--report", type=UserPath(), metavar="FILE",
-                 help="JSON file that names the images dropped, changed, or doubtful."),
+                 help="Write a JSON file that lists dropped, changed and doubtful images."),
     click.option("--exact", is_flag=True, help="Decode JPEG files at full size: slower, slightly different pixels."),
-    click.option("--depth", type=int, metavar="BITS", help="Bits of the numbers in images of more than 8 "
-                 f"bits, {MIN_DEPTH} to {MAX_DEPTH}: 12 makes 4095 white. Otherwise 16, or by the values of the set."),
-    click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given."),
+    click.option("--depth", type=int, metavar="BITS", help="Bits per value of images with more than 8 bits, "
+                 f"{MIN_DEPTH} to {MAX_DEPTH}: with 12, 4095 becomes white. By default 16, or chosen from the values "
+                 "in the images."),
+    click.option("--workers", type=int, metavar="INT", help=_WORKERS_HELP),
 ]
 
 
+def current_spelling(name: str) -> str:
+    """Return the name of an option for an older spelling of it; other names stay."""
+    return _CURRENT_SPELLING.get(name, name)
+
+
 def convert_options(command: Callable) -> Callable:
-    """Add the options to a click command or group."""
+    """Add the options of the conversion to a click command or group."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -101,7 +111,7 @@ def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | No
                             "--help")
     if resolution is not None:
         if width is not None or height is not None:
-            raise UserError("--resolution and --width or --height are both given; expected one of the two ways")
+            raise UserError("--resolution and --width or --height are both given; expected only one of the two")
         width, height = parse_resolution(resolution)
     done = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad), **options)
     for line in done.lines:
@@ -109,23 +119,22 @@ def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | No
         click.echo(line.encode("ascii", "backslashreplace").decode())
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Check a data set: classes, groups, sizes, duplicates, problems.")
 @click.argument("path", type=UserPath(path_type=Path))
 @click.option("--sheet", metavar="FOLDER", type=UserPath(path_type=Path),
-              help=f"Write a contact sheet for each class there: up to {MAX_IMAGES} images, of as many groups as "
-              "possible.")
+              help=f"Write a contact sheet of each class to this folder: up to {MAX_IMAGES} images, from as many "
+              "groups as possible.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="COUNT",
-              help="Processes; the result does not depend on it. All cores without it.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="COUNT", help=_WORKERS_HELP)
 def inspect_command(path: Path, sheet: Path | None, as_json: bool, workers: int | None) -> None:
-    """Decode all images of the data set PATH, a zip or a folder, and print what there is and what is wrong.
+    """Decode every image of the data set PATH, a zip or a folder; print a summary and all problems.
 
-    Ends with 0 when the set could be looked at, whatever was found; with 2 when it cannot be read at all. Scripts ask
-    --json, whose "ready" and "ready_with_labels" say whether training would take the set, and whether with --cond;
+    The exit code is 0 if the data set could be read, even with problems, and 2 if it could not. Scripts should use
+    --json: "ready" and "ready_with_labels" tell whether train.py accepts the data set, without and with --cond;
     "problems" is a list of objects with kind, blocks ("training", "labels" or null), count, message and files. The
-    other keys: path, kind, phantom, num_images, num_bytes, num_groups, num_unlabelled, label_kind, classes (index,
-    name, num_images, share, num_groups), folders, num_mixed_groups, mixed_groups (groups with different labels),
-    sizes, modes, num_duplicates, duplicates, other_files, source.
+    other keys: path, kind, phantom, num_images, num_bytes, num_groups, num_unlabeled (also under its old name
+    num_unlabelled), label_kind, classes (index, name, num_images, share, num_groups), folders, num_mixed_groups,
+    mixed_groups (groups with different labels), sizes, modes, num_duplicates, duplicates, other_files, source.
     """
     images, metadata_fault = open_for_inspection(path)
     with Progress(len(images), "images") as progress:
@@ -133,7 +142,8 @@ def inspect_command(path: Path, sheet: Path | None, as_json: bool, workers: int 
     inspection = summarize(images, measures, metadata_fault)
     sheets = [] if sheet is None else write_sheets(images, measures.usable, sheet)
     if as_json:
-        click.echo(json.dumps(asdict(inspection), indent=1))
+        found = asdict(inspection)
+        click.echo(json.dumps({**found, "num_unlabelled": found["num_unlabeled"]}, indent=1))
         return
     for line in describe(inspection):
         click.echo(line)
@@ -142,16 +152,16 @@ def inspect_command(path: Path, sheet: Path | None, as_json: bool, workers: int 
 
 
 def describe(found: Inspection) -> Iterator[str]:
-    """Yield an inspection as lines for people."""
+    """Yield an inspection as text lines."""
     yield f"{found.path}: {found.kind}, {plural(found.num_images, 'image')}, {found.num_bytes / 1e6:.1f} MB"
     if found.phantom:
-        yield "PHANTOM: rendered images, no data of patients"
+        yield _PHANTOM_LINE
     yield ""
     yield from format_table(list(_facts(found)), left=(0, 1))
     if found.classes:
         yield ""
         if found.label_kind == "lists":
-            yield f"labels are lists of numbers; an image counts where its number is above {PRESENT}:"
+            yield f"labels are lists of numbers; an image is of a class if its number is above {PRESENT}:"
         yield from format_table([["class", "name", "images", "share", "groups"], *(
             [str(one.index), one.name, str(one.num_images), percent(one.num_images, found.num_images),
              str(one.num_groups)] for one in found.classes)], left=(1,))
@@ -160,7 +170,7 @@ def describe(found: Inspection) -> Iterator[str]:
         yield f"{'PROBLEM' if problem.blocks == TRAINING else 'problem'}: {problem.kind}: {problem.message}"
         yield from (f"    {name}" for name in problem.files[:5])
         if problem.files[5:]:
-            yield f"    ... (all with --json; {problem.count} in total)"
+            yield f"    ... ({problem.count} in total; --json lists more)"
     yield f"ready for training: {'yes' if found.ready else 'no'}"
     why = " (there are none)" if found.label_kind is None and not found.ready_with_labels else ""
     yield f"ready for training with labels: {'yes' if found.ready_with_labels else 'no'}{why}"
@@ -171,7 +181,7 @@ def _facts(found: Inspection) -> Iterator[list[str]]:
     yield ["modes", _counts(found.modes)]
     mixed = f"; {found.num_mixed_groups} with different labels ({shorten(found.mixed_groups)})"
     yield ["groups", f"{found.num_groups}{mixed if found.num_mixed_groups else ''}"]
-    yield ["without a label", str(found.num_unlabelled)]
+    yield ["without a label", str(found.num_unlabeled)]
     yield ["duplicates", f"{plural(found.num_duplicates, 'image')} identical to an earlier one"]
     if found.folders:
         yield ["folders", _counts({name or ".": count for name, count in found.folders.items()})]
@@ -184,38 +194,38 @@ def _counts(counts: dict[str, int]) -> str:
     return shorten(texts, 8) or "none"
 
 
-@click.command("split")
+@click.command("split", short_help="Split a data set by patients or lesions.")
 @click.argument("path", type=UserPath(path_type=Path))
 @click.option("--parts", metavar="NAME:SHARE,...",
-              help="Parts and their shares of the images, which sum to 1: train:0.8,val:0.1,test:0.1. Fractions (1/3) "
-              "are understood, too.")
+              help="Parts and their shares of the images, which must sum to 1: train:0.8,val:0.1,test:0.1. Fractions "
+              "such as 1/3 are also accepted.")
 @click.option("--institutions", type=click.IntRange(min=1), metavar="COUNT",
-              help="Divide the first of the --parts, or the whole set without --parts, among so many institutions.")
+              help="Divide the first of the --parts, or the whole data set without --parts, among COUNT institutions.")
 @click.option("--sizes", metavar="SHARE,...",
-              help="Shares of the institutions: 0.06,0.33,0.61. Without it they are equal.")
+              help="Shares of the institutions, such as 0.06,0.33,0.61. [default: equal shares]")
 @click.option("--skew", type=UserPath(), metavar="CLASS=SHARE,...|FILE",
-              help="Share of a class within each institution's images, instead of alike in all: 'melanoma=0.3,0.05,*', "
-              "more classes after a semicolon; * takes what is left of the class. Other classes fill up in proportion. "
-              "Also a file with a class a line.")
-@click.option("--seed", type=click.IntRange(min=0), default=SplitRequest.seed, show_default=True,
-              help="Another seed gives another split.")
+              help="Share of a class among the images of each institution, instead of the same share in all: "
+              "'melanoma=0.3,0.05,*'. * takes the rest of the class; semicolons separate classes. Classes not named "
+              "here fill up the institutions in proportion. May also be a file with one class per line.")
+@click.option("--seed", type=click.IntRange(min=0), default=SplitRequest.seed, show_default=True, metavar="INT",
+              help="Random seed.")
 @click.option("--dest", metavar="FOLDER", type=UserPath(path_type=Path),
-              help="Folder for the parts; beside the data set without it.")
+              help="Folder for the parts. [default: the folder of the data set]")
 @click.option("--allow-missing", is_flag=True,
-              help="Let parts lack a class that has fewer groups than there are parts.")
+              help="Allow a part to lack a class that has fewer groups than there are parts.")
 @click.option("--leave-out", is_flag=True,
-              help="With --skew: use fewer images, where the shares need more of a class than there are.")
-@click.option("--force", is_flag=True, help="Replace parts that exist.")
+              help="With --skew: use fewer images if the shares need more images of a class than there are.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 def split_command(path: Path, dest: Path | None, force: bool, **options) -> None:
-    """Divide the data set PATH into parts so that no group (patient or lesion) is in two of them.
+    """Divide the data set PATH into parts so that no group (patient or lesion) is in more than one part.
 
-    Groups that share an identical image, mirrored or not, stay together, too. Classes are as alike in all parts as
-    whole groups allow; with labels that are lists, each number above 0.5 counts as a class. Writes NAME-PART.zip for
-    each part, with images copied byte for byte, and NAME-split.json, which lists the groups and files of each part
-    with their sha256; all of them or none.
+    Groups that share an identical or horizontally flipped image also stay together. All parts have the same proportions
+    of classes, as closely as whole groups allow; in labels that are lists, each number above 0.5 counts as a class.
+    Writes NAME-PART.zip for each part, with the images copied byte for byte, and NAME-split.json, which lists the
+    groups and files of each part with their sha256. After an error no file is left.
 
-    The same seed gives the same parts, whatever becomes of the first: --parts=train:0.9,test:0.1 alone makes the
-    train that is divided when --institutions=3 is added, and the same test.
+    The same seed gives the same parts even if --institutions divides the first one: adding --institutions=3 to
+    --parts=train:0.9,test:0.1 divides the same train part and leaves the test part as it was.
     """
     request = create_request(**options)
     images = ImageSet(path)
@@ -235,15 +245,15 @@ def split_command(path: Path, dest: Path | None, force: bool, **options) -> None
 
 
 def describe_split(assignment: Assignment, request: SplitRequest, *, is_phantom: bool = False) -> Iterator[str]:
-    """Yield what was reached, as lines for people."""
+    """Yield the sizes of the parts, as text lines."""
     if is_phantom:
-        yield "PHANTOM: rendered images, no data of patients"
+        yield _PHANTOM_LINE
     if assignment.num_linked:
-        yield f"{plural(assignment.num_linked, 'group')} joined with others, for they share identical images"
+        yield f"{plural(assignment.num_linked, 'group')} joined with others because they share identical images"
     yield from format_table(list(_reached_rows(assignment, request)))
     if request.skew is not None:
         yield ""
-        yield "share of the class within the institution: reached (asked)"
+        yield "share of the class within the institution: actual (requested)"
         yield from format_table(list(_skew_rows(assignment, request)))
 
 
@@ -258,7 +268,7 @@ def _reached_rows(assignment: Assignment, request: SplitRequest) -> Iterator[lis
     yield ["", "all", *[text for name in names for text in (name, "")]]
     aimed = [100 * target / reached[:, SIZE].sum() for target in assignment.targets[:, SIZE]]
     aimed_texts = [text for share in aimed for text in ("", f"{share:.1f}%")]
-    yield ["aimed at", "", *aimed_texts, *[""] * (2 * len(names) - len(aimed_texts))]
+    yield ["target", "", *aimed_texts, *[""] * (2 * len(names) - len(aimed_texts))]
     for column, title in enumerate(["images", "groups", *assignment.classes]):
         whole = reached[:, column].sum()
         cells = [text for count in reached[:, column] for text in (str(count), percent(count, whole))]
@@ -273,30 +283,30 @@ def _skew_rows(assignment: Assignment, request: SplitRequest) -> Iterator[list[s
                        for part in range(len(request.institutions))]]
 
 
-@click.command()
+@click.command("phantom", short_help="Render drawings of skin lesions, for tests.")
 @click.option("--dest", required=True, type=UserPath(), metavar="PATH",
-              help="The data set to write: a name ending in .zip, or a new folder.")
+              help="Data set to write: a .zip file, or a new folder.")
 @click.option("--count", type=int, default=PhantomOptions.count, show_default=True, metavar="INT",
               help="Number of images.")
 @click.option("--resolution", default=f"{PhantomOptions.resolution}x{PhantomOptions.resolution}", show_default=True,
               metavar="WxH",
-              help=f"Square, a power of two from {MIN_RESOLUTION} to {MAX_SIDE}.")
+              help=f"Size of the images: square, a power of two from {MIN_RESOLUTION} to {MAX_SIDE}.")
 @click.option("--classes", default=",".join(f"{name}:{share:g}" for name, share in DEFAULT_CLASSES.items()),
               show_default=True, metavar="NAME:SHARE,...",
-              help="Classes and their shares of the images, which add up to 1; exact to one image.")
+              help="Classes and their shares of the images, which must sum to 1; counts are exact to one image.")
 @click.option("--seed", type=int, default=PhantomOptions.seed, show_default=True, metavar="INT",
-              help="Equal seeds give equal images.")
-@click.option("--bias", multiple=True, metavar="NAME=P:P:...", help="Probability of an artefact in each class, in the "
+              help="Random seed; equal seeds give equal images.")
+@click.option("--bias", multiple=True, metavar="NAME=P:P:...", help="Probability of an artifact in each class, in the "
               f"order of --classes; may be repeated. Names: {', '.join(ARTIFACT_RATES)}.")
-@click.option("--workers", type=int, metavar="INT", help="Processes; one a core if not given.")
+@click.option("--workers", type=int, metavar="INT", help=_WORKERS_HELP)
 def phantom_command(dest: str, count: int, resolution: str, classes: str, seed: int, bias: tuple[str, ...],
                     workers: int | None) -> None:
     """Render drawings of skin lesions with known attributes, for tests and demonstrations.
 
-    They are no data: dataset.json says so. The class shows in the border, the symmetry and the colours of a lesion;
-    looks are known for benign, melanoma, bkl, bcc, akiec, vasc, df and their other names, any other name gets one of
-    its own. All other attributes are independent of the class unless --bias says otherwise. phantom.csv in the zip
-    lists them for each image. Some patients have two or three images of one lesion.
+    Phantoms are not patient data, and dataset.json marks them as phantoms. The class shows in the border, the symmetry
+    and the colors of a lesion; benign, melanoma, bkl, bcc, akiec, vasc, df and their synonyms have a typical look, and
+    any other name gets a look of its own. All other attributes are independent of the class unless --bias is given.
+    phantom.csv in the data set lists them for each image. Some patients have two or three images of one lesion.
 
     \b
     python dataset_tool.py phantom --dest=phantom.zip --count=2000 --resolution=64x64 --seed=0

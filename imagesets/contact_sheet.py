@@ -26,12 +26,12 @@ _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 
 
 def write_sheets(images: ImageSet, usable: np.ndarray, folder: str | os.PathLike) -> list[Path]:
-    """Write a PNG for each class with images, and for those without a label; return the files.
+    """Write a PNG for each class with images, and one for images without a label; return the files.
 
     usable: bool [N], images that can be decoded
-    folder: made when it is missing; files of the same names are replaced
+    folder: created if missing; files of the same names are replaced
 
-    Raises UserError when the folder cannot be used. Then, as at any error, no sheet is written.
+    Raises UserError when the folder cannot be used. After any error no sheet is left.
     """
     folder, names = Path(folder), []
     check_folder(folder, "--sheet", "the sheets")
@@ -52,18 +52,18 @@ def _sheets(images: ImageSet, usable: np.ndarray) -> Iterator[tuple[str, str, np
             yield sheet_name(index, len(names), name), name, rows
     rows = np.flatnonzero(images.missing_labels() & usable)
     if len(rows):
-        yield ("all.png", "all images", rows) if images.labels is None else ("unlabelled.png", "no label", rows)
+        yield ("all.png", "all images", rows) if images.labels is None else ("unlabeled.png", "no label", rows)
 
 
 def sheet_name(index: int, count: int, name: str) -> str:
-    """Return a file name that is safe on every system and differs from class to class, as "04-melanoma.png"."""
+    """Return a file name that is safe on every system and different for each class, such as "04-melanoma.png"."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", to_ascii(name)).strip("-")[:60]
     number = str(index).zfill(len(str(count - 1)))
     return f"{number}-{plain}.png" if plain else f"{number}.png"
 
 
 def choose_evenly(groups: Sequence[str], limit: int) -> list[int]:
-    """Return up to `limit` places in ascending order: as many groups as possible, spread evenly over the set.
+    """Return up to `limit` indices in ascending order: as many groups as possible, spread evenly over the data set.
 
     groups: the group of each image, in the order of the images
     """
@@ -81,14 +81,14 @@ def choose_evenly(groups: Sequence[str], limit: int) -> list[int]:
 
 def _draw_sheet(images: ImageSet, name: str, rows: np.ndarray, places: Sequence[int]) -> PIL.Image.Image:
     pictures = [_open(images.read(images.names[rows[place]])) for place in places]
-    # Small images are doubled, and doubled again, so that pixels stay pixels; large ones are reduced.
+    # Small images are enlarged by a power of two without interpolation; large ones are reduced.
     side = max(max(picture.size) for picture in pictures)
     factor = 2 ** max(0, math.ceil(math.log2(_SMALLEST_CELL / side)))
     cell = min(side * factor, _LARGEST_CELL)
     columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(len(pictures))))
     num_rows = math.ceil(len(pictures) / columns)
     num_groups = len({images.groups[row] for row in rows})
-    shown = "" if len(pictures) == len(rows) else f", {len(pictures)} of them here"
+    shown = "" if len(pictures) == len(rows) else f", {len(pictures)} shown"
     title = f"{to_ascii(name)}: {plural(len(rows), 'image')}, {plural(num_groups, 'group')}{shown}"
     font = PIL.ImageFont.load_default(_FONT_SIZE)
     width = max(columns * (cell + _GAP) + _GAP, math.ceil(font.getlength(title)) + 2 * _GAP)
@@ -106,7 +106,7 @@ def _open(data: bytes) -> PIL.Image.Image:
     """Decode an image to RGB, not much larger than a cell, so that a sheet of large images fits in memory."""
     image = PIL.Image.open(io.BytesIO(data))
     if image.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255.
+        # Pillow would clip 16-bit values at 255.
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     image.thumbnail((_LARGEST_CELL, _LARGEST_CELL), PIL.Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
-"""Keep count of what becomes of each image of a conversion, join its groups, and tell all by JSON and by lines.
+"""Record what becomes of each image of a conversion, join groups, and report all as JSON and as text lines.
 
-Counts take a few bytes an image. Groups are what one patient or lesion, one table row or equal bytes hold together.
+Records take a few bytes per image. Images of one patient or lesion, of one table row, or of equal bytes form a group.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from imagesets.selection import NOT_DRAWN, REASONS, Labeling, Selection, images_
 from imagesets.sources import masks_among, repeated_names
 
 _SHOWN = 3
-_UNLISTED = {"decoder downscaling"}  # as a rule all images, and of no interest by name
+_UNLISTED = {"decoder downscaling"}  # usually all images; their names are of no interest
 _UNSEEN = -1
 
 
@@ -40,8 +40,8 @@ class Tally:
         self._digests = bytearray()
         self._hash = hashlib.sha256()
         self.kept = array("q")
-        self.values: dict[str, Values] = {}  # kind -> what the kept images of more than 8 bits held
-        self.details: dict[int, str] = {}  # of bad images whose reason does not say all, see BadImage
+        self.values: dict[str, Values] = {}  # kind -> values of the kept images with more than 8 bits
+        self.details: dict[int, str] = {}  # of bad images whose reason is not the full story, see BadImage
         self.side: int | None = None  # pixels of the kept images, which are squares of one size
 
     def add_kept(self, index: int, side: int, digest: bytes, notes: tuple[str, ...],
@@ -96,10 +96,10 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Linked:
-    """Of the K images kept, in order.
+    """Groups and duplicates among the K images kept, in order.
 
-    groups:      K groups, None for an image alone
-    num_groups:  different ones, each image alone being one
+    groups:      K groups, None for an image in no group
+    num_groups:  number of different groups; an image in no group counts as one
     duplicates:  sets of byte-identical images, as positions
     """
     groups: list[str | None]
@@ -108,7 +108,7 @@ class Linked:
 
 
 def link(selection: Selection, tally: Tally) -> Linked:
-    """Join groups that share an image, or of which two images are of one row of the table."""
+    """Join groups that share an image, or have images of the same row of the table."""
     kept = np.array(tally.kept, dtype=np.int64)
     known = selection.labeling.groups
     texts = [image_name(position) if known is None or known[index] is None else known[index]
@@ -140,7 +140,7 @@ def write_report(path: str | os.PathLike | None, report: Mapping[str, Any]) -> N
 
 def build_report(source: Source, selection: Selection, tally: Tally, linked: Linked,
                  spec: PixelSpec) -> dict[str, Any]:
-    """Return the report. found = kept + the counts under dropped.
+    """Return the report, in which found = kept + the counts under dropped.
 
     spec: of the images written
     """
@@ -198,12 +198,12 @@ def build_report(source: Source, selection: Selection, tally: Tally, linked: Lin
 
 
 def _num_labels(selection: Selection, indices: Sequence[int]) -> int:
-    """Return how many labels images have; an image without a label contradicts none."""
+    """Return the number of different labels; images without a label do not count."""
     return len({selection.label_name(index) for index in indices if selection.label(index) is not None})
 
 
 def _count_classes(selection: Selection, kept: Sequence[int]) -> dict[str, int] | None:
-    """Return images of each class, and those without; None when there are no classes."""
+    """Return the number of images of each class, and without one; None when there are no classes."""
     labels = selection.labels
     if labels is None or labels.ndim == 2:
         return None
@@ -225,9 +225,9 @@ def _count_sample(selection: Selection, undrawn: np.ndarray) -> dict[str, list[i
 
 def describe_conversion(dest: Path, source: Source, selection: Selection,
                         report: Mapping[str, Any]) -> Iterable[str]:
-    """Yield a report in short, as lines for people."""
+    """Yield a summary of a report, as text lines."""
     kept, found = report["kept"], report["found"]
-    side, color = report["resolution"], "grey" if report["channels"] == 1 else "RGB"
+    side, color = report["resolution"], "gray" if report["channels"] == 1 else "RGB"
     yield f"{dest}: {kept} images, {side}x{side} {color}, {report['num_groups']} groups"
     yield f"  found {found} in {source.name} ({source.kind}), kept {kept}, dropped {found - kept}"
     for part in report.get("sources", []):
@@ -240,7 +240,7 @@ def describe_conversion(dest: Path, source: Source, selection: Selection,
         yield f"  converted: {note}: {_count_and_names(entry)}"
     for kind, found in report["values"].items():
         if found["black"] == found["white"]:
-            yield f"  note: all {kind} images have the one value {found['white']:g}, and became black"
+            yield f"  note: all {kind} images have only the value {found['white']:g} and became black"
             continue
         yield (f"  values of {kind} images: {found['black']:g} became black, {found['white']:g} white; the largest is "
                f"{found['largest']:g}")
@@ -248,12 +248,12 @@ def describe_conversion(dest: Path, source: Source, selection: Selection,
         if remark is not None:
             yield f"  note: {remark}"
     if report["depth"] is not None and not report["values"] and f"unreadable: {BEYOND_DEPTH}" not in report["dropped"]:
-        yield f"  note: --depth={report['depth']} changed nothing: no image has more than 8 bits a channel"
+        yield f"  note: --depth={report['depth']} changed nothing: no image has more than 8 bits per channel"
     if report["classes"] is not None:
         yield "  classes: " + ", ".join(f"{name} {count}" for name, count in report["classes"].items())
         empty = [name for name, count in report["classes"].items() if not count]
         if empty:
-            yield f"  note: no image is of class {', '.join(empty)}; --classes leaves classes out"
+            yield f"  note: no images of class {', '.join(empty)}; leave classes out with --classes"
     elif selection.labels is None:
         yield "  labels: none"
     else:
@@ -264,54 +264,54 @@ def describe_conversion(dest: Path, source: Source, selection: Selection,
 
 
 def _tables(labeling: Labeling) -> Iterable[str]:
-    """Tell what was taken from tables, and what else there would be."""
+    """Yield what was read from tables, and what else they offer."""
     table, groups = labeling.table, labeling.group_table
     if table is not None:
         by_groups = f", groups by {' and '.join(table.group_columns)}" if table.group_columns else ", no groups"
         yield (f"  {table.name} ({table.kind}): labels from {listed(table.label_columns)}{by_groups}")
         if table.other_levels:
-            yield f"  note: other levels of the diagnosis: --label-column={'|'.join(table.other_levels)}"
+            yield f"  note: for other levels of the diagnosis give --label-column={'|'.join(table.other_levels)}"
     if groups is not None:
         yield f"  {groups.name}: groups by {' and '.join(groups.group_columns)}"
     if table is not None and groups is None and table.groups_file is not None and not table.group_columns:
-        yield (f"  note: without groups, split may put images of one lesion into several parts; add --groups=FILE with "
-               f"{table.groups_file}")
+        yield (f"  note: without groups, split may put images of one lesion into several parts; give "
+               f"--groups=FILE with {table.groups_file}")
 
 
 def _describe_sample(sample: Mapping[str, Any]) -> str:
     of_each = ", ".join(f"{name} {drawn} of {count}" for name, (drawn, count) in (sample["classes"] or {}).items())
-    return (f"sample: {sample['drawn']} of {sample['of']} images, drawn at random (--max-images, --seed)"
+    return (f"subset: {sample['drawn']} of {sample['of']} images, chosen at random (--max-images, --seed)"
             + (f": {of_each}" if of_each else ""))
 
 
 def _remarks(source: Source, report: Mapping[str, Any]) -> Iterable[str]:
     for key, what in (("images_without_a_row", "images without a row"),
                       ("rows_without_an_image", "rows without an image"),
-                      ("images_without_a_group", "images without a patient or lesion, each a group of its own")):
+                      ("images_without_a_group", "images without a patient or lesion, each in a group of its own")):
         if report.get(key, {"count": 0})["count"]:
             yield f"  {what}: {_count_and_names(report[key])}"
     if report["duplicates"]:
         examples = " = ".join(report["duplicates"][0][:_SHOWN])
         count = sum(map(len, report["duplicates"]))
-        twice = "; does the source hold the set twice? Give each of its folders once" if count == report["kept"] else ""
-        yield (f"  byte-identical: {count} images in {len(report['duplicates'])} sets, kept in one group each "
-               f"({examples}){twice}")
+        twice = "; is every image there twice? Give each folder only once" if count == report["kept"] else ""
+        yield (f"  duplicates: {count} images in {len(report['duplicates'])} sets of identical files, each set in one "
+               f"group ({examples}){twice}")
     for entry in report["contradictions"][:_SHOWN]:
         first_of = {label: name for name, label in reversed(entry.items())}
         shown = [name for name in entry if name in first_of.values()][:_SHOWN]
         more = f", and {len(entry) - len(shown)} more" if len(entry) > len(shown) else ""
-        yield ("  contradiction among byte-identical images: "
+        yield ("  contradiction among duplicates: "
                + ", ".join(f"{name} is {entry[name]}" for name in shown) + more)
     if len(report["contradictions"]) > _SHOWN:
-        yield f"  ... {len(report['contradictions']) - _SHOWN} more contradictions; list them by --report=FILE"
+        yield f"  ... {len(report['contradictions']) - _SHOWN} more contradictions; list them with --report=FILE"
     if report.get("images_that_share_a_row", {}).get("count"):
-        yield ("  images that share a row of the table, as their names are equal: "
-               f"{_count_and_names(report['images_that_share_a_row'])}; are they alike?")
+        yield ("  images that share a row of the table, because their names are equal: "
+               f"{_count_and_names(report['images_that_share_a_row'])}; are they the same image?")
     if report.get("names_in_several_sources", {}).get("count"):
         yield (f"  names in several sources: {_count_and_names(report['names_in_several_sources'])}; all these images "
-               "are kept")
+               "were kept")
     if report["ignored_files"]["count"]:
-        yield f"  other files, not images by name: {_count_and_names(report['ignored_files'])}"
+        yield f"  files that are not images by their names: {_count_and_names(report['ignored_files'])}"
     if "files_not_chosen" in report:
         yield f"  left out by --include and --exclude: {_count_and_names(report['files_not_chosen'])}"
     if report["left_out_splits"]:

@@ -1,7 +1,7 @@
-"""Convert an archive of images into a data set: kept and dropped images add up, and nothing is left half done.
+"""Convert an archive of images into a data set: kept and dropped images add up, and no half-written file is left.
 
-Options are checked before any image is read. Then the headers of all images are, where they must tell whether there are
-colors, and of what size images will be; then the images, by several processes.
+Options are checked before any image is read. Then headers are read, as far as needed to know whether there is color and
+what size the images will have; then the images, by several processes.
 """
 
 import hashlib
@@ -45,25 +45,25 @@ from imagesets.tables import read_groups, read_table
 from imagesets.writer import ImageSetWriter, check_parent
 
 FOLDERS = ("classes", "ignore")
-DEFAULT_SEED = 0  # of the sample of --max-images
+DEFAULT_SEED = 0  # for --max-images
 _HEADER_BYTES = 1 << 16  # where most headers end
-_HEADERS = 32  # that travel together
-_CHUNK_BYTES = 1 << 20  # of pixels that travel together
+_HEADERS = 32  # that a worker takes at a time
+_CHUNK_BYTES = 1 << 20  # of pixels that a worker takes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What convert() is asked to do; the fields are named as the options of the command, with None for "not given".
+    """What convert() should do; the fields are named like the options of the command, None means "not given".
 
     include, exclude: patterns of file names
-    folders:       what names of sub-folders are: "classes", or nothing ("ignore"); None for classes where they look so
-    unlabelled:    "error", "drop" or "keep"
-    seed:          of the sample of max_images
-    transform:     None scales, "center-crop" cuts a square, "center-crop-wide" cuts and pads to a square
-    width, height: of the result (of its content for center-crop-wide); both or none
+    folders:       names of subfolders are "classes", or mean nothing ("ignore"); None: classes if they look like it
+    unlabeled:     "error", "drop" or "keep"
+    seed:          random seed for max_images
+    transform:     None stretches, "center-crop" crops to a square, "center-crop-wide" crops and pads to a square
+    width, height: of the result (for center-crop-wide, without the padding); both or none
     max_bad:       share of images, 0 to 1, that may be unreadable
     exact:         decode JPEG files at full size
-    depth:         bits of the numbers in images of more than 8 bits
+    depth:         bits per value of images with more than 8 bits
 
     Raises UserError for values that do not fit.
     """
@@ -78,7 +78,7 @@ class ConvertOptions:
     folders: str | None = None
     classes: str | None = None
     merge: str | None = None
-    unlabelled: str = "error"
+    unlabeled: str = "error"
     max_images: int | None = None
     seed: int | None = None
     transform: str | None = None
@@ -101,33 +101,33 @@ class ConvertOptions:
             if getattr(self, name) is not None and table is None:
                 raise UserError(f"--{name.replace('_', '-')} names a column, but there is no table; add --labels=FILE")
         if self.seed is not None and self.max_images is None:
-            raise UserError(f"--seed={self.seed} draws the images of --max-images, which is not given; add it, or "
-                            "leave --seed out")
+            raise UserError(f"--seed={self.seed} is the random seed of --max-images, which is not given; expected both "
+                            "or neither")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise UserError(f"--seed={self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.folders is not None and self.folders not in FOLDERS:
             raise UserError(f"--folders={self.folders}; expected {' or '.join(FOLDERS)}")
         if self.folders is not None and self.labels is not None:
-            raise UserError(f"--folders={self.folders} and --labels are both given, and a table takes the place of "
-                            "folders; expected one of the two")
+            raise UserError(f"--folders={self.folders} and --labels are both given; expected only one of the two, as "
+                            "labels from a table replace those from folders")
         if (self.width is None) != (self.height is None):
             missing = "height" if self.height is None else "width"
             raise UserError(f"--{missing} is missing; expected both, or --resolution=WIDTHxHEIGHT")
         if self.width is not None:
             check_resolution(self.width, self.height, self.transform)
-        self.spec(channels=3)  # checks, too
+        self.spec(channels=3)  # checks the rest
 
     @property
     def sample_seed(self) -> int:
         return DEFAULT_SEED if self.seed is None else self.seed
 
     def spec(self, channels: int) -> PixelSpec:
-        """Return what each image becomes."""
+        """Return the form that each image is converted to."""
         return PixelSpec(width=self.width, height=self.height, transform=self.transform, channels=channels,
                          resize_filter=self.resize_filter, exact=self.exact, depth=Depth(bits=self.depth, ranges={}))
 
     def record(self) -> dict[str, Any]:
-        """Return what a data set says of its making: the same on every machine, so no paths."""
+        """Return the options as dataset.json records them: the same on every machine, so without paths."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("labels", "groups"):
             if given[name] is not None:
@@ -148,7 +148,7 @@ def parse_share(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What was done: the report, as --report writes it, and the same in short, as lines for people."""
+    """What was done: the report, as --report writes it, and a summary of it as text lines."""
     report: dict[str, Any]
     lines: list[str]
 
@@ -159,13 +159,13 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
     """Write the images of `source`, in the order of their names, to the data set `dest`.
 
     source:   a path, or several folders and zips of one set, which are read one after the other
-    report:   JSON file that lists by name what became of the images, written also when the conversion is refused
-              for unreadable or unlabeled ones
-    workers:  processes, None for one a core; the result does not depend on them
+    report:   JSON file that lists what became of the images, also written when the conversion is refused because
+              of unreadable or unlabeled ones
+    workers:  processes, None for one per CPU core; the result does not depend on them
     stream:   where progress is shown, None for standard error
     options:  fields of ConvertOptions
 
-    Raises UserError, and leaves nothing at dest, for sources, labels and options that do not fit, when more than
+    Raises UserError, and writes nothing to dest, for sources, labels and options that do not fit, when more than
     options.max_bad of the images are unreadable, and when dest cannot be written.
     """
     options = ConvertOptions(**options)
@@ -204,7 +204,7 @@ def convert(source: str | os.PathLike | Sequence[str | os.PathLike], dest: str |
 def _label(opened: Source, options: ConvertOptions) -> Labeling:
     if options.folders is not None and not (opened.has_files and not all(
             part.is_ready for part in opened.parts or [opened])):
-        raise UserError(f"--folders: {opened.name} ({opened.kind}) brings its own labels; leave the option out")
+        raise UserError(f"--folders: {opened.name} ({opened.kind}) has its own labels; leave the option out")
     if options.labels is None:
         refuse_doubtful_folders(opened, are_classes=options.folders is not None)
         labeling = Labeling.of_source(opened, ignore_folders=options.folders == "ignore")
@@ -222,7 +222,7 @@ def _label(opened: Source, options: ConvertOptions) -> Labeling:
 def _select(opened: Source, options: ConvertOptions, report: str | os.PathLike | None) -> Selection:
     try:
         return select(opened, _label(opened, options), classes=options.classes, merge=options.merge,
-                      unlabelled=options.unlabelled, max_images=options.max_images, seed=options.sample_seed)
+                      unlabeled=options.unlabeled, max_images=options.max_images, seed=options.sample_seed)
     except LabelsUnclear as error:
         write_report(report, {"error": str(error), "found": len(opened)} | error.details)
         raise
@@ -248,7 +248,7 @@ def _convert_all(opened: Source, selection: Selection, spec: PixelSpec, writer: 
 
 
 def _convert_one(load: Loader, spec: PixelSpec, item: Any) -> tuple[bytes, Decoded | BadImage]:
-    """Return the sha256 of the source's bytes, and what became of an image; in any process."""
+    """Return the sha256 of the source's bytes, and the converted image or why there is none; in any process."""
     try:
         image = load(item)
         result = decode(image, spec) if isinstance(image, bytes) else decode_array(image, spec)
@@ -264,7 +264,7 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
     count = sum(unreadable.values())
     if count <= options.max_bad * num_wanted and tally.kept:
         return
-    advice = f"see {report}" if report is not None else "list them by --report=FILE"
+    advice = f"see {report}" if report is not None else "list them with --report=FILE"
     if count:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in unreadable.items())
         limit = f"more than --max-bad={options.max_bad:.3g} allows" if tally.kept else "none is left"
@@ -273,7 +273,7 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
             advice = f"--depth={options.depth} takes 0 to {(1 << options.depth) - 1}: {larger}, or {advice}"
         example = next((f"; {name} {detail}" for entry in details["dropped"].values()
                         for name, detail in entry.get("details", {}).items()), "")
-        message = f"{count} of {num_wanted} images are unreadable ({reasons}), {limit}{example}; {advice}"
+        message = f"{count} of {num_wanted} images cannot be read ({reasons}), {limit}{example}; {advice}"
     else:
         message = (f"all {num_wanted} images are {TOO_SMALL} to {options.width}x{options.height}; choose a smaller "
                    "--resolution")
@@ -282,7 +282,7 @@ def _refuse_bad(tally: Tally, num_wanted: int, options: ConvertOptions, report: 
 
 
 def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, details: dict[str, Any]) -> dict[str, Any]:
-    """Return what the data set says of itself; the same on every machine and for any number of workers."""
+    """Return the `source` of dataset.json; the same on every machine and for any number of workers."""
     origin = {"tool": "dataset_tool.py", "kind": opened.kind, "name": opened.name, "options": options.record(),
               "found": details["found"], "kept": details["kept"],
               "dropped": {reason: entry["count"] for reason, entry in details["dropped"].items()},
@@ -300,7 +300,7 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
     if opened.origin:
         origin["origin"] = dict(opened.origin)
     if opened.origin.get("phantom"):
-        origin["phantom"] = opened.origin["phantom"]  # converted phantoms are never taken for data
+        origin["phantom"] = opened.origin["phantom"]  # converted phantoms remain phantoms
     return origin
 
 
@@ -317,13 +317,13 @@ def _check_paths(source: Path, dest: Path, report: str | os.PathLike | None) -> 
 
 def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers: int,
            progress: Progress) -> tuple[PixelSpec, np.ndarray]:
-    """Return how to convert the wanted images, in color if any has color by its header, else in gray; and bool [N]:
-    which images are scaled by the values of all of their kind, which read_ranges finds.
+    """Return how to convert the wanted images, and which of them need the range of values of the whole data set.
 
     wanted: bool [N]
 
-    Reads no further than to the first image with color, unless the size of the result is to be found out, too; beyond
-    it only files whose names let such values be expected.
+    The images become RGB if any header has color, else gray. The second result is bool [N]: images for read_ranges.
+    Stops at the first image with color if the size of the result is given; of the files after it, reads only those
+    whose names allow such values.
     Raises UserError when no size is given and the images differ, or are not square with a power of two a side.
     """
     needs_size = options.width is None
@@ -343,7 +343,7 @@ def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers:
                     sizes = " but ".join(f"{name} is {size[0]}x{size[1]}" for name, size in (first, (name, size)))
                     near = nearest_resolution(min(*first[1], *size))
                     raise UserError(f"images differ in size: {sizes}; expected one size: give --resolution={near}x"
-                                    f"{near}, with --transform=center-crop if their shapes are not to be stretched")
+                                    f"{near}, with --transform=center-crop if they should not be stretched")
             elif channels == 3:
                 rest = wanted & (np.arange(len(source)) > index)
                 break
@@ -364,7 +364,7 @@ def survey(source: Source, wanted: np.ndarray, options: ConvertOptions, workers:
 
 
 def read_ranges(source: Source, deep: np.ndarray, workers: int, progress: Progress) -> dict[str, tuple[float, float]]:
-    """Return the smallest and the largest value of all images of each kind, without those that cannot be read.
+    """Return the smallest and the largest value of all readable images of each kind.
 
     deep: bool [N], from survey
     """
@@ -392,17 +392,17 @@ def _headers(source: Source, wanted: np.ndarray, workers: int, progress: Progres
 
 
 def _read_header(load: Loader, item: Any) -> Header | None:
-    """Return the header of an image, None for one that cannot be read."""
+    """Return the header of an image, None if it cannot be read."""
     for limit in (_HEADER_BYTES, None):
         try:
             return probe(load(item, limit))
         except BadImage:
-            pass  # With the whole file it is bad indeed; the conversion will say so.
+            pass  # If the whole file is bad too, the conversion reports it.
     return None
 
 
 def _read_range(load: Loader, item: Any) -> tuple[str, float, float] | None:
-    """Return the kind and the range of the values of an image (see probe_range), None for one that cannot be read."""
+    """Return the kind and the range of the values of an image (see probe_range), None if it cannot be read."""
     try:
         return probe_range(load(item))
     except BadImage:

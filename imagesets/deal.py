@@ -1,10 +1,10 @@
-"""Turn shares into target counts of each part, and deal units that must stay whole so that counts come near them.
+"""Turn shares into target counts for each part, and deal units, which must stay whole, to parts to meet these.
 
-Units with equal counts are interchangeable and make a kind. Each kind is dealt in proportion, which keeps large and
-small, pure and mixed units alike in all parts; what rounding leaves over goes, large units first, where counts lack
-most; then single units move, or two are exchanged, while that lowers the cost. The cost is the chi-square distance of
-counts to targets, and above it, in this order: no part without a class it must have, no part off its size by more than
-the largest unit.
+Units with equal counts are interchangeable and form a kind. Each kind is dealt in proportion, so that all parts get
+their share of large and small, pure and mixed units. What is left after rounding down goes to the part that lacks most,
+large units first. Then single units move, or two are exchanged, while that lowers the cost. The cost is the chi-square
+distance between counts and targets. Two penalties outweigh it, the first more than the second: for a part without a
+class that it must have, and for a part that misses its size by more than the largest unit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ SIZE, UNITS = 0, 1  # columns of the counts: number of images, and of units
 FIRST_CLASS = 2  # the columns from here on are classes
 REST = None  # stands for * in a skew
 
-# Shares are given with two or three digits, so their sum meets the number of images of a class only about.
+# Shares are given with two or three digits, so they add up to the images of a class only approximately.
 _ROUNDING = 0.01
 _MISSING_COST = 1e6  # of a required count that is zero; far above any chi-square that a move can save
 _OVERSIZE_COST = 1e3  # of an image beyond the bound on sizes
-_SMALLEST_TARGET = 0.5  # images; a smaller divisor would let a class that is not wanted at all rule the rest
-_UNIT_WEIGHT = 0.1  # of numbers of units against numbers of images, in the chi-square
+_SMALLEST_TARGET = 0.5  # images; a smaller divisor would let a class with a target near 0 dominate the others
+_UNIT_WEIGHT = 0.1  # of counts of units relative to counts of images, in the chi-square
 _LEAST_GAIN = 1e-5  # of a move, so that rounding errors do not keep the search going
 _DECIMALS = 6
-_MAX_EXCHANGED = 48  # LIMIT: of so many kinds, spread over all sizes, two units are exchanged; all pairs would be slow
-_MAX_MOVES = 5000  # LIMIT: the search stops there; 20,000 units, each of another size, took 230
+_MAX_EXCHANGED = 48  # LIMIT: kinds, spread over all sizes, of which pairs are tried; all pairs would be slow
+_MAX_MOVES = 5000  # LIMIT: the search stops there; 20,000 units of as many sizes took 230
 
 
 def deal(counts: np.ndarray, targets: np.ndarray, required: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Return the part of each unit, int64 [U].
 
     counts:   int64 [U, F], what a unit holds: images, 1, images of each class
-    targets:  float64 [P, F], what the parts shall hold; columns sum to those of counts
-    required: bool [P, F], where a part must not have zero
+    targets:  float64 [P, F], what the parts should hold; columns sum to those of counts
+    required: bool [P, F], counts that must not be 0
     order:    int64 [U], a random permutation of the units
     """
     kinds, kind_of = np.unique(counts, axis=0, return_inverse=True)
@@ -44,7 +44,7 @@ def deal(counts: np.ndarray, targets: np.ndarray, required: np.ndarray, order: n
     amounts = np.bincount(kind_of, minlength=len(kinds))
     totals = counts.sum(axis=0)
     dealt = np.floor(amounts[:, None] * _shares(kinds, totals, targets) + 1e-9).astype(np.int64)
-    # Each class shall also have its share of units: four images of one patient show less than four of four.
+    # Each class should also have its share of units: four images of one patient show less than four of four.
     with_class = kinds[:, FIRST_CLASS:] > 0
     unit_targets = targets[:, FIRST_CLASS:] * (amounts @ with_class) / np.maximum(totals[FIRST_CLASS:], 1)
     table = _Table(np.hstack([kinds, with_class]), np.hstack([targets, unit_targets]),
@@ -52,7 +52,7 @@ def deal(counts: np.ndarray, targets: np.ndarray, required: np.ndarray, order: n
     table.weights[:, [UNITS, *range(len(totals), table.weights.shape[1])]] *= _UNIT_WEIGHT
     first_place = np.full(len(kinds), len(order))
     np.minimum.at(first_place, kind_of[order], np.arange(len(order)))
-    # By powers of two of their size, at random within one, so that seeds differ in large units, too.
+    # By powers of two of their size, at random within one, so that seeds also differ in large units.
     for kind in np.lexsort((first_place, -np.floor(np.log2(kinds[:, SIZE])))):
         for _ in range(amounts[kind] - table.dealt[kind].sum()):
             table.place(kind)
@@ -65,7 +65,7 @@ def _shares(kinds: np.ndarray, totals: np.ndarray, targets: np.ndarray) -> np.nd
     fractions = targets / np.maximum(totals, 1)  # [P, F]
     weights = kinds.astype(np.float64)
     weights[:, :FIRST_CLASS] = 0
-    weights[weights.sum(axis=1) == 0, SIZE] = 1  # nothing but images counts
+    weights[weights.sum(axis=1) == 0, SIZE] = 1  # without classes the images count
     shares = weights @ fractions.T
     return shares / shares.sum(axis=1, keepdims=True)
 
@@ -79,7 +79,7 @@ def _hand_out(dealt: np.ndarray, kind_of: np.ndarray, order: np.ndarray) -> np.n
 
 
 class _Table:
-    """How many units of each kind each part has, `dealt` int64 [K, P], and what that sums to, `held` int64 [P, F]."""
+    """The units of each kind in each part, `dealt` int64 [K, P], and the counts of the parts, `held` int64 [P, F]."""
 
     def __init__(self, kinds: np.ndarray, targets: np.ndarray, required: np.ndarray, dealt: np.ndarray):
         self.kinds, self.targets, self.required = kinds, targets, required
@@ -90,14 +90,14 @@ class _Table:
 
     def place(self, kind: int) -> None:
         """Give one more unit of a kind to a part that lacks images."""
-        # What a part must have is left to the moves: here it would draw the largest units into the smallest part.
+        # Required classes are left to the moves: here they would draw the largest units into the smallest part.
         costs = self._changes(self.kinds[[kind]], missing_cost=0)[0]
         costs[self.held[:, SIZE] >= self.targets[:, SIZE]] = np.inf
         part = int(np.argmin(costs)) if np.isfinite(costs).any() else int(np.argmax(self.targets[:, SIZE]))
         self._give(kind, part, 1)
 
     def refine(self) -> None:
-        """Move single units, and where that does not help exchange two, the most useful first."""
+        """Move single units, or exchange two if no move helps, the best change first."""
         for _ in range(_MAX_MOVES):
             if not self._move() and not self._exchange():
                 return
@@ -150,7 +150,7 @@ class _Table:
 
 
 def _lowest(change: np.ndarray) -> tuple[int, ...]:
-    """Return the place of the lowest value, of the first such."""
+    """Return the index of the first lowest value."""
     # Sums differ in the last digits from machine to machine; ties must not.
     return np.unravel_index(np.argmin(np.round(change, _DECIMALS)), change.shape)
 
@@ -168,7 +168,7 @@ def skewed_targets(totals: Sequence[int], classes: Sequence[str], sizes: Sequenc
     skew:    class -> share within each institution; classes that are not named fill up in proportion to their numbers
 
     Raises UserError when a class is unknown, and when a class has fewer images than needed. With leave_out the
-    institutions get smaller, at their relative sizes, until all have what they need.
+    institutions shrink, keeping their relative sizes, until all get what they need.
     """
     unknown = [name for name in skew if name not in classes]
     if unknown:
@@ -185,22 +185,22 @@ def skewed_targets(totals: Sequence[int], classes: Sequence[str], sizes: Sequenc
     scale = _common_scale(needed, available, classes, named, leave_out)
     targets = scale * available.sum() * size[:, None] * shares
     if not leave_out:
-        # What rounding left is spread, so that nothing stays out.
+        # What rounding left over is spread, so that no image is left out.
         targets *= np.divide(available, targets.sum(axis=0), out=np.zeros_like(available), where=needed > 0)
     return np.vstack([targets, np.maximum(available - targets.sum(axis=0), 0)])
 
 
 def _resolve_rest(name: str, row: Sequence[Fraction | None], available: float, whole: float,
                   size: np.ndarray) -> np.ndarray:
-    """Return the shares of a class, float64 [P], with what is left of its images in place of REST."""
+    """Return the shares of a class, float64 [P], with the rest of its images in place of REST."""
     if REST not in row:
         return np.array([float(share) for share in row])
     place = list(row).index(REST)
     shares = np.array([0.0 if share is REST else float(share) for share in row])
     taken = whole * float(size @ shares)
     if taken > available:
-        raise UserError(f"--skew needs {round(taken)} images of {name} for the institutions beside *; the data set has "
-                        f"{round(available)}: lower these shares")
+        raise UserError(f"--skew needs {round(taken)} images of {name} for the institutions besides *; the data set "
+                        f"has {round(available)}: lower these shares")
     shares[place] = (available - taken) / (whole * size[place])
     if shares[place] > 1:
         raise UserError(f"--skew leaves {round(available - taken)} images of {name} for institution{place + 1}, which "
@@ -222,8 +222,8 @@ def _fill_up(shares: np.ndarray, named: Sequence[int], available: np.ndarray) ->
 
 
 def _common_scale(needed: np.ndarray, available: np.ndarray, classes: Sequence[str], named: Sequence[int],
-           leave_out: bool) -> float:
-    """Return which share of all images the institutions can have together."""
+                  leave_out: bool) -> float:
+    """Return the share of all images that the institutions can have together."""
     scarcity = np.divide(needed, available, out=np.zeros_like(needed), where=available > 0)
     if leave_out:
         return min(1, 1 / scarcity.max())

@@ -1,6 +1,6 @@
-"""Read an image file of any kind and make it what a data set wants, or name in a few words why that cannot be done.
+"""Decode an image file of any kind and convert it to the form of the data set, or give the reason if that fails.
 
-What Pillow and the C libraries below it print about damaged or unusual files stays off the screen.
+Messages of Pillow and its C libraries about damaged or unusual files are not shown.
 """
 
 import io
@@ -42,12 +42,12 @@ from imagesets.reader import channels_first, describe_excess
 from imagesets.resize import PixelSpec, Size, crop_and_resize, crop_box, decoder_reduction, picture_size
 from imagesets.writer import encode_png
 
-# Pillow's own limit against files that claim to be huge, about 13,000 x 13,000; written here so that it cannot move.
+# Pillow's own limit against files that claim to be huge, about 13,000 x 13,000; written here so that it stays.
 MAX_PIXELS = 178_956_970
 TOO_SMALL = "smaller than the wide crop"  # such an image is readable
 REASONS = ("zero bytes", "not an image", UNSUPPORTED, "truncated", "corrupt", "too large", NOT_FINITE, BEYOND_DEPTH,
            NOT_SURVEYED, TOO_SMALL)
-# Formats that are told by their content. Not the ones that start another program (EPS) or that match nearly anything.
+# Formats recognized by their content; without those that start another program (EPS) or match nearly anything.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP|BM....\0\0\0\0|\0\0\0\x0cjP", re.DOTALL)
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where Pillow finds an orientation
@@ -60,16 +60,16 @@ _STDERR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """A picture of the data set, and where it comes from.
+    """An image as the data set holds it, and facts about the image file.
 
-    png:         the encoded picture
-    source_size: width and height of the image as it is looked at, after its EXIF rotation
-    source_mode: Pillow's name for its pixels, such as "RGB"
-    pixel_hash:  of the picture, see imagesets.pixel_hashes
-    values:      what an image of more than 8 bits a channel held, see imagesets.pixel_formats
-    notes:       sorted: "1-bit", "16-bit scaled", "32-bit scaled", "CMYK", "HSV", "LAB", "RGB to grey", "YCbCr",
-                 "alpha on white", "colour profile ignored", "colour profile to sRGB", "decoder downscaling",
-                 "first frame of N" or "of several", "float scaled", "grey to RGB", "opaque alpha dropped", "palette",
+    png:         the encoded image
+    source_size: width and height of the original, after its EXIF rotation
+    source_mode: Pillow's mode of the original, such as "RGB"
+    pixel_hash:  of the encoded image, see imagesets.pixel_hashes
+    values:      of an original with more than 8 bits per channel, see imagesets.pixel_formats
+    notes:       sorted: "1-bit", "16-bit scaled", "32-bit scaled", "CMYK", "HSV", "LAB", "RGB to gray", "YCbCr",
+                 "alpha on white", "color profile ignored", "color profile to sRGB", "decoder downscaling",
+                 "first frame of N" or "of several", "float scaled", "gray to RGB", "opaque alpha dropped", "palette",
                  "rotated by EXIF", "upscaled"
     """
 
@@ -84,7 +84,7 @@ class Decoded:
 
 
 class Header(NamedTuple):
-    """Size after EXIF rotation, 1 or 3 channels, and whether the scale follows from the values of the whole set."""
+    """Size after EXIF rotation, 1 or 3 channels, and whether scaling needs the range of the whole data set."""
 
     width: int
     height: int
@@ -102,9 +102,9 @@ def probe(data: bytes) -> Header:
 
 
 def probe_range(data: bytes) -> tuple[str, float, float] | None:
-    """Return the kind, the smallest and the largest value of an image whose scale follows from all of its set.
+    """Return the kind, the smallest and the largest value of an image whose scaling needs the range of the data set.
 
-    None for any other, told by its header. Raises BadImage.
+    None for any other image, by its header. Raises BadImage.
     """
     with _failures_named():
         image = _open(data)
@@ -117,13 +117,13 @@ def probe_range(data: bytes) -> tuple[str, float, float] | None:
 
 
 def may_need_range(name: str) -> bool:
-    """Tell by the name of an image file whether it may be one of those that probe_range reads."""
+    """Return whether probe_range may be needed for an image file, judged by its name."""
     return PIL.Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in ("TIFF", "PPM")
 
 
 def decode(data: bytes, spec: PixelSpec) -> Decoded:
-    """Return the data set's picture of an image file. Raises BadImage."""
-    # LIMIT: JPEG has no checksum; bytes flipped inside one may give stripes of a wrong color, and nobody is told.
+    """Convert an image file. Raises BadImage."""
+    # LIMIT: JPEG has no checksum; flipped bits inside one may give stripes of a wrong color, without an error.
     with _failures_named():
         image = _open(data)
         check_readable(image)
@@ -151,9 +151,9 @@ def decode(data: bytes, spec: PixelSpec) -> Decoded:
 
 
 def decode_array(pixels: np.ndarray, spec: PixelSpec) -> Decoded:
-    """Return the data set's picture of uint8 or uint16 pixels: [H, W] or [H, W, 1] gray, [H, W, 3] RGB, [H, W, 4] RGBA.
+    """Convert uint8 or uint16 pixels: [H, W] or [H, W, 1] gray, [H, W, 3] RGB, [H, W, 4] RGBA.
 
-    Raises ValueError for other arrays, BadImage for pictures too small for the transform.
+    Raises ValueError for other arrays, BadImage for images too small for the transform.
     """
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
@@ -175,7 +175,7 @@ def _to_8_bits(layers: Sequence[PIL.Image.Image], deep: Deep,
                depth: Depth) -> tuple[PIL.Image.Image, Values | None]:
     pixels = read_values(layers, deep)
     transparent = layers[0].info.get("transparency")
-    if transparent is not None and deep.kind == "16-bit":  # one color of 16 bits; several would share its 8
+    if transparent is not None and deep.kind == "16-bit":  # one color of 16 bits; after scaling others would equal it
         opaque = (pixels.reshape(*pixels.shape[:2], -1) != np.atleast_1d(transparent)).any(axis=2)
     reduced, values = reduce_values(pixels, deep, depth)
     image = PIL.Image.fromarray(reduced)
@@ -187,7 +187,7 @@ def _to_8_bits(layers: Sequence[PIL.Image.Image], deep: Deep,
 
 def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, notes: set[str],
             values: Values | None = None, reduction: int = 1, profile: bytes | None = None) -> Decoded:
-    """Crop, resize and encode an L or RGB image whose sides the decoder has divided by `reduction`."""
+    """Crop, resize and encode an L or RGB image whose sides the decoder divided by `reduction`."""
     box = crop_box(size, spec)
     if box is None:
         raise BadImage(TOO_SMALL)
@@ -202,7 +202,7 @@ def _finish(flat: PIL.Image.Image, spec: PixelSpec, *, size: Size, mode: str, no
     notes |= {note} - {None}
     wanted = "L" if spec.channels == 1 else "RGB"
     if picture.mode != wanted:
-        notes.add("grey to RGB" if wanted == "RGB" else "RGB to grey")
+        notes.add("gray to RGB" if wanted == "RGB" else "RGB to gray")
         picture = picture.convert(wanted)
     pixels = np.asarray(picture)
     return Decoded(png=encode_png(pixels), width=picture.width, height=picture.height, source_size=size,
@@ -218,7 +218,7 @@ def _open(data: bytes) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(data), formats=_formats())
     except PIL.UnidentifiedImageError as error:
         raise BadImage(_why_unidentified(data)) from error
-    if image.width * image.height > MAX_PIXELS:  # where a program has moved Pillow's own limit
+    if image.width * image.height > MAX_PIXELS:  # if a program changed Pillow's own limit
         raise BadImage("too large", f"is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are read: save it "
                                     "smaller")
     return image
@@ -240,25 +240,25 @@ def _formats() -> tuple[str, ...]:
 
 
 def _orientation(image: PIL.Image.Image, data: bytes) -> int:
-    """Return how the camera was held, 1 (upright) to 8."""
-    # Pillow would decode all pixels of a PNG to look behind them.
+    """Return the EXIF orientation, 1 (upright) to 8."""
+    # Pillow would decode all pixels of a PNG to read the chunks after them.
     if image.format == "PNG" and not any(word in data for word in _PNG_EXIF):
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # as in _failures_named; a camera's faulty notes do not make its picture bad
+    except Exception:  # as in _failures_named; faulty EXIF data do not make the image bad
         return 1
     return value if value in _UPRIGHT else 1
 
 
 def _upright_size(image: PIL.Image.Image, orientation: int) -> Size:
-    if orientation >= 5 and image.format != "TIFF":  # Pillow turns TIFF itself, and says so in `size`
+    if orientation >= 5 and image.format != "TIFF":  # Pillow rotates TIFF itself, as `size` shows
         return image.height, image.width
     return image.size
 
 
 def _turn_upright(image: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
-    orientation = _orientation(image, data)  # Pillow has turned a TIFF while loading it, and taken the tag away
+    orientation = _orientation(image, data)  # Pillow rotated a TIFF while loading it, and removed the tag
     if orientation == 1:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
@@ -267,18 +267,18 @@ def _turn_upright(image: PIL.Image.Image, data: bytes) -> PIL.Image.Image:
 
 
 def _frame_count(image: PIL.Image.Image) -> int | None:
-    """Return the number of pictures in the file, None if a damaged one after the first hides it."""
+    """Return the number of frames in the file, None if a damaged one after the first hides it."""
     with _libtiff_silenced(image):
         try:
             return getattr(image, "n_frames", 1)
-        except Exception:  # as in _failures_named; the first picture, which is all we want, may be whole
+        except Exception:  # as in _failures_named; the first frame, which is all we need, may be intact
             return None
         finally:
             image.seek(0)
 
 
 def _reduce_in_decoder(image: PIL.Image.Image, size: Size, spec: PixelSpec) -> int:
-    """Let the JPEG decoder divide the sides, if it may; return by how much it will."""
+    """Let the JPEG decoder divide the sides, if it may; return by which factor."""
     box = crop_box(size, spec)
     reduction = 1 if box is None or image.format not in ("JPEG", "MPO") else decoder_reduction(box, spec)
     if reduction > 1:
@@ -294,7 +294,7 @@ def _libtiff_silenced(image: PIL.Image.Image) -> AbstractContextManager[None]:
 
 @contextmanager
 def _failures_named() -> Iterator[None]:
-    """Turn whatever Pillow raises for a damaged file into BadImage."""
+    """Turn all exceptions that Pillow raises for damaged files into BadImage."""
     try:
         with pillow_silenced():
             yield
@@ -313,9 +313,9 @@ def _failures_named() -> Iterator[None]:
 
 @contextmanager
 def pillow_silenced() -> Iterator[None]:
-    """Drop Pillow's warnings, and its log unless the program listens to it; nothing stays changed."""
+    """Drop Pillow's warnings, and its log unless the program handles it; afterwards all is as before."""
     log, deaf = logging.getLogger("PIL"), logging.NullHandler()
-    log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
+    log.addHandler(deaf)  # without any handler, Python prints log messages
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -326,7 +326,7 @@ def pillow_silenced() -> Iterator[None]:
 
 @contextmanager
 def stderr_silenced() -> Iterator[None]:
-    """Drop what anyone in this process writes to standard error, as libtiff does past Python's knowledge."""
+    """Drop everything that this process writes to standard error, as libtiff does, bypassing Python."""
     try:
         screen = os.dup(_STDERR)
     except OSError:  # closed: nothing can be written there

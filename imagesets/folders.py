@@ -1,6 +1,6 @@
-"""What every archive of images is to the conversion, a `Source`; and folders and zips of images as such.
+"""The common form of all archives of images, `Source`; and how folders and zips of images become one.
 
-Labels come from dataset.json, else from sub-folders.
+Labels come from dataset.json, else from subfolders.
 """
 
 import os
@@ -27,7 +27,7 @@ from imagesets.pixel_formats import BadImage
 from imagesets.reader import ImageSet, MisplacedMetadata, excess_of
 
 _TABLES = (".csv", ".tsv", ".xlsx")
-# Words of folder names that divide a set rather than name a class: alone, or with a number behind them.
+# Words in folder names that mean a part of a data set, not a class: alone, or followed by a number.
 _PARTS = {"dev", "eval", "evaluation", "holdout", "part", "parts", "test", "testing", "testset", "train", "training",
           "trainset", "val", "valid", "validation", "valset"}
 _CONTENTS = {"annotations", "archive", "batch", "chunk", "data", "dataset", "folder", "fold", "image", "images", "img",
@@ -37,17 +37,17 @@ _UNITS = {"case", "lesion", "patient", "subject"}
 
 
 class Loader(Protocol):
-    """Turns an item into an image, in any process; picklable and small."""
+    """A function that turns an item into an image, in any process; picklable and small."""
 
     def __call__(self, item: Any, limit: int | None = None) -> bytes | np.ndarray:
         """Return an encoded image, or the pixels uint8/uint16 [H, W] or [H, W, C]; raises BadImage.
 
-        limit: so many bytes of an encoded image are enough
+        limit: only this many bytes of an encoded image are needed
         """
 
 
 class Items(Protocol):
-    """The items of the wanted images, in their order; small where the archive can be read anywhere."""
+    """A function that yields the items of the wanted images, in order; small if any process can read the archive."""
 
     def __call__(self, wanted: np.ndarray) -> Iterator[Any]:
         """wanted: bool [N]"""
@@ -57,23 +57,23 @@ class Items(Protocol):
 class Source:
     """The N images of an archive, in the order in which they are numbered.
 
-    kind:      for people, as "image folder"
+    kind:      for messages, such as "image folder"
     name:      of the file or folder, without its path
     names:     of the images inside
-    labels:    None, int64 [N] with NO_LABEL where there is none, or float32 [N, D] with NaN there
+    labels:    None, int64 [N] with NO_LABEL for an image without one, or float32 [N, D] with NaN there
     classes:   names of the integer labels, or None
-    groups:    None, or what must not be split; None for an image alone
+    groups:    None, or the group of each image, which must not be split; None for an image in no group
     items:     what `load` takes
-    shape:     (width, height, channels) of all images where the archive says so
+    shape:     (width, height, channels) of all images if the archive gives it
     has_files: its images are files, which a table may name
-    ignored:   other members, which are no images by their names
+    ignored:   other files, which are not images by their names
     not_chosen: images that --include and --exclude leave out
-    left_out:  images of other splits, by split
-    origin:    what a ready data set says of its own origin
-    hints:     advice on what was found beside the images
-    is_ready:  a data set with a dataset.json, from which labels and groups come
-    fault:     why labels cannot be taken from it: where its dataset.json lies, or other classes in another part
-    parts:     of several folders and zips that were joined: they themselves, in order
+    left_out:  number of images in each of the other splits
+    origin:    the `source` of a dataset.json
+    hints:     advice about what was found beside the images
+    is_ready:  a data set with a dataset.json, which gives labels and groups
+    fault:     why its labels cannot be used: a misplaced dataset.json, or different classes in another part
+    parts:     the folders and zips that were joined, in order
     """
     kind: str
     name: str
@@ -103,14 +103,14 @@ class Source:
 
 
 def open_folder(path: Path) -> Source:
-    """Open a folder of images, with all its sub-folders. Raises UserError when there are none."""
+    """Open a folder of images, with all its subfolders. Raises UserError when it holds no images."""
     images, fault = _open(path)
     places = [images.locate(name) for name in images.names]
     return _describe(images, "image folder", _ListedItems(places), _FolderLoader(root=str(path)), fault)
 
 
 def open_zip(path: Path) -> Source:
-    """Open a zip of images. Raises UserError when it holds none, or is cut off."""
+    """Open a zip of images. Raises UserError when it holds no images or is truncated."""
     images, fault = _open(path)
     members = retrying(lambda: _list_members(path), path)
     images.close()
@@ -123,7 +123,7 @@ def open_zip(path: Path) -> Source:
 
 
 def _open(path: Path) -> tuple[ImageSet, str | None]:
-    """Return the images, and why a dataset.json inside was left aside: a table of labels may stand in for it."""
+    """Return the images, and why a dataset.json inside was ignored (a table of labels may replace it), or None."""
     try:
         return ImageSet(path), None
     except MisplacedMetadata as error:
@@ -151,7 +151,7 @@ class _FolderLoader:
     def _read(self, path: str, limit: int | None) -> bytes:
         try:
             status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
                 raise BadImage("not a file")
             if excess := excess_of(status.st_size):
                 raise BadImage("too large", excess)
@@ -163,10 +163,10 @@ class _FolderLoader:
 
 @dataclass(frozen=True, kw_only=True)
 class _ZipLoader:
-    """Reads members by their place in the file.
+    """Reads members by their offset in the zip.
 
-    The list of members, which is large for a large zip, is thus needed in one process only. An item is (place of the
-    local header, packed size, size, CRC-32, compression | flags << 16).
+    So the list of members, which can be large, is needed in only one process. An item is (offset of the local header,
+    packed size, size, CRC-32, compression | flags << 16).
     """
     path: str
 
@@ -187,14 +187,14 @@ class _ZipLoader:
             packed = self._read(place, packed_size if limit is None else min(packed_size, limit))
             unpack = zlib.decompressobj(-zlib.MAX_WBITS).decompress
             data = packed if method == zipfile.ZIP_STORED else unpack(packed, limit or size + 1)
-        except (zlib.error, OSError) as error:  # OSError for a place outside of the file
+        except (zlib.error, OSError) as error:  # OSError for an offset outside the file
             raise BadImage("damaged in the zip") from error
         if limit is None and (len(data) != size or zlib.crc32(data) != checksum):
             raise BadImage("damaged in the zip")
         return data
 
     def _read(self, place: int, count: int) -> bytes:
-        # Opened each time, as the files of a folder are: an open file cannot be shared with other processes.
+        # Opened each time: an open file cannot be shared with other processes.
         with open(self.path, "rb") as file:
             file.seek(place)
             header = file.read(30)
@@ -221,16 +221,16 @@ def _describe(images: ImageSet, kind: str, items: Any, load: Any, fault: str | N
                       origin=images.source, is_ready=True, **fields)
     labels, classes = labels_of_folders(images.names)
     tables = [name for name in images.other_members if name.lower().endswith(_TABLES)]
-    hints = [f"{name} lies among the images; --labels=FILE would take labels from a table" for name in tables[:1]]
+    hints = [f"{name} is among the images; to use it as the table of labels, give --labels=FILE" for name in tables[:1]]
     return Source(kind=kind, labels=labels, classes=classes, hints=hints, **fields)
 
 
 def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return int64 [N] and class names from the outermost folder that tells images apart.
+    """Return labels, int64 [N], and class names from the outermost folders that differ.
 
     Folders around all images are skipped, so that "set/benign/a.png" and "set/mel/2019/b.png" are of the classes
-    "benign" and "mel"; an image beside such folders has none. None, None when all images lie in one folder, or in
-    numbered ones as a data set has.
+    "benign" and "mel"; an image beside such folders has no label. None, None when all images are in one folder, or in
+    numbered ones like those of a data set.
     """
     found = class_folders(names)
     if found is None:
@@ -240,7 +240,7 @@ def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str
 
 
 def class_folders(names: Sequence[str]) -> list[str | None] | None:
-    """Return the outermost folder that tells images apart, for each image; None where no folder does."""
+    """Return the outermost folder of each image below those around all of them; None if there are none."""
     depth = len(enclosing_folders(names))
     folders = [name.split("/")[:-1] for name in names]
     found = [parts[depth] if len(parts) > depth else None for parts in folders]
@@ -250,36 +250,36 @@ def class_folders(names: Sequence[str]) -> list[str | None] | None:
 def enclosing_folders(names: Sequence[str]) -> list[str]:
     """Return the folders around all images, from the outermost to the innermost."""
     folders = [name.split("/")[:-1] for name in names]
-    pairs = zip(min(folders), max(folders))  # what these two begin with, all between them do
+    pairs = zip(min(folders), max(folders))  # the common start of these two is common to all
     return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def is_numbered(names: Sequence[str]) -> bool:
-    """Return whether images are named as in a data set, whose folders are no classes."""
+    """Return whether images are named as in a data set, whose folders are not classes."""
     return all(NUMBERED_NAME.fullmatch("/".join(name.split("/")[-2:])) for name in names)
 
 
 def refuse_doubtful_folders(source: Source, are_classes: bool = False) -> None:
-    """Raise UserError where some sub-folders are parts of a set rather than classes, or hold its dataset.json.
+    """Raise UserError if some subfolders look like parts of a data set, not classes, or the source has a fault.
 
-    are_classes: the user says so
+    are_classes: the subfolders are classes, as the user stated
     """
     if source.fault is not None:
         raise UserError(source.fault)
     parts = [] if are_classes or not source.has_files or source.is_ready else parts_among(source.classes or [])
     if parts:
         tables = [name for name in source.ignored if name.lower().endswith(_TABLES)]
-        there = f" ({tables[0]} lies there)" if tables else ""
+        there = f" ({tables[0]} is there)" if tables else ""
         raise UserError(f"{source.name}: the folders {listed(parts)} look like parts of a data set, not like "
-                        f"classes; give labels by --labels=FILE{there}, or each of them as --source, or say what they "
-                        "are: --folders=classes, or --folders=ignore for images without labels")
+                        f"classes; give labels with --labels=FILE{there}, or each of them as --source, or "
+                        "--folders=classes if they are classes, or --folders=ignore for images without labels")
 
 
 def parts_among(folders: Sequence[str]) -> list[str]:
-    """Return the folders that differ from another by nothing but what tells parts of a set.
+    """Return the folders that differ from another one only in words for parts of a data set.
 
-    So do images_part_1 and images_part_2, train and test, images and masks, patient_1 and patient_2; not 0 and 1,
-    stage_1 and stage_2.
+    Examples are images_part_1 and images_part_2, train and test, images and masks, patient_1 and patient_2; but not
+    0 and 1, or stage_1 and stage_2.
     """
     counts = Counter(map(_without_part, folders))
     return [folder for folder in folders if counts[_without_part(folder)] > 1]

@@ -1,4 +1,4 @@
-"""Look at a data set: decode every image once, count classes, groups, sizes and duplicates, and find what is wrong."""
+"""Inspect a data set: decode every image once, count classes, groups, sizes and duplicates, and find problems."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from dnnlib.workers import ordered_map
 from imagesets.classes import VECTOR, class_name
 from imagesets.metadata import METADATA
 from imagesets.pixel_formats import MAX_DEPTH, MIN_DEPTH, depth_remark
-from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, number_texts
+from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, number_values
 from imagesets.reader import ImageSet, describe_excess
 from imagesets.resize import MAX_RESOLUTION, MIN_RESOLUTION, is_power_of_two
 
@@ -30,8 +30,8 @@ TRAINING, LABELS = "training", "labels"  # what a problem blocks: all training, 
 
 MAX_LISTED = 1000  # names in a list; counts are always of all
 _MAX_IN_SET = 5  # names of a set of identical images
-_DARK = 64  # of 255: what the largest number of 14 bits becomes when it is taken for one of 16
-_CHUNK = 32  # images that travel together; one of 64x64 pixels takes a third of a millisecond
+_DARK = 64  # of 255: what the largest 14-bit value becomes when it is taken for a 16-bit one
+_CHUNK = 32  # images that a worker takes at a time; one of 64x64 pixels takes a third of a millisecond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class ClassCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something to put right.
+    """Something to fix.
 
-    kind:    which, in a word or two
-    blocks:  TRAINING, LABELS, or None where training may ignore it
+    kind:    its name, a word or two
+    blocks:  TRAINING, LABELS, or None if training may ignore it
     count:   number of files, classes or sets of files that have it
     message: what it is, and what to do
     files:   names, with reasons where they differ; up to 1000
@@ -68,18 +68,18 @@ class Inspection:
     """What was found; as JSON, an object with these fields as keys.
 
     kind:           "zip" or "folder"
-    phantom:        True where dataset.json says that the images are rendered
-    num_groups:     groups; an image that is in none counts as one
+    phantom:        True if dataset.json marks the images as rendered
+    num_groups:     groups; an image without a group counts as one
     label_kind:     "classes", "lists" or None
-    folders:        images by sub-folder, where there is no dataset.json
-    mixed_groups:   names of groups whose images have different labels, of num_mixed_groups
+    folders:        number of images in each subfolder, if there is no dataset.json
+    mixed_groups:   names of groups whose images have different labels; num_mixed_groups counts all of them
     sizes, modes:   number of usable images of each "64x64", and of each of Pillow's modes, the most frequent first
     num_duplicates: images that are byte for byte equal to an earlier one
     duplicates:     lists of the names of identical images
     other_files:    members that are not images
     problems:       objects with kind, blocks ("training", "labels" or null), count, message, and files
     ready:          whether a network can be trained on the set; ready_with_labels: also with --cond
-    source:         what dataset.json says of the origin
+    source:         the origin as dataset.json records it
 
     Lists hold up to 1000 entries.
     """
@@ -90,7 +90,7 @@ class Inspection:
     num_images: int
     num_bytes: int
     num_groups: int
-    num_unlabelled: int
+    num_unlabeled: int
     label_kind: str | None
     classes: list[ClassCount]
     folders: dict[str, int]
@@ -113,9 +113,9 @@ class Measures:
 
     digests: uint8 [N, 32], sha256
     bytes:   int64 [N]
-    sizes:   int64 [N, 2], width and height; 0 where faulty
-    modes:   int64 [N], index into mode_names, Pillow's "RGB", "L", ...; meaningless where faulty
-    largest: int64 [N], the largest value of any pixel and channel; 0 where faulty
+    sizes:   int64 [N, 2], width and height; 0 if faulty
+    modes:   int64 [N], index into mode_names, Pillow's "RGB", "L", ...; meaningless if faulty
+    largest: int64 [N], the largest value of any pixel and channel; 0 if faulty
     faults:  row -> why the image cannot be used
     """
 
@@ -129,16 +129,16 @@ class Measures:
 
     @property
     def usable(self) -> np.ndarray:
-        """bool [N], False where faulty."""
+        """bool [N], False if faulty."""
         result = np.ones(len(self.bytes), dtype=bool)
         result[list(self.faults)] = False
         return result
 
 
 def open_for_inspection(path: str | os.PathLike) -> tuple[ImageSet, str | None]:
-    """Open a data set, and return with it what is wrong with its dataset.json, which is then left aside.
+    """Open a data set; return it, and what is wrong with its dataset.json, which is then ignored, or None.
 
-    Raises UserError when there is no data set to look at.
+    Raises UserError when there is no readable data set.
     """
     try:
         return ImageSet(path), None
@@ -164,11 +164,14 @@ def measure(images: ImageSet, *, workers: int = 1, on_image: Callable[[], None] 
 
 
 def summarize(images: ImageSet, measures: Measures, metadata_fault: str | None = None) -> Inspection:
-    """Draw up what is known of a data set."""
+    """Summarize a data set.
+
+    metadata_fault: why dataset.json was not read, None if it was
+    """
     usable = measures.usable
     rows = np.flatnonzero(usable)
     duplicates = [rows[run] for run in identical_sets(measures.digests[usable])] if len(rows) else []
-    group_of = number_texts(images.groups)
+    group_of = number_values(images.groups)
     mixed = _mixed_groups(images, group_of)
     sizes = Counter(f"{width}x{height}" for width, height in measures.sizes[usable].tolist())
     modes = Counter(measures.mode_names[mode] for mode in measures.modes[usable].tolist())
@@ -180,7 +183,7 @@ def summarize(images: ImageSet, measures: Measures, metadata_fault: str | None =
     return Inspection(
         path=os.fspath(images.path), kind="zip" if images.is_zip else "folder",
         phantom=images.source.get("phantom") is True, num_images=len(images), num_bytes=int(measures.bytes.sum()),
-        num_groups=int(group_of.max()) + 1, num_unlabelled=int(images.missing_labels().sum()),
+        num_groups=int(group_of.max()) + 1, num_unlabeled=int(images.missing_labels().sum()),
         label_kind=None if images.labels is None else "lists" if images.label_kind == VECTOR else "classes",
         classes=_count_classes(images, group_of), folders=dict(sorted(folders.items())) if has_folders else {},
         num_mixed_groups=len(mixed), mixed_groups=mixed[:MAX_LISTED],
@@ -210,7 +213,7 @@ def _mixed_groups(images: ImageSet, group_of: np.ndarray) -> list[str]:
 
 
 def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str, int, str | None]:
-    """Return digest, number of bytes, width, height, mode, largest value, and what is wrong or None."""
+    """Return digest, number of bytes, width, height, mode, largest value, and why the image is unusable or None."""
     try:
         data = images.read(name)
     except UserError as error:
@@ -221,7 +224,7 @@ def _measure_one(images: ImageSet, name: str) -> tuple[bytes, int, int, int, str
     digest, num_bytes = hashlib.sha256(data).digest(), len(data)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # training refuses what Pillow warns of, too
+            warnings.simplefilter("error")  # training also refuses images that Pillow warns about
             image = PIL.Image.open(io.BytesIO(data))
             image.load()
     except PIL.UnidentifiedImageError:
@@ -265,8 +268,8 @@ def _metadata_problems(images: ImageSet, fault: str | None) -> Iterator[Problem]
         yield _problem("dataset.json", TRAINING, f"{fault}; labels and groups were not read: make the set again", [], 1)
     repeated = [name for name, count in Counter(images.names).items() if count > 1]
     if repeated:
-        yield _problem("repeated", TRAINING, f"{plural(len(repeated), 'name')} twice in the zip: make it again",
-                       repeated)
+        yield _problem("repeated", TRAINING, f"{plural(len(repeated), 'name')} more than once in the zip: make it "
+                       "again", repeated)
 
 
 def _damaged(images: ImageSet, measures: Measures) -> Iterator[Problem]:
@@ -298,12 +301,12 @@ def _size_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
     if (wrong := (width == height) & ~is_power).any():
         files = files_where(wrong)
         yield _problem("not a power of two", TRAINING, f"{plural(len(files), 'image has', 'images have')} sides that "
-                       "are no power of two: convert with --resolution=256x256, say", files)
+                       "are not a power of two: convert with a --resolution such as 256x256", files)
     beyond = (width < MIN_RESOLUTION) | (width > MAX_RESOLUTION)
     if (wrong := (width == height) & is_power & beyond).any():
         files = files_where(wrong)
-        yield _problem("size out of range", TRAINING, f"{plural(len(files), 'image is', 'images are')} not of "
-                       f"{MIN_RESOLUTION} to {MAX_RESOLUTION} pixels a side: convert with --resolution", files)
+        yield _problem("size out of range", TRAINING, f"{plural(len(files), 'image is', 'images are')} not "
+                       f"{MIN_RESOLUTION} to {MAX_RESOLUTION} pixels wide and high: convert with --resolution", files)
 
 
 def _mode_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
@@ -311,17 +314,17 @@ def _mode_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
     usable = np.flatnonzero(measures.usable)
     wrong = [row for row in usable if modes[row] not in ("L", "RGB")]
     if wrong:
-        yield _problem("mode", TRAINING, f"{plural(len(wrong), 'image is', 'images are')} neither RGB nor 8-bit grey: "
+        yield _problem("mode", TRAINING, f"{plural(len(wrong), 'image is', 'images are')} neither RGB nor 8-bit gray: "
                        "convert the set", [f"{images.names[row]} ({modes[row]})" for row in wrong])
     gray = [row for row in usable if modes[row] == "L"]
     color = [row for row in usable if modes[row] == "RGB"]
     if gray and color:
-        yield _problem("mixed modes", TRAINING, f"{plural(len(gray), 'grey image')} and {len(color)} in colour; "
+        yield _problem("mixed modes", TRAINING, f"{plural(len(gray), 'gray image')} and {len(color)} in color; "
                        "expected one kind: convert the set", [images.names[row] for row in min(gray, color, key=len)])
 
 
 def _depth_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
-    """Tell sets that are nearly black, as numbers of 12 bits in 16-bit files become."""
+    """Find data sets that are nearly black, as 12-bit values in 16-bit files become."""
     recorded = _recorded_values(images.source)
     for kind, white, largest in recorded:
         if (remark := depth_remark(f"all {kind} images", white, largest)) is not None:
@@ -339,7 +342,7 @@ def _depth_problems(images: ImageSet, measures: Measures) -> Iterator[Problem]:
 
 
 def _recorded_values(source: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Return kind, white and largest value of images of more than 8 bits, as the conversion has recorded them."""
+    """Return kind, white and largest value of images with more than 8 bits, as the conversion recorded them."""
     values = source.get("values")
     entries = values.items() if isinstance(values, dict) else ()
     return [(kind, found["white"], found["largest"]) for kind, found in entries if isinstance(found, dict)
@@ -351,8 +354,8 @@ def _label_problems(images: ImageSet) -> Iterator[Problem]:
         return
     missing = [images.names[row] for row in np.flatnonzero(images.missing_labels())]
     if missing:
-        yield _problem("unlabelled", LABELS, f"{plural(len(missing), 'image')} without a label ({images.num_unnamed} "
-                       f"not named in {METADATA}): convert with --unlabelled=drop, or run train.py without --cond",
+        yield _problem("unlabeled", LABELS, f"{plural(len(missing), 'image')} without a label ({images.num_unnamed} "
+                       f"not named in {METADATA}): convert with --unlabeled=drop, or run train.py without --cond",
                        missing)
     is_empty = images.are_findings() & ~images.class_columns().any(axis=0)
     empty = [name for name, empty in zip(images.class_names(), is_empty, strict=True) if empty]
@@ -382,5 +385,5 @@ def _duplicate_problems(images: ImageSet, duplicates: Sequence[np.ndarray]) -> I
 
 
 def _label_text(images: ImageSet, label: int | list[float]) -> str:
-    """Return a label for people: the name of a class, or the numbers of a vector."""
+    """Return a label as text: the name of a class, or the numbers of a vector."""
     return str(label) if isinstance(label, list) else class_name(label, images.classes)

@@ -1,7 +1,7 @@
-"""Recognize a table of labels or groups by its header, and tell how a row of it is read.
+"""Recognize a table of labels or groups by its header, and define how its rows are read.
 
 Sources of the known headers: the ground truth files of the ISIC challenges 2017, 2018 (task 3), 2019, 2020 (SIIM) and
-2024 at challenge.isic-archive.com, the files of lesions beside those of 2018 and 2019, Kaggle's train-metadata.csv of
+2024 at challenge.isic-archive.com, the lesion files beside those of 2018 and 2019, Kaggle's train-metadata.csv of
 2024, the metadata.csv of the ISIC archive (isic-archive.com: diagnosis_1 to diagnosis_5 since 2024, before that
 benign_malignant), and the metadata of HAM10000 (Tschandl et al. 2018).
 """
@@ -13,7 +13,7 @@ from functools import partial
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
 
-TARGET_CLASSES = ("benign", "malignant")  # what 0 and 1 mean in a column target or malignant
+TARGET_CLASSES = ("benign", "malignant")  # meaning of 0 and 1 in the columns target and malignant
 _ONE_HOT_CLASSES = frozenset({"mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc", "unk"})
 _ID_COLUMNS = ("isic_id", "image_name", "image_id", "image")
 _GROUP_COLUMNS = ("patient_id", "lesion_id")  # the first is the wider group
@@ -23,14 +23,14 @@ _GROUP_COLUMNS = ("patient_id", "lesion_id")  # the first is the wider group
 class Layout:
     """How a row of a table is read.
 
-    kind:          what the table was recognized as
-    id_index:      the cell of the image's name
-    label_of:      cells -> class name, None for a row without a label; raises ValueError, saying what was expected
-    class_names:   the classes in order, None when only the rows tell
-    group_index:   cells that name what must not be split, the widest first
+    kind:          of table that was recognized
+    id_index:      the cell with the image's name
+    label_of:      cells -> class name, None for a row without a label; raises ValueError with what was expected
+    class_names:   the classes in order, None if they come from the rows
+    group_index:   cells with the groups, which must not be split, the widest first
     label_columns: names of the columns that give the label, in the table's order
-    other_levels:  names of columns with coarser or finer diagnoses, for which --label-column may ask
-    groups_file:   the file that has this kind's groups where the table has none
+    other_levels:  names of columns with coarser or finer diagnoses, which --label-column may name
+    groups_file:   the file with the groups for this kind of table, if the table has none
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Layout:
 class _Known:
     """A known header; names in lower case, as headers are compared without regard to case.
 
-    label_columns: columns that it must have
+    label_columns: columns that the table must have
     build:         (header, label_columns) -> the cells that give the label, label_of and class_names of Layout
     levels:        all columns of the same diagnosis, from coarse to fine
     """
@@ -65,23 +65,23 @@ class _Known:
 
 def layout_of(path: object, header: Sequence[str], *, id_column: str | None, label_column: str | None,
               group_column: str | None) -> Layout:
-    """Combine the columns that are named with what the header tells of the others.
+    """Combine the named columns with those recognized by the header.
 
-    path: names the table in messages
+    path: of the table, for messages
 
     Raises UserError when a named column does not exist, and when the header is unknown and a column is not named.
     """
     lower = [name.lower() for name in header]
     fitting = [known for known in _KNOWN if known.fits(lower)]
     known = next((known for known in fitting if label_column is None
-                  # A column that is named although it may be taken anyway is read alike: 1 in target is malignant.
+                  # Naming a known column does not change how it is read: 1 in target is malignant.
                   or (label_column in header and known.label_columns == {label_column.lower()})), None)
     id_index = _id_index(path, header, id_column, known or next(iter(fitting), None))
     if id_index is None or (known is None and label_column is None):
         raise _unknown_header(path, header, id_index, label_column)
     if label_column is not None and _named(path, header, "--label-column", label_column) == id_index:
-        raise UserError(f"--label-column={label_column} is the column of the ids as well; expected the one of the "
-                        f"classes among {listed(header)}")
+        raise UserError(f"--label-column={label_column} is also the id column; expected the column of the classes "
+                        f"among {listed(header)}")
     group_index = _group_index(path, header, group_column)
     if known is None:
         return Layout(kind="named columns", id_index=id_index, label_of=_read_column(header.index(label_column)),
@@ -99,9 +99,9 @@ def layout_of(path: object, header: Sequence[str], *, id_column: str | None, lab
 
 def groups_layout_of(path: object, header: Sequence[str], *, id_column: str | None,
                      group_column: str | None) -> Layout:
-    """Return how a table is read of which only the groups are wanted.
+    """Return how a table is read for its groups only.
 
-    Raises UserError when a named column does not exist, and when one is not named and the header does not tell it.
+    Raises UserError when a named column does not exist, and when a column is neither named nor recognized.
     """
     id_index = _id_index(path, header, id_column, None)
     group_index = _group_index(path, header, group_column)
@@ -116,7 +116,7 @@ def groups_layout_of(path: object, header: Sequence[str], *, id_column: str | No
 
 
 def _id_index(path: object, header: Sequence[str], id_column: str | None, known: "_Known | None") -> int | None:
-    """Return the column that names the image: as it is named, as the known header has it, or the only usual one."""
+    """Return the column with the image names: the one named, that of the known header, or the only usual one."""
     if id_column is not None:
         return _named(path, header, "--id-column", id_column)
     lower = [name.lower() for name in header]
@@ -136,13 +136,13 @@ def _group_index(path: object, header: Sequence[str], group_column: str | None) 
 def _unknown_header(path: object, header: Sequence[str], id_index: int | None, label_column: str | None) -> UserError:
     missing = [f"{option}=NAME" for option, is_missing in (("--id-column", id_index is None),
                                                            ("--label-column", label_column is None)) if is_missing]
-    return UserError(f"{path} is no table of a known kind; its columns are {listed(header)}: say "
+    return UserError(f"{path} is not a table of a known kind; its columns are {listed(header)}: give "
                      f"{' and '.join(missing)}")
 
 
 def _named(path: object, header: Sequence[str], option: str, name: str) -> int:
     if name not in header:
-        raise UserError(f"{option}={name} is no column of {path}; expected one of {listed(header)}"
+        raise UserError(f"{option}={name} is not a column of {path}; expected one of {listed(header)}"
                         f"{suggestion(name, header)}")
     return _unique(path, header, name)
 
@@ -185,7 +185,7 @@ def _build_one_hot(header: Sequence[str], columns: frozenset[str], *,
 
 
 def _build_target(header: Sequence[str], columns: frozenset[str]) -> tuple[Sequence[int], Callable, tuple[str, ...]]:
-    """Read 0 as benign and 1 as malignant, and check the word in benign_malignant where there is one."""
+    """Read 0 as benign and 1 as malignant, and check them against benign_malignant if that column exists."""
     (column,) = columns
     lower = [name.lower() for name in header]
     target = lower.index(column)
@@ -205,7 +205,7 @@ def _build_target(header: Sequence[str], columns: frozenset[str]) -> tuple[Seque
 
 
 def _flag(column: str, text: str) -> bool:
-    """Read 0 or 1, also as 1.0 or 1,0 (a spreadsheet with decimal commas)."""
+    """Read 0 or 1, also written as 1.0 or 1,0 (decimal comma)."""
     try:
         number = float(text.replace(",", "."))
     except ValueError:
@@ -217,7 +217,7 @@ def _flag(column: str, text: str) -> bool:
 
 _DIAGNOSES = tuple(f"diagnosis_{level}" for level in range(1, 6))
 _ISIC_2024_DIAGNOSES = tuple(f"iddx_{level}" for level in range(1, 6))
-# The first that fits counts: of a table with a target and diagnoses, the target.
+# The first that fits is used: for a table with a target and diagnoses, the target.
 _KNOWN = (
     _Known(kind="ISIC 2020 / SIIM", id_column="image_name", build=_build_target,
            label_columns=frozenset({"target"})),

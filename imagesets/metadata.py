@@ -1,8 +1,8 @@
-"""dataset.json, which holds what is known of the images of a data set: read and checked, and written.
+"""Read, check and write dataset.json, which holds the labels and groups of the images of a data set.
 
-It is {"labels": [[file, label], ...] or null}; ours adds "classes", "groups", "pixel_hashes" and "source" beside it. A
-label is an integer, a list of floats, or null for an image without one. What other programs write is read as it is
-meant: 1.0 is the integer 1, NaN is null, and names may have "\\" between folders or begin with "./".
+It is {"labels": [[file, label], ...] or null}; ours also has "classes", "groups", "pixel_hashes" and "source". A label
+is an integer, a list of floats, or null for an image without one. Variants that other programs write are accepted: 1.0
+is the integer 1, NaN is null, and names may have "\\" between folders or begin with "./".
 """
 
 import json
@@ -18,51 +18,51 @@ from typing import Any
 import numpy as np
 
 from dnnlib.cli import UserError
-from dnnlib.text import shorten
+from dnnlib.text import plural, shorten
 from imagesets.classes import MAX_CLASSES, no_labels
 
 METADATA = "dataset.json"
 PIXEL_HASH = re.compile(r"[0-9a-f]{32}")
-NUMBERED_NAME = re.compile(r"\d{5}/img\d{8}\.png")  # of an image of a data set, and of a group of duplicates there
+NUMBERED_NAME = re.compile(r"\d{5}/img\d{8}\.png")  # of an image of a data set, or a group of duplicates
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 def image_name(index: int) -> str:
-    """Return the name of the index-th image, a thousand to a folder: "00000/img00000000.png"."""
+    """Return the name of the image with this index, a thousand per folder: "00000/img00000000.png"."""
     return f"{index // 1000:05d}/img{index:08d}.png"
 
 
 def plain_path(name: str) -> str:
-    """Return the name of a file as a table or a list gives it, with "/" between folders and no "./" or first "/"."""
+    """Return a file name from a table or list with "/" between folders, and without "./" or "/" at its start."""
     path = name.replace("\\", "/")
-    if not path.isascii():  # some systems write an accent as a character of its own
+    if not path.isascii():  # some systems write an accent as a separate character
         path = unicodedata.normalize("NFC", path)
     return posixpath.normpath(path).lstrip("/") if "/" in path else path
 
 
 def names_of_files(written: Collection[str], files: Iterable[str]) -> list[str]:
-    """Return each name as the file has it; those of no file as they are."""
+    """Return the name of the file that each written name means; names without a file stay as they are."""
     known = set(files)
-    # A name as it stands comes first: on some systems a file's own name may hold a backslash.
+    # An exact match comes first: on some systems file names may contain a backslash.
     if known.issuperset(written):
         return list(written)
     by_plain_path: dict[str, str | None] = {}
     for name in known:
         path = plain_path(name)
-        by_plain_path[path] = None if path in by_plain_path else name  # of two such files neither is meant
+        by_plain_path[path] = None if path in by_plain_path else name  # two such files are ambiguous: use neither
     return [name if name in known else by_plain_path.get(plain_path(name)) or name for name in written]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What dataset.json says of N images.
+    """The content of dataset.json for N images.
 
-    labels:      as imagesets.classes has them
-    num_unnamed: images that the labels do not name at all; all of them when there are no labels
-    classes:     names of the integer labels, or of a vector's numbers; None when the file names none
-    groups:      one text an image: what must not be split; the image's own name where the file names none
+    labels:      see imagesets.classes
+    num_unnamed: number of images that the labels do not name; all of them if there are no labels
+    classes:     names of the integer labels, or of a vector's numbers; None if the file names none
+    groups:      one text per image; images of one group must not be split; without a group, the image's own name
     hashes:      file -> [hash of its pixels, size, CRC-32]
-    source:      what the file says of its origin
+    source:      the origin of the data set
     """
 
     labels: np.ndarray | None
@@ -74,7 +74,7 @@ class Metadata:
 
     @classmethod
     def parse(cls, path: Path, data: bytes, names: list[str]) -> "Metadata":
-        """Read dataset.json of the data set `path`, which has images of these names. Raises UserError."""
+        """Read dataset.json of the data set `path`, whose images have these names. Raises UserError."""
         fields = _read_fields(path, data, names)
         labels, source = _labels_of(path, names, fields.get("labels")), fields.get("source")
         named = {name for name, _ in fields.get("labels") or []}
@@ -88,10 +88,10 @@ class Metadata:
 def format_metadata(*, labels: Iterable[int | Sequence[float] | None] | None, classes: Sequence[str] | None,
                     groups: Sequence[str | None], hashes: Mapping[int, Sequence[Any]],
                     source: Mapping[str, Any]) -> Iterator[str]:
-    """Yield dataset.json of images that are named by image_name(), in pieces, a line an image.
+    """Yield dataset.json of images that are named by image_name(), in pieces, one line per image.
 
-    labels:  of all images, None where no image has one
-    hashes:  place of an image -> (hash of its pixels, size, CRC-32)
+    labels:  of all images, None if no image has one
+    hashes:  index of an image -> (hash of its pixels, size, CRC-32)
     """
     if labels is None:
         yield '{"labels": null'
@@ -115,7 +115,7 @@ def format_metadata(*, labels: Iterable[int | Sequence[float] | None] | None, cl
 
 
 def _read_fields(path: Path, data: bytes, images: Iterable[str]) -> dict[str, Any]:
-    """Return what dataset.json holds, with the files in it under the names that they have in `images`."""
+    """Return the content of dataset.json, with files named as in `images`."""
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -162,7 +162,7 @@ def _labels_of(path: Path, names: list[str], rows: Any) -> np.ndarray | None:
 
 
 def _plain_label(label: Any) -> Any:
-    """Return 1 for 1.0, and None for NaN: a column of integers of which some are missing is one of floats in pandas."""
+    """Return 1 for 1.0, and None for NaN: pandas turns a column of integers with missing ones into floats."""
     if isinstance(label, float):
         return None if math.isnan(label) else int(label) if label.is_integer() and abs(label) < 1 << 53 else label
     return label
@@ -171,8 +171,8 @@ def _plain_label(label: Any) -> Any:
 def _kind_of(path: Path, name: str, label: Any) -> str:
     if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
         if label >= MAX_CLASSES:
-            raise UserError(f"{path}: {METADATA} gives {name} the label {label}; expected less than {MAX_CLASSES}, the "
-                            "number of a class")
+            raise UserError(f"{path}: {METADATA} gives {name} the label {label}; expected the number of a "
+                            f"class, below {MAX_CLASSES}")
         return "integers"
     if isinstance(label, list) and label and all(isinstance(x, (int, float)) and not isinstance(x, bool) and
                                                  abs(x) <= _LARGEST_NUMBER for x in label):
@@ -209,7 +209,7 @@ def _hashes_of(path: Path, names: list[str], hashes: Any) -> dict[str, list[Any]
         return {}
     if not isinstance(hashes, dict) or not all(map(_is_hash, hashes.values())):
         raise UserError(f"{path}: pixel_hashes in {METADATA} are not an object of [hash, size, CRC-32]; remove the "
-                        "field, and they are computed anew")
+                        "field, then they are computed again")
     _refuse_unknown(path, "pixel_hashes", hashes, names)
     return hashes
 
@@ -222,5 +222,5 @@ def _is_hash(record: Any) -> bool:
 def _refuse_unknown(path: Path, field: str, found: Mapping[str, Any], names: Iterable[str]) -> None:
     unknown = sorted(set(found) - set(names))
     if unknown:
-        raise UserError(f"{path}: {field} in {METADATA} name {len(unknown)} files that are not there "
-                        f"({shorten(unknown)})")
+        raise UserError(f"{path}: {field} in {METADATA} name "
+                        f"{plural(len(unknown), 'file that is', 'files that are')} not there ({shorten(unknown)})")

@@ -1,8 +1,8 @@
-"""Make images of all kinds 8-bit gray or RGB in sRGB: more bits, color profiles, and any of Pillow's modes.
+"""Convert images of all kinds to 8-bit gray or sRGB: more bits, color profiles, and all modes of Pillow.
 
-Images of more than 8 bits a channel are brought to 8 bits, all images of a set by one scale. Three kinds: "16-bit"
-(unsigned integers in PNG, TIFF, PGM, PPM and arrays), "32-bit" (other integers, among them signed ones of 16 bits) and
-"float". Cameras and scanners put 10, 12 or 14 bits into the first: the file does not say so.
+Images with more than 8 bits per channel are scaled to 8 bits, all images of a data set alike. There are three kinds:
+"16-bit" (unsigned integers in PNG, TIFF, PGM, PPM and arrays), "32-bit" (other integers, including signed 16-bit ones)
+and "float". Cameras and scanners store 10, 12 or 14 bits in the first kind, and the file does not record it.
 """
 
 import io
@@ -19,13 +19,13 @@ from PIL import ImageCms
 from dnnlib.cli import UserError
 
 MIN_DEPTH, MAX_DEPTH = 8, 16
-# Why an image cannot be used; the third: it is scaled by the values of its set, and its name did not tell so.
+# Why an image cannot be used; the third: its scaling needs the range of the data set, which its name did not show.
 NOT_FINITE, BEYOND_DEPTH = "not-a-number pixels", "values beyond --depth"
 NOT_SURVEYED = "32-bit or float, but not named .tif or .pfm"
 UNSUPPORTED = "unsupported format"
 _LARGEST_16_BIT = 65535
 _SAMPLE_FORMAT, _PLANAR_CONFIGURATION, _BITS_PER_SAMPLE = 339, 284, 258  # TIFF tags
-# Read in the wrong order of bytes, the low one comes in place of the high one.
+# In the wrong byte order, the low byte is read in place of the high one.
 _LOW_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 # What LittleCMS and Pillow raise for profiles that are damaged or of another kind.
 _PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
@@ -36,10 +36,9 @@ _NOTES = {"1": "1-bit", "P": "palette", "PA": "palette", "CMYK": "CMYK", "LAB": 
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; `reason` is a few words, of an image file one of imagesets.decode.REASONS.
+    """An image that cannot be used; `reason` is a few words, for image files one of imagesets.decode.REASONS.
 
-    detail: what was found, what the limit is and what to do, to go on from the image's name; "" where the reason says
-            all
+    detail: what was found, what the limit is and what to do, to follow the image's name; "" if the reason is enough
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -50,10 +49,10 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """What the images of a set hold that have more than 8 bits a channel.
+    """How the images of a data set with more than 8 bits per channel are scaled.
 
-    bits:   of their numbers (--depth): 2^bits - 1 becomes 255. None: 16, or what the values of the set suggest
-    ranges: kind -> smallest and largest value in all images of the set; None for a picture alone
+    bits:   per value (--depth): 2^bits - 1 becomes 255. None: 16, or what the values in the data set suggest
+    ranges: kind -> smallest and largest value in all images of the data set; None for a single image
     """
 
     bits: int | None = None
@@ -61,11 +60,11 @@ class Depth:
 
     def __post_init__(self):
         if self.bits is not None and not MIN_DEPTH <= self.bits <= MAX_DEPTH:
-            raise UserError(f"--depth={self.bits}; expected the bits of the numbers in images of more than 8 bits, "
+            raise UserError(f"--depth={self.bits}; expected the bits per value of images with more than 8 bits, "
                             f"{MIN_DEPTH} to {MAX_DEPTH}, such as 12 for 0 to 4095")
 
     def scale(self, kind: str, found: tuple[float, float]) -> tuple[float, float]:
-        """Return the values that become 0 and 255. found: smallest and largest value of the picture at hand"""
+        """Return the values that become 0 and 255. found: smallest and largest value of this image"""
         if kind == "16-bit":
             return 0, (1 << (self.bits or 16)) - 1
         if kind == "32-bit" and self.bits is not None:
@@ -84,10 +83,10 @@ class Depth:
 
 @dataclass(frozen=True, kw_only=True)
 class Deep:
-    """What the header of an image of more than 8 bits says.
+    """Facts from the header of an image with more than 8 bits.
 
-    white:       the largest value by the file itself, None where it does not tell
-    is_unsigned: 32-bit integers, which Pillow takes for signed ones
+    white:       the largest possible value according to the file, None if not given
+    is_unsigned: unsigned 32-bit integers, which Pillow reads as signed
     """
 
     kind: str
@@ -96,13 +95,13 @@ class Deep:
 
     @property
     def needs_range(self) -> bool:
-        """Whether the scale follows from the values of all images of the set."""
+        """Whether scaling needs the range of values of the whole data set."""
         return self.kind != "16-bit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """The numbers that images of more than 8 bits held, in one of them or in many; black and white became 0 and 255."""
+    """The values of one or more images with more than 8 bits; `black` became 0 and `white` 255."""
 
     kind: str
     black: float
@@ -112,17 +111,17 @@ class Values:
 
 
 def deep_header(image: PIL.Image.Image) -> Deep | None:
-    """Return what the header of an image, not yet loaded, says; None for one of 8 bits a channel."""
+    """Return facts from the header of an image that is not yet loaded; None if it has 8 bits per channel."""
     raw, codec = raw_mode(image), image.tile[0][0] if getattr(image, "tile", None) else ""
     if image.mode == "F":
         return Deep(kind="float")
-    if codec == "jpeg2k":  # LIMIT: Pillow scales by the precision of the file, so that --depth does not count here
+    if codec == "jpeg2k":  # LIMIT: Pillow scales by the precision of the file, so --depth has no effect
         return Deep(kind="16-bit", white=_LARGEST_16_BIT) if image.mode.startswith("I") else None
-    if codec.startswith("ppm"):  # has scaled by the file's largest value
+    if codec.startswith("ppm"):  # scales by the file's largest value
         return _ppm_header(image, codec)
     if image.mode.startswith("I;16") or (";16" in raw and not raw.endswith("S")):
         if _is_planar(image) or raw.partition(";")[0] not in ("I", "LA", "RGB", "RGBA"):
-            return None  # LIMIT: of these Pillow gives the high bytes, and --depth does not count
+            return None  # LIMIT: Pillow returns only the high bytes of these, and --depth has no effect
         return Deep(kind="16-bit", white=4095 if raw == "I;12" else None)
     if image.mode == "I":
         tags = getattr(image, "tag_v2", {})
@@ -131,7 +130,7 @@ def deep_header(image: PIL.Image.Image) -> Deep | None:
 
 
 def _ppm_header(image: PIL.Image.Image, codec: str) -> Deep | None:
-    arguments = image.tile[0][3]  # mode and largest value; a text for bitmaps
+    arguments = image.tile[0][3]  # mode and largest value; a string for bitmaps
     largest = arguments[1] if isinstance(arguments, tuple) else 1
     if image.mode == "I":
         return Deep(kind="16-bit", white=None if largest == _LARGEST_16_BIT else _LARGEST_16_BIT)
@@ -139,14 +138,14 @@ def _ppm_header(image: PIL.Image.Image, codec: str) -> Deep | None:
 
 
 def raw_mode(image: PIL.Image.Image) -> str:
-    """Return how the decoder will read the pixels, such as "RGB;16B", as far as Pillow tells."""
+    """Return how the decoder will read the pixels, such as "RGB;16B", or "" if Pillow does not give it."""
     arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
     arguments = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return arguments if isinstance(arguments, str) else ""
 
 
 def check_readable(image: PIL.Image.Image) -> None:
-    """Raise BadImage for what Pillow reads wrongly: uncompressed 16-bit colors that lie one after the other."""
+    """Raise BadImage for what Pillow reads wrongly: uncompressed 16-bit images with one plane per color."""
     if _is_planar(image) and image.tile[0][0] == "raw" and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8:
         raise BadImage(UNSUPPORTED)
 
@@ -156,14 +155,14 @@ def _is_planar(image: PIL.Image.Image) -> bool:
 
 
 def split_bytes(high: PIL.Image.Image, low: PIL.Image.Image) -> list[PIL.Image.Image]:
-    """Return what to load for all 16 bits of an image, of its two copies that are not yet loaded.
+    """Return the layers to load for all 16 bits of an image, given two copies of it that are not yet loaded.
 
-    Pillow has no mode for 16 bits in color and gives the high bytes: the second copy is made to give the low ones.
+    Pillow has no mode for 16 bits in color and returns the high bytes: the second copy is set to return the low ones.
     """
     raw = raw_mode(high)
     if high.mode not in ("RGB", "RGBA"):
         return [high]
-    if raw.startswith("LA;16"):  # both bytes of both channels, as if they were four
+    if raw.startswith("LA;16"):  # both bytes of both channels, as four channels
         _read_as(high, "RGBA")
         return [high]
     if high.tile[0][0] == "ppm":
@@ -183,7 +182,7 @@ def _read_as(image: PIL.Image.Image, raw: str) -> None:
 
 
 def read_values(layers: Sequence[PIL.Image.Image], deep: Deep) -> np.ndarray:
-    """Return the numbers of an image, [H, W] or [H, W, C]: of what split_bytes returned, loaded."""
+    """Return the values of an image, [H, W] or [H, W, C], from the loaded layers of split_bytes."""
     pixels = [np.asarray(layer) for layer in layers]
     if len(pixels) == 2:
         return pixels[0].astype(np.uint16) << 8 | pixels[1]
@@ -193,26 +192,26 @@ def read_values(layers: Sequence[PIL.Image.Image], deep: Deep) -> np.ndarray:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """Return the smallest and the largest number. Raises BadImage where one is not finite."""
+    """Return the smallest and the largest value. Raises BadImage if any is not finite."""
     low, high = values.min().item(), values.max().item()
-    if not (np.isfinite(low) and np.isfinite(high)):  # also where any is NaN
+    if not (np.isfinite(low) and np.isfinite(high)):  # also catches NaN
         raise BadImage(NOT_FINITE)
     return low, high
 
 
 def widen(ranges: dict[str, tuple[float, float]], kind: str, low: float, high: float) -> None:
-    """Let the range of a kind in `ranges` hold these values, too."""
+    """Extend the range of a kind in `ranges` to these values."""
     known = ranges.get(kind, (low, high))
     ranges[kind] = (min(low, known[0]), max(high, known[1]))
 
 
 def reduce_values(values: np.ndarray, deep: Deep, depth: Depth) -> tuple[np.ndarray, Values | None]:
-    """Return the numbers of an image as uint8, rounded to the nearest, and what they were.
+    """Scale the values of an image to uint8, rounded to the nearest; also return what they were.
 
-    values: [H, W], or [H, W, 2 or 4] with alpha in the last place, or [H, W, 3]
+    values: [H, W], or [H, W, 2 or 4] with alpha as the last channel, or [H, W, 3]
 
-    None in place of Values where the file itself says which number is white. Raises BadImage for numbers that are not
-    finite, or that the depth has no place for, and where the values of the set were not looked at.
+    The second result is None if the file itself defines the value of white. Raises BadImage for values that are not
+    finite or exceed the depth, and if the range of the data set is needed but was not read.
     """
     has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
     colors = values[..., :-1] if has_alpha else values
@@ -223,7 +222,7 @@ def reduce_values(values: np.ndarray, deep: Deep, depth: Depth) -> tuple[np.ndar
     reduced = _scale(colors, black, white)
     if has_alpha:
         alpha = values[..., -1:]
-        # An opaque image may have 4095 there, or 65535 beside colors of 12 bits.
+        # With 12-bit colors, opaque may be 4095 or 65535.
         alpha = _scale(alpha, 0, white if alpha.max() <= white else _LARGEST_16_BIT)
         reduced = np.concatenate([reduced, alpha], axis=2)
     told = deep.white is not None
@@ -240,14 +239,14 @@ def _scale(values: np.ndarray, black: float, white: float) -> np.ndarray:
 
 @cache
 def _table(white: int) -> np.ndarray:
-    """Return uint8 [white + 1]: what 0 to `white` become. None lies between two: (2^n - 1) is odd, 255 * 2 even."""
+    """Return uint8 [white + 1]: 0 to `white`, scaled. There are no ties: 2^n - 1 is odd, 255 * 2 is even."""
     return np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
 
 
 def depth_remark(images: str, white: float, largest: float) -> str | None:
-    """Return a remark where all numbers would go into fewer bits than they were taken for.
+    """Return a remark if all values would fit into fewer bits than assumed.
 
-    images: where they are, as "all 16-bit images"
+    images: where the values are, such as "all 16-bit images"
     """
     bits = max(int(largest).bit_length(), MIN_DEPTH)
     if largest <= 0 or white not in [(1 << depth) - 1 for depth in range(bits + 1, MAX_DEPTH + 1)]:
@@ -260,7 +259,7 @@ def depth_remark(images: str, white: float, largest: float) -> str | None:
 
 
 def is_gray(image: PIL.Image.Image) -> bool:
-    """Tell whether the header promises an image without color; reads no pixels."""
+    """Return whether an image has no color according to its header; reads no pixels."""
     if image.mode in _GRAY_MODES or image.mode.startswith("I;16"):
         return True
     if image.mode in ("P", "PA"):
@@ -269,7 +268,7 @@ def is_gray(image: PIL.Image.Image) -> bool:
 
 
 def flatten(image: PIL.Image.Image, *, gray: bool) -> tuple[PIL.Image.Image, set[str]]:
-    """Return a loaded image of 8 bits a channel as L, if `gray`, or RGB, and notes; transparency goes on white."""
+    """Return a loaded image with 8 bits per channel as L if `gray`, else RGB, on white; and notes."""
     notes = {_NOTES[image.mode]} if image.mode in _NOTES else set()
     target = "L" if gray else "RGB"
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -283,9 +282,9 @@ def flatten(image: PIL.Image.Image, *, gray: bool) -> tuple[PIL.Image.Image, set
 
 def _put_on_white(image: PIL.Image.Image, target: str) -> tuple[PIL.Image.Image, str]:
     if image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")  # color comes multiplied with alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # color is premultiplied with alpha
     elif image.mode not in ("LA", "RGBA"):
-        image = image.convert("RGBA")  # a palette, or one color that stands for transparency
+        image = image.convert("RGBA")  # a palette, or one color that means transparent
     alpha = image.getchannel("A")
     if alpha.getextrema()[0] == 255:
         return image.convert(target), "opaque alpha dropped"
@@ -309,34 +308,34 @@ def _palette_is_gray(image: PIL.Image.Image) -> bool:
 
 
 def to_srgb(image: PIL.Image.Image, profile: bytes | None) -> tuple[PIL.Image.Image, str | None]:
-    """Return an RGB image in sRGB, and a note if the profile asked for anything; a gray image stays as it is."""
+    """Convert an RGB image to sRGB by its profile; return it and a note if it had one. Gray images stay as they are."""
     if not profile:
         return image, None
     if image.mode != "RGB":
-        return image, "colour profile ignored"
+        return image, "color profile ignored"
     try:
         transform = _transform(profile, "RGB")
         if transform is None:
             return image, None
-        return ImageCms.applyTransform(image, transform), "colour profile to sRGB"
+        return ImageCms.applyTransform(image, transform), "color profile to sRGB"
     except _PROFILE_ERRORS:
-        return image, "colour profile ignored"
+        return image, "color profile ignored"
 
 
 def cmyk_to_srgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, str | None]:
-    """Return a CMYK image as RGB, by its profile where it has a usable one, else by the plain formula, and a note."""
+    """Convert a CMYK image to RGB, by its profile if that is usable, else by the plain formula; also return a note."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image.convert("RGB"), None
     try:
-        return ImageCms.applyTransform(image, _transform(profile, "CMYK")), "colour profile to sRGB"
+        return ImageCms.applyTransform(image, _transform(profile, "CMYK")), "color profile to sRGB"
     except _PROFILE_ERRORS:  # many CMYK files carry a profile of another kind
-        return image.convert("RGB"), "colour profile ignored"
+        return image.convert("RGB"), "color profile ignored"
 
 
-@lru_cache(maxsize=8)  # the images of one camera carry the same profile
+@lru_cache(maxsize=8)  # the images of one camera have the same profile
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the way from a profile to sRGB, None when it is sRGB; raises one of _PROFILE_ERRORS when unusable."""
+    """Return the transform from a profile to sRGB, None if it is sRGB; raises one of _PROFILE_ERRORS if unusable."""
     parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(parsed).lower():
         return None

@@ -1,6 +1,6 @@
-"""Open a data set, a zip or a folder of images with an optional dataset.json, and decode its members to pixels.
+"""Open a data set, a zip or a folder of images with an optional dataset.json, and decode its images to pixels.
 
-A set may lie in a folder inside, as zipping a folder makes it: it is then read as if its dataset.json lay at the top.
+A data set may be in a folder inside, as after zipping a folder: it is read as if its dataset.json were at the top.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from dnnlib.text import listed, shorten
 from imagesets.classes import CLASS, NO_LABEL, VECTOR, class_names, class_order, missing_labels
 from imagesets.metadata import METADATA, NUMBERED_NAME, Metadata
 
-MAX_FILE_BYTES = 1 << 30  # more is no photograph; read at once it could fill the memory
-PRESENT = 0.5  # a vector's number above this says that the image is of that class
+MAX_FILE_BYTES = 1 << 30  # a larger file is not a photograph and could fill the memory
+PRESENT = 0.5  # if a vector's number is above this, the image is of that class
 
 Shape = tuple[int, int, int]  # channels, height, width
 
 
 class MisplacedMetadata(UserError):
-    """dataset.json lies in a folder inside that does not hold all images, or in several."""
+    """dataset.json is in a subfolder that does not hold all images, or in several folders."""
 
 
 @cache
@@ -45,21 +45,21 @@ def image_suffixes() -> frozenset[str]:
 class ImageSet:
     """The images of a data set in the order of their names, with labels and groups.
 
-    names:    paths inside the zip or folder, with "/"; those beside dataset.json where that lies in a folder inside
+    names:    paths inside the zip or folder, with "/"; relative to dataset.json if that is in a subfolder
     labels, num_unnamed, classes, groups, source: see imagesets.metadata.Metadata
-    other_members: files that are no images
+    other_members: files that are not images
 
-    with_metadata=False leaves dataset.json unread, so that images beside an unfit one can be looked at. The zip is
-    opened on first use in each process, so that an ImageSet may be handed to workers. Raises UserError when the path is
-    missing, is no readable zip, holds no images, or its dataset.json does not fit; MisplacedMetadata, one of these,
-    when dataset.json lies in a folder inside and images lie outside of that, or when there are several.
+    with_metadata=False ignores dataset.json, so that images beside a faulty one can be inspected. The zip is opened on
+    first use in each process, so that an ImageSet may be sent to workers. Raises UserError when the path is missing, is
+    not a readable zip, holds no images, or its dataset.json is faulty; MisplacedMetadata, a subclass, when dataset.json
+    is in a subfolder but images are outside of it, or when there are several.
     """
 
     def __init__(self, path: str | os.PathLike, *, with_metadata: bool = True):
         self.path = Path(path)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._checksums: list[tuple[int, int]] | None = None
-        self._raw_names: dict[str, str] = {}  # of members that are listed under another name
+        self._raw_names: dict[str, str] = {}  # of members with another name in `names`
         self._folder = ""  # inside, that holds dataset.json, with "/" at its end
         members = retrying(self._list_members, self.path, reset=self.close)
         self.names = sorted(filter(_is_image, members))
@@ -78,7 +78,7 @@ class ImageSet:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Checksums and hashes are as long as the set, and workers, who get the copies, read images only.
+        # Checksums and hashes are large, and workers, who get the copies, only read images.
         return {**self.__dict__, "_archive": None, "_checksums": None, "_hashes": {}}
 
     @property
@@ -87,7 +87,7 @@ class ImageSet:
 
     @property
     def label_kind(self) -> str | None:
-        """CLASS for integers, VECTOR for lists, None where there are no labels."""
+        """CLASS for integers, VECTOR for lists, None without labels."""
         if self.labels is None:
             return None
         return CLASS if self.labels.ndim == 1 else VECTOR
@@ -102,11 +102,11 @@ class ImageSet:
         return missing_labels(self.labels, len(self))
 
     def class_names(self) -> list[str]:
-        """Return a name for each class that labels may have; the number where dataset.json names none."""
+        """Return a name for each class; its number if dataset.json has no names."""
         return class_names(self.labels, self.classes)
 
     def class_columns(self) -> np.ndarray:
-        """Return whether an image is of a class: bool [N, C], C = len(self.class_names()); False for measures."""
+        """Return which images are of which classes: bool [N, C], C = len(self.class_names()); measurements False."""
         columns = np.zeros((len(self), len(self.class_names())), dtype=bool)
         if self.label_kind == VECTOR:
             columns[:, :self.labels.shape[1]] = self.labels > PRESENT
@@ -114,9 +114,9 @@ class ImageSet:
         return columns if self.labels is None else self.labels[:, None] == np.arange(columns.shape[1])
 
     def are_findings(self) -> np.ndarray:
-        """Return which columns tell whether something is there: bool [C]; of vectors those with numbers from 0 to 1.
+        """Return which columns are findings, present or absent: bool [C]; for vectors those with numbers from 0 to 1.
 
-        Others are measures, such as an age, of which no number means that an image is of a class.
+        Others are measurements, such as an age, which do not put an image into a class.
         """
         found = np.ones(len(self.class_names()), dtype=bool)
         if self.label_kind == VECTOR:
@@ -125,18 +125,18 @@ class ImageSet:
         return found
 
     def label(self, row: int) -> int | list[float] | None:
-        """Return the label of an image as dataset.json holds it."""
+        """Return the label of an image as in dataset.json."""
         if self.labels is None or missing_labels(self.labels[row:row + 1])[0]:
             return None
         # The shortest text that gives the same float32: 0.1, not 0.10000000149.
         return int(self.labels[row]) if self.label_kind == CLASS else [float(str(x)) for x in self.labels[row]]
 
     def locate(self, name: str) -> str:
-        """Return the path of a member inside the zip or folder, as it is stored there."""
+        """Return the path of a file as it is stored in the zip or folder."""
         return self._raw_names.get(name, self._folder + name)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a member. Raises UserError, naming it, when it is missing or damaged, and DiskFailure."""
+        """Return the bytes of a file. Raises UserError, naming it, when it is missing or damaged, and DiskFailure."""
         return retrying(lambda: self._read(name), f"{self.path}: {name}", reset=self.close)
 
     def _read(self, name: str) -> bytes:
@@ -151,12 +151,12 @@ class ImageSet:
             raise UserError(f"{self.path} has no member {name}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.path}: {name} is damaged ({error}); make or copy the data set again") from error
-        except OSError as error:  # no permission, or a place outside of a damaged zip; a failing disk was told apart
+        except OSError as error:  # no permission, or an offset outside a damaged zip; a failing disk raised DiskFailure
             raise UserError(f"{self.path}: {name} cannot be read ({error.strerror}); make or copy the data set "
                             "again") from error
 
     def checksums(self) -> list[tuple[int, int]]:
-        """Return (size, CRC-32) of each image; from a zip's directory, while a folder's files are read for it, once."""
+        """Return (size, CRC-32) of each image; from a zip's directory, or by reading a folder's files once."""
         if self._checksums is None:
             self._checksums = retrying(self._read_checksums, self.path, reset=self.close)
         return self._checksums
@@ -164,8 +164,8 @@ class ImageSet:
     def content_hash(self, start: str, rows: Iterable[int], more: Iterable[bytes] = repeat(b"")) -> str:
         """Return a sha256 of images in this order, by size and CRC-32, so that a large zip need not be read.
 
-        start:  what else it follows from
-        more:   what belongs to each image besides, such as its label
+        start:  other text to hash first
+        more:   other bytes to hash with each image, such as its label
         """
         digest, checksums = hashlib.sha256(start.encode()), self.checksums()
         for row, extra in zip(rows, more):
@@ -173,7 +173,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def recorded_hash(self, name: str, size: int, crc: int) -> str | None:
-        """Return the hash of an image's pixels in dataset.json; None where there is none, or of another file.
+        """Return the hash of an image's pixels from dataset.json; None if there is none, or the file was changed.
 
         size, crc:  of the file now, as `checksums` returns them
         """
@@ -181,14 +181,14 @@ class ImageSet:
         return found if file == [size, crc] else None
 
     def named_groups(self) -> list[str | None]:
-        """Return the patient or lesion of each image; None where its group is but an image's name."""
+        """Return the patient or lesion of each image; None if its group is only an image's name."""
         names = set(self.names)
         return [None if group in names or NUMBERED_NAME.fullmatch(group) else group for group in self.groups]
 
     def use_classes(self, wanted: Sequence[str]) -> None:
-        """Let labels be those of the classes `wanted`, by name; a set that names none stays as it is.
+        """Renumber labels to the classes `wanted`, by name; without class names nothing changes.
 
-        Raises UserError where images are of other classes, or vectors of other columns.
+        Raises UserError if images are of other classes, or vectors have other columns.
         """
         if self.classes is None or self.labels is None or list(wanted) == self.classes:
             return
@@ -202,13 +202,13 @@ class ImageSet:
         if missing:
             raise UserError(f"{self.path} has labels of {listed(missing)}; expected those of {listed(wanted)}: convert "
                             "it with dataset_tool.py and the same --classes")
-        # NO_LABEL is -1, and so takes the last one.
+        # NO_LABEL is -1, and so takes the last.
         self.labels = self.labels[:, order] if self.label_kind == VECTOR else np.array([*order, NO_LABEL])[self.labels]
         self.classes = list(wanted)
 
     def close(self) -> None:
         if self._archive is not None:
-            with suppress(OSError):  # of a handle that went stale
+            with suppress(OSError):  # stale file handle
                 self._archive[1].close()
             self._archive = None
 
@@ -220,7 +220,7 @@ class ImageSet:
         return [(len(data), zlib.crc32(data)) for data in contents]
 
     def _zip(self) -> zipfile.ZipFile:
-        # A file position shared with a forked parent would be moved by both.
+        # Not a handle of the parent before a fork: both would move its file position.
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), _open_zip(self.path))
         return self._archive[1]
@@ -235,9 +235,9 @@ class ImageSet:
         return [_member_path(name) for name in names]
 
     def _enter_folder_of(self, metadata: str, members: list[str]) -> list[str]:
-        """Return the members under the names that they have when `metadata`, one of them, is dataset.json at the top.
+        """Rename members so that `metadata`, one of them, is dataset.json at the top; return the new names.
 
-        Those outside of its folder keep their paths.
+        Members outside its folder keep their paths.
         """
         folder = metadata[:-len(METADATA)]
         inside = {METADATA if member == metadata else member.removeprefix(folder): member
@@ -250,11 +250,11 @@ class ImageSet:
 
 
 def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.ndarray:
-    """Return the pixels of a member: uint8 [C, H, W], C 1 or 3, as a view that may be read-only and not contiguous.
+    """Return the pixels of an image: uint8 [C, H, W], C 1 or 3, as a view that may be read-only and not contiguous.
 
-    shape:  that of the first image, which this one must have too; None takes any
+    shape:  that of the first image, which this one must also have; None for any
 
-    Raises UserError, naming the member, when it cannot be read or decoded, is neither 8-bit gray nor RGB, or has
+    Raises UserError, naming the image, when it cannot be read or decoded, is neither 8-bit gray nor RGB, or has
     another shape.
     """
     data = images.read(name)
@@ -262,13 +262,13 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
         image = PIL.Image.open(io.BytesIO(data))
         pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
-        # Pillow's own words for what it cannot identify hold the address of our buffer, another one each time.
-        reason = "it is no image" if isinstance(error, PIL.UnidentifiedImageError) else error
+        # Pillow's message for unknown files contains the address of our buffer, which varies.
+        reason = "it is not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
         if isinstance(error, PIL.Image.DecompressionBombError):
             raise UserError(f"{images.path}: {name} {describe_excess(error)}") from error
         raise UserError(f"{images.path}: {name} cannot be decoded ({reason}); make or copy it again") from error
     if image.mode not in ("L", "RGB"):
-        raise UserError(f"{images.path}: {name} has mode {image.mode}; expected 8-bit grey or RGB: convert it with "
+        raise UserError(f"{images.path}: {name} has mode {image.mode}; expected 8-bit gray or RGB: convert it with "
                         "dataset_tool.py")
     pixels = channels_first(pixels)
     if shape is not None and pixels.shape != shape:
@@ -278,11 +278,11 @@ def load_pixels(images: ImageSet, name: str, shape: Shape | None = None) -> np.n
 
 
 def describe_excess(error: Exception) -> str:
-    """Return what Pillow's refusal of an image with too many pixels says, to go on from the image's name."""
+    """Return why Pillow refused an image with too many pixels, to follow the image's name."""
     match = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
-    if match is None:  # in the words of another version
-        return f"has too many pixels ({error}): save it smaller"
-    return f"has {int(match[1]):,} pixels; at most {int(match[2]):,} are read: save it smaller"
+    if match is None:  # another version of Pillow
+        return f"has too many pixels ({error}): reduce its size"
+    return f"has {int(match[1]):,} pixels; at most {int(match[2]):,} are read: reduce its size"
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:
@@ -293,11 +293,11 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
 def describe_shape(shape: Shape) -> str:
     """Return "64x64 RGB" for (3, 64, 64)."""
     channels, height, width = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'RGB'}"
+    return f"{width}x{height} {'gray' if channels == 1 else 'RGB'}"
 
 
 def _member_path(name: str) -> str:
-    """Return a zip member's name with "/" between folders, where some programs of Windows write "\\"; without "./"."""
+    """Return a zip member's name with "/" between folders (some programs for Windows write "\\"), without "./"."""
     path = name.replace("\\", "/")
     while path.startswith("./"):
         path = path[2:]
@@ -308,7 +308,7 @@ def _files_below(path: Path) -> list[str]:
     """Return the files in a folder, linked folders included, as paths with "/"."""
     found, entered = [], {os.path.realpath(path)}
     for folder, subfolders, files in os.walk(path, followlinks=True, onerror=_refuse_folder):
-        # Each folder once, by whichever name comes first: links in a circle would never come to an end.
+        # Each folder once, under its first name: circular links would never end.
         reached = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(subfolders)}
         subfolders[:] = [name for name, real in reached.items() if not (real in entered or entered.add(real))]
         prefix = os.path.relpath(folder, path)
@@ -317,7 +317,7 @@ def _files_below(path: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> bytes:
-    """Return the bytes of a file. Raises UserError for what is none: opening a pipe would wait for ever."""
+    """Return the bytes of a file. Raises UserError for a pipe, which would block when opened, or a device."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is a pipe or a device; expected a file")
@@ -327,14 +327,14 @@ def _read_file(path: Path) -> bytes:
 
 
 def excess_of(size: int) -> str | None:
-    """Return why a file of so many bytes is too large, to go on from its name; None for one that is not."""
+    """Return why a file of this size is too large, to follow its name; None if it is not."""
     if size <= MAX_FILE_BYTES:
         return None
-    return f"has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read: save it smaller, or leave it out"
+    return f"has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read: reduce its size, or leave it out"
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be read ({error.strerror}); expected folders that can") from error
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}); expected only readable folders") from error
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -343,8 +343,8 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         if (advice := unpack_advice(path)) is not None:
             raise UserError(f"{path} {advice}") from error
-        raise UserError(f"{path} cannot be read as a zip ({error}): it is cut off or no zip; make or copy it "
-                        "again") from error
+        raise UserError(f"{path} cannot be read as a zip ({error}): it is truncated or not a zip; make or "
+                        "copy it again") from error
 
 
 def _what_else(members: Sequence[str]) -> str:
@@ -352,7 +352,7 @@ def _what_else(members: Sequence[str]) -> str:
     packed = packed_names(sorted(name for name in members if not _is_hidden(name)))
     if not packed:
         return "expected files such as .png or .jpg"
-    return f"expected files such as .png or .jpg, not packed ones: take or unpack what lies in it ({listed(packed)})"
+    return f"expected files such as .png or .jpg, not packed ones: give or unpack the one inside ({listed(packed)})"
 
 
 def _is_image(name: str) -> bool:
@@ -364,17 +364,17 @@ def _is_hidden(name: str) -> bool:
 
 
 def _find_metadata(path: Path, members: Iterable[str], images: Iterable[str]) -> str | None:
-    """Return which member is dataset.json, for all images; None where there is none."""
+    """Return the path of dataset.json inside; None if there is none."""
     found = sorted({name for name in members if name.lower().rpartition("/")[2] == METADATA and not _is_hidden(name)})
     if not found:
         return None
     if len(found) > 1:
-        raise MisplacedMetadata(f"{path}: {METADATA} lies in {len(found)} places ({shorten(found)}); expected one: "
-                                "give one of these folders, take the others out, or join them by dataset_tool.py with "
+        raise MisplacedMetadata(f"{path}: {METADATA} is in {len(found)} places ({shorten(found)}); expected one: "
+                                "give one of these folders, remove the others, or join them with dataset_tool.py and "
                                 "a --source for each")
     outside = next((name for name in images if not name.startswith(found[0][:-len(METADATA)])), None)
     if outside is not None:
-        raise MisplacedMetadata(f"{path}: {METADATA} lies in a folder inside ({found[0]}), and images lie outside of "
-                                f"that folder ({outside}); expected it at the top: give that folder, or zip its "
-                                "content without the folder")
+        raise MisplacedMetadata(f"{path}: {METADATA} is in a subfolder ({found[0]}), but images are outside of it "
+                                f"({outside}); expected it at the top: give that subfolder, or zip its content without "
+                                "the subfolder")
     return found[0]

@@ -1,4 +1,4 @@
-"""Decide which images of a source are wanted, and with which label and group."""
+"""Decide which images of a source are converted, and with which label and group."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ _SHOWN = 5
 
 
 class LabelsUnclear(UserError):
-    """Images without a label, or rows of a table that several images match, which the user has not yet decided on.
+    """Some images have no label, or several match one row of a table, and the user has to decide what to do.
 
     details: what the report lists
     """
@@ -43,12 +43,12 @@ class LabelsUnclear(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Labeling:
-    """What a source, or a table in its place, says of the N images.
+    """Labels and groups of the N images, from the source or from a table in its place.
 
     labels, classes, groups: as in Source
     rows:                row of each image in the table, int64 [N], -1 without one; None without a table
-    rows_without_image:  ids of the table
-    table, group_table:  what was read, None where none was given
+    rows_without_image:  their ids in the table
+    table, group_table:  the tables, None if not given
     """
     labels: np.ndarray | None
     classes: list[str] | None
@@ -60,7 +60,7 @@ class Labeling:
 
     @classmethod
     def of_source(cls, source: Source, ignore_folders: bool = False) -> "Labeling":
-        """ignore_folders: labels come from dataset.json alone"""
+        """ignore_folders: take labels only from dataset.json"""
         if not ignore_folders or source.labels is None:
             return cls(labels=source.labels, classes=source.classes, groups=source.groups)
         is_ready = np.concatenate([np.full(len(part), part.is_ready) for part in source.parts or [source]])
@@ -72,11 +72,11 @@ class Labeling:
 
     @classmethod
     def of_table(cls, source: Source, table: LabelTable, *, all_meant: bool = False) -> "Labeling":
-        """Look up each image of the source. Groups that the source itself brings stay where the table has none.
+        """Look up each image of the source. Its own groups are kept if the table has none.
 
-        all_meant: the user says that several files may share a row
+        all_meant: several files may share a row
 
-        Raises UserError when no image has a row, or the images are no files; LabelsUnclear when a row matches several
+        Raises UserError when no image has a row, or the images are not files; LabelsUnclear when a row matches several
         files, which may be an image and its mask.
         """
         names, rows = _find_rows(source, table, "--labels")
@@ -90,9 +90,9 @@ class Labeling:
                    rows_without_image=[table.ids[row] for row in np.flatnonzero(unused)])
 
     def with_groups(self, source: Source, table: LabelTable) -> "Labeling":
-        """Add the groups of another table: images that are of one group in either are in one.
+        """Add the groups of another table: images that share a group in either share one in the result.
 
-        Raises UserError when no image has a row there, or the images are no files.
+        Raises UserError when no image has a row there, or the images are not files.
         """
         names, _ = _find_rows(source, table, "--groups")
         found = [table.group_of(name) for name in names]
@@ -102,11 +102,11 @@ class Labeling:
 
 
 def _unite(groups: Sequence[str | None], others: Sequence[str | None], same: bool) -> list[str | None]:
-    """Return groups that join what either of two lists joins; named as in the first, else as in the second.
+    """Return the groups that result from joining those of two lists; named as in the first, else as in the second.
 
     same:  a text in both names the same patient or lesion
     """
-    # Texts of other columns are told apart: the patient 7 is not the lesion 7.
+    # Equal texts of different columns differ: patient 7 is not lesion 7.
     keys = [f"{0 if same else 1} {other}" if other is not None else None for other in others]
     known = [f"0 {group}" if group is not None else key if key is not None else f"2 {index}"
              for index, (group, key) in enumerate(zip(groups, keys))]
@@ -122,7 +122,7 @@ def _unite(groups: Sequence[str | None], others: Sequence[str | None], same: boo
                 names[unit] = text
     taken: dict[str, int] = {}
     for unit, name in names.items():
-        while name in taken:  # by another unit, named after something else
+        while name in taken:  # by a unit named from another column
             name = f"{name} (2)"
         names[unit] = name
         taken[name] = unit
@@ -132,19 +132,19 @@ def _unite(groups: Sequence[str | None], others: Sequence[str | None], same: boo
 def _find_rows(source: Source, table: LabelTable, option: str) -> tuple[Sequence[str], np.ndarray]:
     """Return the names to look for, and the row of each image in the table: int64 [N], -1 without one."""
     if not source.has_files:
-        why = "brings its own labels" if option == "--labels" else "has no file names to look for in a table"
+        why = "has its own labels" if option == "--labels" else "has no file names to look for in a table"
         raise UserError(f"{option}: {source.name} ({source.kind}) {why}; leave the option out")
     names = _names_for(table, source)
     rows = np.array([-1 if (row := table.row_of(name)) is None else row for name in names], dtype=np.int64)
     if (rows < 0).all():
         raise UserError(f"{option}: no image of {source.name} has a row; the images are named as {source.names[0]}, "
-                        f"the rows as {table.ids[0]}: choose the column by --id-column, or another table")
+                        f"the rows as {table.ids[0]}: choose the column with --id-column, or another table")
     return names, rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The decision on each of the N images.
+    """The decision about each of the N images.
 
     reasons:  int8 [N], index into REASONS; 0 is wanted
     labels:   None, int64 [N] into `classes`, or float32 [N, D]
@@ -167,35 +167,35 @@ class Selection:
         return self.labels[index].tolist()
 
     def label_name(self, index: int) -> str:
-        """Return the label of an image for people."""
+        """Return the label of an image as text."""
         label = self.label(index)
         if label is None:
             return "(none)"
         return class_name(label, self.classes) if isinstance(label, int) else str(label)
 
 
-def select(source: Source, labeling: Labeling, *, classes: str | None, merge: str | None, unlabelled: str,
+def select(source: Source, labeling: Labeling, *, classes: str | None, merge: str | None, unlabeled: str,
            max_images: int | None, seed: int) -> Selection:
-    """Apply --classes, --merge, --unlabelled and --max-images, whose sample follows from `seed`.
+    """Apply --classes, --merge, --unlabeled and --max-images (with the random seed `seed`).
 
     Raises UserError when an option does not fit the labels or nothing is left, LabelsUnclear when some images have
-    no label and unlabelled is "error".
+    no label and unlabeled is "error".
     """
-    if unlabelled not in UNLABELED:
-        raise UserError(f"--unlabelled={unlabelled}; expected one of {', '.join(UNLABELED)}")
+    if unlabeled not in UNLABELED:
+        raise UserError(f"--unlabeled={unlabeled}; expected one of {', '.join(UNLABELED)}")
     if max_images is not None and max_images < 1:
         raise UserError(f"--max-images={max_images}; expected at least 1")
     reasons = np.zeros(len(source), dtype=np.int8)
     missing = missing_labels(labeling.labels, len(source))
-    if labeling.labels is not None and missing.any() and unlabelled != "keep":
-        if unlabelled == "error":
+    if labeling.labels is not None and missing.any() and unlabeled != "keep":
+        if unlabeled == "error":
             raise _unlabeled_error(source, labeling, missing)
         reasons[missing] = REASONS.index(NO_CLASS)
     labels, names = _choose(source, labeling, classes, merge, missing, reasons)
     if max_images is not None and np.count_nonzero(reasons == 0) > max_images:
         reasons[_not_drawn(np.flatnonzero(reasons == 0), labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
     if reasons.all():
-        raise UserError(f"{source.name}: none of its {len(source)} images is left by --unlabelled and --classes; "
+        raise UserError(f"{source.name}: --unlabeled and --classes leave none of its {len(source)} images; "
                         "expected at least one")
     return Selection(reasons=reasons, labels=labels, classes=names, labeling=labeling)
 
@@ -207,7 +207,7 @@ def _choose(source: Source, labeling: Labeling, classes: str | None, merge: str 
         return labeling.labels, labeling.classes
     option = "--classes" if classes is not None else "--merge"
     if labeling.labels is None:
-        raise UserError(f"{option}: the images of {source.name} have no labels; expected sub-folders, a dataset.json "
+        raise UserError(f"{option}: the images of {source.name} have no labels; expected subfolders, a dataset.json "
                         "with labels, or --labels=FILE")
     if labeling.labels.ndim == 2:
         raise UserError(f"{option}: the labels of {source.name} are lists of {labeling.labels.shape[1]} numbers, "
@@ -221,10 +221,10 @@ def _choose(source: Source, labeling: Labeling, classes: str | None, merge: str 
 
 
 def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:
-    """Return those of `rows` that are not in a random sample of `count`: of each class its share, to one image.
+    """Return those of `rows` that are not in a random subset of `count` images, which keeps the shares of classes.
 
-    Images without a label are a class here, and so are all together where labels are lists. Groups do not count: a
-    sample of a lesion's images is one of that lesion.
+    Images without a label form a class here; so do all images if labels are lists. Groups play no role: some images
+    of a lesion may be chosen and others not.
     """
     kinds = np.zeros(len(rows)) if labels is None or labels.ndim == 2 else labels[rows]
     members = [rows[kinds == kind] for kind in np.unique(kinds)]
@@ -234,7 +234,7 @@ def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: in
 
 
 def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
-    """Return the names under which to look for the images: with that of their part where the table has that."""
+    """Return the names to look up: with the name of their part if the table has it so."""
     if not source.parts:
         return source.names
     inside = [name for part in source.parts for name in part.names]
@@ -244,7 +244,7 @@ def _names_for(table: LabelTable, source: Source) -> Sequence[str]:
 def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> None:
     """Raise LabelsUnclear when a row matches several files of one source, or files of different endings.
 
-    The same name in two sources stays: these may overlap.
+    The same name in two sources is allowed: these may overlap.
     """
     part_of = np.repeat(np.arange(len(source.parts)), [len(part) for part in source.parts]) if source.parts else None
     shared = {}
@@ -257,14 +257,14 @@ def _refuse_shared_rows(source: Source, table: LabelTable, rows: np.ndarray) -> 
     examples = "; ".join(" and ".join(files[:_SHOWN]) for files in list(shared.values())[:2])
     of_rows, more = f"of the table's {len(table)} rows", "; ..." if len(shared) > 2 else ""
     raise LabelsUnclear(f"--labels: {plural(len(shared), f'{of_rows} matches', f'{of_rows} match')} several files "
-                        f"({examples}{more}); expected one image a row: say which files are meant, such as by "
-                        f'{_choice_advice(source, list(shared.values()))}, or take all by --include="*"',
+                        f"({examples}{more}); expected one image per row: choose the files, for example by "
+                        f'{_choice_advice(source, list(shared.values()))}, or take all with --include="*"',
                         {"rows_of_several_files": shared})
 
 
 def _choice_advice(source: Source, shared: Sequence[Sequence[str]]) -> str:
-    """Return how to choose among files of one row. shared: the names of each such row"""
-    # The first is taken to be the image: no mask is saved as JPEG, which blurs its edge.
+    """Return how to choose among files of one row. shared: the file names of each such row"""
+    # A JPEG file is taken to be the image: masks are not saved as JPEG, which would blur their edges.
     first, second = sorted(max(shared, key=lambda files: len(set(map(file_ending, files)))),
                            key=lambda name: file_ending(name) not in (".jpg", ".jpeg"))[:2]
     if (ending := file_ending(second)) != file_ending(first):
@@ -293,10 +293,10 @@ def images_of_rows(rows: np.ndarray) -> dict[int, np.ndarray]:
 
 def _unlabeled_error(source: Source, labeling: Labeling, missing: np.ndarray) -> LabelsUnclear:
     names = [source.names[index] for index in np.flatnonzero(missing)]
-    in_table = "" if labeling.rows is None else f", {int((labeling.rows < 0).sum())} of them no row in the table"
+    in_table = "" if labeling.rows is None else f", {int((labeling.rows < 0).sum())} of them without a row in the table"
     others = patterns_of(names, [source.names[index] for index in np.flatnonzero(~missing)]) if source.has_files else []
     patterns = " ".join(f'--exclude="{pattern}"' for pattern in others)
     leave_out = f", leave them out ({patterns})" if others else ""
-    return LabelsUnclear(f"{len(names)} of {len(source)} images have no label{in_table} ({shorten(names, _SHOWN)}); "
-                         f"expected a label for each: add them{leave_out}, or give --unlabelled=drop or "
-                         "--unlabelled=keep", {"unlabelled": names})
+    return LabelsUnclear(f"no label for {len(names)} of {len(source)} images{in_table} ({shorten(names, _SHOWN)}); "
+                         f"expected a label for each: add them{leave_out}, or give --unlabeled=drop or "
+                         "--unlabeled=keep", {"unlabeled": names})

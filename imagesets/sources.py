@@ -1,8 +1,8 @@
-"""Recognize what an archive of images is, and open it; choose files by their names; join several folders and zips.
+"""Recognize the kind of an archive of images and open it; choose files by name; join several folders and zips.
 
-Each kind answers with a `Source`: names and labels of all images, kept compact, and the images themselves one after
-the other, so that an archive of any size passes through. --include and --exclude choose files of a folder or zip.
-Several folders and zips of one set become one source: HAM10000, for example, comes as two.
+Each kind becomes a `Source`: names and labels of all images, stored compactly, and the images themselves one after the
+other, so that archives of any size can be read. --include and --exclude choose files of a folder or zip. Several
+folders and zips can form one source: HAM10000, for example, is published as two.
 """
 
 import os
@@ -66,12 +66,12 @@ def _refuse_repeated(path: Path, earlier: Path) -> None:
                         "each folder or archive once")
     for outer, inner in ((path, earlier), (earlier, path)):
         if inner.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
-            raise UserError(f"--source={inner} lies in --source={outer}, which is read with all its folders; leave one "
-                            "of the two out")
+            raise UserError(f"--source={inner} is inside --source={outer}, which is read with all its subfolders; "
+                            "leave one of the two out")
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Return as much of the paths' ends as tells them apart: "part1" and "part2", or "a/images" and "b/images"."""
+    """Return the shortest ends of the paths that differ: "part1" and "part2", or "a/images" and "b/images"."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     for length in range(1, max(map(len, parts))):
         names = ["/".join(one[-length:]) for one in parts]
@@ -81,11 +81,11 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
-    """Open an archive of images, recognized by its name and its first bytes.
+    """Open an archive of images, recognized by its name and first bytes.
 
     split:  "train", "val", "test" or "all", for MedMNIST and CIFAR-10; None for "train" there
 
-    Raises UserError when the path is missing, is of no known kind, is damaged or empty, or knows no splits.
+    Raises UserError when the path is missing, of an unknown kind, damaged or empty, or has no splits.
     """
     path = Path(path)
     if split is not None and split not in SPLITS:
@@ -105,7 +105,7 @@ def open_source(path: str | os.PathLike, *, split: str | None = None) -> Source:
         return open_cifar(path, split or "train")
     if start.startswith(_ZIP) or name.endswith(".zip"):
         return _without_split(open_zip(path), split)
-    raise UserError(f"--source={path} {unpack_advice(path) or f'is of no known kind; {_EXPECTED}'}")
+    raise UserError(f"--source={path} {unpack_advice(path) or f'is of an unknown kind; {_EXPECTED}'}")
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -145,21 +145,21 @@ class _ChosenItems:
 
 def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Sequence[str],
                  titles: Sequence[str] = ()) -> list[Source]:
-    """Return the sources with those of their images that fit a pattern of `include`, if any, and none of `exclude`.
+    """Return the sources with only those images that match a pattern of `include`, if any, and none of `exclude`.
 
-    Patterns are the shell's (* ? [...]). One without "/" is compared with the name of a file; one with "/" with the end
-    of its path below the source, from any folder on; "masks/" takes a folder. Upper and lower case are the same, but
-    for files that nothing else tells apart: where HAM/1.jpg lies beside ham/1.jpg, "ham/*" is the second. Of several
-    sources the path begins with the source's name in `titles`, as in messages.
+    Patterns are the shell's (* ? [...]). One without "/" is compared with file names; one with "/" with the end of the
+    path below the source, starting at any folder; "masks/" is a folder. Case is ignored, except between files that
+    differ in nothing else: if there are HAM/1.jpg and ham/1.jpg, "ham/*" is only the second. With several sources a
+    path begins with the source's name in `titles`, as in messages.
 
-    Raises UserError for a pattern that fits no image, when a source keeps none, and for archives of arrays.
+    Raises UserError for a pattern that matches no image, if no image of a source is left, and for archives of arrays.
     """
     if not include and not exclude:
         return list(sources)
     for source in sources:
         if not source.has_files:
-            raise UserError(f"--{'include' if include else 'exclude'}: {source.name} ({source.kind}) holds no files; "
-                            "leave the option out")
+            raise UserError(f"--{'include' if include else 'exclude'}: {source.name} ({source.kind}) does not consist "
+                            "of files; leave the option out")
     paths = [[f"{title}/{name}" for name in source.names] for source, title in zip(sources, titles, strict=True)
              ] if titles else [source.names for source in sources]
     titles = titles or [source.name for source in sources]
@@ -172,7 +172,7 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
                 is_folder = pattern.lower() in {folder.lower() for name in names for folder in name.split("/")[:-1]}
                 advice = (f'the folder of that name is "{pattern}/"' if is_folder else
                           'expected a pattern of names, such as "*.jpg", or of a folder, such as "masks/*"')
-                raise UserError(f'--{option}="{pattern}" fits none of {_what_is_there(titles, names)}; {advice}')
+                raise UserError(f'--{option}="{pattern}" matches none of {_what_is_there(titles, names)}; {advice}')
             chosen[fits] = option == "include"
     parts = np.split(chosen, np.cumsum([len(source) for source in sources])[:-1])
     for title, part, inside in zip(titles, parts, paths):
@@ -184,9 +184,9 @@ def choose_files(sources: Sequence[Source], include: Sequence[str], exclude: Seq
 
 
 def patterns_of(unwanted: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Return up to three patterns that fit all names of one kind and none of the other; [] where names do not tell.
+    """Return up to three patterns that match all unwanted names and no wanted one; [] if there are none.
 
-    Such as "*_superpixels.png" for masks that lie among their images, or "*.png" where images are JPEG files.
+    Examples: "*_superpixels.png" for masks among their images, or "*.png" if the images are JPEG files.
     """
     for tail_of in (_tail, file_ending) if wanted else ():
         tails = {tail_of(name) for name in unwanted}
@@ -196,7 +196,7 @@ def patterns_of(unwanted: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 
 def masks_among(names: Sequence[str]) -> str | None:
-    """Return advice where images are named as others are but for the ending, or with a word added, as masks are."""
+    """Return advice if names differ only in the ending, or by an added word, as those of images and masks do."""
     stems = {name: name[:len(name) - len(file_ending(name))] for name in names}
     known = Counter(stems.values())
     named_alike = [name for name in names if known[stems[name]] > 1]
@@ -204,15 +204,15 @@ def masks_among(names: Sequence[str]) -> str | None:
     if named_after:
         patterns = " ".join(f'--exclude="*{tail}"' for tail in sorted(set(map(_tail, named_after)))[:_SHOWN])
         return (f"{plural(len(named_after), 'image is', 'images are')} named after others ("
-                f"{', '.join(named_after[:_SHOWN])}); if they are masks, leave them out by {patterns}")
+                f"{', '.join(named_after[:_SHOWN])}); if they are masks, leave them out with {patterns}")
     if named_alike:
-        return (f"{len(named_alike)} images differ by the ending of their names only ({', '.join(named_alike[:2])}); "
-                f'if some are masks, leave them out, such as by --exclude="*{file_ending(named_alike[1])}"')
+        return (f"the names of {len(named_alike)} images differ only in the ending ({', '.join(named_alike[:2])}); if "
+                f'some are masks, leave them out, for example with --exclude="*{file_ending(named_alike[1])}"')
     return None
 
 
 def file_ending(name: str) -> str:
-    """Return ".jpg" of "x/ISIC_1.JPG", "" where there is none."""
+    """Return ".jpg" for "x/ISIC_1.JPG", "" if there is none."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return f".{ending.lower()}" if stem and dot else ""
 
@@ -223,7 +223,7 @@ def _tail(name: str) -> str:
 
 
 def _matches(pattern: str, names: Sequence[str]) -> np.ndarray:
-    """Return bool [N]: which names fit."""
+    """Return which names match: bool [N]."""
     whole = pattern.replace("\\", "/").removeprefix("./")
     if whole.endswith("/"):
         whole += "*"
@@ -234,7 +234,7 @@ def _matches(pattern: str, names: Sequence[str]) -> np.ndarray:
     if not (in_any_case & ~as_given).any() or not as_given.any():
         return in_any_case
     lower = [name.lower() for name in names]
-    meant = {name for name, fits in zip(lower, as_given) if fits}  # the others of such a name are not
+    meant = {name for name, fits in zip(lower, as_given) if fits}  # others that differ only in case do not match
     return as_given | (in_any_case & np.array([name not in meant for name in lower]))
 
 
@@ -243,7 +243,7 @@ def _keep(source: Source, chosen: np.ndarray) -> Source:
     names = [source.names[row] for row in rows]
     if source.is_ready:
         labels, classes = None if source.labels is None else source.labels[chosen], source.classes
-    else:  # a folder that was left out is no class
+    else:  # a folder that was left out is not a class
         labels, classes = labels_of_folders(names)
     return replace(source, names=names, items=_ChosenItems(source.items, chosen), labels=labels, classes=classes,
                    groups=None if source.groups is None else [source.groups[row] for row in rows],
@@ -287,14 +287,14 @@ def join(sources: Sequence[Source], names: Sequence[str]) -> Source:
 
     names: of the sources, all different
 
-    Classes are the same where their names are. Data sets (with a dataset.json) must have the same classes, and folders
-    beside them no others; the source's `fault` says where that is not so, for a table may give other labels. Groups of
-    the same name are one group. Raises UserError for sources that are no files.
+    Classes with the same name are one class. Data sets (with a dataset.json) must have the same classes, and folders
+    joined with them no others; if not, this becomes the `fault`, not an error, as a table may give other labels. Groups
+    with the same name are one group. Raises UserError for sources that do not consist of files.
     """
     for source, name in zip(sources, names, strict=True):
         if not source.has_files:
             raise UserError(f"--source: {name} ({source.kind}) cannot be joined with others; expected folders or zips "
-                            "of images: convert it alone")
+                            "of images: convert it separately")
     fault = next((source.fault for source in sources if source.fault is not None), None)
     labels, classes = None, None
     if fault is None:
@@ -319,7 +319,7 @@ def join(sources: Sequence[Source], names: Sequence[str]) -> Source:
 
 
 def repeated_names(source: Source) -> list[str]:
-    """Return the names that images of several parts have, apart from those that a data set gives by number."""
+    """Return the names that occur in several parts, except the numbered names of data sets."""
     counts = Counter(name for part in source.parts if not is_numbered(part.names) for name in part.names)
     return [name for name, count in counts.items() if count > 1]
 
@@ -329,7 +329,7 @@ def _join_groups(sources: Sequence[Source], names: Sequence[str]) -> list[str | 
         return None
     groups: list[str | None] = []
     for source, name in zip(sources, names):
-        # A group may be named by its first image, whose name is another image's elsewhere.
+        # A group may have the name of its first image, which may be another image in another source.
         own = set(source.names)
         known = [None] * len(source) if source.groups is None else source.groups
         groups += [f"{name}/{group}" if group in own else group for group in known]
@@ -337,7 +337,7 @@ def _join_groups(sources: Sequence[Source], names: Sequence[str]) -> list[str | 
 
 
 def _join_labels(sources: Sequence[Source], names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels of all images, in order. Raises UserError where the sources do not agree on classes."""
+    """Return the labels of all images, in order. Raises UserError if the sources have different classes."""
     ready = [(source, name) for source, name in zip(sources, names) if source.is_ready and source.labels is not None]
     for source, name in ready[1:]:
         _check_same_classes(*ready[0], source, name)
@@ -349,8 +349,8 @@ def _join_labels(sources: Sequence[Source], names: Sequence[str]) -> tuple[np.nd
         if source.has_vectors or other is not None:
             kind = (f"lists of {source.labels.shape[1]} numbers" if source.has_vectors else
                     f"the classes {listed(source.classes)}" if source.classes else "numbers of classes without names")
-            raise UserError(f"{name} has {kind} as labels, and the folders of other sources are named {listed(found)}; "
-                            "expected the same classes in all: convert each alone, or give --labels")
+            raise UserError(f"{name} has {kind} as labels, but the folders of other sources are named {listed(found)}; "
+                            "expected the same classes in all: convert each separately, or give --labels")
     if not ready and not found:
         return None, None
     classes = ready[0][0].classes if ready else found
@@ -362,7 +362,7 @@ def _check_same_classes(first: Source, first_name: str, source: Source, name: st
     if first.labels.shape[1:] != source.labels.shape[1:]:
         kinds = [f"lists of {one.labels.shape[1]} numbers" if one.has_vectors else "classes" for one in (first, source)]
         raise UserError(f"the labels of {first_name} are {kinds[0]}, those of {name} {kinds[1]}; expected one kind: "
-                        "convert each alone, or give --labels")
+                        "convert each separately, or give --labels")
     one, other = first.classes, source.classes
     same = one == other or (one and other and not first.has_vectors and set(one) == set(other))
     if not same:
@@ -372,11 +372,11 @@ def _check_same_classes(first: Source, first_name: str, source: Source, name: st
 
 
 def _class_folders(sources: Sequence[Source], known: Sequence[str] | None) -> list[list[str | None] | None]:
-    """Return the class folder of each image, for each source, None for one without such folders.
+    """Return the class folder of each image for each source, None for a source without class folders.
 
     known: classes of data sets among the sources
 
-    In a source whose images all lie in one folder, that is a class where others have it, or have theirs at that depth.
+    If all images of a source are in one folder, it is a class if others have this class, or class folders at its depth.
     """
     found = [None if source.is_ready else class_folders(source.names) for source in sources]
     depths = {len(enclosing_folders(source.names)) for source, part in zip(sources, found) if part is not None}
@@ -402,12 +402,12 @@ def _labels_of(source: Source, folders: Sequence[str | None] | None, classes: Se
     if classes is None or source.has_vectors:
         return source.labels
     new_number = np.array([*(classes.index(name) for name in source.classes), NO_LABEL], dtype=np.int64)
-    return new_number[source.labels]  # NO_LABEL takes the last
+    return new_number[source.labels]  # NO_LABEL is -1 and takes the last
 
 
 def _hints_on_folders(sources: Sequence[Source], labels: np.ndarray | None) -> Iterator[str]:
     around = [[] if source.is_ready or is_numbered(source.names) else enclosing_folders(source.names)
               for source in sources]
     if labels is None and all(around) and len({tuple(folders) for folders in around}) > 1:
-        yield (f"the folders {listed([folders[-1] for folders in around])} are not taken as classes, since each source "
-               "has one only; if they are classes, put them into one folder, or give --labels=FILE")
+        yield (f"the folders {listed([folders[-1] for folders in around])} are not taken as classes because each "
+               "source has only one; if they are classes, put them into one folder, or give --labels=FILE")

@@ -1,6 +1,6 @@
 """Choose a part for each image of a data set, so that no patient, lesion or identical image is in two parts.
 
---parts, --institutions, --sizes and --skew make a request; images that must stay together make units, which are
+--parts, --institutions, --sizes and --skew make a request; images that must stay together form units, which are
 counted and dealt to the parts (imagesets.deal).
 """
 
@@ -21,7 +21,7 @@ from imagesets.deal import FIRST_CLASS, REST, SIZE, UNITS, deal, skewed_targets
 from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.reader import ImageSet
 
-LEFT_OUT = -1  # in place of the number of a part
+LEFT_OUT = -1  # instead of the number of a part
 _PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
 _SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -44,7 +44,7 @@ class SplitRequest:
     institutions:  names and shares within the first part, or of the whole set; may be empty
     skew:          class name -> share of the images of each institution that are of this class, REST for what is left
     allow_missing: parts may lack a class that has fewer groups than there are parts
-    leave_out:     images for which the skew leaves no place go into no part
+    leave_out:     images that do not fit the skew go into no part
     """
 
     parts: tuple[Part, ...] = ()
@@ -58,7 +58,7 @@ class SplitRequest:
         counts = Counter(part.name for part in self.final_parts)
         for name, count in counts.items():
             if count > 1:
-                raise UserError(f"--parts names {name}, which --institutions makes, too; choose another name")
+                raise UserError(f"--parts names {name}, which --institutions also makes; choose another name")
 
     @property
     def final_parts(self) -> tuple[Part, ...]:
@@ -77,9 +77,9 @@ def create_request(*, parts: str | None, institutions: int | None, sizes: str | 
                         "or --institutions=3")
     for option, value in (("--sizes", sizes), ("--skew", skew)):
         if value is not None and institutions is None:
-            raise UserError(f"{option} is given without --institutions; add --institutions=3, say")
+            raise UserError(f"{option} is given without --institutions; add it, such as --institutions=3")
     if leave_out and skew is None:
-        raise UserError("--leave-out is given without --skew; only a skew may leave images out")
+        raise UserError("--leave-out is given without --skew; expected both or neither")
     return SplitRequest(
         parts=() if parts is None else parse_parts(parts),
         institutions=() if institutions is None else name_institutions(institutions, sizes),
@@ -109,14 +109,14 @@ def name_institutions(count: int, sizes: str | None) -> tuple[Part, ...]:
     else:
         shares = [_parse_share(f"--sizes={sizes}", share.strip()) for share in sizes.split(",")]
         if len(shares) != count:
-            raise UserError(f"--sizes={sizes} has {len(shares)} numbers; expected {count}, one for each of "
-                            f"--institutions={count}")
+            raise UserError(f"--sizes={sizes} has {plural(len(shares), 'number')}; expected {count}, one for each "
+                            f"of --institutions={count}")
         _check_sum(f"--sizes={sizes}", shares)
     return tuple(Part(name=f"institution{index}", share=share) for index, share in enumerate(shares, start=1))
 
 
 def read_skew(text: str) -> str:
-    """Return the skew itself: the text, or the content of the file it names, a class a line, # for comments."""
+    """Return the skew itself: the text, or the content of the file it names: one class per line, # for comments."""
     if "=" in text:
         return text
     try:
@@ -138,10 +138,10 @@ def parse_skew(text: str, institutions: int) -> dict[str, tuple[Fraction | None,
             raise UserError(f"--skew names {name} twice; expected each class once")
         texts = [value.strip() for value in values.split(",")]
         if len(texts) != institutions:
-            raise UserError(f"--skew: {name} has {len(texts)} shares; expected {institutions}, one for each of "
-                            f"--institutions={institutions}")
+            raise UserError(f"--skew: {name} has {plural(len(texts), 'share')}; expected {institutions}, one for each "
+                            f"of --institutions={institutions}")
         if texts.count("*") > 1:
-            raise UserError(f"--skew: {name} has {texts.count('*')} shares *; expected at most one")
+            raise UserError(f"--skew: {name} has * for {texts.count('*')} shares; expected at most one")
         skew[name] = tuple(REST if value == "*" else _parse_share(f"--skew: {name}", value, zero=True)
                            for value in texts)
     return skew
@@ -168,10 +168,10 @@ def _check_sum(what: str, shares: Sequence[Fraction]) -> None:
 class _UnitTable:
     """Counts of the units of a data set: int64 [U, F], images, 1, and images of each class, F = 2 + C.
 
-    keys:     a text a unit, which decides its place in the random order
+    keys:     one text per unit, which decides its place in the random order
     classes:  names of the C columns, only those with images, and _NO_LABEL_COLUMN
     required: bool [C], whether each part needs the class; False for images without a label
-    where:    what the units are of, for messages: "the data set"
+    where:    where the units come from, for messages: "the data set"
     """
 
     counts: np.ndarray
@@ -214,19 +214,19 @@ class _UnitTable:
                        where=where)
 
     def check_groups(self, parts: Sequence[Part], *, allow_missing: bool) -> None:
-        """Raise UserError when some part would have to stay without images, or without a class."""
+        """Raise UserError when there are too few groups for each part to get one, or one of each class."""
         count = f"expected at least {len(parts)}, one for each part ({', '.join(part.name for part in parts)})"
         if len(self.counts) < len(parts):
-            raise UserError(f"{self.where} has {plural(len(self.counts), 'group')}; {count}: ask for fewer parts")
+            raise UserError(f"{self.where} has {plural(len(self.counts), 'group')}; {count}: request fewer parts")
         columns = zip(self.classes, self.required, self.units_with_class, self.totals[FIRST_CLASS:], strict=True)
         for name, required, units, images in columns:
             if required and not allow_missing and 0 < units < len(parts):
                 found = f"{plural(units, 'group')} ({plural(images, 'image')}) of class {name}"
-                raise UserError(f"{self.where} has {found}; {count}: join classes when converting (--merge), ask for "
+                raise UserError(f"{self.where} has {found}; {count}: merge classes when converting (--merge), request "
                                 "fewer parts, or give --allow-missing")
 
     def even_split(self, parts: Sequence[Part], order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the part of each unit, int64 [U], and the counts aimed at, [P, F]; all parts are to be alike."""
+        """Return the part of each unit, int64 [U], and the targets, [P, F]; all parts get the same shares."""
         return self.split(parts, np.array([float(part.share) for part in parts])[:, None] * self.totals, order)
 
     def split(self, parts: Sequence[Part], targets: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,13 +244,13 @@ class _UnitTable:
             lacking = required[index] & ~(self.counts[part_of_unit == index] > 0).any(axis=0)
             if lacking.any():
                 what = ["images", "images", *self.classes][int(np.argmax(lacking))]
-                raise UserError(f"no way was found to give part {part.name} a group of {what} from {self.where}: ask "
-                                "for fewer parts or larger shares, or try another --seed")
+                raise UserError(f"no way was found to give part {part.name} a group of {what} from {self.where}; "
+                                "request fewer parts or larger shares, or try another --seed")
         return part_of_unit, targets
 
     def random_order(self, seed: int, stage: str) -> np.ndarray:
         """Return a permutation of the units that depends on nothing but seed, stage and groups: int64 [U]."""
-        # A library's generator may change from version to version, a hash does not: a split is cited for years.
+        # A library's generator may change between versions, a hash does not; and splits are cited for years.
         hashes = [hashlib.sha256(f"{seed}/{stage}/{key}".encode(errors="surrogatepass")).digest() for key in self.keys]
         return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
 
@@ -261,9 +261,9 @@ class Assignment:
 
     part_of:    int64 [N], index into request.final_parts, or LEFT_OUT
     unit_of:    int64 [N], what stays together: a group, or several that share identical images
-    num_linked: groups that are in another's unit for such an image
+    num_linked: groups that joined the unit of another because of such an image
     reached:    int64 [P + 1, 2 + C], images, units and images of each of `classes`; the last row is left out
-    targets:    float64 [P, 2 + C], what was aimed at
+    targets:    float64 [P, 2 + C], what `reached` should be
     classes:    those with images, and the images without a label
     """
 
@@ -276,7 +276,7 @@ class Assignment:
 
 
 def read_digests(images: ImageSet, on_image: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Return the sha256 of each image: uint8 [N, 32]. Raises UserError when one is damaged or is no PNG."""
+    """Return the sha256 of each image: uint8 [N, 32]. Raises UserError when one is damaged or not a PNG."""
     digests = np.empty((len(images), DIGEST_SIZE), dtype=np.uint8)
     for row, name in enumerate(images.names):
         data = images.read(name)
@@ -293,7 +293,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
     """Choose a part for each image.
 
     digests:       uint8 [N, 32], sha256 of the images
-    pixel_hashes:  of the images; those of equal pixels, mirrored or not, stay together as well
+    pixel_hashes:  of the images; those with equal pixels, flipped horizontally or not, also stay together
 
     The same images, groups, labels and request give the same result on every machine. Whether the first part is divided
     among institutions changes nothing about the others. Raises UserError when a class has fewer groups than parts, and
@@ -301,7 +301,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
     """
     if request.skew is not None and (images.labels is None or images.labels.ndim == 2):
         found = "there are none" if images.labels is None else "they are lists of numbers"
-        raise UserError(f"--skew needs labels, one class an image; in {images.path} {found}")
+        raise UserError(f"--skew needs labels, one class per image; in {images.path} {found}")
     equal = identical_sets(digests)
     if pixel_hashes:
         packed = np.frombuffer(bytes.fromhex("".join(pixel_hashes)), dtype=np.uint8)
@@ -326,7 +326,7 @@ def assign(images: ImageSet, digests: np.ndarray, request: SplitRequest,
 
 
 def _divide(table: _UnitTable, request: SplitRequest) -> tuple[np.ndarray, np.ndarray]:
-    """Divide units among the institutions: int64 [U] with LEFT_OUT, and the counts aimed at, [P, F]."""
+    """Divide units among the institutions: int64 [U] with LEFT_OUT, and the targets, [P, F]."""
     parts = request.institutions
     table.check_groups(parts, allow_missing=request.allow_missing)
     order = table.random_order(request.seed, "institutions")

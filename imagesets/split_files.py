@@ -44,7 +44,7 @@ class SplitPaths:
         return self.manifest.parent
 
     def check(self, *, force: bool) -> None:
-        """Raise UserError when the folder cannot hold the files, or when one exists and is not to be replaced."""
+        """Raise UserError when the folder cannot hold the files, or when a file exists and `force` is False."""
         check_folder(self.folder, "--dest", "the parts")
         for path in (*self.parts, self.manifest):
             if path.is_dir():
@@ -54,7 +54,7 @@ class SplitPaths:
 
 
 def content_hash(images: ImageSet, digests: np.ndarray) -> str:
-    """Return a sha256 of images, labels, classes and groups in order; where the set lies does not matter."""
+    """Return a sha256 of images, labels, classes and groups in order, independent of the path of the data set."""
     digest = hashlib.sha256(json.dumps(images.classes).encode())
     for row, group in enumerate(images.groups):
         digest.update(b"\n" + digests[row].tobytes() + json.dumps([images.label(row), group]).encode())
@@ -64,14 +64,14 @@ def content_hash(images: ImageSet, digests: np.ndarray) -> str:
 def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, request: SplitRequest,
                 paths: SplitPaths, pixel_hashes: Sequence[str] | None = None, *,
                 on_image: Callable[[], None] = lambda: None) -> list[str]:
-    """Write the parts and the manifest; return the names of other members, which no part could take.
+    """Write the parts and the manifest; return the names of other members, which went into no part.
 
-    pixel_hashes:  of the images, to be recorded with them
+    pixel_hashes:  of the images, recorded in the parts
 
     Images are copied byte for byte. Tables with a column "file" keep the rows of each part, with its new file names.
-    Raises UserError when a file cannot be written; then none is there.
+    Raises UserError when a file cannot be written; then no file is left.
     """
-    # The place of an image among those of its part gives it its new name.
+    # An image's position in its part gives its new name.
     places = np.empty(len(images), dtype=np.int64)
     for part in {*assignment.part_of.tolist()}:
         rows = np.flatnonzero(assignment.part_of == part)
@@ -97,7 +97,7 @@ def write_split(images: ImageSet, digests: np.ndarray, assignment: Assignment, r
 
 @contextmanager
 def _named_as(folder: Path, temporary: Path) -> Iterator[None]:
-    """Let errors name the folder in place of the temporary one."""
+    """Let errors name the final folder, not the temporary one."""
     try:
         yield
     except UserError as error:
@@ -105,7 +105,7 @@ def _named_as(folder: Path, temporary: Path) -> Iterator[None]:
 
 
 def _source_of(images: ImageSet, split: dict[str, str], request: SplitRequest, part: str) -> dict[str, Any]:
-    """Return what a part says of its origin: all that the whole set said, and which part it is."""
+    """Return the origin that a part records: that of the whole data set, and which part it is."""
     record: dict[str, Any] = {"part": part, "seed": request.seed, "of": split}
     if "split" in images.source:
         record["before"] = images.source["split"]
@@ -116,7 +116,7 @@ def _copy_images(images: ImageSet, assignment: Assignment, writers: Sequence[Ima
                  pixel_hashes: Sequence[str] | None, on_image: Callable[[], None]) -> None:
     for row, name in enumerate(images.names):
         if assignment.part_of[row] != LEFT_OUT:
-            # The reader gives an image without a group its own name, which it has only in the whole set.
+            # The reader puts an image without a group into one of its own name, which changes in the part.
             group = None if images.groups[row] == name else images.groups[row]
             writers[assignment.part_of[row]].add(images.read(name), images.label(row), group,
                                                  None if pixel_hashes is None else pixel_hashes[row])
@@ -133,7 +133,7 @@ def _read_table(data: bytes) -> list[list[str]] | None:
 
 
 def _filter_table(table: list[list[str]], renamed: dict[str, str]) -> bytes:
-    """Return the table's rows of the given files under their new names, in the order of these."""
+    """Return the table's rows of the given files, with and sorted by their new names."""
     column = table[0].index("file")
     whole = [row for row in table[1:] if len(row) > column]
     files = names_of_files([row[column] for row in whole], renamed)
@@ -145,7 +145,7 @@ def _filter_table(table: list[list[str]], renamed: dict[str, str]) -> bytes:
 
 def _manifest(images: ImageSet, digests: np.ndarray, assignment: Assignment, request: SplitRequest, paths: SplitPaths,
               places: np.ndarray, split: dict[str, str]) -> Iterator[str]:
-    """Yield JSON in pieces, a line an image, so that a million of them need little memory."""
+    """Yield JSON in pieces, one line per image, so that a million of them need little memory."""
     def describe(part: int, names: dict[str, str]) -> Iterator[str]:
         rows = np.flatnonzero(assignment.part_of == part)
         counts = dict(zip(assignment.classes, assignment.reached[part, FIRST_CLASS:].tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""Read a table that gives images their labels and groups: delimited text (CSV) as people have it.
+"""Read a table of labels and groups: delimited text (CSV) in its common forms.
 
-Commas, semicolons or tabs, any line ends, UTF-8, UTF-16 or Latin-1; what a row means follows from the header, see
-imagesets.layouts. Tables of a million rows are kept in little memory.
+Commas, semicolons or tabs, any line ends, UTF-8, UTF-16 or Latin-1; how a row is read follows from the header, see
+imagesets.layouts. Tables of a million rows need little memory.
 """
 
 import codecs
@@ -29,7 +29,7 @@ _WHOLE_NUMBER = re.compile(r"([+-]?\d+)(?:\.0*|,0)?", re.ASCII)
 
 
 class CompactTexts(Sequence[str]):
-    """Texts one after the other in one buffer: their UTF-8 bytes and 8 more each, where a str takes 50 more."""
+    """Texts in one buffer: each takes its UTF-8 bytes and 8 more, where a str takes 50 more."""
 
     def __init__(self, texts: Iterable[str] = ()):
         self._buffer = bytearray()
@@ -45,7 +45,7 @@ class CompactTexts(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        """Return one text; slices are not offered."""
+        """Return one text; slices are not supported."""
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
@@ -56,18 +56,18 @@ class CompactTexts(Sequence[str]):
         return (self[index] for index in range(len(self)))
 
     def find_sorted(self, text: str) -> int | None:
-        """Return where `text` stands, or None; the texts must be in ascending order."""
+        """Return the index of `text`, or None; the texts must be in ascending order."""
         index = bisect_left(self, text)
         return index if index < len(self) and self[index] == text else None
 
 
 class DelimitedFile:
-    """A table in a text file: its header at once, its rows as they are asked for.
+    """A table in a text file: the header is read at once, rows when they are iterated over.
 
     header: the column names, without spaces around them
 
-    Bytes that are not UTF-8 make the whole file Latin-1, which has a character for every byte. Raises UserError when
-    the file is missing, empty, no text, or its header has a single column.
+    A file that is not valid UTF-8 is read as Latin-1, which has a character for every byte. Raises UserError when the
+    file is missing, empty or not text, or its header has a single column.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -82,42 +82,42 @@ class DelimitedFile:
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield (line number, cells) of every row below the header; cells are without spaces around them.
 
-        Rows without any text are passed over: spreadsheets leave them at the end. Raises UserError, with the line, for
-        a row that has more or fewer cells than the header, and for quotes that do not fit.
+        Empty rows are skipped: spreadsheets leave them at the end. Raises UserError, with the line, for
+        a row that has more or fewer cells than the header, and for wrong quotes.
         """
         rows = iterate_retrying(lambda: self._all_rows(self._delimiter), self.path)
         next(rows)
         for line, cells in rows:
             if len(cells) != len(self.header):
                 raise UserError(f"{self.path}, line {line}: the row has {plural(len(cells), 'cell')}; expected "
-                                f"{len(self.header)}, as the header has")
+                                f"{len(self.header)}, like the header")
             yield line, cells
 
     def _read_header(self) -> tuple[str, list[str]]:
-        """Take the delimiter that splits the first row most often; the first of them when several do."""
+        """Take the delimiter that gives the first row the most cells; of several the first."""
         best: tuple[str, list[str]] = ("", [])
         failure = None
         for delimiter in _DELIMITERS:
             try:
                 _, cells = next(self._all_rows(delimiter), (0, []))
-            except UserError as error:  # quotes end where a wrong delimiter does not expect it
+            except UserError as error:  # with a wrong delimiter, quotes may end inside a cell
                 failure = failure or error
                 continue
             if len(cells) > len(best[1]):
                 best = delimiter, cells
         if not best[1]:
-            raise failure or UserError(f"{self.path} is empty; expected a table: a header and a row an image")
+            raise failure or UserError(f"{self.path} is empty; expected a table: a header and one row per image")
         if len(best[1]) == 1:
-            raise UserError(f"{self.path} has the single column {best[1][0][:80]!r}; expected at least two, with "
-                            "commas, semicolons or tabs between them")
+            raise UserError(f"{self.path} has the single column {best[1][0][:80]!r}; expected at least two, "
+                            "separated by commas, semicolons or tabs")
         return best
 
     def _all_rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield (first line, cells) of every row that holds any text, the header among them."""
+        """Yield (first line, cells) of every row that is not empty, including the header."""
         with open(self.path, encoding=self._encoding, newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             while True:
-                line = reader.line_num + 1  # a quoted cell may go over several lines: the first is named
+                line = reader.line_num + 1  # a quoted cell may span several lines: report the first
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
@@ -125,7 +125,7 @@ class DelimitedFile:
                         raise UserError(f"{self.path}, line {line}: a cell has more than {csv.field_size_limit():,} "
                                         "characters; expected short ones: is a quote in this row not closed?"
                                         ) from error
-                    raise UserError(f"{self.path}, line {line}: the quotes of this row do not fit ({error}); expected "
+                    raise UserError(f"{self.path}, line {line}: the quotes in this row are wrong ({error}); expected "
                                     'cells such as "text", and "" for a quote inside one') from error
                 if cells is None:
                     return
@@ -135,7 +135,7 @@ class DelimitedFile:
 
 
 def _encoding_of(path: Path) -> str:
-    """Look through the whole file, in pieces, for what cannot be UTF-8."""
+    """Return the encoding, after reading the whole file in pieces to check for invalid UTF-8."""
     encoding = "utf-8-sig"
     with open(path, "rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # "Unicode text" of a spreadsheet
@@ -143,7 +143,7 @@ def _encoding_of(path: Path) -> str:
         file.seek(0)
         while encoding != "utf-16" and (chunk := file.read(_CHUNK)):
             if b"\x00" in chunk:
-                what = unpack_advice(path) or "is no text file"
+                what = unpack_advice(path) or "is not a text file"
                 raise UserError(f"{path} {what}; expected a table as CSV (a workbook: save it as CSV)")
     try:
         with open(path, encoding=encoding) as file:
@@ -159,23 +159,23 @@ def _encoding_of(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelTable:
-    """Labels and groups by image. About 50 bytes a row; may be handed to workers.
+    """Labels and groups by image. About 50 bytes per row; may be sent to workers.
 
     name:           of the file, without its folder
-    kind:           what the table was recognized as, "named columns" when columns were named, "groups" of a table that
-                    was read for these alone
+    kind:           of table that was recognized, "named columns" if columns were named, "groups" if only these were
+                    read
     label_columns:  columns that gave the labels; other_levels: those with coarser or finer diagnoses of a known kind
     group_columns:  columns that gave the groups, the widest first
-    groups_file:    the file that has the groups of this kind of table, which has none itself
-    class_names:    one-hot columns in the table's order (all of them, also those that no row has), else the labels by
-                    name, or by number when all are numbers
+    groups_file:    the file with the groups for this kind of table, which has none itself
+    class_names:    one-hot columns in the table's order (also those without a row), else the labels by name, or by
+                    number if all are numbers
     ids:            the images' names in ascending order, each once (see image_key)
     num_duplicates: rows that only repeat another one
 
-    An image is looked up by its path or name, with or without its extension. Where the table's ids have no folders,
-    neither do those of the images count; else an id fits the end of an image's path, so that p1/a.jpg and p2/a.jpg are
-    told apart. Where all ids begin with a folder, that may be the folder given as the source: an image whose whole path
-    is the rest of an id has that row, too.
+    An image is looked up by its path or name, with or without its extension. If the table's ids have no folders, those
+    of the images are ignored; else an id must match the end of an image's path, so that p1/a.jpg and p2/a.jpg differ.
+    If all ids begin with the same folder, it may be the one given as the source: then an image whose whole path is the
+    rest of an id also has that row.
     """
 
     name: str
@@ -190,7 +190,7 @@ class LabelTable:
     _codes: array  # index into class_names, NO_LABEL where the row has no label
     _groups: CompactTexts | None
     _has_folders: bool
-    _common: str  # folder that all ids begin with, "" where there is none
+    _common: str  # folder that all ids begin with, or ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -199,7 +199,7 @@ class LabelTable:
         return self.row_of(name) is not None
 
     def row_of(self, name: str) -> int | None:
-        """Return the position in `ids` of the row of an image, None when there is none."""
+        """Return the index in `ids` of the row of an image, None if it has no row."""
         tail = image_key(name)
         if not self._has_folders:
             return self.ids.find_sorted(tail.rpartition("/")[2])
@@ -212,20 +212,20 @@ class LabelTable:
         return self.ids.find_sorted(f"{self._common}/{whole}") if self._common else None
 
     def class_of(self, name: str) -> str | None:
-        """Return the class of an image, None when it has no row or its row no label."""
+        """Return the class of an image, None if it has no row or its row has no label."""
         row = self.row_of(name)
         return None if row is None or self._codes[row] == NO_LABEL else self.class_names[self._codes[row]]
 
     def group_of(self, name: str) -> str | None:
-        """Return the patient or lesion of an image, None where the table does not tell."""
+        """Return the patient or lesion of an image, None if the table does not give it."""
         row = self.row_of(name)
         return None if row is None or self._groups is None else self._groups[row] or None
 
 
 def image_key(name: str) -> str:
-    """Return what is compared of an image's name: no extension of an image (in either case), "/" between folders.
+    """Return the form of an image's name that is compared: without the extension, with "/" between folders.
 
-    Else case counts: ISIC_1 and isic_1 are two images.
+    Case matters: ISIC_1 and isic_1 are two images.
     """
     name = plain_path(name.strip())
     stem, suffix = os.path.splitext(name)
@@ -234,11 +234,11 @@ def image_key(name: str) -> str:
 
 def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_column: str | None = None,
                group_column: str | None = None) -> LabelTable:
-    """Read a table of a known kind (ISIC 2017 to 2020 and 2024, the ISIC archive, HAM10000), or any by its columns.
+    """Read a table of a known kind (ISIC 2017 to 2020 and 2024, the ISIC archive, HAM10000), or any by named columns.
 
-    Columns that are named take the place of those a known kind has. Without group_column the group is patient_id, or
-    lesion_id where a row has no patient and none is known of its lesion. An empty label is a row without a label.
-    Whole numbers written with a point are those without: 1.0 is the class 1, and the lesion 12.0 the lesion 12.
+    Named columns replace those of a known kind. Without group_column the group is patient_id, or lesion_id if neither
+    the row nor another row of its lesion has a patient. An empty label means no label. Whole numbers may have a decimal
+    point: 1.0 is the class 1, and lesion 12.0 is lesion 12.
 
     Raises UserError, with the line, for rows without an id, labels that cannot be read, and rows of one image that
     contradict each other; see layout_of and DelimitedFile for headers and text.
@@ -250,9 +250,9 @@ def read_table(path: str | os.PathLike, *, id_column: str | None = None, label_c
 
 def read_groups(path: str | os.PathLike, *, id_column: str | None = None, group_column: str | None = None,
                 beside: LabelTable | None = None) -> LabelTable:
-    """Read the groups of a table, as read_table() does, and no labels: all images are without one.
+    """Read only the groups of a table, as read_table() does; no image gets a label.
 
-    beside:  a table of labels for which id_column was meant, too: this one need not have that column
+    beside:  a table of labels for which id_column may be meant: then this table need not have that column
     """
     file = DelimitedFile(path)
     if beside is not None and id_column not in file.header:
@@ -263,7 +263,7 @@ def read_groups(path: str | os.PathLike, *, id_column: str | None = None, group_
 def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
     rows = _Rows.read(file, layout)
     if not rows.ids:
-        raise UserError(f"{file.path} has a header but no rows; expected a row an image")
+        raise UserError(f"{file.path} has a header but no rows; expected one row per image")
     if layout.class_names is None:
         rows.use_whole_numbers()
     groups = _join_groups(file.path, rows)
@@ -273,7 +273,7 @@ def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
     names = order_classes(rows.labels) if layout.class_names is None else list(layout.class_names)
     position = {name: index for index, name in enumerate(names)}
     code_of = {code: position[name] for name, code in rows.labels.items()} | {NO_LABEL: NO_LABEL}
-    # What the first and the last of a sorted list begin with, all begin with.
+    # The common start of the first and the last of a sorted list is common to all.
     common = posixpath.commonpath([posixpath.dirname(ids[0]), posixpath.dirname(ids[-1])])
     return LabelTable(name=file.path.name, kind=layout.kind, label_columns=layout.label_columns,
                       other_levels=layout.other_levels, groups_file=layout.groups_file,
@@ -285,7 +285,7 @@ def _read(file: DelimitedFile, layout: Layout) -> LabelTable:
 
 
 class _Rows:
-    """What is kept of each row, in the order of the file.
+    """The data of each row, in the order of the file.
 
     labels: class name -> code, in the order of appearance
     units:  for each group column its texts, "" where empty
@@ -315,7 +315,7 @@ class _Rows:
             rows.codes.append(NO_LABEL if label is None else rows.labels.setdefault(label, len(rows.labels)))
             if len(rows.labels) > MAX_CLASSES:
                 raise UserError(f"{file.path}, line {line}: the column of the labels has more than {MAX_CLASSES} "
-                                f"different values ({label!r} for example); expected classes: name another "
+                                f"different values ({label!r} for example); expected classes: choose another "
                                 "--label-column")
             for unit, index in zip(rows.units, layout.group_index):
                 unit.append(cells[index])
@@ -323,7 +323,7 @@ class _Rows:
         return rows
 
     def use_whole_numbers(self) -> None:
-        """Let labels such as 0.0 be 0, where all labels are whole numbers."""
+        """Turn labels such as 0.0 into 0, if all labels are whole numbers."""
         names = list(self.labels)
         plain = _without_points(names)
         self.labels = {}
@@ -332,10 +332,9 @@ class _Rows:
 
 
 def _without_points(texts: Sequence[str]) -> Sequence[str]:
-    """Return 1 for 1.0 where all texts are whole numbers or empty; else they stay.
+    """Return 1 for 1.0 if all texts are whole numbers or empty; else return them unchanged.
 
-    pandas writes a column of integers in this way when some are missing, and a spreadsheet may put a comma for the
-    point.
+    pandas writes a column of integers in this way if some are missing, and a spreadsheet may use a decimal comma.
     """
     if not all(not text or _WHOLE_NUMBER.fullmatch(text) for text in texts):
         return texts
@@ -343,9 +342,9 @@ def _without_points(texts: Sequence[str]) -> Sequence[str]:
 
 
 def _join_groups(path: Path, rows: _Rows) -> Sequence[str] | None:
-    """Return a group a row: the patient, else the patient of the row's lesion, else the lesion.
+    """Return the group of each row: the patient, else the patient of the row's lesion, else the lesion.
 
-    Raises UserError when a lesion has two patients: whichever were taken, the lesion would be in two groups.
+    Raises UserError when a lesion has two patients, since it would be in two groups.
     """
     if len(rows.units) < 2:
         return rows.units[0] if rows.units else None
@@ -353,13 +352,13 @@ def _join_groups(path: Path, rows: _Rows) -> Sequence[str] | None:
     for line, patient, lesion in zip(rows.lines, *rows.units):
         if patient and lesion and patient_of.setdefault(lesion, patient) != patient:
             raise UserError(f"{path}, line {line}: lesion {lesion} belongs to patient {patient}, but to "
-                            f"{patient_of[lesion]} further up; expected one patient: correct it, or name a "
-                            "--group-column")
+                            f"{patient_of[lesion]} in an earlier line; expected one patient: correct it, or "
+                            "choose a --group-column")
     return CompactTexts(patient or patient_of.get(lesion, lesion) for patient, lesion in zip(*rows.units))
 
 
 def _without_duplicates(path: Path, rows: _Rows, groups: Sequence[str] | None, order: Sequence[int]) -> Iterator[int]:
-    """Yield the first row of each image. Raises UserError when rows of one image differ, naming the first such line.
+    """Yield the first row of each image. Raises UserError, with the first such line, when rows of one image differ.
 
     order: rows by id, rows of one id in the order of the file
     """

@@ -1,7 +1,7 @@
 """Write a data set, a zip or a folder, whole or not at all; and encode its images.
 
-Equal images, labels and groups give equal bytes: members have fixed dates and come in the order of their addition.
-Images pass through; what stays in memory is a label and a group an image.
+Equal images, labels and groups give equal bytes: members have fixed dates and are stored in the order of the calls.
+Images are written at once; only a label, a group and a hash per image stay in memory.
 """
 
 import errno
@@ -35,7 +35,7 @@ class ImageSetWriter:
 
     dest:     a name ending in .zip, replaced if it exists; or a folder that is missing or empty
     classes:  names of the integer labels, None when labels have none
-    source:   what dataset.json says of the origin; more may be put into the dict until the block ends
+    source:   the origin that dataset.json records; the dict may be extended until the block ends
     option:   the option that gave `dest`, for messages
 
     Raises UserError when dest cannot be written, when the disk is full, and for labels of mixed kinds.
@@ -75,7 +75,7 @@ class ImageSetWriter:
         except BaseException as raised:  # raised again below, once the files are gone
             failure = raised
         if failure is not None and self._zip is not None:
-            # Nothing of it is kept; closing one that was interrupted within a member would raise an error of its own.
+            # Nothing of it is kept; closing a zip that was interrupted within a member would raise another error.
             self._zip.fp = None
         try:
             self._stack.__exit__(type(failure) if failure else None, failure, None)
@@ -90,8 +90,8 @@ class ImageSetWriter:
             pixel_hash: str | None = None) -> str:
         """Append an encoded image and return its name.
 
-        group:       what must not be split, None for the image alone
-        pixel_hash:  as imagesets.pixel_hashes computes it, None where it is not known
+        group:       images of one group must not be split; None for an image in no group
+        pixel_hash:  as imagesets.pixel_hashes computes it, None if not known
         """
         name = image_name(self._count)
         self.add_file(name, png)
@@ -107,7 +107,7 @@ class ImageSetWriter:
         return name
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Store another member, a table for example."""
+        """Store another file, such as a table."""
         try:
             if self._zip is None:
                 path = self._folder / name
@@ -119,7 +119,7 @@ class ImageSetWriter:
             raise self._cannot_write(error) from error
 
     def set_groups(self, groups: Sequence[str | None]) -> None:
-        """Replace the groups of all images, for who knows them only at the end."""
+        """Replace the groups of all images, if they are known only at the end."""
         if len(groups) != self._count:
             raise ValueError(f"{len(groups)} groups for {self._count} images")
         self._groups = list(groups)
@@ -165,7 +165,7 @@ def _is_full(error: OSError) -> bool:
 
 @contextmanager
 def _new_folder(dest: Path) -> Iterator[Path]:
-    """Give a folder beside `dest` that takes its place at the end, or is removed."""
+    """Yield a folder beside `dest` that is renamed to it at the end, or removed after an error."""
     temporary = temporary_beside(dest)
     temporary.mkdir()
     try:
@@ -178,9 +178,9 @@ def _new_folder(dest: Path) -> Iterator[Path]:
 
 @contextmanager
 def fill_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Give a temporary folder; its files move into `folder` at the end, `name` as the last, unless there was an error.
+    """Yield a temporary folder; at the end its files move into `folder`, `name` last, unless there was an error.
 
-    folder:  made when it is missing; files of the same names are replaced
+    folder:  created if missing; files of the same names are replaced
     """
     is_new = not folder.exists()
     temporary = temporary_beside(folder / name)
@@ -198,7 +198,7 @@ def fill_folder(folder: Path, name: str) -> Iterator[Path]:
 
 
 def check_folder(folder: Path, option: str, content: str) -> None:
-    """Raise UserError when a folder that an option names is a file, or cannot be made. content: what is to be in it"""
+    """Raise UserError when a folder that an option names is a file, or cannot be made. content: what it is for"""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option}={folder} is a file; expected a folder for {content}")
     check_parent(option, folder)
@@ -220,10 +220,10 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 def encode_png(pixels: np.ndarray) -> bytes:
     """Return the PNG file of uint8 pixels: [H, W] or [H, W, 1] gray, [H, W, 3] RGB. Raises ValueError for others.
 
-    The file is fast to write and to read, and the same bytes on every machine, since pixels are stored neither filtered
-    nor compressed. On 256x256 lesion images that takes 197 kB, as Pillow's compress_level=0 does (level 1: 108 kB), but
-    is written 14 times and read 8 times as fast, since Pillow tries filters on every row even when it does not
-    compress. Compressed bytes would also differ between versions of zlib.
+    Pixels are neither filtered nor compressed, so that the file is fast to write and to read and has the same bytes on
+    every machine; compressed bytes differ between versions of zlib. A 256x256 image takes 197 kB, as with Pillow's
+    compress_level=0 (level 1: 108 kB for lesions), but is written 14 times and read 8 times as fast, because Pillow
+    tries filters on every row even when it does not compress.
     """
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]

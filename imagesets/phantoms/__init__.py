@@ -1,1 +1,1 @@
-"""How phantoms are planned and drawn, for imagesets/phantoms/make.py."""
+"""Phantoms, drawings of skin lesions: their data sets (make), attributes (scene) and rendering (paint, fields)."""

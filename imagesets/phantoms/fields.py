@@ -1,6 +1,6 @@
 """Random numbers, smooth noise and anti-aliased shapes on a square canvas, the same at every resolution.
 
-Only uniform numbers of a PCG64 stream are drawn: their bits are the same on every machine.
+Only uniform numbers of a PCG64 stream are used: they are the same on every machine, bit for bit.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Band(NamedTuple):
-    """Frequencies that a noise field has, in cycles a period; low frequencies prevail the more, the larger `slope`."""
+    """Frequencies in a noise field, in cycles per period; the larger `slope`, the more low frequencies dominate."""
 
     low: float
     high: float
@@ -19,7 +19,7 @@ class Band(NamedTuple):
 
 
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Return the random stream of one purpose for one image or lesion."""
+    """Return the random generator of one purpose for one image or lesion."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, purpose, number))))
 
 
@@ -40,18 +40,18 @@ class Canvas:
 def noise_field(rng: np.random.Generator, band: Band, size: int) -> np.ndarray:
     """Return periodic Gaussian noise [size, size] float32 of mean 0 and variance 1.
 
-    It is the same function at every size; what a smaller grid cannot hold is left out.
+    It is the same function at every size, without the frequencies that a smaller grid cannot hold.
     """
     gain = _gain(band)
     rows, columns = gain.shape
     spectrum = rng.random((rows, columns, 2), dtype=np.float32) - np.float32(0.5)
     spectrum = spectrum.view(np.complex64)[:, :, 0] * gain
-    # Rows are the frequencies 1 - columns ... columns - 1; a grid of `size` points holds those below size / 2.
+    # Rows are the frequencies 1 - columns ... columns - 1; a grid of `size` points can hold those below size / 2.
     reach = min(columns, size // 2)
     padded = np.zeros((size, reach), np.complex64)
     padded[:reach] = spectrum[columns - 1:columns - 1 + reach, :reach]
     padded[1 - reach:] = spectrum[columns - reach:columns - 1, :reach]
-    # Column 0 is not symmetric as a real field's would be; irfft takes its symmetric part.
+    # Column 0 is not symmetric like that of a real field; irfft takes its symmetric part.
     field = np.fft.irfft(np.fft.ifft(padded, axis=0, norm="forward"), n=size, axis=1, norm="forward")
     return field.astype(np.float32, copy=False)
 
@@ -59,11 +59,11 @@ def noise_field(rng: np.random.Generator, band: Band, size: int) -> np.ndarray:
 @lru_cache(maxsize=32)
 def _gain(band: Band) -> np.ndarray:
     """Return the gain [2 * n - 1, n] for frequencies from 1 - n to n - 1 and from 0 to n - 1."""
-    num = math.ceil(1.5 * band.high) + 1  # higher ones do not count: the gain is exp(-1.5 ** 4) = 0.006 there
+    num = math.ceil(1.5 * band.high) + 1  # higher ones are negligible: the gain is exp(-1.5 ** 4) = 0.006 there
     rows, columns = np.arange(1 - num, num)[:, None], np.arange(num)[None, :]
     frequency = np.maximum(np.hypot(rows, columns), 1e-6)
     gain = np.exp(-(frequency / band.high) ** 4) * -np.expm1(-(frequency / band.low) ** 4) * frequency ** -band.slope
-    # A coefficient has variance 2/12; columns beyond 0 stand for two, column 0 has its symmetric part: half.
+    # A coefficient has variance 2/12; columns above 0 count twice, and the symmetric part of column 0 half.
     power = (gain[:, :1] ** 2).sum() / 12 + 4 * (gain[:, 1:] ** 2).sum() / 12
     return (gain / np.sqrt(power)).astype(np.float32)
 
@@ -84,7 +84,7 @@ def sample_periodic(fields: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def _split_cell(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells that positions lie in, int, and how far in, float32 from 0 to 1."""
+    """Return the cells of positions, int64, and the offsets within them, float32 from 0 to 1."""
     scaled = position * np.float32(size)
     cell = np.floor(scaled)
     return cell.astype(np.int64) % size, scaled - cell
@@ -112,13 +112,13 @@ def stroke(canvas: Canvas, *, x: float, y: float, angle: float, length: float, b
 
 
 def _line_cover(distance: np.ndarray, width: float, pixel: float) -> np.ndarray:
-    """Return the cover by a line: one thinner than a pixel is a pixel wide and paler."""
+    """Return the cover by a line; one thinner than a pixel becomes a pixel wide and paler."""
     drawn = max(width, float(pixel))
     return step_cover(np.float32(drawn / 2) - distance, pixel) * np.float32(width / drawn)
 
 
 def step_cover(inside: np.ndarray, pixel: float) -> np.ndarray:
-    """Return the part of a pixel inside an edge, given the distance of its center to the inside of it."""
+    """Return the part of a pixel inside an edge, given the signed distance of its center, positive inside."""
     return np.clip(inside * np.float32(1 / pixel) + np.float32(0.5), 0, 1)
 
 

@@ -1,7 +1,7 @@
 """Make data sets of phantoms: drawings of skin lesions with known attributes, for tests and demonstrations.
 
-Options are checked before anything is rendered. An image depends on the seed, its index and its class, not on how many
-others there are. Its class does depend on their number: the classes have exact counts.
+Options are checked before anything is rendered. An image depends on the seed, its index and its class, not on the
+number of images; but its class depends on that number, because the classes have exact counts.
 """
 
 import csv
@@ -36,7 +36,7 @@ _VERSION = 1  # of the drawings; raise it when equal seeds give other pixels
 _CHUNK = 8  # images a worker takes at a time: about a tenth of a second
 MAX_SIDE = 1024  # pixels; the details of a phantom are drawn for no more
 DEFAULT_CLASSES: Mapping[str, float] = MappingProxyType({"benign": 0.87, "melanoma": 0.13})
-_ROUNDING = 0.02  # by which shares may miss 1: seven of two decimals do so easily
+_ROUNDING = 0.02  # by which the sum of shares may differ from 1, as seven shares with two decimals easily do
 _CLASSES_SYNTAX = "expected NAME:SHARE,NAME:SHARE,..., such as benign:0.87,melanoma:0.13"
 _BIAS_SYNTAX = "expected NAME=P:P:... with a probability for each class, such as frame=0.4:0.02"
 _SIZES, _CLASSES = 40, 41  # purposes of random streams
@@ -45,10 +45,10 @@ _SINGLE, _PAIR = 0.70, 0.20  # parts of the lesions with one image and with two;
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomOptions:
-    """Fields are named as the options of the command.
+    """Fields are named like the options of the command.
 
-    classes: {name: share of the images}, which add up to 1; the order numbers the labels
-    bias:    {artifact: its probability in each class, in their order}; one not named is as frequent in all classes
+    classes: {name: share of the images}, which sum to 1; their order numbers the labels
+    bias:    {artifact: its probability in each class, in order}; an artifact not named is independent of the class
 
     Raises UserError for values that do not fit.
     """
@@ -79,7 +79,7 @@ def render_phantom(seed: int, index: int, *, class_name: str = "benign", resolut
                    rates: Mapping[str, float] = ARTIFACT_RATES) -> tuple[np.ndarray, dict[str, str | int | float]]:
     """Return pixels, uint8 [resolution, resolution, 3], and the attributes of the image by name.
 
-    lesion_number: images of one seed, class and lesion show the same lesion; None for the one `index` has in a set
+    lesion_number: images of one seed, class and lesion show the same lesion; None for that of `index` in a data set
     rates:         probability of each artifact
     """
     if lesion_number is None:
@@ -93,11 +93,11 @@ def write_phantoms(dest: str | os.PathLike, *, workers: int | None = None, strea
     """Write a data set of phantoms with a table of their attributes; return the number of images of each class.
 
     dest:    zip or new folder, as imagesets.writer takes it
-    workers: processes, None for one a core; the result does not depend on them
+    workers: processes, None for one per CPU core; the result does not depend on them
     stream:  where progress is shown, None for standard error
     options: fields of PhantomOptions
 
-    Raises UserError when an option does not fit or dest cannot be written; then nothing is left there.
+    Raises UserError when an option is invalid or dest cannot be written; then nothing is left there.
     """
     settings = PhantomOptions(**options)
     workers = usable_cores() if workers is None else workers
@@ -168,12 +168,12 @@ def lesion_numbers(seed: int, count: int) -> np.ndarray:
 
 
 def deal_lesions(counts: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give whole lesions to classes at random, and the images of single ones so that the counts are met.
+    """Assign whole lesions to classes at random; lesions with one image are assigned last, to meet the counts.
 
     counts:  images of each class
 
-    Return the class of each image, int64 [N], and the number of its lesion, equal for images of one, int64 [N]. A
-    lesion of several images that fits into no class any more is divided: its images become lesions of their own.
+    Return the class of each image, int64 [N], and the number of its lesion, int64 [N]. A lesion of several images that
+    no longer fits into any class is divided: its images become separate lesions.
     """
     lesions = lesion_numbers(seed, sum(counts))
     sizes = np.bincount(lesions)
@@ -191,7 +191,7 @@ def deal_lesions(counts: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarr
 
 def _deal_whole(lesions: list[int], sizes: list[int], draws: list[float],
                 counts: Sequence[int]) -> tuple[dict[int, int], list[int]]:
-    """Return {lesion: class} and the images that each class still needs; a class is as likely as it still has room."""
+    """Return {lesion: class} and the images that each class still needs; these are the weights of the choice."""
     class_of, remaining = {}, list(counts)
     for lesion, draw in zip(lesions, draws):
         room = [number if number >= sizes[lesion] else 0 for number in remaining]
@@ -211,7 +211,7 @@ def _deal_whole(lesions: list[int], sizes: list[int], draws: list[float],
 
 
 def check_sides(width: int, height: int) -> None:
-    """Raise UserError when --resolution is not square, or of a size for which no phantom is drawn."""
+    """Raise UserError when --resolution is not square or not a valid size for phantoms."""
     near = nearest_resolution(max(width, height), MAX_SIDE)
     if width != height:
         raise UserError(f"--resolution={width}x{height} is not square; expected for example {near}x{near}")
@@ -264,7 +264,7 @@ def _check_classes(classes: Mapping[str, float]) -> None:
             raise UserError(f"--classes gives {name} the share {share:g}; expected above 0, up to 1")
     total = sum(classes.values())
     if abs(total - 1) > _ROUNDING:
-        raise UserError(f"--classes has shares that add up to {total:.4g}; expected 1")
+        raise UserError(f"--classes has shares that sum to {total:.4g}; expected 1")
     check_looks_differ(list(classes))
 
 

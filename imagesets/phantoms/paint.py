@@ -1,7 +1,7 @@
-"""Render a scene to pixels: skin, the lesion on it, what lies between skin and camera, then down to the size asked for.
+"""Render a scene to pixels: skin, the lesion, artifacts between skin and camera, then scaling to the final size.
 
-A lesion has an outline, colors, a network, dots, and the structures that single classes have; between skin and camera
-are ink, hair, bubbles, a ruler, uneven light, a black frame.
+A lesion has an outline, colors, a network, dots, and a structure that is specific to its class. Artifacts are ink,
+hair, bubbles, a ruler, uneven light and a black frame.
 """
 
 import math
@@ -31,7 +31,7 @@ _TONES = np.array([  # red, green, blue of the skin tones
 _SCENE_FIELDS = (
     Band(low=1, high=3, slope=1.0),  # shading
     Band(low=2, high=9, slope=1.0),  # blotches of red
-    Band(low=4, high=14, slope=0.5),  # thin vessels, where it is near 0
+    Band(low=4, high=14, slope=0.5),  # thin vessels, where the noise is near 0
     Band(low=12, high=50, slope=0.5),  # skin lines and pores
 )
 _TEXTURE, _OUTLINE, _PATCHES, _DOTS, _STRUCTURE = range(10, 15)  # purposes of random streams
@@ -40,7 +40,7 @@ _FIELDS = (
     Band(low=4, high=26, slope=0.7),  # feathered border
     Band(low=2, high=9, slope=1.0),  # bent network, across
     Band(low=2, high=9, slope=1.0),  # idem, down
-    Band(low=2, high=10, slope=1.2),  # outlines of the color patches: each takes another mixture of the two
+    Band(low=2, high=10, slope=1.2),  # outlines of the color patches: each uses a different mixture of the two
     Band(low=2, high=10, slope=1.2),
     Band(low=5, high=34, slope=0.8),  # mottled pigment
 )
@@ -62,7 +62,7 @@ def render(scene: Scene, resolution: int) -> np.ndarray:
 
     resolution: a power of two
     """
-    # Fine shapes are drawn on 64 pixels at least, and twice as large as asked for where a pixel is coarse.
+    # Fine shapes are drawn on at least 64 pixels, and below 256 pixels at twice the final size.
     factor = max(64 // resolution, 2 if resolution < 256 else 1)
     canvas = Canvas(factor * resolution)
     rgb = _skin(canvas, scene)
@@ -97,7 +97,7 @@ def _shrink(rgb: np.ndarray, factor: int) -> np.ndarray:
 
 
 class _Frame:
-    """Pixel coordinates seen from the lesion, in radii, turned with it; and its noise there.
+    """Pixel coordinates relative to the lesion, in radii, rotated with it; and the noise at these points.
 
     u, v, rho: [H, W] float32; noise: [len(_FIELDS), H, W] float32
     """
@@ -117,7 +117,7 @@ class _Frame:
         self.noise = sample_periodic(fields, self.u * np.float32(1 / _PERIOD), self.v * np.float32(1 / _PERIOD))
 
     def on_image(self, u: float, v: float) -> tuple[float, float]:
-        """Return where a point of the lesion lies on the image, in image widths from its middle."""
+        """Return the position of a point of the lesion in the image, in image widths from the center."""
         return (self.center[0] + self.radius * (u * self.cos - v * self.sin),
                 self.center[1] + self.radius * (u * self.sin + v * self.cos))
 
@@ -137,7 +137,7 @@ def _paint_lesion(rgb: np.ndarray, canvas: Canvas, scene: Scene) -> None:
 
 
 def _depth(frame: _Frame, lesion: Lesion, rng: np.random.Generator) -> np.ndarray:
-    """Return how far inside the border each pixel lies, [H, W] in radii, negative outside."""
+    """Return the distance of each pixel from the border, [H, W] in radii, positive inside."""
     stretch = np.float32(math.sqrt(lesion.elongation))
     u, v = frame.u / stretch, frame.v * stretch
     turn = np.arctan2(v, u) * np.float32(_OUTLINE_POINTS / math.tau)
@@ -148,7 +148,7 @@ def _depth(frame: _Frame, lesion: Lesion, rng: np.random.Generator) -> np.ndarra
 
 def _outline(lesion: Lesion, rng: np.random.Generator) -> np.ndarray:
     """Return the radius of the border in _OUTLINE_POINTS directions, float32 around 1."""
-    # Odd waves make one half unlike the other; the fast ones are the notches of an irregular border.
+    # Odd waves make the halves differ; the fast waves are the notches of an irregular border.
     lopsided = _waves(np.array([1, 3, 5]), np.array([0.6, 1.0, 0.4]), rng)
     notched = _waves(np.arange(4, 15), np.arange(4, 15) ** -0.6, rng)
     radius = 1 + 0.24 * lesion.asymmetry * lopsided + (0.005 + 0.21 * lesion.border_irregularity ** 1.5) * notched
@@ -156,7 +156,7 @@ def _outline(lesion: Lesion, rng: np.random.Generator) -> np.ndarray:
 
 
 def _waves(orders: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a sum of waves round the circle with random heights and phases, of mean square 1."""
+    """Return a sum of waves around the circle with random amplitudes and phases, of mean square 1."""
     heights = weights * (0.4 + rng.random(len(orders)))
     phases = math.tau * rng.random(len(orders))
     spectrum = np.zeros(orders.max() + 1, np.complex128)
@@ -179,7 +179,7 @@ def _paint_pigments(rgb: np.ndarray, frame: _Frame, lesion: Lesion, inside: np.n
     for color, mask in zip(lesion.colors, (np.ones_like(inside), *masks)):
         pigment = PIGMENTS[color]
         if pigment.opacity:
-            # Scattered light is light that fell through the skin's own melanin.
+            # Scattered light has passed the skin's own melanin.
             scattered = np.array(pigment.veil) * (1 - 0.5 * (lesion.skin_tone - 1) / (NUM_SKIN_TONES - 1))
             mottled = np.clip(1 + np.float32(0.25) * frame.noise[5], 0, 1.5)
             blend(rgb, scattered, mask * inside * mottled * np.float32(pigment.opacity))
@@ -190,7 +190,7 @@ def _density(color: str) -> np.ndarray:
 
 
 def _patch_masks(frame: _Frame, lesion: Lesion, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return where each color after the first lies, [H, W] from 0 to 1; rings around the middle without asymmetry."""
+    """Return the mask of each color after the first, [H, W] from 0 to 1; concentric without asymmetry."""
     masks = []
     first_turn = math.tau * rng.random()
     for number in range(len(lesion.colors) - 1):
@@ -206,7 +206,7 @@ def _patch_masks(frame: _Frame, lesion: Lesion, rng: np.random.Generator) -> lis
 
 def _network(frame: _Frame, lesion: Lesion) -> np.ndarray:
     """Return a net of dark lines around pale holes, [H, W] from -1 to 1: three plane waves at 120 degrees, bent."""
-    # A hole every 0.7 mm: coarser than life, to be seen at 64 pixels.
+    # A hole every 0.7 mm: coarser than in reality, to be visible at 64 pixels.
     holes_per_radius = 0.5 * lesion.diameter_mm / 0.7
     scale = np.float32(math.tau * holes_per_radius)
     u, v = (frame.u + np.float32(0.05) * frame.noise[1]) * scale, (frame.v + np.float32(0.05) * frame.noise[2]) * scale
@@ -216,7 +216,7 @@ def _network(frame: _Frame, lesion: Lesion) -> np.ndarray:
 
 
 def _spots(rng: np.random.Generator, count: int, reach: float):
-    """Yield places [u, v] spread evenly over a disc, and a random number for each."""
+    """Yield points (u, v), uniform on a disc, and a random number for each."""
     for turn, distance, extra in rng.random((count, 3)).tolist():
         far = reach * math.sqrt(distance)
         yield far * math.cos(math.tau * turn), far * math.sin(math.tau * turn), extra
@@ -308,7 +308,7 @@ def _paint_ink(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Gener
 
 
 def _paint_hair(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint hairs that run roughly one way."""
+    """Paint hairs that run roughly in one direction."""
     grain, spread, shade = rng.random(3).tolist()
     cover = np.zeros((canvas.size, canvas.size), np.float32)
     for x, y, turn, length, bend, width in rng.random((view.num_hairs, 6)).tolist():
@@ -331,7 +331,7 @@ def _paint_bubbles(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.G
 
 
 def _paint_ruler(rgb: np.ndarray, canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """Paint a scale along one side: a mark every millimeter, a longer one every five."""
+    """Paint a ruler along one side: a mark every millimeter, a longer one every five."""
     side, tilt, shift, inset = rng.random(4).tolist()
     angle = math.pi / 2 * int(4 * side) + 0.24 * (tilt - 0.5)
     along, depth = _turned(canvas, angle)
@@ -349,7 +349,7 @@ def _turned(canvas: Canvas, angle: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _light(rgb: np.ndarray, canvas: Canvas, view: View) -> None:
-    """Apply brightness, white balance, a gradient, and the fall of light to the corners."""
+    """Apply brightness, white balance, a gradient, and vignetting."""
     toward_lamp, _ = _turned(canvas, view.light_angle)
     light = np.float32(view.brightness) * (1 + np.float32(0.09) * toward_lamp)
     if view.vignette_strength:

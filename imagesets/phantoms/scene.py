@@ -1,9 +1,9 @@
 """Draw what a phantom shows: the attributes of a lesion, as its class looks, and of one view of it.
 
-Known names of classes have their own looks, cartoons after the textbook descriptions of dermoscopy, not measured from
-any data; any other name gets one from its letters. Each attribute comes from its own uniform number of a stream of
-(seed, lesion) or (seed, image), so that it depends on nothing else: not on the class, unless the class's look or a bias
-says so, not on the resolution, not on other images.
+Known class names have typical looks, caricatures of textbook descriptions of dermoscopy, not measured on any data; any
+other name gets a look derived from its letters. Each attribute comes from its own uniform number of a stream of (seed,
+lesion) or (seed, image), so that it depends on nothing else: not on the class, unless the class's look or a bias
+defines it so, not on the resolution, not on other images.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ ARTIFACT_RATES: Mapping[str, float] = MappingProxyType({
     "hair": 0.35, "ruler": 0.15, "vignette": 0.45, "frame": 0.12, "ink": 0.06, "bubbles": 0.20})
 _LESION, _COLORS, _VIEW, _ARTIFACTS = range(4)  # purposes of random streams; paint.py numbers its own from 10
 _NORMAL = NormalDist()
-_NUM_DRAWS = 16  # uniform numbers a stream gives out; more than are used, so that a new attribute moves no other
+_NUM_DRAWS = 16  # uniform numbers drawn from a stream; more than are used, so that a new attribute changes no other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pigment:
-    """How a color changes skin: light goes through a film, then part of it is veiled by scattered light.
+    """How a color changes skin: light passes a film, then part of it is replaced by scattered light.
 
     transmittance: red, green, blue parts of the skin's light that pass, in (0, 1]
     veil:          color of the scattered light on the lightest skin, in [0, 1]
@@ -46,7 +46,7 @@ PIGMENTS: Mapping[str, Pigment] = MappingProxyType({
     "light_brown": Pigment(transmittance=(0.80, 0.66, 0.54)),
     "dark_brown": Pigment(transmittance=(0.48, 0.33, 0.27)),
     "black": Pigment(transmittance=(0.19, 0.15, 0.16)),
-    "blue_grey": Pigment(transmittance=(0.50, 0.52, 0.62), veil=(0.42, 0.47, 0.58), opacity=0.55),
+    "blue_gray": Pigment(transmittance=(0.50, 0.52, 0.62), veil=(0.42, 0.47, 0.58), opacity=0.55),
     "red": Pigment(transmittance=(0.84, 0.42, 0.42)),
     "pink": Pigment(transmittance=(0.98, 0.76, 0.78)),
     "white": Pigment(transmittance=(0.86, 0.74, 0.74), veil=(0.95, 0.88, 0.88), opacity=0.55),
@@ -54,19 +54,19 @@ PIGMENTS: Mapping[str, Pigment] = MappingProxyType({
     "purple": Pigment(transmittance=(0.66, 0.30, 0.46)),
     "violet": Pigment(transmittance=(0.44, 0.32, 0.56), veil=(0.40, 0.28, 0.55), opacity=0.2),
     "orange": Pigment(transmittance=(0.94, 0.62, 0.40)),
-    "grey": Pigment(transmittance=(0.62, 0.60, 0.60), veil=(0.55, 0.53, 0.54), opacity=0.4),
+    "gray": Pigment(transmittance=(0.62, 0.60, 0.60), veil=(0.55, 0.53, 0.54), opacity=0.4),
 })
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The law of a class's own attributes; all others follow one law for all classes.
+    """The distributions of the attributes that depend on the class; all others have one distribution.
 
     irregularity, asymmetry: mean and standard deviation, before clipping to [0.02, 0.98]
     num_colors: weights of 1, 2, ... colors
-    base:       weights of the color that the whole lesion has
+    base:       weights of the colors of the whole lesion
     patches:    weights of the colors of patches in it
-    structure:  one of STRUCTURES, what the class alone has
+    structure:  one of STRUCTURES, which only this class has
     """
 
     irregularity: tuple[float, float]
@@ -81,18 +81,18 @@ LOOKS: Mapping[str, Look] = MappingProxyType({
     "nevus": Look(
         irregularity=(0.30, 0.14), asymmetry=(0.30, 0.15), num_colors=(46, 35, 15, 4),
         base={"light_brown": 5, "dark_brown": 4, "pink": 1},
-        patches={"dark_brown": 5, "light_brown": 4, "black": 1.5, "pink": 1, "red": 0.5, "blue_grey": 0.5}),
+        patches={"dark_brown": 5, "light_brown": 4, "black": 1.5, "pink": 1, "red": 0.5, "blue_gray": 0.5}),
     "melanoma": Look(
         irregularity=(0.47, 0.14), asymmetry=(0.46, 0.15), num_colors=(14, 31, 32, 16, 7),
         base={"light_brown": 4, "dark_brown": 5, "pink": 1, "red": 0.5},
-        patches={"black": 4, "dark_brown": 3, "blue_grey": 3, "red": 2, "white": 2, "light_brown": 2}),
+        patches={"black": 4, "dark_brown": 3, "blue_gray": 3, "red": 2, "white": 2, "light_brown": 2}),
     "keratosis": Look(
         irregularity=(0.34, 0.12), asymmetry=(0.36, 0.13), num_colors=(35, 45, 20),
-        base={"yellow": 5, "light_brown": 4, "grey": 2}, patches={"dark_brown": 4, "yellow": 3, "grey": 2, "black": 1},
+        base={"yellow": 5, "light_brown": 4, "gray": 2}, patches={"dark_brown": 4, "yellow": 3, "gray": 2, "black": 1},
         structure="cysts"),
     "basal_cell": Look(
         irregularity=(0.40, 0.13), asymmetry=(0.44, 0.14), num_colors=(40, 40, 20),
-        base={"pink": 6, "red": 1}, patches={"blue_grey": 4, "white": 2, "light_brown": 2, "grey": 1},
+        base={"pink": 6, "red": 1}, patches={"blue_gray": 4, "white": 2, "light_brown": 2, "gray": 1},
         structure="vessels"),
     "actinic": Look(
         irregularity=(0.48, 0.13), asymmetry=(0.42, 0.14), num_colors=(45, 40, 15),
@@ -108,7 +108,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType({
         structure="scar"),
 })
 
-# Names as the ISIC, HAM10000 and DermaMNIST tables have them.
+# Names from the ISIC, HAM10000 and DermaMNIST tables.
 _ALIASES = MappingProxyType({
     "benign": "nevus", "nv": "nevus", "nevi": "nevus", "naevus": "nevus",
     "malignant": "melanoma", "mel": "melanoma",
@@ -128,7 +128,7 @@ def look_of(class_name: str) -> Look:
 
 
 def check_looks_differ(class_names: Sequence[str]) -> None:
-    """Raise UserError when two names mean one look, so that their phantoms could not be told apart."""
+    """Raise UserError when two class names have the same look."""
     seen: dict[str, str] = {}
     for class_name in class_names:
         first = seen.setdefault(_plain(class_name), class_name)
@@ -142,7 +142,7 @@ def _plain(class_name: str) -> str:
 
 
 def _look_from_letters(name: str) -> Look:
-    """Make up a look; the same name always gives the same one."""
+    """Derive a look from a name; the same name always gives the same look."""
     digest = hashlib.sha256(name.encode()).digest()
     colors = list(PIGMENTS)
     base = colors.pop(digest[0] % len(colors))
@@ -158,7 +158,7 @@ def _look_from_letters(name: str) -> Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesion:
-    """A lesion and the skin around it: what all images of a group share."""
+    """A lesion and the skin around it, which all images of a group share."""
 
     skin_tone: int  # 1 (palest) to NUM_SKIN_TONES
     redness: float  # 0 to 1
@@ -167,9 +167,9 @@ class Lesion:
     border_irregularity: float  # 0 to 1
     asymmetry: float  # 0 to 1
     edge_mm: float  # width of the fall from lesion to skin
-    pigmentation: float  # 1 for the colors as PIGMENTS has them, less for paler
+    pigmentation: float  # 1 for the colors of PIGMENTS, less for paler ones
     colors: tuple[str, ...]
-    network: float  # contrast of the pigment network, 0 where there is none
+    network: float  # contrast of the pigment network, 0 without one
     num_dots: int
     structure: str
 
@@ -192,7 +192,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A phantom before it is rendered; `seed`, `lesion_number` and `index` name the streams of the details."""
+    """A phantom before it is rendered; `seed`, `lesion_number` and `index` seed the random streams of the details."""
 
     seed: int
     lesion_number: int
@@ -211,7 +211,7 @@ def draw_scene(*, seed: int, lesion_number: int, index: int, look: Look, rates: 
 
 
 def attributes(scene: Scene) -> dict[str, str | int | float]:
-    """Return what phantom.csv says of a scene, rounded, in the order of its columns."""
+    """Return the values of a scene in phantom.csv, rounded, in the order of its columns."""
     lesion, view = scene.lesion, scene.view
     return {
         "skin_tone": lesion.skin_tone,
@@ -258,7 +258,7 @@ def _draw_colors(seed: int, number: int, look: Look) -> tuple[str, ...]:
     wanted = 1 + _choose(next(draws), look.num_colors)
     bases = list(look.base)
     base = bases[_choose(next(draws), tuple(look.base.values()))]
-    # Waiting times of rates equal to the weights: their order is a draw without replacement.
+    # Exponential waiting times with the weights as rates: their order is a draw without replacement.
     waits = {color: -math.log(1 - next(draws)) / weight for color, weight in look.patches.items()}
     return (base, *[color for color in sorted(waits, key=waits.get) if color != base][:wanted - 1])
 
@@ -267,7 +267,7 @@ def _draw_view(seed: int, index: int, rates: Mapping[str, float]) -> View:
     draws = _draws(seed, _ARTIFACTS, index)
     shown = frozenset(name for name in ARTIFACT_RATES if next(draws) < rates[name])
     draws = _draws(seed, _VIEW, index)
-    # Drawn also where nothing shows of them: an artifact then changes nothing but itself.
+    # Always drawn, so that an artifact changes nothing but itself.
     hairs, shade = next(draws), next(draws)
     return View(
         field_mm=10.5 + 5.5 * next(draws),

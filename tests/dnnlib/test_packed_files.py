@@ -85,6 +85,6 @@ def test_a_folder_or_zip_of_archives_names_them(tmp_path):
         with pytest.raises(UserError) as caught:
             open_source(source)
         assert str(caught.value) == (
-            f"{source} holds no images; expected files such as .png or .jpg, not packed ones: take or unpack what lies "
-            "in it (HAM10000_images_part_1.zip, HAM10000_images_part_2.zip)")
+            f"{source} holds no images; expected files such as .png or .jpg, not packed ones: give or unpack the "
+            "one inside (HAM10000_images_part_1.zip, HAM10000_images_part_2.zip)")
     assert packed_names(["a.png", "B.TGZ", "c.tar.gz", "d.zip", "e"]) == ["B.TGZ", "c.tar.gz", "d.zip"]

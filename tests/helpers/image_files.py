@@ -9,7 +9,7 @@ import PIL.Image
 
 
 def encode(pixels, image_format="PNG", **options) -> bytes:
-    """Return an image, or uint8 pixels, as a file of that format."""
+    """Return an image, or uint8 pixels, as a file of this format."""
     image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(np.asarray(pixels))
     file = io.BytesIO()
     image.save(file, image_format, **options)

@@ -78,7 +78,7 @@ def make_cifar(path, per_batch=3, **replaced):
     members["batches.meta"] = cifar_meta()
     members["readme.html"] = b"<html>"
     with tarfile.open(path, "w:gz") as archive:
-        for name in sorted(members, reverse=True):  # as in the original the order is not that of the names
+        for name in sorted(members, reverse=True):  # as in the original, not in the order of the names
             data = replaced.get(name.replace(".", "_"), members[name])
             if data is not None:
                 info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")

@@ -20,7 +20,7 @@ def png(pixels) -> bytes:
 
 
 def pixels_of(index: int, size: int = 8, channels: int = 3) -> np.ndarray:
-    """Return the pixels of the index-th image of `make_set`: uint8 [H, W] or [H, W, 3], each image another."""
+    """Return the pixels of the index-th image of `make_set`: uint8 [H, W] or [H, W, 3], different for each image."""
     shape = (size, size) if channels == 1 else (size, size, channels)
     return np.random.RandomState(index).randint(0, 256, shape, dtype=np.uint8)
 
@@ -42,7 +42,7 @@ def make_set(path, count=6, *, size=8, channels=3, labels=None, classes=None, gr
 
 
 def enclose(path, dest, folder="set", more=None):
-    """Write what a data set holds to `dest`, a zip or a folder, in a folder inside; `more` members beside it."""
+    """Copy a data set into a subfolder of `dest`, a zip or a folder, with the files `more` beside that subfolder."""
     images = ImageSet(path)
     files = {f"{folder}/{name}": images.read(name) for name in [*images.names, *images.other_members]} | (more or {})
     return make_zip(dest, files, zipfile.ZIP_DEFLATED) if dest.suffix == ".zip" else make_folder(dest, files)

@@ -18,7 +18,7 @@ def unique_digests(count, seed=0):
 
 
 class Labels(ImageSet):
-    """Stands for an ImageSet where no file is read: labels and groups without images."""
+    """In place of an ImageSet if no file is read: labels and groups without images."""
 
     path = "set.zip"
 

@@ -110,9 +110,9 @@ def test_choice_found_twice_raises():
     ("NV", f"names NV, but there is no class NV; expected some of {ALL} (did you mean nv?)"),
     ("nv,zzzzzz", f"names zzzzzz, but there is no class zzzzzz; expected some of {ALL}"),
     ("nv,mel,nv", "names nv twice; expected each class once"),
-    ("nv,,mel", "has an empty name; expected names with commas between them, as nv,mel"),
-    ("nv,", "has an empty name; expected names with commas between them, as nv,mel"),
-    ("", "has an empty name; expected names with commas between them, as nv,mel"),
+    ("nv,,mel", "has an empty name; expected names separated by commas, such as nv,mel"),
+    ("nv,", "has an empty name; expected names separated by commas, such as nv,mel"),
+    ("", "has an empty name; expected names separated by commas, such as nv,mel"),
 ])
 def test_classes_wrong_says_what_exists(classes, message):
     with pytest.raises(UserError) as error:
@@ -123,7 +123,7 @@ def test_classes_wrong_says_what_exists(classes, message):
 def test_classes_merged_member_says_where_it_went():
     with pytest.raises(UserError) as error:
         choose(HAM, "mel,benign", MERGE)
-    assert str(error.value) == ("--classes=mel,benign names mel, which --merge has put into melanoma; "
+    assert str(error.value) == ("--classes=mel,benign names mel, which --merge put into melanoma; "
                                 "expected some of akiec, bcc, benign, melanoma")
 
 

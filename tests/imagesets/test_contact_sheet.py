@@ -1,4 +1,4 @@
-"""imagesets.contact_sheet: a picture of each class, chosen evenly, under safe names."""
+"""imagesets.contact_sheet: one sheet per class, with images chosen evenly, under safe names."""
 
 import numpy as np
 import PIL.Image
@@ -90,10 +90,10 @@ def test_write_sheets_large_and_gray_and_oblong_images_fit_their_cells(tmp_path)
     assert (gray[:, :53] == 255).all()
 
 
-def test_write_sheets_unlabelled_have_their_own_and_unusable_are_left_out(tmp_path):
+def test_write_sheets_unlabeled_have_their_own_and_unusable_are_left_out(tmp_path):
     path = make_set(tmp_path / "set.zip", 4, labels=[0, None, 0, 0])
     files = sheets_of(path, tmp_path / "sheets", np.array([True, True, False, True]))
-    assert [file.name for file in files] == ["0-0.png", "unlabelled.png"]
+    assert [file.name for file in files] == ["0-0.png", "unlabeled.png"]
     sheet = PIL.Image.open(files[0])
     assert (cell(sheet, 1, 2)[::8, ::8] == pixels_of(3)).all()
 

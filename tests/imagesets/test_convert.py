@@ -76,24 +76,24 @@ def test_byte_identical_images_are_kept_in_one_group_and_contradictions_named(fo
     assert report["duplicates"] == [["mel/b.png", "nv/b.png"]]
     assert report["contradictions"] == [{"mel/b.png": "mel", "nv/b.png": "nv"}]
     assert (sum(map(len, summary.report["duplicates"])), len(summary.report["contradictions"])) == (2, 1)
-    assert "  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv" in summary.lines
+    assert "  contradiction among duplicates: mel/b.png is mel, nv/b.png is nv" in summary.lines
     for name in ("mel/c", "mel/d", "nv/c"):
         (folder / f"{name}.png").write_bytes((folder / "nv/b.png").read_bytes())
-    assert ("  contradiction among byte-identical images: mel/b.png is mel, nv/b.png is nv, and 3 more"
+    assert ("  contradiction among duplicates: mel/b.png is mel, nv/b.png is nv, and 3 more"
             in run(folder, tmp_path / "more.zip").lines)
 
 
 def test_a_set_that_is_there_twice_is_asked_about(tmp_path):
     files = {f"{folder}_part_{part}/{part}.png": image(part) for folder in ("HAM", "ham") for part in (1, 2)}
     summary = run(make_folder(tmp_path / "in", files), tmp_path / "set.zip", folders="ignore")
-    assert ("  byte-identical: 4 images in 2 sets, kept in one group each (HAM_part_1/1.png = ham_part_1/1.png); does "
-            "the source hold the set twice? Give each of its folders once") in summary.lines
+    assert ("  duplicates: 4 images in 2 sets of identical files, each set in one group (HAM_part_1/1.png = "
+            "ham_part_1/1.png); is every image there twice? Give each folder only once") in summary.lines
 
 
-def test_an_unlabelled_duplicate_is_no_contradiction(folder, tmp_path):
+def test_an_unlabeled_duplicate_is_no_contradiction(folder, tmp_path):
     (folder / "nv/b.png").unlink()
     (folder / "b.png").write_bytes(image(2))
-    summary = run(folder, tmp_path / "set.zip", unlabelled="keep")
+    summary = run(folder, tmp_path / "set.zip", unlabeled="keep")
     assert (sum(map(len, summary.report["duplicates"])), len(summary.report["contradictions"])) == (2, 0)
 
 
@@ -110,7 +110,7 @@ def test_max_images_draws_from_the_classes_chosen_and_counts_the_rest(folder, tm
     summary = run(folder, tmp_path / "set.zip", classes="nv", max_images=2, report=tmp_path / "r.json")
     assert (summary.report["found"], summary.report["kept"]) == (6, 2)
     assert counts(summary.report["dropped"]) == {"class not chosen": 3, "not drawn for --max-images": 1}
-    assert "  sample: 2 of 3 images, drawn at random (--max-images, --seed): nv 2 of 3" in summary.lines
+    assert "  subset: 2 of 3 images, chosen at random (--max-images, --seed): nv 2 of 3" in summary.lines
     report = read_json(tmp_path / "r.json")
     assert report["sample"] == {"drawn": 2, "of": 3, "classes": {"nv": [2, 3]}}
     assert len(report["dropped"]["not drawn for --max-images"]["names"]) == 1
@@ -167,26 +167,26 @@ def test_max_images_is_a_seeded_sample_of_all_classes_in_proportion(kind, archiv
 def test_max_images_of_a_set_without_classes_is_a_sample_and_of_enough_images_all(archives, tmp_path):
     plain = make_folder(tmp_path / "plain", {f"{index:02d}.png": image(index) for index in range(30)})
     summary = run(plain, tmp_path / "set.zip", max_images=6)
-    assert "  sample: 6 of 30 images, drawn at random (--max-images, --seed)" in summary.lines
+    assert "  subset: 6 of 30 images, chosen at random (--max-images, --seed)" in summary.lines
     names = read_json_of(tmp_path / "set.zip")["pixel_hashes"]
     assert len(names) == 6
     first = [ImageSet(plain).read(f"{index:02d}.png") for index in range(6)]
     assert [ImageSet(tmp_path / "set.zip").read(name) for name in names] != first
     summary = run(archives["folder"][0], tmp_path / "all.zip", max_images=60)
     assert counts(summary.report["dropped"]) == {}
-    assert not [line for line in summary.lines if "sample" in line]
+    assert not [line for line in summary.lines if "subset" in line]
 
 
-def test_an_unlabelled_image_is_an_error_until_decided(folder, tmp_path):
+def test_an_unlabeled_image_is_an_error_until_decided(folder, tmp_path):
     (folder / "stray.png").write_bytes(image(9))
-    message = ("1 of 7 images have no label (stray.png); expected a label for each: add them, or give "
-               "--unlabelled=drop or --unlabelled=keep")
+    message = ("no label for 1 of 7 images (stray.png); expected a label for each: add them, or give "
+               "--unlabeled=drop or --unlabeled=keep")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(folder, tmp_path / "set.zip", report=tmp_path / "r.json")
     assert not (tmp_path / "set.zip").exists()
-    assert read_json(tmp_path / "r.json") == {"error": message, "found": 7, "unlabelled": ["stray.png"]}
-    assert counts(run(folder, tmp_path / "drop.zip", unlabelled="drop").report["dropped"]) == {"no label": 1}
-    summary = run(folder, tmp_path / "keep.zip", unlabelled="keep")
+    assert read_json(tmp_path / "r.json") == {"error": message, "found": 7, "unlabeled": ["stray.png"]}
+    assert counts(run(folder, tmp_path / "drop.zip", unlabeled="drop").report["dropped"]) == {"no label": 1}
+    summary = run(folder, tmp_path / "keep.zip", unlabeled="keep")
     assert summary.report["classes"] == {"mel": 2, "nv": 3, "vasc": 1, "(none)": 1}
     assert ImageSet(tmp_path / "keep.zip").labels.tolist() == [0, 0, 1, 1, 1, -1, 2]
 
@@ -196,7 +196,7 @@ def test_images_without_any_labels_need_no_decision(tmp_path):
     summary = run(folder, tmp_path / "set.zip")
     assert summary.report["classes"] is None
     assert ImageSet(tmp_path / "set.zip").labels is None
-    with pytest.raises(UserError, match=r"^--classes: the images of plain have no labels; expected sub-folders, a "):
+    with pytest.raises(UserError, match=r"^--classes: the images of plain have no labels; expected subfolders, a "):
         run(folder, tmp_path / "set.zip", classes="mel")
 
 
@@ -210,9 +210,10 @@ def test_a_table_gives_labels_and_groups_and_counts_what_is_missing(tmp_path):
     source = make_zip(tmp_path / "images.zip", files)
     (tmp_path / "truth.csv").write_text(TABLE)
     options = {"labels": str(tmp_path / "truth.csv"), "report": tmp_path / "r.json"}
-    with pytest.raises(UserError, match=r"^1 of 5 images have no label, 1 of them no row in the table \(e\.png\); "):
+    message = r"^no label for 1 of 5 images, 1 of them without a row in the table \(e\.png\); "
+    with pytest.raises(UserError, match=message):
         run(source, tmp_path / "set.zip", **options)
-    summary = run(source, tmp_path / "set.zip", unlabelled="drop", **options)
+    summary = run(source, tmp_path / "set.zip", unlabeled="drop", **options)
     result = ImageSet(tmp_path / "set.zip")
     assert result.classes == ["benign", "malignant"]
     assert result.labels.tolist() == [0, 1, 0, 0]
@@ -238,20 +239,20 @@ def test_duplicates_join_groups_and_images_of_one_row_share_theirs(tmp_path):
 def test_a_table_without_a_row_for_any_image_raises(folder, tmp_path):
     (tmp_path / "truth.csv").write_text("id,kind\nISIC_1,mel\n")
     message = ("--labels: no image of lesions has a row; the images are named as mel/a.png, the rows as ISIC_1: choose "
-               "the column by --id-column, or another table")
+               "the column with --id-column, or another table")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(folder, tmp_path / "set.zip", labels=str(tmp_path / "truth.csv"), id_column="id", label_column="kind")
 
 
 def test_gray_images_stay_gray_only_among_themselves(tmp_path):
     gray = {f"{name}.png": image(seed, channels=1) for seed, name in enumerate("abc")}
-    run(make_folder(tmp_path / "grey", gray), tmp_path / "grey.zip")
-    result = ImageSet(tmp_path / "grey.zip")
+    run(make_folder(tmp_path / "gray", gray), tmp_path / "gray.zip")
+    result = ImageSet(tmp_path / "gray.zip")
     assert np.array_equal(pixels(result, result.names[1]), noise(1, 8, 8))
     summary = run(make_folder(tmp_path / "mixed", gray | {"d.png": image(4)}), tmp_path / "mixed.zip")
     result = ImageSet(tmp_path / "mixed.zip")
     assert np.array_equal(pixels(result, result.names[1]), np.repeat(noise(1, 8, 8)[:, :, None], 3, axis=2))
-    assert counts(summary.report["converted"]) == {"grey to RGB": 3}
+    assert counts(summary.report["converted"]) == {"gray to RGB": 3}
 
 
 def test_dropped_images_do_not_decide_on_color(tmp_path):
@@ -269,7 +270,7 @@ def bad_folder(tmp_path, num_good=6):
 
 def test_more_bad_images_than_allowed_leave_only_the_report(tmp_path):
     report = tmp_path / "r.json"
-    message = (f"3 of 9 images are unreadable (not an image: 1, truncated: 1, zero bytes: 1), more than --max-bad=0.3 "
+    message = (f"3 of 9 images cannot be read (not an image: 1, truncated: 1, zero bytes: 1), more than --max-bad=0.3 "
                f"allows; see {report}")
     source = bad_folder(tmp_path)
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
@@ -295,7 +296,7 @@ def test_as_many_bad_images_as_allowed_are_dropped_and_named(tmp_path):
 
 def test_nothing_readable_raises_whatever_is_allowed(tmp_path):
     folder = make_folder(tmp_path / "in", {"a.png": b"", "b.png": b"x"})
-    message = r"^2 of 2 images are unreadable \(.*\), none is left; list them by --report=FILE$"
+    message = r"^2 of 2 images cannot be read \(.*\), none is left; list them with --report=FILE$"
     with pytest.raises(UserError, match=message):
         run(folder, tmp_path / "set.zip", max_bad=1)
     assert not (tmp_path / "set.zip").exists()
@@ -303,7 +304,7 @@ def test_nothing_readable_raises_whatever_is_allowed(tmp_path):
 
 @pytest.mark.parametrize(("sizes", "options", "message"), [
     ((8, 16), {}, "images differ in size: a.png is 8x8 but b.png is 16x16; expected one size: give --resolution=8x8, "
-                  "with --transform=center-crop if their shapes are not to be stretched"),
+                  "with --transform=center-crop if they should not be stretched"),
     ((12, 12), {}, "images are 12x12 (a.png for example); expected squares with a side of a power of "
                    "two from 8 to 2048: give --transform=center-crop --resolution=8x8"),
     (((8, 16), (8, 16)), {}, "images are 16x8 (a.png for example); expected squares with a side of a power of "
@@ -350,13 +351,13 @@ def test_npz_with_vectors_keeps_them_and_refuses_a_choice_of_classes(tmp_path):
     with pytest.raises(UserError, match=r"^--classes: the labels of set\.npz are lists of 3 numbers, from which"):
         run(tmp_path / "set.npz", tmp_path / "out.zip", classes="1")
     (tmp_path / "t.csv").write_text(TABLE)
-    with pytest.raises(UserError, match=r"^--labels: set\.npz \(MedMNIST npz\) brings its own labels; leave"):
+    with pytest.raises(UserError, match=r"^--labels: set\.npz \(MedMNIST npz\) has its own labels; leave"):
         run(tmp_path / "set.npz", tmp_path / "out.zip", labels=str(tmp_path / "t.csv"))
 
 
 def test_cifar_and_mnist_become_data_sets(tmp_path):
     images, labels = make_cifar(tmp_path / "cifar.tar.gz")
-    run(tmp_path / "cifar.tar.gz", tmp_path / "cifar.zip", classes="cat,dog,ship", unlabelled="error")
+    run(tmp_path / "cifar.tar.gz", tmp_path / "cifar.zip", classes="cat,dog,ship", unlabeled="error")
     result = ImageSet(tmp_path / "cifar.zip")
     chosen = [index for index in range(15) if labels[index] in (3, 5, 8)]
     assert result.classes == ["cat", "dog", "ship"]
@@ -410,7 +411,7 @@ def test_source_records_what_was_done_and_no_path(folder, tmp_path):
     assert source == {
         "tool": "dataset_tool.py", "kind": "image folder", "name": "lesions", "found": 7, "kept": 6,
         "dropped": {"unreadable: zero bytes": 1}, "converted": {"upscaled": 6}, "decoder_downscaling": False,
-        "options": {"unlabelled": "error", "width": 16, "height": 16, "resize_filter": "box", "exact": False,
+        "options": {"unlabeled": "error", "width": 16, "height": 16, "resize_filter": "box", "exact": False,
                     "max_bad": 0.2}}
 
 
@@ -445,27 +446,27 @@ def test_a_zip_and_a_folder_of_the_same_images_give_the_same_images(folder, tmp_
     ({"resize_filter": "cubic"}, "--resize-filter is cubic; expected box or lanczos"),
     ({"max_bad": 1.5}, "--max-bad=1.5; expected a share from 0 to 1, or from 0% to 100%"),
     ({"max_images": 0}, "--max-images=0; expected at least 1"),
-    ({"seed": 3}, "--seed=3 draws the images of --max-images, which is not given; add it, or leave --seed out"),
+    ({"seed": 3}, "--seed=3 is the random seed of --max-images, which is not given; expected both or neither"),
     ({"seed": -1, "max_images": 3}, "--seed=-1; expected a number from 0 to 4294967295"),
-    ({"unlabelled": "skip"}, "--unlabelled=skip; expected one of error, drop, keep"),
+    ({"unlabeled": "skip"}, "--unlabeled=skip; expected one of error, drop, keep"),
     ({"workers": 0}, "--workers=0; expected at least 1"),
     ({"width": 8}, "--height is missing; expected both, or --resolution=WIDTHxHEIGHT"),
     ({"id_column": "x"}, "--id-column names a column, but there is no table; add --labels=FILE"),
     ({"transform": "center-crop-wide"},
-     "--transform=center-crop-wide needs the picture's size; give --resolution=WxH, for example 256x192"),
+     "--transform=center-crop-wide needs a size; give --resolution=WxH, for example 256x192"),
     ({"report": "/nowhere/r.json"}, "--report=/nowhere/r.json: there is no folder /nowhere; make it first"),
     ({"merge": "bad=nv,scc"}, "--merge=bad=nv,scc takes scc into bad, but there is no class scc; expected some of mel, "
                               "nv, vasc"),
     ({"width": 8, "height": 4}, "--resolution=8x4 is not square; expected equal sides, such as 8x8, or "
                                 "--transform=center-crop-wide, which pads with black to a square"),
-    ({"width": 100, "height": 100}, "--resolution=100x100: 100 is not a power of two from 8 to 2048, as networks "
-                                    "take; expected for example 128x128"),
-    *(({"width": side, "height": side}, f"--resolution={side}x{side}: {side} is not a power of two from 8 to 2048, as "
-       f"networks take; expected for example {near}x{near}") for side, near in ((4, 8), (4096, 2048), (8192, 2048))),
+    ({"width": 100, "height": 100}, "--resolution=100x100: 100 is not a power of two from 8 to 2048; expected "
+                                    "for example 128x128"),
+    *(({"width": side, "height": side}, f"--resolution={side}x{side}: {side} is not a power of two from 8 to 2048; "
+       f"expected for example {near}x{near}") for side, near in ((4, 8), (4096, 2048), (8192, 2048))),
     ({"transform": "center-crop-wide", "width": 100, "height": 75},
-     "--resolution=100x75: 100 is not a power of two from 8 to 2048, as networks take; expected for example 128x96"),
+     "--resolution=100x75: 100 is not a power of two from 8 to 2048; expected for example 128x96"),
     ({"transform": "center-crop-wide", "width": 8, "height": 16},
-     "--resolution=8x16 is higher than wide; center-crop-wide expects the width first, such as 8x6")])
+     "--resolution=8x16 is taller than wide; --transform=center-crop-wide expects a wide size, such as 8x6")])
 def test_options_that_do_not_fit_raise(options, message, folder, tmp_path):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(folder, tmp_path / "set.zip", **options)

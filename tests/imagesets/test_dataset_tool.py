@@ -50,7 +50,7 @@ set.zip: 4 images, 16x16 RGB, 4 groups
   dropped: unreadable: zero bytes: 1 (nv/e.png)
   converted: upscaled: 4 (mel/a.png, mel/b.png, nv/c.png, ...)
   classes: mel 2, nv 2
-  other files, not images by name: 1 (notes.txt)
+  files that are not images by their names: 1 (notes.txt)
 """, "")
     assert json.loads((inside / "report.json").read_text())["dropped"] == {
         "unreadable: zero bytes": {"count": 1, "names": ["nv/e.png"]}}
@@ -78,8 +78,29 @@ def test_exact_and_filter_and_transform_reach_the_data_set(inside, capsys):
                  "--resize-filter=box", "--exact", "--workers=1"]
     assert call(capsys, *arguments)[0] == 0
     assert ImageSet("set.zip").source["options"] == {
-        "unlabelled": "error", "transform": "center-crop", "width": 16, "height": 16, "resize_filter": "box",
+        "unlabeled": "error", "transform": "center-crop", "width": 16, "height": 16, "resize_filter": "box",
         "exact": True, "max_bad": 0.01}
+
+
+def test_old_spelling_of_unlabeled_is_accepted_but_not_shown(inside, capsys):
+    (inside / "lesions/stray.png").write_bytes(image(9))
+    sets = []
+    for option in ("--unlabelled=drop", "--unlabeled=drop"):
+        assert call(capsys, "--source=lesions", f"--dest={len(sets)}.zip", "--workers=1", option)[0] == 0
+        sets.append((inside / f"{len(sets)}.zip").read_bytes())
+    assert sets[0] == sets[1]
+    assert call(capsys, "--source=lesions", "--dest=x.zip", "--unlabelled=some") == (
+        2, "", "error: Invalid value for '--unlabeled': 'some' is not one of 'error', 'drop', 'keep'.\n")
+    assert call(capsys, "--source=lesions", "--dest=x.zip", "--unlabelled=drop", "--unlabeled=keep") == (
+        2, "", "error: --unlabeled is given twice (drop, keep); expected once: leave all but one out\n")
+    out = call(capsys, "--help")[1]
+    assert "--unlabeled [error|drop|keep]" in out
+    assert "unlabelled" not in out
+
+
+def test_options_before_a_command_are_refused(inside, capsys):
+    assert call(capsys, "--unlabelled=drop", "inspect", "lesions") == (
+        2, "", "error: --unlabeled comes before inspect; expected the options of a command after its name\n")
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped(inside, capsys):
@@ -99,13 +120,13 @@ BOTH = "; give both, such as --source=images/ --dest=isic256.zip, or see --help"
     ("--source=lesions", "--dest is missing" + BOTH),
     ("--source=gone --dest=set.zip", "--source=gone does not exist; " + EXPECTED),
     ("--source=empty --dest=set.zip", "empty holds no images; expected files such as .png or .jpg"),
-    ("--source=cut.zip --dest=set.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is cut off or no "
-                                        "zip; make or copy it again"),
-    ("--source=unknown --dest=set.zip", "unknown: labels in dataset.json name 1 files that are not there (x.png)"),
+    ("--source=cut.zip --dest=set.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is truncated or "
+                                        "not a zip; make or copy it again"),
+    ("--source=unknown --dest=set.zip", "unknown: labels in dataset.json name 1 file that is not there (x.png)"),
     ("--source=kinds --dest=set.zip", "kinds: labels in dataset.json are of mixed kinds (integers, lists of 2); "
                                       "expected integers, or lists of one length"),
     ("--source=mixed --dest=set.zip", "images differ in size: a.png is 8x8 but b.png is 16x16; expected one size: give "
-                                      "--resolution=8x8, with --transform=center-crop if their shapes are not to be "
+                                      "--resolution=8x8, with --transform=center-crop if they should not be "
                                       "stretched"),
     ("--source=lesions --dest=empty.zip", "--dest=empty.zip is a folder; expected a zip file to write"),
     ("--source=lesions --dest=lesions", "--dest=lesions is the source itself; choose another name"),
@@ -113,13 +134,13 @@ BOTH = "; give both, such as --source=images/ --dest=isic256.zip, or see --help"
     ("--source=lesions --dest=set.tar", "--dest=set.tar ends in .tar; expected .zip, or a folder"),
     ("--source=lesions --dest=gone/set.zip", "--dest=gone/set.zip: there is no folder gone; make it first"),
     ("--source=lesions --dest=set.zip --resolution=300x300",
-     "--resolution=300x300: 300 is not a power of two from 8 to 2048, as networks take; expected for example 256x256"),
+     "--resolution=300x300: 300 is not a power of two from 8 to 2048; expected for example 256x256"),
     ("--source=lesions --dest=set.zip --resolution=256x128",
      "--resolution=256x128 is not square; expected equal sides, such as 128x128, or --transform=center-crop-wide, "
      "which pads with black to a square"),
     ("--source=lesions --dest=set.zip --resolution=256", "--resolution=256; expected WIDTHxHEIGHT, such as 256x256"),
     ("--source=lesions --dest=set.zip --resolution=8x8 --width=8",
-     "--resolution and --width or --height are both given; expected one of the two ways"),
+     "--resolution and --width or --height are both given; expected only one of the two"),
     ("--source=lesions --dest=set.zip --max-bad=few",
      "--max-bad=few; expected a share from 0 to 1, or from 0% to 100%"),
     ("--source=lesions --dest=set.zip --merge=x=nv,bcc",
@@ -127,8 +148,8 @@ BOTH = "; give both, such as --source=images/ --dest=isic256.zip, or see --help"
     ("--source=lesions --dest=set.zip --classes=nv,bcc",
      "--classes=nv,bcc names bcc, but there is no class bcc; expected some of mel, nv"),
     ("--source=lesions --dest=set.zip --labels=gone.csv", "gone.csv does not exist; expected a table, a CSV file"),
-    ("--source=lesions --dest=set.zip --labels=truth.csv --id-column=nam --label-column=kind", "--id-column=nam is no "
-     "column of truth.csv; expected one of name, kind (did you mean name?)"),
+    ("--source=lesions --dest=set.zip --labels=truth.csv --id-column=nam --label-column=kind", "--id-column=nam is not "
+     "a column of truth.csv; expected one of name, kind (did you mean name?)"),
     ("--source=lesions --dest=set.zip --transform=middle",
      "Invalid value for '--transform': 'middle' is not one of 'center-crop', 'center-crop-wide'."),
     ("--source=lesions --dest=set.zip --report=empty", "--report=empty is a folder; expected a file name such as "
@@ -154,8 +175,8 @@ def test_a_damaged_destination_keeps_its_old_content(inside, capsys):
     (inside / "set.zip").write_bytes(b"old")
     (inside / "lesions/mel/a.png").write_bytes(b"")
     code, _, err = call(capsys, "--source=lesions", "--dest=set.zip", "--workers=1")
-    assert (code, err) == (2, "error: 1 of 4 images are unreadable (zero bytes: 1), more than --max-bad=0.01 allows; "
-                              "list them by --report=FILE\n")
+    assert (code, err) == (2, "error: 1 of 4 images cannot be read (zero bytes: 1), more than --max-bad=0.01 allows; "
+                              "list them with --report=FILE\n")
     assert (inside / "set.zip").read_bytes() == b"old"
     assert sorted(os.listdir(inside)) == ["lesions", "set.zip"]
 

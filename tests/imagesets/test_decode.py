@@ -1,4 +1,4 @@
-"""imagesets.decode: any file becomes the right picture, or a reason why not; and all in silence."""
+"""imagesets.decode: every file is decoded correctly or refused with a reason, and nothing is printed."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from imagesets.resize import PixelSpec
 from tests.helpers.image_files import encode, lesion_like, png_16_bit, png_chunk, read_png
 
 LESION = lesion_like(60, 45)
-ORIENTATIONS = {  # what the stored pixels must undergo to be seen as taken, EXIF 2.3, tag 274
+ORIENTATIONS = {  # from the stored to the upright image, EXIF 2.3, tag 274
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
     5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a, 1)}
@@ -128,7 +128,7 @@ def test_decode_damaged_second_frame_leaves_the_first():
 
 
 def test_decode_content_counts_not_the_name():
-    # decode sees bytes only; a file of several kinds in one folder needs no more
+    # decode gets only bytes, so files of several kinds may share a folder.
     kinds = {name: decode(encode(LESION, name), spec_with()).source_mode for name in ("PNG", "JPEG", "GIF", "BMP")}
     assert kinds == {"PNG": "RGB", "JPEG": "RGB", "GIF": "P", "BMP": "RGB"}
 
@@ -145,19 +145,19 @@ def test_decode_gray_and_color_meet_the_wanted_channels():
     gray = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     as_rgb = decode(encode(gray), spec_with())
     np.testing.assert_array_equal(read_png(as_rgb.png), np.repeat(gray[..., None], 3, axis=2))
-    assert (as_rgb.notes, as_rgb.source_mode) == (("grey to RGB",), "L")
+    assert (as_rgb.notes, as_rgb.source_mode) == (("gray to RGB",), "L")
     as_gray = decode(encode(gray), spec_with(channels=1))
     np.testing.assert_array_equal(read_png(as_gray.png), gray)
     assert as_gray.notes == ()
     color = decode(encode(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)), spec_with(channels=1))
     assert read_png(color.png).tolist() == [[76, 150]]  # ITU-R 601: 0.299 and 0.587
-    assert color.notes == ("RGB to grey",)
+    assert color.notes == ("RGB to gray",)
 
 
 def test_decode_notes_are_sorted_and_complete():
     image = PIL.Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     data = encode(image, transparency=0, exif=exif(6))
-    assert decode(data, spec_with(width=4, height=4)).notes == ("alpha on white", "grey to RGB", "palette",
+    assert decode(data, spec_with(width=4, height=4)).notes == ("alpha on white", "gray to RGB", "palette",
                                                                 "rotated by EXIF", "upscaled")
 
 
@@ -166,7 +166,7 @@ def test_decode_color_profile_is_applied():
     gray = np.full((4, 4, 3), 128, np.uint8)
     found = decode(encode(gray, icc_profile=matrix_profile(1.0)), spec_with())
     assert np.abs(read_png(found.png).astype(int) - 188).max() <= 1  # linear 0.502 is 188 in sRGB
-    assert found.notes == ("colour profile to sRGB",)
+    assert found.notes == ("color profile to sRGB",)
     same = decode(encode(gray, icc_profile=SRGB), spec_with())
     assert (read_png(same.png) == 128).all()
     assert same.notes == ()
@@ -226,7 +226,7 @@ def test_decode_bad_file_has_its_reason_and_is_silent(name, capfd):
     with warnings.catch_warnings(record=True, action="always") as caught, pytest.raises(BadImage) as error:
         decode(data, spec_with())
     assert (error.value.reason, str(error.value)) == (reason, reason)
-    assert error.value.detail == ("has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"
+    assert error.value.detail == ("has 179,560,000 pixels; at most 178,956,970 are read: reduce its size"
                                   if name == "huge" else "")
     assert reason in REASONS
     assert not caught
@@ -293,9 +293,9 @@ def test_bad_image_travels_between_processes():
 
 
 @pytest.mark.parametrize(("pixels", "expected", "notes"), [
-    (np.array([[0, 256, 65535]], np.uint16), [[[0] * 3, [1] * 3, [255] * 3]], ("16-bit scaled", "grey to RGB")),
-    (np.array([[7, 8]], np.uint8), [[[7] * 3, [8] * 3]], ("grey to RGB",)),
-    (np.array([[[7], [8]]], np.uint8), [[[7] * 3, [8] * 3]], ("grey to RGB",)),
+    (np.array([[0, 256, 65535]], np.uint16), [[[0] * 3, [1] * 3, [255] * 3]], ("16-bit scaled", "gray to RGB")),
+    (np.array([[7, 8]], np.uint8), [[[7] * 3, [8] * 3]], ("gray to RGB",)),
+    (np.array([[[7], [8]]], np.uint8), [[[7] * 3, [8] * 3]], ("gray to RGB",)),
     (np.array([[[1, 2, 3]]], np.uint8), [[[1, 2, 3]]], ()),
     (np.array([[[65535, 256, 0]]], np.uint16), [[[255, 1, 0]]], ("16-bit scaled",)),
     (np.array([[[1, 2, 3, 0]]], np.uint8), [[[255, 255, 255]]], ("alpha on white",))])
@@ -373,7 +373,7 @@ def test_stderr_silenced_drops_writes_and_restores(capfd, fails):
 
 
 def test_pillow_silenced_drops_warnings_and_log_and_restores(monkeypatch, capsys):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that has set up no logging
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that does not set up logging
     log, filters = logging.getLogger("PIL.TiffImagePlugin"), list(warnings.filters)
     with pillow_silenced():
         warnings.warn("inside", UserWarning, stacklevel=1)

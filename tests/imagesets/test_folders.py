@@ -1,4 +1,4 @@
-"""imagesets.folders and sources: folders and zips of images, and what names of folders are."""
+"""imagesets.folders and sources: folders and zips of images, and what the names of folders mean."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_images_in_sub_folders_take_the_folders_as_classes(kind, tmp_path):
     assert source.classes == ["mel", "nv"]
     assert source.labels.tolist() == [0, 0, 1]
     assert sorted(source.ignored) == ["notes.txt", "truth.csv"]
-    assert source.hints == ["truth.csv lies among the images; --labels=FILE would take labels from a table"]
+    assert source.hints == ["truth.csv is among the images; to use it as the table of labels, give --labels=FILE"]
     assert load_all(source) == [FILES[name] for name in source.names]
     assert load_all(source, [False, True, False]) == [FILES["mel/deep/a.png"]]
 
@@ -171,20 +171,20 @@ def test_a_zip_with_a_name_twice_raises(tmp_path):
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"train/a.png": b"1", "Test/b.png": b"2"},
-     "set: the folders Test, train look like parts of a data set, not like classes; give labels by --labels=FILE, or "
-     "each of them as --source, or say what they are: --folders=classes, or --folders=ignore for images without "
+     "set: the folders Test, train look like parts of a data set, not like classes; give labels with --labels=FILE, or "
+     "each of them as --source, or --folders=classes if they are classes, or --folders=ignore for images without "
      "labels"),
     ({"HAM10000_images_part_1/a.png": b"1", "HAM10000_images_part_2/b.png": b"2", "HAM10000_metadata.csv": b"a,b"},
      "set: the folders HAM10000_images_part_1, HAM10000_images_part_2 look like parts of a data set, not like classes; "
-     "give labels by --labels=FILE (HAM10000_metadata.csv lies there), or each of them as --source, or say what they "
-     "are: --folders=classes, or --folders=ignore for images without labels"),
+     "give labels with --labels=FILE (HAM10000_metadata.csv is there), or each of them as --source, or "
+     "--folders=classes if they are classes, or --folders=ignore for images without labels"),
     ({f"{folder}/a.png": b"1" for folder in ("HAM_images_part_1", "HAM_images_part_2", "HAM_segmentations", "Test")},
      "set: the folders HAM_images_part_1, HAM_images_part_2 look like parts of a data set, not like classes; give "
-     "labels by --labels=FILE, or each of them as --source, or say what they are: --folders=classes, or "
+     "labels with --labels=FILE, or each of them as --source, or --folders=classes if they are classes, or "
      "--folders=ignore for images without labels"),
     ({"set/x/a.png": b"1", "b.png": b"2", "set/dataset.json": b"{}"},
-     "{path}: dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder (b.png); "
-     "expected it at the top: give that folder, or zip its content without the folder")])
+     "{path}: dataset.json is in a subfolder (set/dataset.json), but images are outside of it (b.png); expected it at "
+     "the top: give that subfolder, or zip its content without the subfolder")])
 def test_doubtful_folders_raise(files, message, tmp_path):
     source = open_source(make_folder(tmp_path / "set", files))
     with pytest.raises(UserError, match=f"^{re.escape(message.format(path=tmp_path / 'set'))}$"):
@@ -225,10 +225,10 @@ EXPECTED = ("expected a folder or a zip of images, a MedMNIST .npz, the CIFAR-10
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("gone", None, "--source={path} does not exist; " + EXPECTED),
     ("empty.zip", b"", "--source={path} is empty (0 bytes); " + EXPECTED),
-    ("notes.txt", b"hello", "--source={path} is of no known kind; " + EXPECTED),
-    ("a.png", encode(noise(0, 4, 4, 3)), "--source={path} is of no known kind; " + EXPECTED),
-    ("cut.zip", b"PK\x03\x04....", "{path} cannot be read as a zip (File is not a zip file): it is cut off or no zip; "
-                                   "make or copy it again"),
+    ("notes.txt", b"hello", "--source={path} is of an unknown kind; " + EXPECTED),
+    ("a.png", encode(noise(0, 4, 4, 3)), "--source={path} is of an unknown kind; " + EXPECTED),
+    ("cut.zip", b"PK\x03\x04....", "{path} cannot be read as a zip (File is not a zip file): it is truncated or not a "
+                                   "zip; make or copy it again"),
     ("names.zip", {"notes.txt": b"1"}, "{path} holds no images; expected files such as .png or .jpg"),
     ("folder", "folder", "{path} holds no images; expected files such as .png or .jpg")])
 def test_sources_that_are_none_raise(name, content, message, tmp_path):

@@ -1,4 +1,4 @@
-"""imagesets.inspect: counts, problems and the verdict; identical images; the command `inspect`."""
+"""imagesets.inspect: counts, problems and readiness; identical images; the command `inspect`."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_summarize_counts_classes_groups_and_sizes(tmp_path):
     found = inspect(path)
     assert [(one.index, one.name, one.num_images, one.share, one.num_groups) for one in found.classes] == [
         (0, "benign", 6, 0.75, 4), (1, "melanoma", 2, 0.25, 2)]
-    assert (found.num_images, found.num_groups, found.num_unlabelled, found.label_kind) == (8, 5, 0, "classes")
+    assert (found.num_images, found.num_groups, found.num_unlabeled, found.label_kind) == (8, 5, 0, "classes")
     assert (found.num_mixed_groups, found.mixed_groups) == (1, ["p"])
     assert (found.sizes, found.modes, found.kind) == ({"16x16": 8}, {"RGB": 8}, "zip")
     assert found.num_bytes == sum(len(png(pixels_of(index, 16))) for index in range(8))
@@ -80,12 +80,12 @@ def test_summarize_lists_does_not_count_measures(tmp_path):
     found = inspect(make_set(tmp_path / "set.zip", 3, labels=[[1, 45], [0, 62], [1, 80]], classes=["lesion", "age"]))
     assert [(one.index, one.name, one.num_images) for one in found.classes] == [(0, "lesion", 2)]
     assert found.problems == []
-    assert "labels are lists of numbers; an image counts where its number is above 0.5:" in list(describe(found))
+    assert "labels are lists of numbers; an image is of a class if its number is above 0.5:" in list(describe(found))
 
 
-def test_summarize_unlabelled_set_is_ready_without_labels(tmp_path):
+def test_summarize_unlabeled_set_is_ready_without_labels(tmp_path):
     found = inspect(make_set(tmp_path / "set.zip", 4, channels=1))
-    assert (found.label_kind, found.num_unlabelled, found.classes) == (None, 4, [])
+    assert (found.label_kind, found.num_unlabeled, found.classes) == (None, 4, [])
     assert (found.problems, found.ready, found.ready_with_labels, found.modes) == ([], True, False, {"L": 4})
 
 
@@ -172,13 +172,13 @@ GOOD = image(seed=100)
     (image((32, 32)), "mixed sizes", "{}", "2 sizes; expected one: convert with --resolution"),
     (image((16, 8)), "not square", "{}", "1 image is not square: convert with --transform=center-crop"),
     (image((12, 12)), "not a power of two", "{}",
-     "1 image has sides that are no power of two: convert with --resolution=256x256, say"),
+     "1 image has sides that are not a power of two: convert with a --resolution such as 256x256"),
     (image((4, 4)), "size out of range", "{}",
-     "1 image is not of 8 to 2048 pixels a side: convert with --resolution"),
-    (image(mode="RGBA"), "mode", "{} (RGBA)", "1 image is neither RGB nor 8-bit grey: convert the set"),
-    (image(mode="P"), "mode", "{} (P)", "1 image is neither RGB nor 8-bit grey: convert the set"),
-    (png16(), "mode", "{} (I;16)", "1 image is neither RGB nor 8-bit grey: convert the set"),
-    (image(mode="L"), "mixed modes", "{}", "1 grey image and 2 in colour; expected one kind: convert the set"),
+     "1 image is not 8 to 2048 pixels wide and high: convert with --resolution"),
+    (image(mode="RGBA"), "mode", "{} (RGBA)", "1 image is neither RGB nor 8-bit gray: convert the set"),
+    (image(mode="P"), "mode", "{} (P)", "1 image is neither RGB nor 8-bit gray: convert the set"),
+    (png16(), "mode", "{} (I;16)", "1 image is neither RGB nor 8-bit gray: convert the set"),
+    (image(mode="L"), "mixed modes", "{}", "1 gray image and 2 in color; expected one kind: convert the set"),
 ])
 def test_find_problems_bad_image_is_named_and_blocks_training(tmp_path, bad, kind, file, message):
     path = write(tmp_path / "set.zip", [(GOOD, 0, None), (bad, 1, None), (image(seed=101), 0, None)])
@@ -209,18 +209,18 @@ def rewrite_metadata(path, change):
 def test_find_problems_missing_entries_and_nulls_are_counted(tmp_path):
     path = make_set(tmp_path / "set", 4, labels=[0, 1, None, 0])
     rewrite_metadata(path, lambda metadata: {"labels": metadata["labels"][:3]})
-    problem = problems_of(path)["unlabelled"]
+    problem = problems_of(path)["unlabeled"]
     assert problem.message == ("2 images without a label (1 not named in dataset.json): convert with "
-                               "--unlabelled=drop, or run train.py without --cond")
+                               "--unlabeled=drop, or run train.py without --cond")
     assert (problem.files, problem.blocks) == (NAMES[2:4], "labels")
     assert (inspect(path).ready, inspect(path).ready_with_labels) == (True, False)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda metadata: {"labels": [*metadata["labels"], ["gone.png", 0]]},
-     "labels in dataset.json name 1 files that are not there (gone.png)"),
+     "labels in dataset.json name 1 file that is not there (gone.png)"),
     (lambda metadata: {**metadata, "groups": {"gone.png": "p"}},
-     "groups in dataset.json name 1 files that are not there (gone.png)"),
+     "groups in dataset.json name 1 file that is not there (gone.png)"),
     (lambda metadata: {"labels": [[NAMES[0], 0], [NAMES[1], [0.5]]]},
      "labels in dataset.json are of mixed kinds (integers, lists of 1); expected integers, or lists of one length"),
     (lambda metadata: [], "dataset.json holds a list; expected an object with labels"),
@@ -286,13 +286,14 @@ def test_inspect_command_json_is_one_object_with_the_documented_keys(tmp_path, c
         assert key in inspect_command.help
     assert (found["path"], found["num_images"], found["ready"], found["problems"]) == (str(path), 3, True, [])
     assert found["classes"][1] == {"index": 1, "name": "1", "num_images": 2, "share": 2 / 3, "num_groups": 2}
+    assert found["num_unlabeled"] == found["num_unlabelled"] == 0  # the old name, for existing scripts
 
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda path: None, "{} does not exist; expected a data set: a zip or a folder of images"),
     (lambda path: path.mkdir(), "{} holds no images; expected files such as .png or .jpg"),
     (lambda path: path.write_bytes(b""),
-     "{} cannot be read as a zip (File is not a zip file): it is cut off or no zip; make or copy it again"),
+     "{} cannot be read as a zip (File is not a zip file): it is truncated or not a zip; make or copy it again"),
 ])
 def test_inspect_command_nothing_to_look_at_ends_with_2(tmp_path, capsys, make, message):
     path = tmp_path / "set"
@@ -322,6 +323,6 @@ def test_inspect_of_a_set_in_a_folder_inside_that_lacks_images_is_not_ready(tmp_
     found = inspect(enclose(flat, tmp_path / "inside.zip", more={"other/a.png": image()}))
     assert not found.ready
     assert found.problems[0].message == (
-        "dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder (other/a.png); "
-        "expected it at the top: give that folder, or zip its content without the folder; labels and groups were not "
+        "dataset.json is in a subfolder (set/dataset.json), but images are outside of it (other/a.png); expected "
+        "it at the top: give that subfolder, or zip its content without the subfolder; labels and groups were not "
         "read: make the set again")

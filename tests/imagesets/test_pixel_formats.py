@@ -1,4 +1,4 @@
-"""imagesets.pixel_formats: images of more than 8 bits, color profiles, and every mode made 8-bit gray or RGB."""
+"""imagesets.pixel_formats: images with more than 8 bits, color profiles, and all modes become 8-bit gray or RGB."""
 
 import io
 import json
@@ -256,7 +256,7 @@ def test_depth_leaves_images_of_8_bits_as_they_are(tmp_path):
     np.testing.assert_array_equal(other[..., 0], scaled(values_12_bit(1), 4095))
     assert counts(summary.report["converted"])["16-bit scaled"] == 1
     (source / "b.png").unlink()
-    note = "  note: --depth=12 changed nothing: no image has more than 8 bits a channel"
+    note = "  note: --depth=12 changed nothing: no image has more than 8 bits per channel"
     assert note in run_convert(source, tmp_path / "set.zip", depth=12).lines
 
 
@@ -269,8 +269,8 @@ def test_arrays_of_12_bits_take_a_depth_too(tmp_path):
 
 
 def test_values_beyond_the_depth_are_counted_named_and_limited(source_12_bit, tmp_path):
-    message = ("2 of 2 images are unreadable (values beyond --depth: 2), none is left; --depth=10 takes 0 to 1023: "
-               "choose a larger one or leave it out, or list them by --report=FILE")
+    message = ("2 of 2 images cannot be read (values beyond --depth: 2), none is left; --depth=10 takes 0 to 1023: "
+               "choose a larger one or leave it out, or list them with --report=FILE")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run_convert(source_12_bit, tmp_path / "set.zip", depth=10)
     assert not (tmp_path / "set.zip").exists()
@@ -290,8 +290,8 @@ def test_floats_that_were_not_expected_by_their_names_are_never_beyond_a_depth_t
     for name, high in (("a", 1), ("c", 4000)):  # of which the first alone is seen before the image with color
         PIL.Image.fromarray(np.full((8, 8), high, np.float32)).save(tmp_path / "in" / f"{name}.png", format="TIFF")
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8) + np.uint8([0, 0, 9])).save(tmp_path / "in" / "b.png")
-    message = ("1 of 3 images are unreadable (32-bit or float, but not named .tif or .pfm: 1), more than "
-               "--max-bad=0.01 allows; list them by --report=FILE")
+    message = ("1 of 3 images cannot be read (32-bit or float, but not named .tif or .pfm: 1), more than "
+               "--max-bad=0.01 allows; list them with --report=FILE")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run_convert(tmp_path / "in", tmp_path / "set.zip", width=8, height=8)
 
@@ -299,14 +299,15 @@ def test_floats_that_were_not_expected_by_their_names_are_never_beyond_a_depth_t
 def test_values_beyond_the_largest_depth_are_read_without_it(tmp_path):
     (tmp_path / "in").mkdir()
     PIL.Image.fromarray(np.full((8, 8), 65536, np.int32)).save(tmp_path / "in" / "a.tif")
-    with pytest.raises(UserError, match=r"; --depth=16 takes 0 to 65535: leave it out, or list them by --report=FILE$"):
+    with pytest.raises(UserError, match=r"; --depth=16 takes 0 to 65535: leave it out, or list them with "
+                                        r"--report=FILE$"):
         run_convert(tmp_path / "in", tmp_path / "set.zip", depth=16)
     assert run_convert(tmp_path / "in", tmp_path / "set.zip").report["kept"] == 1
 
 
 @pytest.mark.parametrize("bits", [7, 17, 0, -1])
 def test_depth_out_of_range_is_refused_before_anything_is_read(bits, tmp_path):
-    with pytest.raises(UserError, match=f"^--depth={bits}; expected the bits of the numbers in images of more than 8 "):
+    with pytest.raises(UserError, match=f"^--depth={bits}; expected the bits per value of images with more than 8 "):
         run_convert(tmp_path / "nowhere", tmp_path / "set.zip", depth=bits)
 
 
@@ -317,7 +318,7 @@ def tif(values):
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 @pytest.mark.parametrize("options", [{}, {"width": 8, "height": 8}])
 def test_32_bit_and_float_images_of_a_set_share_one_scale_for_any_workers(dtype, options, tmp_path, monkeypatch):
-    """The faintest image stays the faintest, also where the first image has color and the size is known."""
+    """The faintest image stays the faintest, even if the first image has color and the size is known."""
     steps = np.arange(64, dtype=dtype).reshape(8, 8)
     files = {"a.png": encode(noise(0, 8, 8, 3)), "b.tif": tif(steps), "x/c.TIFF": tif(steps * 10 - 100),
              "d.tif": tif(np.full((8, 8), 7, dtype))}
@@ -325,7 +326,7 @@ def test_32_bit_and_float_images_of_a_set_share_one_scale_for_any_workers(dtype,
         files["nan.tif"] = tif(np.full((8, 8), np.nan, dtype))
     monkeypatch.setitem(Progress.__init__.__kwdefaults__, "log_seconds", 0)
     source, screen = make_folder(tmp_path / "in", files), io.StringIO()
-    summary = run_convert(source, tmp_path / "1.zip", stream=screen, max_bad=0.5, unlabelled="keep", **options)
+    summary = run_convert(source, tmp_path / "1.zip", stream=screen, max_bad=0.5, unlabeled="keep", **options)
     assert f"/{len(files) - 1} values of 32-bit and float images" in screen.getvalue()
     _, b, d, c = pixels(ImageSet(tmp_path / "1.zip"))
     for image, values in ((b, steps), (c, steps * 10 - 100), (d, np.full((8, 8), 7))):
@@ -333,14 +334,14 @@ def test_32_bit_and_float_images_of_a_set_share_one_scale_for_any_workers(dtype,
     kind = "float" if dtype == np.float32 else "32-bit"
     assert f"  values of {kind} images: -100 became black, 530 white; the largest is 530" in summary.lines
     assert counts(summary.report["dropped"]) == ({"unreadable: not-a-number pixels": 1} if dtype == np.float32 else {})
-    run_convert(source, tmp_path / "3.zip", workers=3, max_bad=0.5, unlabelled="keep", **options)
+    run_convert(source, tmp_path / "3.zip", workers=3, max_bad=0.5, unlabeled="keep", **options)
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "3.zip").read_bytes()
 
 
 def test_float_images_of_one_value_are_told(tmp_path):
     source = make_folder(tmp_path / "in", {f"{name}.tif": tif(np.full((8, 8), -2, np.float32)) for name in "ab"})
     summary = run_convert(source, tmp_path / "set.zip")
-    assert "  note: all float images have the one value -2, and became black" in summary.lines
+    assert "  note: all float images have only the value -2 and became black" in summary.lines
     assert not any(image.any() for image in pixels(ImageSet(tmp_path / "set.zip")))
 
 
@@ -532,7 +533,7 @@ def test_to_srgb_other_gamma_follows_the_formula(gamma):
     pixels = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3))
     found, note = to_srgb(PIL.Image.fromarray(pixels), matrix_profile(gamma))
     expected = 255 * srgb_curve((np.arange(256) / 255) ** gamma)
-    assert note == "colour profile to sRGB"
+    assert note == "color profile to sRGB"
     # 2: LittleCMS computes in 8 and 16 bits.
     assert np.abs(np.asarray(found)[0] - expected[:, None]).max() <= 2
 
@@ -551,12 +552,12 @@ def test_to_srgb_unusable_profile_is_ignored_and_said(profile):
     image = PIL.Image.new("RGB", (2, 2), (1, 2, 3))
     found, note = to_srgb(image, profile)
     assert found is image
-    assert note == "colour profile ignored"
+    assert note == "color profile ignored"
 
 
 def test_cmyk_to_srgb_profile_of_another_kind_leaves_the_plain_formula():
     image = PIL.Image.new("CMYK", (1, 1), (0, 51, 102, 51))
-    for profile, expected in ((SRGB, "colour profile ignored"), (None, None)):
+    for profile, expected in ((SRGB, "color profile ignored"), (None, None)):
         image.info["icc_profile"] = profile
         found, note = cmyk_to_srgb(image)
         assert (found.mode, found.getpixel((0, 0)), note) == ("RGB", (204, 163, 122), expected)
@@ -564,4 +565,4 @@ def test_cmyk_to_srgb_profile_of_another_kind_leaves_the_plain_formula():
 
 def test_to_srgb_gray_image_stays_as_it_is():
     image = PIL.Image.new("L", (1, 1), 100)
-    assert to_srgb(image, matrix_profile(1.0)) == (image, "colour profile ignored")
+    assert to_srgb(image, matrix_profile(1.0)) == (image, "color profile ignored")

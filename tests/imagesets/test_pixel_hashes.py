@@ -1,4 +1,4 @@
-"""imagesets.pixel_hashes: what members decode to, hashes of pixels, kept and computed."""
+"""imagesets.pixel_hashes and load_pixels: decoded pixels, and their hashes, computed and cached."""
 
 import io
 import json
@@ -92,7 +92,7 @@ def test_split_keeps_an_image_and_its_mirror_image_together(tmp_path):
 
 
 def test_split_of_a_set_without_hashes_keeps_mirror_images_together_and_records_them(cache, tmp_path):
-    """Train.py, which decodes the parts, would refuse one as --valid of the other, and advise to split."""
+    """Otherwise train.py would refuse one part as --valid of the other, with the advice to split."""
     whole = make_set(tmp_path / "old.zip", 6, hashes=False)
     mirrored = make_set(tmp_path / "mirrored.zip", 6, mirror=True, hashes=False)
     with zipfile.ZipFile(whole, "a") as file, zipfile.ZipFile(mirrored) as other:
@@ -142,18 +142,18 @@ def test_hashes_that_cannot_be_kept_are_returned_all_the_same(cache, tmp_path, m
     said = io.StringIO()
     path = make_set(tmp_path / "old.zip", 2, hashes=False)
     assert read_pixel_hashes(ImageSet(path), stream=said) == list(decoded(path).values())
-    assert said.getvalue() == (f"pixel hashes cannot be kept in {tmp_path}/file/pixel_hashes (Not a directory); they "
-                               "will be computed again the next time\n")
+    assert said.getvalue() == (f"pixel hashes cannot be cached in {tmp_path}/file/pixel_hashes (Not a directory); they "
+                               "will be computed again next time\n")
 
 
 @pytest.mark.parametrize(("hashes", "message"), [
-    ([], "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the field, and they are "
-         "computed anew"),
+    ([], "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the field, then they are "
+         "computed again"),
     ({"0.png": "0" * 32}, "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the field, "
-                          "and they are computed anew"),
+                          "then they are computed again"),
     ({"0.png": ["0" * 31, 1, 2]}, "pixel_hashes in dataset.json are not an object of [hash, size, CRC-32]; remove the "
-                                  "field, and they are computed anew"),
-    ({"9.png": ["0" * 32, 1, 2]}, "pixel_hashes in dataset.json name 1 files that are not there (9.png)"),
+                                  "field, then they are computed again"),
+    ({"9.png": ["0" * 32, 1, 2]}, "pixel_hashes in dataset.json name 1 file that is not there (9.png)"),
 ])
 def test_hashes_that_do_not_fit_the_set_are_refused(tmp_path, hashes, message):
     folder = write_files(tmp_path / "files", 1)
@@ -181,7 +181,7 @@ def encoded(pixels, image_format="png", mode=None):
 
 
 def refused(images, *args):
-    """Return what is said of a member, the same each time."""
+    """Return the error message for an image, which must be the same each time."""
     messages = []
     for _ in range(2):
         with pytest.raises(UserError) as caught:
@@ -194,15 +194,15 @@ def refused(images, *args):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder with one image, to write others into: a set reads what is asked for, listed or not."""
+    """Return a folder with one image, to write others into: ImageSet.read also reads files that are not listed."""
     (tmp_path / "a.png").write_bytes(png(pixels_of(0)))
     return tmp_path
 
 
 @pytest.mark.parametrize("place", ["set.zip", "folder"])
 def test_load_pixels_gives_the_planes_of_a_member(tmp_path, place):
-    color = ImageSet(make_set(tmp_path / f"colour_{place}", 2))
-    gray = ImageSet(make_set(tmp_path / f"grey_{place}", 2, channels=1))
+    color = ImageSet(make_set(tmp_path / f"color_{place}", 2))
+    gray = ImageSet(make_set(tmp_path / f"gray_{place}", 2, channels=1))
     for images, expected in ((color, pixels_of(1).transpose(2, 0, 1)), (gray, pixels_of(1, channels=1)[None])):
         for shape in (None, expected.shape):
             found = load_pixels(images, NAME, shape)
@@ -220,7 +220,7 @@ def test_load_pixels_takes_any_format_and_oblong_images(folder):
 def test_load_pixels_of_what_is_no_image_says_so(folder, data):
     (folder / "b.png").write_bytes(data)
     assert refused(ImageSet(folder), "b.png") == (
-        f"{folder}: b.png cannot be decoded (it is no image); make or copy it again")
+        f"{folder}: b.png cannot be decoded (it is not an image); make or copy it again")
 
 
 def test_load_pixels_of_half_an_image_gives_the_decoder_s_reason(folder):
@@ -234,7 +234,7 @@ def test_load_pixels_of_half_an_image_gives_the_decoder_s_reason(folder):
 def test_load_pixels_of_a_member_that_claims_to_be_huge_is_refused(folder, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 31)
     assert refused(ImageSet(folder), "a.png") == (
-        f"{folder}: a.png has 64 pixels; at most 62 are read: save it smaller")
+        f"{folder}: a.png has 64 pixels; at most 62 are read: reduce its size")
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "I;16"])
@@ -243,11 +243,11 @@ def test_load_pixels_of_another_mode_is_refused(folder, mode):
     data = encoded(gray.astype(np.uint16)) if mode == "I;16" else encoded(gray, mode=mode)
     (folder / "b.png").write_bytes(data)
     assert refused(ImageSet(folder), "b.png") == (
-        f"{folder}: b.png has mode {mode}; expected 8-bit grey or RGB: convert it with dataset_tool.py")
+        f"{folder}: b.png has mode {mode}; expected 8-bit gray or RGB: convert it with dataset_tool.py")
 
 
 @pytest.mark.parametrize(("pixels", "found"), [
-    (pixels_of(1, 16), "16x16 RGB"), (pixels_of(1, channels=1), "8x8 grey"), (np.zeros((8, 6, 3)), "6x8 RGB")])
+    (pixels_of(1, 16), "16x16 RGB"), (pixels_of(1, channels=1), "8x8 gray"), (np.zeros((8, 6, 3)), "6x8 RGB")])
 def test_load_pixels_of_another_shape_names_both(folder, pixels, found):
     (folder / "b.png").write_bytes(png(pixels))
     assert refused(ImageSet(folder), "b.png", (3, 8, 8)) == (
@@ -264,6 +264,6 @@ def test_load_pixels_leaves_what_the_reader_says_as_it_is(tmp_path):
         f"{path}: {NAME} is damaged (Bad CRC-32 for file '{NAME}'); make or copy the data set again")
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((3, 64, 64), "64x64 RGB"), ((1, 32, 48), "48x32 grey")])
+@pytest.mark.parametrize(("shape", "expected"), [((3, 64, 64), "64x64 RGB"), ((1, 32, 48), "48x32 gray")])
 def test_describe_shape_gives_width_height_and_kind(shape, expected):
     assert describe_shape(shape) == expected

@@ -1,4 +1,4 @@
-"""imagesets.reader: checksums, and archives that once gave wrong labels, or no end."""
+"""imagesets.reader: checksums, and archives that once gave wrong labels or were read endlessly."""
 
 import io
 import json
@@ -46,8 +46,8 @@ def test_folders_that_link_to_each_other_are_entered_once(tmp_path):
 
 
 @pytest.mark.parametrize(("label", "message"), [
-    (10**9, f"the label {10**9}; expected less than {MAX_CLASSES}, the number of a class"),
-    (10**30, f"the label {10**30}; expected less than {MAX_CLASSES}, the number of a class"),
+    (10**9, f"the label {10**9}; expected the number of a class, below {MAX_CLASSES}"),
+    (10**30, f"the label {10**30}; expected the number of a class, below {MAX_CLASSES}"),
     ([1e300], "the label [1e+300]; expected an integer >= 0, a list of numbers, or null"),
 ])
 def test_labels_that_would_fill_the_memory_are_refused(tmp_path, label, message):
@@ -73,8 +73,8 @@ def test_pipe_among_images_is_refused_when_read(tmp_path):
 
 HUGE = encode(np.zeros((1, 1)))[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 13400, 13400, 8, 0, 0, 0, 0)) + \
     png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
-MANY_PIXELS = "has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"
-MANY_BYTES = "has 5,000 bytes; at most 1,000 are read: save it smaller, or leave it out"
+MANY_PIXELS = "has 179,560,000 pixels; at most 178,956,970 are read: reduce its size"
+MANY_BYTES = "has 5,000 bytes; at most 1,000 are read: reduce its size, or leave it out"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -91,7 +91,7 @@ def test_images_that_are_too_large_name_size_and_limit(tmp_path, monkeypatch, pa
                                                                                 "long.png": MANY_BYTES}}
     with pytest.raises(UserError) as caught:
         convert(source, tmp_path / "set.zip", **options)
-    assert str(caught.value) == ("2 of 3 images are unreadable (too large: 2), more than --max-bad=0.01 allows; "
+    assert str(caught.value) == ("2 of 3 images cannot be read (too large: 2), more than --max-bad=0.01 allows; "
                                  f"huge.png {MANY_PIXELS}; see {tmp_path / 'r.json'}")
     with pytest.raises(UserError) as caught:
         load_pixels(ImageSet(source), "huge.png")
@@ -143,7 +143,8 @@ def test_images_of_equal_names_that_share_a_row_are_reported(tmp_path):
     (tmp_path / "t.csv").write_text("image,class\n0,a\n")
     summary = convert(tmp_path / "set", tmp_path / "a.zip", labels=tmp_path / "t.csv", id_column="image",
                       label_column="class", include=["*"], workers=1, report=tmp_path / "r.json")
-    line = "images that share a row of the table, as their names are equal: 2 (one/0.png, two/0.png); are they alike?"
+    line = ("images that share a row of the table, because their names are equal: 2 (one/0.png, two/0.png); are they "
+            "the same image?")
     assert f"  {line}" in summary.lines
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["images_that_share_a_row"] == {"count": 2, "names": ["one/0.png", "two/0.png"]}

@@ -1,4 +1,4 @@
-"""imagesets.resize: the reference's transforms, to the last bit."""
+"""imagesets.resize: the transforms of the original, bit for bit."""
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_decoder_reduction_own_size_is_one():
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_crop_and_resize_reduced_image_shows_the_same_part(reduction):
-    # A ramp: its mean over any part tells which part that is. 1003 is no multiple of the reductions.
+    # A ramp: its mean over a part identifies the part. 1003 is not a multiple of the reductions.
     x = np.linspace(0, 255, 1003)
     pixels = np.tile(np.rint(x), (701, 1)).astype(np.uint8)
     spec = spec_with(transform="center-crop")
@@ -110,7 +110,7 @@ def test_crop_and_resize_reduced_image_shows_the_same_part(reduction):
     expected = np.asarray(crop_and_resize(whole, box, spec)).astype(int)
     found = np.asarray(crop_and_resize(whole.reduce(reduction), box, spec, reduction=reduction)).astype(int)
     assert np.abs(found - expected).max() <= 1
-    # A crop that is off by one pixel of the reduced image moves all by 0.5 at least; roundings alone reach 0.13.
+    # A crop that is off by one pixel of the reduced image changes all by at least 0.5; rounding alone by 0.13.
     assert abs((found - expected).mean()) < 0.2
 
 
@@ -119,13 +119,13 @@ def test_crop_and_resize_reduced_image_shows_the_same_part(reduction):
     ({"resize_filter": "cubic"}, "--resize-filter is cubic; expected box or lanczos"),
     ({"width": 0}, "--width is 0; expected at least 1"),
     ({"transform": "center-crop", "width": None},
-     "--transform=center-crop has only one of width and height; give both, as --resolution=256x256, or none to keep "
-     "the square that it cuts"),
+     "--transform=center-crop has only one of width and height; give both, such as --resolution=256x256, or neither to "
+     "keep the size of the square"),
     ({"transform": "center-crop-wide", "height": None},
-     "--transform=center-crop-wide needs the picture's size; give --resolution=WxH, for example 256x192"),
+     "--transform=center-crop-wide needs a size; give --resolution=WxH, for example 256x192"),
     ({"transform": "center-crop-wide", "height": 33},
-     "--transform=center-crop-wide is for pictures wider than high, and 32x33 is not; turn the numbers round, or use "
-     "center-crop"),
+     "--transform=center-crop-wide needs a width above the height, but the size is 32x33; swap the numbers, or "
+     "use center-crop"),
 ])
 def test_pixel_spec_impossible_wish_is_explained(changes, message):
     with pytest.raises(UserError) as caught:

@@ -33,13 +33,13 @@ def run(tmp_path, **options):
 
 
 def groups_of(images):
-    """Return the groups of a data set by letter, None for an image alone."""
+    """Return the groups of a data set by letter, None for an image in no group."""
     return dict(zip("abcdefgh", images.named_groups()))
 
 
 @pytest.fixture
 def challenge(tmp_path):
-    """Five images a to e of ISIC 2019 with its two files; a and c are of one lesion, d and e of none that is known."""
+    """Five images a to e of ISIC 2019 with its two files; a and c show one lesion, those of d and e are unknown."""
     make_folder(tmp_path / "in", {f"{name}.png": image(seed) for seed, name in enumerate("abcde")})
     (tmp_path / "truth.csv").write_text(ISIC_2019 + "".join(f"{name},{label}\n" for name, label in zip(
         "abcde", (MEL, NV, MEL, NV, NV))))
@@ -71,19 +71,19 @@ def test_command_tells_what_was_taken_and_what_is_missing(challenge, monkeypatch
     assert run_command(main, arguments) == 0
     assert capsys.readouterr().out.splitlines()[3:] == [
         "  truth.csv (ISIC 2019): labels from MEL, NV, BCC, AK, BKL, DF, VASC, SCC, UNK, no groups",
-        "  note: without groups, split may put images of one lesion into several parts; add --groups=FILE with "
+        "  note: without groups, split may put images of one lesion into several parts; give --groups=FILE with "
         "ISIC_2019_Training_Metadata.csv"]
     assert run_command(main, [*arguments, "--groups=lesions.csv"]) == 0
     assert capsys.readouterr().out.splitlines()[3:] == [
         "  truth.csv (ISIC 2019): labels from MEL, NV, BCC, AK, BKL, DF, VASC, SCC, UNK, no groups",
         "  lesions.csv: groups by lesion_id",
-        "  images without a patient or lesion, each a group of its own: 2 (d.png, e.png)"]
+        "  images without a patient or lesion, each in a group of its own: 2 (d.png, e.png)"]
     (challenge / "metadata.csv").write_text("isic_id,diagnosis_1,diagnosis_2,diagnosis_3,patient_id\n" + "".join(
         f"{name},Benign,x,Nevus,IP_{name}\n" for name in "abcde"))
     assert run_command(main, [*arguments[:2], "--labels=metadata.csv"]) == 0
     assert capsys.readouterr().out.splitlines()[3:] == [
         "  metadata.csv (ISIC archive): labels from diagnosis_1, groups by patient_id",
-        "  note: other levels of the diagnosis: --label-column=diagnosis_2|diagnosis_3"]
+        "  note: for other levels of the diagnosis give --label-column=diagnosis_2|diagnosis_3"]
 
 
 def test_groups_of_labels_and_of_the_file_are_both_kept_together(tmp_path):
@@ -129,7 +129,7 @@ def test_columns_named_are_those_of_the_file_of_groups(challenge):
     (challenge / "who.csv").write_text("image,patient,lesion_id\na,P,L\nb,P,M\n")
     _, images, _ = run(challenge, labels="truth.csv", groups="who.csv", group_column="patient", id_column="image")
     assert groups_of(images) == {"a": "P", "b": "P", "c": None, "d": None, "e": None}
-    # The table of labels has a column "name", that of groups has not, and needs none.
+    # The table of labels has a column "name"; the table of groups does not have it and does not need it.
     (challenge / "kinds.csv").write_text("name,kind\n" + "".join(f"{name},nv\n" for name in "abcde"))
     _, images, _ = run(challenge, labels="kinds.csv", groups="lesions.csv", id_column="name", label_column="kind")
     assert groups_of(images)["c"] == "BCN_1"
@@ -137,11 +137,11 @@ def test_columns_named_are_those_of_the_file_of_groups(challenge):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"groups": "other.csv"}, "--groups: no image of in has a row; the images are named as a.png, the rows as HAM_1: "
-                              "choose the column by --id-column, or another table"),
+                              "choose the column with --id-column, or another table"),
     ({"groups": "none.csv"}, "FOLDER/none.csv does not exist; expected a table, a CSV file"),
     ({"groups": "lesions.csv", "group_column": "who"},
-     "--group-column=who is no column of FOLDER/lesions.csv; expected one of image, age_approx, anatom_site_general, "
-     "lesion_id, sex"),
+     "--group-column=who is not a column of FOLDER/lesions.csv; expected one of image, age_approx, "
+     "anatom_site_general, lesion_id, sex"),
     ({"groups": "lesions.csv", "label_column": "sex"},
      "--label-column names a column, but there is no table; add --labels=FILE"),
     ({"groups": "lesions.csv", "source": "set.npz"},

@@ -120,9 +120,9 @@ THERE = "the 5 images of lesions (.jpg 3, .png 2; images/A.JPG, images/A_mask.pn
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"exclude": ["*.gif"]}, f'--exclude="*.gif" fits none of {THERE}; expected a pattern of names, such as "*.jpg", '
-                             'or of a folder, such as "masks/*"'),
-    ({"include": ["MASKS"]}, f'--include="MASKS" fits none of {THERE}; the folder of that name is "MASKS/"'),
+    ({"exclude": ["*.gif"]}, f'--exclude="*.gif" matches none of {THERE}; expected a pattern of names, such as '
+                             '"*.jpg", or of a folder, such as "masks/*"'),
+    ({"include": ["MASKS"]}, f'--include="MASKS" matches none of {THERE}; the folder of that name is "MASKS/"'),
     ({"exclude": ["*.jpg", "*.png"]}, f"--include and --exclude leave none of {THERE}; expected patterns that leave "
                                       "some: change them"),
     ({"exclude": ["*.png", ""]}, '--exclude is empty; expected a pattern of file names, such as --exclude="*.png"')])
@@ -135,38 +135,39 @@ def test_patterns_that_fit_nothing_or_everything_are_refused(lesions, tmp_path, 
 def test_archives_of_arrays_have_no_files_to_choose(tmp_path):
     path = make_idx(tmp_path / "t10k-images-idx3-ubyte.gz", noise(0, 2, 8, 8))
     make_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.arange(2, dtype=np.uint8))
-    with pytest.raises(UserError, match=r"^--exclude: t10k-images-idx3-ubyte\.gz \(MNIST\) holds no files; leave the "):
+    with pytest.raises(UserError, match=r"^--exclude: t10k-images-idx3-ubyte\.gz \(MNIST\) does not consist of "
+                                        "files; leave the "):
         open_sources([path], exclude=["*.png"])
 
 
 @pytest.mark.parametrize(("files", "message"), [
     (["1.jpg", "1.png", "2.jpg", "2.png", "3.jpg", "3.png"],
      "--labels: 3 of the table's 3 rows match several files (1.jpg and 1.png; 2.jpg and 2.png; ...); expected one "
-     'image a row: say which files are meant, such as by --include="*.jpg" or --exclude="*.png", or take all by '
+     'image per row: choose the files, for example by --include="*.jpg" or --exclude="*.png", or take all with '
      '--include="*"'),
     (["1.jpg", "2.jpg", "2.png", "3.jpg"],
-     "--labels: 1 of the table's 3 rows matches several files (2.jpg and 2.png); expected one image a row: say which "
-     'files are meant, such as by --include="*.jpg" or --exclude="*.png", or take all by --include="*"'),
+     "--labels: 1 of the table's 3 rows matches several files (2.jpg and 2.png); expected one image per row: choose "
+     'the files, for example by --include="*.jpg" or --exclude="*.png", or take all with --include="*"'),
     (["annotations/1.png", "images/1.JPG", "images/2.jpg"],  # the photograph, whichever comes first
      "--labels: 1 of the table's 3 rows matches several files (annotations/1.png and images/1.JPG); expected one image "
-     'a row: say which files are meant, such as by --include="*.jpg" or --exclude="*.png", or take all by '
+     'per row: choose the files, for example by --include="*.jpg" or --exclude="*.png", or take all with '
      '--include="*"'),
     (["images/1.png", "images/2.png", "images/3.png", "masks/1.png", "masks/3.png"],
      "--labels: 2 of the table's 3 rows match several files (images/1.png and masks/1.png; images/3.png and "
-     'masks/3.png); expected one image a row: say which files are meant, such as by --exclude="images/*" or '
-     '--exclude="masks/*", or take all by --include="*"')])
+     'masks/3.png); expected one image per row: choose the files, for example by --exclude="images/*" or '
+     '--exclude="masks/*", or take all with --include="*"')])
 def test_a_row_of_several_files_is_an_error_until_patterns_say_which(files, message, tmp_path):
     source = make_folder(tmp_path / "in", {name: image(seed) for seed, name in enumerate(files)})
     labels = table(tmp_path, "1", "2", "3")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        run(source, tmp_path / "set.zip", labels=labels, unlabelled="drop", report=tmp_path / "r.json")
+        run(source, tmp_path / "set.zip", labels=labels, unlabeled="drop", report=tmp_path / "r.json")
     assert not (tmp_path / "set.zip").exists()
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["error"], report["found"]) == (message, len(files))
     assert all(len(names) == 2 for names in report["rows_of_several_files"].values())
     for advice in re.findall(r'--(\w+)="([^"]+)"', message):
         chosen = {advice[0]: [advice[1]]}
-        summary = run(source, tmp_path / "set.zip", labels=labels, unlabelled="drop", **chosen)
+        summary = run(source, tmp_path / "set.zip", labels=labels, unlabeled="drop", **chosen)
         assert summary.report["kept"] == (len(files) if advice[1] == "*" else len(names_left(source, **chosen)))
 
 
@@ -180,18 +181,18 @@ def test_a_set_that_a_zip_holds_twice_is_refused_with_a_table_until_one_is_left_
     assert str(caught.value) == (
         "--labels: 4 of the table's 4 rows match several files (HAM10000_images_part_1/10.jpg and "
         "ham10000_images_part_1/10.jpg; HAM10000_images_part_1/11.jpg and ham10000_images_part_1/11.jpg; ...); "
-        'expected one image a row: say which files are meant, such as by --exclude="HAM10000_images_part_1/*" '
+        'expected one image per row: choose the files, for example by --exclude="HAM10000_images_part_1/*" '
         '--exclude="HAM10000_images_part_2/*" or --exclude="ham10000_images_part_1/*" '
-        '--exclude="ham10000_images_part_2/*", or take all by --include="*"')
+        '--exclude="ham10000_images_part_2/*", or take all with --include="*"')
     for name in ("HAM10000", "ham10000"):
         patterns = [f"{name}_images_part_{part}/*" for part in (1, 2)]
         with pytest.raises(UserError, match=r"^--labels: 4 of the table's 4 rows match several files \(HAM10000_ima"):
-            run(source, tmp_path / "set.zip", labels=labels, include=["*.jpg"])  # tells nothing of the two
+            run(source, tmp_path / "set.zip", labels=labels, include=["*.jpg"])  # does not distinguish the two
         summary = run(source, tmp_path / "set.zip", labels=labels, exclude=patterns)
         assert (summary.report["found"], summary.report["kept"]) == (4, 4)
         assert summary.report["rows_without_an_image"]["count"] == 0
     lines = run(source, tmp_path / "set.zip", labels=labels, include=["*"]).lines
-    assert [line for line in lines if line.endswith("hold the set twice? Give each of its folders once")]
+    assert [line for line in lines if line.endswith("is every image there twice? Give each folder only once")]
 
 
 def test_an_image_and_its_mask_in_two_sources_are_told_by_their_endings(tmp_path):
@@ -199,7 +200,7 @@ def test_an_image_and_its_mask_in_two_sources_are_told_by_their_endings(tmp_path
     two = make_folder(tmp_path / "two", {"1.png": image(3)})
     labels = table(tmp_path, "1", "2")
     with pytest.raises(UserError, match=r"^--labels: 1 of the table's 2 rows matches several files \(one/1\.jpg and "
-                       r".* are meant, such as by leaving out the --source of two, or take all by"):
+                       r".* the files, for example by leaving out the --source of two, or take all w"):
         run([one, two], tmp_path / "set.zip", labels=labels)
     with pytest.raises(UserError, match=r"^--include and --exclude leave none of the 1 image of two .*; expected "
                        r"patterns that leave some: change them, or leave this --source out$"):
@@ -212,21 +213,21 @@ def test_an_image_and_its_mask_in_two_sources_are_told_by_their_endings(tmp_path
 def test_masks_without_a_row_are_an_error_that_names_their_pattern(tmp_path):
     files = {f"ISIC_{number}{tail}": image(number) for number in (1, 2) for tail in (".jpg", "_superpixels.png")}
     source, labels = make_folder(tmp_path / "in", files), table(tmp_path, "ISIC_1", "ISIC_2")
-    message = ("2 of 4 images have no label, 2 of them no row in the table (ISIC_1_superpixels.png, "
+    message = ("no label for 2 of 4 images, 2 of them without a row in the table (ISIC_1_superpixels.png, "
                "ISIC_2_superpixels.png); expected a label for each: add them, leave them out "
-               '(--exclude="*_superpixels.png"), or give --unlabelled=drop or --unlabelled=keep')
+               '(--exclude="*_superpixels.png"), or give --unlabeled=drop or --unlabeled=keep')
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         run(source, tmp_path / "set.zip", labels=labels)
     assert run(source, tmp_path / "set.zip", labels=labels, exclude=["*_superpixels.png"]).report["kept"] == 2
-    (tmp_path / "table.csv").write_text(f"{HAM}L1,ISIC_1,,,,,\n")  # no image has a label: none to tell the others from
-    with pytest.raises(UserError, match=r"expected a label for each: add them, or give --unlabelled=drop or "):
+    (tmp_path / "table.csv").write_text(f"{HAM}L1,ISIC_1,,,,,\n")  # no image has a label, so nothing to compare with
+    with pytest.raises(UserError, match=r"expected a label for each: add them, or give --unlabeled=drop or "):
         run(source, tmp_path / "set.zip", labels=labels)
 
 
 @pytest.mark.parametrize(("files", "note"), [
-    (["1.jpg", "1.png", "2.jpg"], "2 images differ by the ending of their names only (1.jpg, 1.png); if some are "
-                                  'masks, leave them out, such as by --exclude="*.png"'),
-    (["1.jpg", "1_mask.png"], "1 image is named after others (1_mask.png); if they are masks, leave them out by "
+    (["1.jpg", "1.png", "2.jpg"], "the names of 2 images differ only in the ending (1.jpg, 1.png); if some are "
+                                  'masks, leave them out, for example with --exclude="*.png"'),
+    (["1.jpg", "1_mask.png"], "1 image is named after others (1_mask.png); if they are masks, leave them out with "
                               '--exclude="*_mask.png"'),
     (["1.jpg", "2.png", "x_mask.png"], None)])
 def test_masks_are_noted_where_no_table_tells(files, note, tmp_path):
@@ -299,7 +300,7 @@ def test_a_name_in_two_sources_is_two_images_and_reported(halves):
     assert report["duplicates"] == [["part_1/ISIC_6.png", "part_2/ISIC_6.png"]]
     assert found.groups[1] == found.groups[6]
     assert len(set(found.groups)) == 6
-    assert "  names in several sources: 2 (ISIC_5.png, ISIC_6.png); all these images are kept" in summary.lines
+    assert "  names in several sources: 2 (ISIC_5.png, ISIC_6.png); all these images were kept" in summary.lines
 
 
 def test_tables_tell_images_of_several_sources_apart_by_their_folders(halves):
@@ -348,7 +349,7 @@ def test_folders_that_look_like_parts_wait_for_a_word_of_the_user(tmp_path, seve
     (tmp_path / "t.csv").write_text("image,dx\n" + "".join(f"{name},{name in 'ab'}\n" for name in "abcde"))
     table = {"labels": tmp_path / "t.csv", "id_column": "image", "label_column": "dx"}
     assert run(source, tmp_path / "table.zip", **table).report["classes"]["True"] == 2
-    with pytest.raises(UserError, match=r"^--folders=ignore and --labels are both given, and a table takes the place"):
+    with pytest.raises(UserError, match=r"^--folders=ignore and --labels are both given; expected only one of the two"):
         run(source, tmp_path / "x.zip", folders="ignore", **table)
 
 
@@ -358,15 +359,15 @@ def test_folders_of_archives_that_bring_labels_are_not_asked_about(labeled_folde
     for name, kind in (("ready.zip", "zip of images with dataset.json"), ("set.npz", "MedMNIST npz")):
         with pytest.raises(UserError) as caught:
             run(tmp_path / name, tmp_path / "x.zip", folders="ignore")
-        assert str(caught.value) == f"--folders: {name} ({kind}) brings its own labels; leave the option out"
-    run([tmp_path / "ready.zip", labeled_folder], tmp_path / "both.zip", folders="ignore", unlabelled="keep")
+        assert str(caught.value) == f"--folders: {name} ({kind}) has its own labels; leave the option out"
+    run([tmp_path / "ready.zip", labeled_folder], tmp_path / "both.zip", folders="ignore", unlabeled="keep")
     assert ImageSet(tmp_path / "both.zip").labels.tolist() == [0, 0, 1, 1, 1, 2, *[NO_LABEL] * 6]
 
 
-def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabelled(tmp_path):
+def test_an_image_without_a_class_folder_beside_sources_with_some_is_unlabeled(tmp_path):
     make_folder(tmp_path / "one", {"mel/a.png": image(1), "nv/b.png": image(2)})
     make_folder(tmp_path / "two", {"c.png": image(3)})
-    with pytest.raises(UserError, match=r"^1 of 3 images have no label \(two/c\.png\); expected a label for each"):
+    with pytest.raises(UserError, match=r"^no label for 1 of 3 images \(two/c\.png\); expected a label for each"):
         run([tmp_path / "one", tmp_path / "two"], tmp_path / "set.zip")
 
 
@@ -382,13 +383,13 @@ def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path
     two = make_labeled(tmp_path / "two.zip", [0, 1, None], ["nv", "mel"], ["p", "00000/img00000001.png", None], seed=5,
                         source={"phantom": True})
     folders = make_folder(tmp_path / "folders", {"nv/x.png": image(20)})
-    run([one, two, folders], tmp_path / "set.zip", unlabelled="keep", report=tmp_path / "report.json")
+    run([one, two, folders], tmp_path / "set.zip", unlabeled="keep", report=tmp_path / "report.json")
     found = ImageSet(tmp_path / "set.zip")
     assert (found.classes, found.labels.tolist()) == (["mel", "nv"], [0, 1, 1, 1, 0, NO_LABEL, 1])
     assert found.groups[0] == found.groups[3] == "p"
-    assert len(set(found.groups)) == 6  # a group named after an image of one set is no group of the other
+    assert len(set(found.groups)) == 6  # a group named after an image is only a group of that data set
     assert found.source["phantom"] is True
-    assert read_json(tmp_path / "report.json")["names_in_several_sources"]["count"] == 0  # numbers are no names
+    assert read_json(tmp_path / "report.json")["names_in_several_sources"]["count"] == 0  # numbered names do not count
 
 
 @pytest.mark.parametrize(("one", "two", "message"), [
@@ -399,14 +400,14 @@ def test_data_sets_of_the_same_classes_are_joined_by_the_names_of_these(tmp_path
      "the classes of one.zip are mel, nv, those of two.zip numbers without names; expected the same in both: make both "
      "with the same --classes, or give --labels"),
     (([0, 1], ["mel", "nv"]), ([[0.5, 0.5]], ["mel", "nv"]),
-     "the labels of one.zip are classes, those of two.zip lists of 2 numbers; expected one kind: convert each alone, "
-     "or give --labels"),
+     "the labels of one.zip are classes, those of two.zip lists of 2 numbers; expected one kind: convert each "
+     "separately, or give --labels"),
     (([0, 1], ["mel", "nv"]), "folders",
-     "one.zip has the classes mel, nv as labels, and the folders of other sources are named bcc, nv; expected the same "
-     "classes in all: convert each alone, or give --labels"),
+     "one.zip has the classes mel, nv as labels, but the folders of other sources are named bcc, nv; expected the same "
+     "classes in all: convert each separately, or give --labels"),
     (([0, 1], None), "folders",
-     "one.zip has numbers of classes without names as labels, and the folders of other sources are named bcc, nv; "
-     "expected the same classes in all: convert each alone, or give --labels")])
+     "one.zip has numbers of classes without names as labels, but the folders of other sources are named bcc, nv; "
+     "expected the same classes in all: convert each separately, or give --labels")])
 def test_sources_of_other_classes_are_refused_unless_a_table_labels_them(tmp_path, one, two, message):
     one = make_labeled(tmp_path / "one.zip", *one)
     if two == "folders":
@@ -441,10 +442,10 @@ def test_a_source_given_twice_or_inside_another_is_refused(halves):
             (["part_1", "part_1"], "--source={0}/part_1 is given twice; expected each folder or archive once"),
             (["part_1", "part_2", "link"],
              "--source={0}/link is given twice, also as {0}/part_1; expected each folder or archive once"),
-            ([".", "part_1"], "--source={0}/part_1 lies in --source={0}, which is read with all its folders; leave one "
-                              "of the two out"),
+            ([".", "part_1"], "--source={0}/part_1 is inside --source={0}, which is read with all its subfolders; "
+                              "leave one of the two out"),
             (["part_1", "set.npz"], "--source: set.npz (MedMNIST npz) cannot be joined with others; expected folders "
-                                    "or zips of images: convert it alone")]:
+                                    "or zips of images: convert it separately")]:
         np.savez(halves / "set.npz", train_images=noise(0, 2, 8, 8))
         with pytest.raises(UserError, match=f"^{re.escape(message.format(halves))}$"):
             run([halves / path for path in paths], halves / "set.zip")

@@ -17,7 +17,7 @@ from tests.helpers.split_cases import THREE, Labels, make_request, unique_digest
 
 
 def random_labels(seed):
-    """Return labels and groups of a random structure: pure or mixed groups, of even or very different sizes."""
+    """Return random labels and groups: pure or mixed groups, of equal or very different sizes."""
     random = np.random.RandomState(seed)
     num_classes = random.randint(1, 6)
     frequency = random.dirichlet(np.ones(num_classes))
@@ -54,7 +54,7 @@ def test_assign_random_structures_keeps_groups_whole_and_parts_alike(seed):
         inside = result.part_of == part
         assert abs(inside.sum() - share * len(images)) <= largest
         for label in np.unique(images.labels):
-            # What whole groups allow: a class is off by less than one of the largest groups.
+            # As close as whole groups allow: a class is off by less than one of the largest groups.
             of_class = images.labels == label
             assert abs((inside & of_class).sum() - share * of_class.sum()) <= largest
             units = set(result.unit_of[of_class])
@@ -85,7 +85,7 @@ def test_assign_same_seed_same_result_other_seed_other_result():
 
 
 def test_assign_order_is_that_of_a_stored_result():
-    # A split is cited for years: the same groups and seed must give it on every machine and version.
+    # Splits are cited for years: the same groups and seed must give the same one on every machine and version.
     images = Labels(np.arange(20) % 2, [f"g{index}" for index in range(20)])
     result = assign(images, unique_digests(20), make_request("train:0.6,test:0.4", seed=7))
     assert "".join(map(str, result.part_of)) == "10010100001000111001"
@@ -172,8 +172,8 @@ def test_assign_gives_every_part_a_class_that_has_just_enough_groups():
 def test_assign_without_a_way_for_each_class_raises():
     # Three classes, each in two of three groups: in two parts, one class is always missing somewhere.
     images = Labels([0, 1, 1, 2, 2, 0], list("uuvvww"))
-    with pytest.raises(UserError, match=r"no way was found to give part [ab] a group of [012] from the data set: ask "
-                                        "for fewer parts or larger shares, or try another --seed"):
+    with pytest.raises(UserError, match=r"no way was found to give part [ab] a group of [012] from the data set; "
+                                        "request fewer parts or larger shares, or try another --seed"):
         assign(images, unique_digests(6), make_request("a:0.5,b:0.5"))
 
 
@@ -193,7 +193,7 @@ def test_split_command_writes_parts_beside_the_set_and_prints_what_was_reached(t
         "isic-split.json", "isic-test.zip", "isic-train.zip", "isic.zip"]
     assert capsys.readouterr().out.splitlines() == [
         "          all  train         test",
-        "aimed at              80.0%        20.0%",
+        "target                80.0%        20.0%",
         "images     40     32  80.0%     8  20.0%",
         "groups     20     16  80.0%     4  20.0%",
         "benign     30     24  80.0%     6  20.0%",
@@ -208,8 +208,8 @@ def test_describe_split_tells_phantoms_links_and_skew():
     digests[1] = digests[0]
     asked = make_request(institutions=2, skew="1=0.5,0.1", leave_out=True)
     lines = list(describe_split(assign(images, digests, asked), asked, is_phantom=True))
-    assert lines[:2] == ["PHANTOM: rendered images, no data of patients",
-                         "1 group joined with others, for they share identical images"]
+    assert lines[:2] == ["PHANTOM: rendered images, not patient data",
+                         "1 group joined with others because they share identical images"]
     assert lines[-3:] == ["    institution1   institution2", "0  50.0% (50.0%)  88.2% (90.0%)",
                           "1  50.0% (50.0%)  11.8% (10.0%)"]
 
@@ -241,15 +241,17 @@ ERRORS = [
     (["--parts=a:1.5,b:-0.5"], "--parts=a:1.5,b:-0.5: the share 1.5 is out of range; expected a number above 0 and up "
                                "to 1"),
     (["--parts=a:0.25,b:0.25,c:0.25,d:0.25"],
-     "the data set has 3 groups (3 images) of class c; expected at least 4, one for each part (a, b, c, d): join "
-     "classes when converting (--merge), ask for fewer parts, or give --allow-missing"),
-    (["--parts=a:0.5,b:0.5", "--sizes=0.5,0.5"], "--sizes is given without --institutions; add --institutions=3, say"),
-    (["--parts=a:0.5,b:0.5", "--skew=a=0.5"], "--skew is given without --institutions; add --institutions=3, say"),
-    (["--institutions=2", "--leave-out"], "--leave-out is given without --skew; only a skew may leave images out"),
-    (["--institutions=2", "--sizes=0.5"], "--sizes=0.5 has 1 numbers; expected 2, one for each of --institutions=2"),
+     "the data set has 3 groups (3 images) of class c; expected at least 4, one for each part (a, b, c, d): merge "
+     "classes when converting (--merge), request fewer parts, or give --allow-missing"),
+    (["--parts=a:0.5,b:0.5", "--sizes=0.5,0.5"],
+     "--sizes is given without --institutions; add it, such as --institutions=3"),
+    (["--parts=a:0.5,b:0.5", "--skew=a=0.5"],
+     "--skew is given without --institutions; add it, such as --institutions=3"),
+    (["--institutions=2", "--leave-out"], "--leave-out is given without --skew; expected both or neither"),
+    (["--institutions=2", "--sizes=0.5"], "--sizes=0.5 has 1 number; expected 2, one for each of --institutions=2"),
     (["--institutions=2", "--sizes=0.5,0.6"], "--sizes=0.5,0.6: the shares sum to 1.1; expected 1"),
     (["--institutions=1", "--parts=x:0.5,institution1:0.5"],
-     "--parts names institution1, which --institutions makes, too; choose another name"),
+     "--parts names institution1, which --institutions also makes; choose another name"),
     (["--institutions=0"], "Invalid value for '--institutions': 0 is not in the range x>=1."),
     (["--institutions=2", "--skew=nothing.txt"],
      "--skew=nothing.txt is neither a readable file nor a skew; expected CLASS=SHARE,SHARE,...;CLASS=... with a share, "
@@ -258,8 +260,8 @@ ERRORS = [
      "--skew: '=0.1,0.2' is not understood; expected CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each "
      "institution, such as melanoma=0.3,0.05,*"),
     (["--institutions=2", "--skew=a=0.1,0.2;a=0.1,0.2"], "--skew names a twice; expected each class once"),
-    (["--institutions=2", "--skew=a=0.1"], "--skew: a has 1 shares; expected 2, one for each of --institutions=2"),
-    (["--institutions=2", "--skew=a=*,*"], "--skew: a has 2 shares *; expected at most one"),
+    (["--institutions=2", "--skew=a=0.1"], "--skew: a has 1 share; expected 2, one for each of --institutions=2"),
+    (["--institutions=2", "--skew=a=*,*"], "--skew: a has * for 2 shares; expected at most one"),
     (["--institutions=2", "--skew=a=2,*"], "--skew: a: the share 2 is out of range; expected a number from 0 and up to "
                                            "1"),
     (["--institutions=2", "--skew=z=0.1,*"], "--skew names the class z, which the data set has no images of; expected "
@@ -270,7 +272,7 @@ ERRORS = [
     (["--institutions=2", "--skew=b=0.1,0.1"],
      "--skew needs 32 images of a; there are 25: raise the shares of the classes it names, put * for one of them, or "
      "use only 31 of 40 images with --leave-out"),
-    (["--institutions=2", "--skew=b=0.8,*"], "--skew needs 16 images of b for the institutions beside *; the data set "
+    (["--institutions=2", "--skew=b=0.8,*"], "--skew needs 16 images of b for the institutions besides *; the data set "
                                              "has 12: lower these shares"),
     (["--institutions=2", "--sizes=0.9,0.1", "--skew=a=0.5,*"],
      "--skew leaves 7 images of a for institution2, which holds 4: raise the other shares"),
@@ -296,13 +298,13 @@ def test_split_command_more_parts_than_groups_tells_both(tmp_path, capsys):
     path = make_set(tmp_path / "set.zip", 6, groups=["a", "a", "a", "b", "b", "b"])
     assert run(split_command, [str(path), f"--parts={THREE}"]) == 2
     assert capsys.readouterr().err == ("error: the data set has 2 groups; expected at least 3, one for each part "
-                                       "(train, val, test): ask for fewer parts\n")
+                                       "(train, val, test): request fewer parts\n")
 
 
 def test_split_command_lists_with_skew_is_refused(tmp_path, capsys):
     path = make_set(tmp_path / "set.zip", 6, labels=[[1.0, 0.0]] * 6)
     assert run(split_command, [str(path), "--institutions=2", "--skew=0=0.1,*"]) == 2
-    assert capsys.readouterr().err == f"error: --skew needs labels, one class an image; in {path} they are lists of " \
+    assert capsys.readouterr().err == f"error: --skew needs labels, one class per image; in {path} they are lists of " \
                                       "numbers\n"
 
 

@@ -1,4 +1,4 @@
-"""imagesets.split_files: parts hold the same bytes, labels and groups, and the manifest says so."""
+"""imagesets.split_files: parts hold the same bytes, labels and groups, and the manifest lists them."""
 
 import hashlib
 import json

@@ -26,7 +26,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def refused(table, tmp_path):
-    """Return a function that gives the message of a table that is refused, its folder cut off."""
+    """Return a function that returns the error message for a table, without its folder."""
     def read(*lines, **columns):
         with pytest.raises(UserError) as error:
             table(*lines, **columns)
@@ -177,20 +177,20 @@ def test_named_group_column_keeps_the_kind(table):
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({}, "t.csv is no table of a known kind; its columns are file, kind, who: say --id-column=NAME and "
+    ({}, "t.csv is not a table of a known kind; its columns are file, kind, who: give --id-column=NAME and "
          "--label-column=NAME"),
-    ({"id_column": "file"}, "t.csv is no table of a known kind; its columns are file, kind, who: say "
+    ({"id_column": "file"}, "t.csv is not a table of a known kind; its columns are file, kind, who: give "
                             "--label-column=NAME"),
-    ({"label_column": "kind"}, "t.csv is no table of a known kind; its columns are file, kind, who: say "
+    ({"label_column": "kind"}, "t.csv is not a table of a known kind; its columns are file, kind, who: give "
                                "--id-column=NAME"),
     ({"id_column": "fil", "label_column": "kind"},
-     "--id-column=fil is no column of t.csv; expected one of file, kind, who (did you mean file?)"),
+     "--id-column=fil is not a column of t.csv; expected one of file, kind, who (did you mean file?)"),
     ({"id_column": "file", "label_column": "Kind"},
-     "--label-column=Kind is no column of t.csv; expected one of file, kind, who (did you mean kind?)"),
+     "--label-column=Kind is not a column of t.csv; expected one of file, kind, who (did you mean kind?)"),
     ({"id_column": "file", "label_column": "kind", "group_column": "patient"},
-     "--group-column=patient is no column of t.csv; expected one of file, kind, who"),
+     "--group-column=patient is not a column of t.csv; expected one of file, kind, who"),
     ({"id_column": "file", "label_column": "file"},
-     "--label-column=file is the column of the ids as well; expected the one of the classes among file, kind, who"),
+     "--label-column=file is also the id column; expected the column of the classes among file, kind, who"),
 ])
 def test_columns_wrong_lists_the_columns(refused, columns, message):
     assert refused("file,kind,who", "x,red,P1", **columns) == message
@@ -208,7 +208,7 @@ def test_label_column_of_names_is_refused(refused):
     rows = [f"i{index},n{index}" for index in range(1001)]
     assert refused("i,n", *rows, id_column="i", label_column="n") == (
         "t.csv, line 1002: the column of the labels has more than 1000 different values ('n1000' for example); "
-        "expected classes: name another --label-column")
+        "expected classes: choose another --label-column")
 
 
 # Groups
@@ -222,8 +222,8 @@ def test_group_is_the_patient_else_the_patient_of_the_lesion_else_the_lesion(tab
 def test_lesion_of_two_patients_is_refused(refused):
     rows = "isic_id,dx,lesion_id,patient_id", "a,nv,L1,P1", "b,nv,L1,P2"
     assert refused(*rows, id_column="isic_id", label_column="dx") == (
-        "t.csv, line 3: lesion L1 belongs to patient P2, but to P1 further up; expected one patient: correct it, or "
-        "name a --group-column")
+        "t.csv, line 3: lesion L1 belongs to patient P2, but to P1 in an earlier line; expected one patient: correct "
+        "it, or choose a --group-column")
 
 
 # Names of images
@@ -323,7 +323,7 @@ def test_text_accents_are_read_in_either_encoding(table, encoding):
 
 def test_text_accent_across_two_pieces_of_the_file_stays_utf8(table):
     header = "image_id,dx,site\n"
-    piece = 1 << 20  # what is looked through at a time
+    piece = 1 << 20  # size of the pieces in which a file is read
     num_rows, rest = divmod(piece - 2 - len(header), 1000)
     rows = [f"q{index:07d},x,".ljust(999 + (rest if index == 0 else 0), "y") + "\n" for index in range(num_rows)]
     data = f"{header}{''.join(rows)}n\u00e6vus,bl\u00e9,\n".encode()
@@ -341,20 +341,20 @@ def test_text_quoted_cell_over_lines_counts_them(refused):
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (b"", "t.csv is empty; expected a table: a header and a row an image"),
-    (b"\n \n", "t.csv is empty; expected a table: a header and a row an image"),
-    (b"image_id,dx\n", "t.csv has a header but no rows; expected a row an image"),
-    (b"image_id\na\n", "t.csv has the single column 'image_id'; expected at least two, with commas, semicolons or tabs "
-                       "between them"),
-    (b"PK\x03\x04\x00\x00", "t.csv is no text file; expected a table as CSV (a workbook: save it as CSV)"),
+    (b"", "t.csv is empty; expected a table: a header and one row per image"),
+    (b"\n \n", "t.csv is empty; expected a table: a header and one row per image"),
+    (b"image_id,dx\n", "t.csv has a header but no rows; expected one row per image"),
+    (b"image_id\na\n", "t.csv has the single column 'image_id'; expected at least two, separated by commas, semicolons "
+                       "or tabs"),
+    (b"PK\x03\x04\x00\x00", "t.csv is not a text file; expected a table as CSV (a workbook: save it as CSV)"),
     (b"\xff\xfea", "t.csv begins like UTF-16 but is damaged (truncated data); save the table as CSV in UTF-8"),
-    (b"image_id,dx\na,nv,3\n", "t.csv, line 2: the row has 3 cells; expected 2, as the header has"),
-    (b"image_id,dx\n\na\n", "t.csv, line 3: the row has 1 cell; expected 2, as the header has"),
-    (b'image_id,dx\na,"nv\nb,nv\n', "t.csv, line 2: the quotes of this row do not fit (unexpected end of data); "
+    (b"image_id,dx\na,nv,3\n", "t.csv, line 2: the row has 3 cells; expected 2, like the header"),
+    (b"image_id,dx\n\na\n", "t.csv, line 3: the row has 1 cell; expected 2, like the header"),
+    (b'image_id,dx\na,"nv\nb,nv\n', "t.csv, line 2: the quotes in this row are wrong (unexpected end of data); "
                                     'expected cells such as "text", and "" for a quote inside one'),
-    (b'image_id,dx\na,"n"v\n', "t.csv, line 2: the quotes of this row do not fit (',' expected after '\"'); "
+    (b'image_id,dx\na,"n"v\n', "t.csv, line 2: the quotes in this row are wrong (',' expected after '\"'); "
                                'expected cells such as "text", and "" for a quote inside one'),
-    (b'"image_id,dx\na,nv\n', "t.csv, line 1: the quotes of this row do not fit (unexpected end of data); "
+    (b'"image_id,dx\na,nv\n', "t.csv, line 1: the quotes in this row are wrong (unexpected end of data); "
                               'expected cells such as "text", and "" for a quote inside one'),
 ])
 def test_text_damaged_is_refused(refused, data, message):
@@ -387,7 +387,7 @@ def test_large_table_takes_little_memory(tmp_path):
     assert found.class_of("ISIC_0007919.jpg") == "malignant"
     # 12 bytes of id, 10 of group, 8 for each of both ends, 2 of class; arrays grow by up to an eighth ahead of need.
     assert kept / num_rows < 60
-    assert peak / num_rows < 200  # while sorting, all ids are there as text once
+    assert peak / num_rows < 200  # sorting holds all ids as str once
 
 
 def test_compact_texts_hold_any_text():
@@ -500,7 +500,7 @@ def test_groups_of_a_table_alone_are_read_without_labels(table, lines, columns, 
      "--groups=g.csv has the columns file, who; expected the name of the image in one of isic_id, image_name, "
      "image_id, image, and patient_id or lesion_id: give --id-column=NAME and --group-column=NAME"),
     (("image,lesion_id", "a,L"), {"id_column": "imag"},
-     "--id-column=imag is no column of g.csv; expected one of image, lesion_id (did you mean image?)"),
+     "--id-column=imag is not a column of g.csv; expected one of image, lesion_id (did you mean image?)"),
     (("image,lesion_id", "a,L", "a,M"), {},
      "g.csv, line 3: a is in the group M, but in the group L in line 2; expected rows of one image to agree: correct "
      "or remove one"),

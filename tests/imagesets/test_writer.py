@@ -1,4 +1,4 @@
-"""imagesets.writer: what is written is what Pillow and readers read, never another byte, and whole or not at all."""
+"""imagesets.writer: Pillow and our reader read what was written; always the same bytes; whole or not at all."""
 
 import gc
 import hashlib
@@ -41,7 +41,7 @@ def test_encode_png_other_arrays_raise(pixels):
         encode_png(pixels)
 
 
-# Of the bytes this encoder wrote first; they hold no compressed data, so no library can change them.
+# sha256 of the encoder's first output; it is not compressed, so no library can change it.
 EXPECTED = "5194d95b62cdaedc579387343c7c0bcddf9feae6efbff590b51974d7e75f6ce4"
 
 
@@ -72,7 +72,7 @@ def test_image_set_round_trip_keeps_everything(tmp_path):
         assert opened.other_members == ["dataset.json", "table.csv"]
         assert opened.read("table.csv") == b"1,2\n"
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    # Readers of the original's format find what they know.
+    # Programs for the original's format can read it.
     metadata = json.loads(ImageSet(tmp_path / "a.zip").read("dataset.json"))
     assert metadata["labels"][0] == ["00000/img00000000.png", 1]
 
@@ -126,7 +126,7 @@ def test_writer_that_is_interrupted_within_a_member_leaves_nothing_and_says_noth
     def write():
         with ImageSetWriter(tmp_path / "set.zip") as writer:
             writer.add(png(pixels_of(0)))
-            handle = writer._zip.open("half.png", "w")  # as in the moment when writestr has just begun
+            handle = writer._zip.open("half.png", "w")  # as if writestr had just begun
             handle.write(b"half")
             raise KeyboardInterrupt
 

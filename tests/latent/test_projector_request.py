@@ -89,8 +89,8 @@ NETWORK = "a .safetensors of a run, or a .pkl of the original"
     (["--outdir=o", "--data=set.zip", "--class=bcc"], f"--class names the class 'bcc'; {CLASSES_KNOWN}"),
     (["--outdir=o", "--data=set.zip", "--count=0"], "--count is 0; expected at least 1"),
     (["--outdir=o", "--data=no.zip"], "no.zip does not exist; expected a data set: a zip or a folder of images"),
-    (["--outdir=o", "--data=target.png"], "target.png cannot be read as a zip (File is not a zip file): it is cut off "
-                                          "or no zip; make or copy it again"),
+    (["--outdir=o", "--data=target.png"], "target.png cannot be read as a zip (File is not a zip file): it is "
+                                          "truncated or not a zip; make or copy it again"),
     (["--outdir=o", "--data=bare.zip"], "bare.zip has no classes, and the network starts from one; "
      f"{CLASSES_KNOWN}: give --class=NAME to start from, or --class=auto to try each"),
     (["--outdir=o", "--data=other.zip"], "other.zip has images of scc, bcc, which the network does not know; "

@@ -183,7 +183,7 @@ def test_target_of_more_bytes_than_any_image_is_not_read(tmp_path):
     with open(path, "wb") as file:
         file.truncate((1 << 30) + 1)
     assert refusal(path) == (f"--target is {path}, which has 1,073,741,825 bytes; at most 1,073,741,824 are read: "
-                             "save it smaller, or leave it out")
+                             "reduce its size, or leave it out")
 
 
 def test_target_below_a_file_cannot_be_read(tmp_path):
@@ -205,7 +205,7 @@ BAD = {
                                                             "another: save it as PNG or JPEG"),
     "truncated": (encode(WIDE)[:500], "ends too early; expected a whole image: copy or download it again"),
     "corrupt": (b"\x89PNG" + bytes(50), "is damaged; expected a whole image: copy or download it again"),
-    "too large": (huge_png(), "has 179,560,000 pixels; at most 178,956,970 are read: save it smaller"),
+    "too large": (huge_png(), "has 179,560,000 pixels; at most 178,956,970 are read: reduce its size"),
     "not-a-number pixels": (encode(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"),
                             "has pixels that are no finite numbers; expected an image without them"),
     "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values for which --depth has no place; "

@@ -263,7 +263,7 @@ def test_bad_arguments_give_one_line(capsys, tmp_path, monkeypatch, arguments, m
                                   "take a network that was trained with train.py --cond=1"),
     ({"resolution": 32}, [], "{data} holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the same: "
                              "convert the data set with dataset_tool.py"),
-    ({"channels": 1}, [], "{data} holds 16x16 RGB images and the network makes 16x16 grey ones; expected the same: "
+    ({"channels": 1}, [], "{data} holds 16x16 RGB images and the network makes 16x16 gray ones; expected the same: "
                           "convert the data set with dataset_tool.py"),
     ({}, ["--metrics=pr2k20_full"], "metric pr2k20_full needs at least 21 real images and {data} holds 20; expected "
                                     "more"),
@@ -335,7 +335,7 @@ def test_program_with_two_processes_says_once_which_image_is_damaged(data, tmp_p
     done = subprocess.run([sys.executable, str(ROOT / "calc_metrics.py"), *QUICK, f"--generated={data}",
                            f"--data={folder}", "--metrics=kid5_full", "--batch=4", "--gpus=2"], capture_output=True,
                           text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    message = f"error: {folder}: {damaged}.png cannot be decoded (it is no image); make or copy it again\n"
+    message = f"error: {folder}: {damaged}.png cannot be decoded (it is not an image); make or copy it again\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 

@@ -253,7 +253,7 @@ def test_evaluator_refuses_what_cannot_be(data, metrics, changes, message):
 
 @pytest.mark.parametrize(("network", "info", "changes", "message"), [
     ({"resolution": 32}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the "),
-    ({"channels": 1}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 16x16 grey ones; expected the same"),
+    ({"channels": 1}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 16x16 gray ones; expected the same"),
     ({"c_dim": 3}, {}, {}, r"a.zip has labels of length 2 and the network takes 3; expected the data set that it"),
     ({"c_dim": 0}, {}, {"chosen": "1"}, r"^--class is 1, but the network was trained without classes; leave --class"),
     ({}, {"classes": ["melanoma", "nevus"]}, {}, r"a.zip has labels of benign; expected those of melanoma, nevus: "),

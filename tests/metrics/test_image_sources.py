@@ -121,8 +121,8 @@ def test_set_images_of_another_size_or_mode_raise(tmp_path):
     (tmp_path / "4.png").write_bytes(png(pixels_of(4, channels=1)))
     selection = SetImages(tmp_path).select()
     for row, message in ((1, "1.png is 16x16 RGB, the first image 8x8 RGB; expected one size"),
-                         (2, "2.png cannot be decoded"), (3, "3.png has mode RGBA; expected 8-bit grey or RGB"),
-                         (4, "4.png is 8x8 grey, the first image 8x8 RGB; expected one size")):
+                         (2, "2.png cannot be decoded"), (3, "3.png has mode RGBA; expected 8-bit gray or RGB"),
+                         (4, "4.png is 8x8 gray, the first image 8x8 RGB; expected one size")):
         with pytest.raises(UserError, match=message):
             selection.pixels(range(row, row + 1))
 

@@ -199,8 +199,8 @@ def folder_with(tmp_path, **files):
      "a.png is 6x8 RGB; expected square images, grey or RGB: convert it with dataset_tool.py "
      "--transform=center-crop --resolution=256x256"),
     ({"a_png": png(np.zeros((8, 8, 4)))},
-     "a.png has mode RGBA; expected 8-bit grey or RGB: convert it with dataset_tool.py"),
-    ({"a_png": b"nothing"}, "a.png cannot be decoded (it is no image); make or copy it again"),
+     "a.png has mode RGBA; expected 8-bit gray or RGB: convert it with dataset_tool.py"),
+    ({"a_png": b"nothing"}, "a.png cannot be decoded (it is not an image); make or copy it again"),
     ({"a_png": png(pixels_of(0))[:150]}, "a.png cannot be decoded ("),
 ])
 def test_dataset_first_image_that_cannot_be_used_is_refused(tmp_path, files, message):
@@ -213,7 +213,7 @@ def test_dataset_image_of_another_size_is_named_when_it_is_read(tmp_path):
     dataset = ImageDataset(folder)
     ending = "the first image 8x8 RGB; expected one size: convert it with dataset_tool.py"
     assert refused(lambda: dataset[1]) == f"{folder}: b.png is 16x16 RGB, {ending}"
-    assert refused(lambda: dataset[2]) == f"{folder}: c.png is 8x8 grey, {ending}"
+    assert refused(lambda: dataset[2]) == f"{folder}: c.png is 8x8 gray, {ending}"
 
 
 def test_dataset_labels_that_are_missing_are_counted(tmp_path):
@@ -238,7 +238,7 @@ def test_dataset_paths_that_are_no_data_set_are_refused(tmp_path):
     cut = tmp_path / "cut.zip"
     cut.write_bytes(whole.read_bytes()[:500])
     assert refused(lambda: ImageDataset(cut)) == (
-        f"{cut} cannot be read as a zip (File is not a zip file): it is cut off or no zip; make or copy it again")
+        f"{cut} cannot be read as a zip (File is not a zip file): it is truncated or not a zip; make or copy it again")
 
 
 IMAGE = png(pixels_of(0))
@@ -272,13 +272,13 @@ IMAGE = png(pixels_of(0))
      "dataset.json gives a.png the label 1e+300; expected an integer >= 0, a list of numbers, or null"),
     (b'{"labels": [["a.png", "0"]]}',
      "dataset.json gives a.png the label '0'; expected an integer >= 0, a list of numbers, or null"),
-    (b'{"labels": [["x\\\\a.png", 0]]}', "labels in dataset.json name 1 files that are not there (x\\a.png)"),
+    (b'{"labels": [["x\\\\a.png", 0]]}', "labels in dataset.json name 1 file that is not there (x\\a.png)"),
     (b'{"labels": {"a.png": 0}}', "labels in dataset.json are not [[file, label], ...]"),
     (b'{"labels": [["a.png", 2]], "classes": ["x", "y"]}',
      "dataset.json names 2 classes; expected 3, as its labels need"),
     (b'{"classes": "xy"}', "classes in dataset.json are 'xy'; expected a list of names"),
     (b'{"groups": ["a"]}', "groups in dataset.json are not an object of texts"),
-    (b'{"groups": {"z.png": "p"}}', "groups in dataset.json name 1 files that are not there (z.png)"),
+    (b'{"groups": {"z.png": "p"}}', "groups in dataset.json name 1 file that is not there (z.png)"),
 ])
 def test_dataset_json_that_does_not_fit_is_refused(tmp_path, metadata, message):
     folder = folder_with(tmp_path, a_png=IMAGE, b_png=IMAGE, dataset_json=metadata)
@@ -317,8 +317,8 @@ def test_set_in_a_folder_inside_that_does_not_hold_all_images_is_refused(tmp_pat
     path = enclose(make_set(tmp_path / "flat.zip", labels=[0, 1] * 3), tmp_path / "a.zip",
                    more={"b.png": png(pixels_of(9))})
     assert refused(lambda: ImageSet(path)) == (
-        f"{path}: dataset.json lies in a folder inside (set/dataset.json), and images lie outside of that folder "
-        "(b.png); expected it at the top: give that folder, or zip its content without the folder")
+        f"{path}: dataset.json is in a subfolder (set/dataset.json), but images are outside of it (b.png); expected it "
+        "at the top: give that subfolder, or zip its content without the subfolder")
 
 
 @pytest.mark.parametrize(("folder", "found"), [("one", "one/dataset.json"), (".", "dataset.json")])
@@ -327,8 +327,8 @@ def test_sets_in_several_folders_are_refused(tmp_path, folder, found):
     path = enclose(flat, tmp_path / "both", "two")
     enclose(flat, path, folder)
     assert refused(lambda: ImageSet(path)) == (
-        f"{path}: dataset.json lies in 2 places ({found}, two/dataset.json); expected one: give one of these "
-        "folders, take the others out, or join them by dataset_tool.py with a --source for each")
+        f"{path}: dataset.json is in 2 places ({found}, two/dataset.json); expected one: give one of these "
+        "folders, remove the others, or join them with dataset_tool.py and a --source for each")
 
 
 @pytest.mark.parametrize("folder", ["", "set/"])

@@ -617,11 +617,11 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--data=set.zip", "--outdir is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
     ("--outdir=runs", "--data is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
     ("--data=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
-    ("--data=cut.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is cut off or no zip; make or "
-                       "copy it again"),
+    ("--data=cut.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is truncated or not a zip; make "
+                       "or copy it again"),
     ("--data=mixed.zip", "mixed.zip: b.png is 32x32 RGB, the first image 16x16 RGB; expected "
                          "one size: convert it with dataset_tool.py"),
-    ("--data=mixed", "mixed: b.png is 16x16 grey, the first image 16x16 RGB; expected one size: "
+    ("--data=mixed", "mixed: b.png is 16x16 gray, the first image 16x16 RGB; expected one size: "
                      "convert it with dataset_tool.py"),
     ("--data=odd.zip", "data set odd has resolution 24; expected a power of two from 8 to 2048: convert it with "
                        "dataset_tool.py"),
@@ -760,7 +760,7 @@ def test_resume_of_gray_images_names_the_data(inside, capsys):
     make_set("grey.zip", size=16, channels=1)
     save_tiny_network("network.safetensors")
     assert refuse(capsys, *replaced(BASE, ["--data=grey.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (
-        "--resume=network.safetensors: the network has 16x16 RGB images, and this run 16x16 grey images; expected the "
+        "--resume=network.safetensors: the network has 16x16 RGB images, and this run 16x16 gray images; expected the "
         f"same: a data set of 16x16 RGB images fits; or {PARTIAL}")
 
 

@@ -87,7 +87,7 @@ def refused(state, path, **options):
 @pytest.mark.parametrize(("there", "here", "described"), [
     ({"resolution": 16}, {"resolution": 32}, ("16x16 RGB images", "32x32 RGB images")),
     ({"resolution": 32}, {"resolution": 16}, ("32x32 RGB images", "16x16 RGB images")),
-    ({}, {"channels": 1}, ("16x16 RGB images", "16x16 grey images")),
+    ({}, {"channels": 1}, ("16x16 RGB images", "16x16 gray images")),
     ({}, {"channel_base": 256, "channel_max": 32}, ("16 channels at 4x4", "32 channels at 4x4")),
     ({"channel_base": 64, "channel_max": 16}, {}, ("8 channels at 8x8", "16 channels at 8x8")),
 ])

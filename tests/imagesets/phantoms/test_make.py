@@ -126,7 +126,7 @@ def test_command_writes_a_set_and_says_so(tmp_path, capsys):
     (["--classes=benign:0.5,:0.5"],
      "--classes has ':0.5'; expected NAME:SHARE,NAME:SHARE,..., such as benign:0.87,melanoma:0.13"),
     (["--classes=nv:0.5,nv:0.5"], "--classes has nv twice; expected each name once"),
-    (["--classes=nv:0.87,mel:0.31"], "--classes has shares that add up to 1.18; expected 1"),
+    (["--classes=nv:0.87,mel:0.31"], "--classes has shares that sum to 1.18; expected 1"),
     (["--classes=nv:1,mel:0"], "--classes gives mel the share 0; expected above 0, up to 1"),
     (["--classes=nv:nan,mel:0"], "--classes gives nv the share nan; expected above 0, up to 1"),
     (["--classes=nv:0.5,benign:0.5"], "--classes has nv and benign, which look the same; keep one of them"),

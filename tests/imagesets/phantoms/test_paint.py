@@ -1,4 +1,4 @@
-"""The pixels of phantoms show what their attributes say."""
+"""The pixels of phantoms match their attributes."""
 
 import numpy as np
 import pytest
@@ -84,5 +84,5 @@ def test_resolution_changes_the_detail_and_not_the_scene(resolution):
     assert row == same_row
     block = 512 // resolution
     average = largest.reshape(resolution, block, resolution, block, 3).mean((1, 3))
-    # Thin shapes are painted at another sharpness: measured 0.2 to 1.2 levels of 255 on average.
+    # Thin shapes differ in sharpness: 0.2 to 1.2 levels of 255 on average, measured.
     assert np.abs(average - pixels).mean() < 2

@@ -1,4 +1,4 @@
-"""imagesets.phantoms.scene: what lesions of a class look like, and the attributes that are drawn."""
+"""imagesets.phantoms.scene: the looks of classes, and the distributions of attributes."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_class_attributes_differ_and_overlap():
     for values in columns.values():
         assert 0.7 < auc(values, positive) < 0.9
     together = sum((values - values.mean()) / values.std() for values in columns.values())
-    assert 0.86 < auc(together, positive) < 0.96  # told apart mostly, not always
+    assert 0.86 < auc(together, positive) < 0.96  # mostly distinguishable, but not always
 
 
 def test_bias_sets_the_probability_and_changes_nothing_else():
