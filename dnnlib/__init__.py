@@ -1,1 +1,1 @@
-"""Helpers that need no torch."""
+"""Helpers that do not need PyTorch."""

@@ -1,4 +1,4 @@
-"""Keep files from the network in the user's cache folder: fetched once, checked, whole."""
+"""Download files into the user's cache folder: once, with a checksum, never half a file."""
 
 import hashlib
 import http.client
@@ -16,12 +16,12 @@ from dnnlib.process_lock import ProcessLock
 from dnnlib.progress import Progress
 
 FOLDER_NAME = "lesion-stylegan2-ada"
-_SILENT_SECONDS = 30  # a server that sends nothing for so long is given up
+_SILENT_SECONDS = 30  # give up on a server that sends nothing for this long
 _CHUNK_BYTES = 1 << 20
 
 
 class FetchError(UserError):
-    """A file is not at hand and cannot be had from the network."""
+    """A file is not in the cache and cannot be downloaded."""
 
 
 def cache_folder() -> Path:
@@ -36,51 +36,51 @@ def cache_folder() -> Path:
 
 
 def downloaded(name: str) -> Path:
-    """Return where the file `name` is after it was fetched, or put there by hand."""
+    """Return where the file `name` is after it was downloaded, or copied there by hand."""
     return cache_folder() / "downloads" / name
 
 
 def fetch(url: str, *, name: str, sha256: str | None) -> Path:
-    """Return the path of a file of the network, which is fetched when no process of this user did so before.
+    """Return the path of a file, downloaded unless it is in the cache.
 
     name:    of the file in the cache
-    sha256:  hexadecimal digits that the file's digest starts with, 64 or fewer; None where none is known: then only
-             the length is checked
+    sha256:  hexadecimal digits that the file's digest starts with, 64 or fewer; None when unknown: then only the
+             length is checked
 
-    Raises FetchError when it cannot be fetched, UserError when a file is there but of another checksum, and OSError
-    when the cache cannot be written.
+    Raises FetchError when it cannot be downloaded, UserError when a file in the cache has another checksum, and
+    OSError when the cache is not writable.
     """
     path = downloaded(name)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ProcessLock.beside(path).awaited(f"waiting for {path.name}, which is being fetched by {{holder}}"):
+        with ProcessLock.beside(path).awaited(f"waiting for {path.name}, which {{holder}} is downloading"):
             if not path.is_file():
                 _download(url, path, sha256)
                 return path
     digest = sha256_of(path)
     if sha256 is not None and not digest.startswith(sha256):
-        raise UserError(f"{path} has the sha256 {digest}; expected {_wanted(sha256)}: remove it, and it is fetched "
-                        "anew")
+        raise UserError(f"{path} has the sha256 {digest}; expected {_wanted(sha256)}: remove it to download "
+                        "it again")
     return path
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:
-    print(f"fetching {url} into {path.parent}", file=sys.stderr)
+    print(f"downloading {url} into {path.parent}", file=sys.stderr)
     digest = hashlib.sha256()
     with atomic_write(path) as file:
         for chunk in _chunks(url, path):
             file.write(chunk)
             digest.update(chunk)
         if sha256 is not None and not digest.hexdigest().startswith(sha256):
-            raise _failure(url, path, f"what came has the sha256 {digest.hexdigest()}; expected {_wanted(sha256)}")
+            raise _failure(url, path, f"the download has the sha256 {digest.hexdigest()}; expected {_wanted(sha256)}")
 
 
 def _wanted(sha256: str) -> str:
-    return sha256 if len(sha256) == 64 else f"one that begins with {sha256}"
+    return sha256 if len(sha256) == 64 else f"one that starts with {sha256}"
 
 
 def _chunks(url: str, path: Path) -> Iterator[bytes]:
-    """Yield what a server sends, and raise FetchError for whatever goes wrong on the way."""
+    """Yield what a server sends; raise FetchError for any error on the way."""
     try:
         with urllib.request.urlopen(url, timeout=_SILENT_SECONDS) as response:
             length = int(response.headers.get("Content-Length", -1))
@@ -101,6 +101,6 @@ def _chunks(url: str, path: Path) -> Iterator[bytes]:
 
 
 def _failure(url: str, path: Path, reason: str) -> FetchError:
-    # Raised without the system's error: a machine without a network is nothing that trying again later would help.
-    return FetchError(f"{path.name} is not at hand, and fetching {url} failed ({reason}): "
-                      f"fetch it where there is a network, and put it at {path}")
+    # Raised without the system's error: trying again later would not help a machine without a network.
+    return FetchError(f"{path.name} is not in the cache, and downloading {url} failed ({reason}): "
+                      f"download it on a machine with network access, and copy it to {path}")

@@ -1,7 +1,7 @@
-"""What every command line program does alike: how it reads its options and paths, and how it ends.
+"""What all command line programs share: how they parse options and paths, and how they end.
 
-One line for a user's mistake, a refusal of options given twice, help in groups, ~ in paths, clean ends when it is
-stopped: at once (`run`), or between two iterations (`StopRequest`).
+A user's mistake gives one line, options given twice are refused, help is grouped, ~ in paths is expanded, and a program
+that is stopped ends cleanly: at once (`run`), or between two iterations (`StopRequest`).
 """
 
 import copy
@@ -25,22 +25,22 @@ EXIT_BROKEN_PIPE = 1
 EXIT_INTERRUPTED = 130  # as a shell reports a program ended by Ctrl-C
 EXIT_TERMINATED = 143  # ... and by SIGTERM
 
-# What asks a run to stop between two iterations. Windows lacks SIGUSR1, and sends the others for Ctrl-C alone.
+# Signals that stop a run between two iterations. Windows lacks SIGUSR1, and sends the others only on Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-# What asks a program to end: a batch system, and a terminal that is closed.
+# Signals that end a program: sent by a batch system, and when a terminal is closed.
 _ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-# What the system says when the user, or who keeps the machine, has to put something right.
+# Errors of the system that the user or an administrator has to fix.
 _USERS_ERRORS = frozenset(getattr(errno, name) for name in (
     "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ENAMETOOLONG", "ELOOP",  # another path
     "EACCES", "EPERM", "EROFS", "EBUSY", "ETXTBSY",  # permissions, and files that others use
-    "ENOSPC", "EDQUOT", "EFBIG",  # room
+    "ENOSPC", "EDQUOT", "EFBIG",  # disk space
     "EMFILE", "ENFILE",  # limits of open files
 ) if hasattr(errno, name))  # fmt: skip
-_USERS_KINDS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)  # our own
+_USERS_KINDS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)  # ours
 
 
 class UserError(ValueError):
-    """Something the user can put right; the message is one line: what, what it is, what was expected, what to do."""
+    """A mistake that the user can fix; the message is one line: what it is, what was expected, what to do."""
 
     exit_code = EXIT_USAGE
 
@@ -50,14 +50,14 @@ class Terminated(KeyboardInterrupt):
 
 
 class UserPath(click.Path):
-    """The type of every option and argument that is a path: expands ~, as no shell does behind `--option=`.
+    """The type of every option and argument that is a path: expands ~, which shells do not do after `--option=`.
 
-    named:  NAME=PATH is understood too; ~ is expanded in PATH
-    The other arguments are click.Path's.
+    named:  also accept NAME=PATH, and expand ~ in PATH
+    The other arguments are those of click.Path.
     """
 
     def __init__(self, *, named: bool = False, **attributes):
-        super().__init__(readable=False, **attributes)  # whoever opens it says what is wrong with it
+        super().__init__(readable=False, **attributes)  # the code that opens it raises the error
         self._named = named
 
     def convert(self, value: str | os.PathLike, param: click.Parameter | None,
@@ -68,14 +68,14 @@ class UserPath(click.Path):
             if separator:
                 before, text = f"{name}=", path
         option = "the path" if param is None else _shown_name(param)
-        # An unset variable of a shell is an empty text, and Path("") the folder in which the program was started.
+        # An unset shell variable gives an empty string, and Path("") is the current folder.
         if not text and getattr(param, "flag_value", None) != "":
             raise UserError(f"{option} is {before or 'empty'}; expected {before}PATH")
         return super().convert(before + expand_user(text, option), param, ctx)
 
 
 class Flag(click.Option):
-    """An option that knows the group it is shown in."""
+    """An option with the group under which the help shows it."""
 
     def __init__(self, declarations: Iterable[str], *, group: str, **attributes):
         super().__init__(list(declarations), **attributes)
@@ -99,34 +99,34 @@ class GroupedCommand(click.Command):
 def expand_user(path: str, name: str) -> str:
     """Return a path with ~ and ~user at its start replaced by the home folder, as a shell does.
 
-    name:  of the option or variable that holds the path, for the message
+    name:  the option or variable that holds the path, for the message
 
-    Raises UserError where there is no such user, unless there is a file or folder of the name itself.
+    Raises UserError when there is no such user, unless a file or folder has that very name.
     """
     if not path.startswith("~"):
         return path
     expanded, first = os.path.expanduser(path), path.split("/")[0]
     if expanded == path and not os.path.lexists(first):
-        raise UserError(f"{name} is {path}, and the home folder {first} is not known; expected ~ or ~user, or "
-                        f"./{first} for a file or folder of that name")
+        raise UserError(f"{name} is {path}, but the home folder {first} does not exist; expected ~ or ~user, or "
+                        f"./{first} for a file or folder with that name")
     return expanded
 
 
 def check_outdir(outdir: str) -> None:
-    """Raise UserError unless folders can be made in `outdir`, which need not exist yet."""
+    """Raise UserError unless folders can be created in `outdir`, which may not exist yet."""
     place = Path(outdir).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"--outdir is {outdir}, but {place} is no folder; expected a folder, new or not")
+        raise UserError(f"--outdir is {outdir}, but {place} is not a folder; choose a new or existing folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--outdir is {outdir}, but {place} cannot be written to; expected a folder that can")
+        raise UserError(f"--outdir is {outdir}, but {place} is not writable; choose a writable folder")
 
 
 def join_values(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str | None:
-    """Return an option that may be given several times as one list with commas; None where it is not given.
+    """Return the values of an option that may be repeated as one comma-separated list; None when it is not given.
 
-    The callback of options with multiple=True that also take such a list.
+    The callback of options with multiple=True that also accept such a list.
     """
     return ",".join(values) if values else None
 
@@ -135,19 +135,19 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run a click command and return its exit code.
 
     A wrong option, one that is given twice, a UserError, a missing permission or a full disk gives one line on standard
-    error and 2; a failing disk or network file system one line and 75, also where it hides behind a UserError; Ctrl-C
-    and SIGTERM one line and 130 or 143. Any other exception, with an error of the system that nobody foresaw among
-    them, is a fault of the program and keeps its traceback.
+    error and 2; a failing disk or network file system one line and 75, also when it is the cause of a UserError; Ctrl-C
+    and SIGTERM one line and 130 or 143. Any other exception, including an unexpected error of the system, is a bug in
+    the program and keeps its traceback.
     """
     program = os.path.basename(sys.argv[0])
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     previous = {number: signal.signal(number, _raise_terminated) for number in _ENDING
-                if signal.getsignal(number) is not signal.SIG_IGN}  # nohup lets SIGHUP be ignored
+                if signal.getsignal(number) is not signal.SIG_IGN}  # nohup makes SIGHUP ignored
     report = sys.unraisablehook
     sys.unraisablehook = partial(_send_again, report)
     try:
         _refuse_repeated(command, arguments)
-        # Not command.main: it prints an empty line of its own when it is interrupted.
+        # Not command.main: it prints an empty line when it is interrupted.
         with command.make_context(program, list(arguments)) as context:
             result = command.invoke(context)
         return result if isinstance(result, int) else 0
@@ -160,7 +160,7 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
         if failure is None:
             return _fail(_one_line(str(error)), error.exit_code)
         return _fail_temporarily(error, failure)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of our output ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
@@ -182,9 +182,9 @@ def run(command: click.Command, arguments: list[str] | None = None) -> int:
 
 
 class StopRequest:
-    """A context manager that turns signals into a wish to stop; a second Ctrl-C stops at once.
+    """A context manager that turns signals into a request to stop; a second Ctrl-C stops at once.
 
-    max_hours:  time from now after which the wish arises too; None for none
+    max_hours:  time from now after which to stop as well; None for no limit
     """
 
     def __init__(self, max_hours: float | None = None):
@@ -203,29 +203,29 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wanted(self) -> bool:
-        """Tell whether to stop now; `reason` says why."""
+        """Return whether to stop now; `reason` holds the reason, that of a signal starts with its name."""
         if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = f"--max-hours={self._max_hours:g} are over"
+            self.reason = f"the --max-hours={self._max_hours:g} limit was reached"
         return self.reason is not None
 
     def seconds_left(self) -> float | None:
-        """Return the seconds until the time is over, None where there is no limit."""
+        """Return the seconds until the time limit, None when there is none."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
-        self.reason = f"{signal.Signals(number).name} arrived"
+        self.reason = f"{signal.Signals(number).name} received"
 
 
 def _refuse_repeated(command: click.Command, arguments: Sequence[str],
                      parent: click.Context | None = None) -> None:
-    """Raise UserError where an option of a command, or of those behind it, is given more often than it takes values.
+    """Raise UserError when an option of a command or subcommand is given more than once.
 
-    click keeps the last value without a word. All forms of an option count as one, a flag given twice as well;
-    options declared with multiple=True or count=True may be repeated.
+    click silently keeps the last value. All spellings of an option count as one, and flags are checked too; options
+    declared with multiple=True or count=True may be repeated.
     """
-    # Resilient: what else is wrong is left to the parser that follows, which says it better.
+    # Resilient: all other mistakes are left to the parser that follows, whose messages are better.
     context = command.context_class(command, parent=parent, resilient_parsing=True, **command.context_settings)
     parameters = command.get_params(context)
     reader = copy.copy(command)
@@ -243,7 +243,7 @@ def _refuse_repeated(command: click.Command, arguments: Sequence[str],
 
 
 def _gathering(parameter: click.Parameter) -> click.Parameter:
-    """Return an option that takes all its values; others as they are."""
+    """Return a copy of an option that collects all its values; other parameters unchanged."""
     if not isinstance(parameter, click.Option) or parameter.count:
         return parameter
     gathering = copy.copy(parameter)
@@ -256,11 +256,11 @@ def _describe_repeated(option: click.Option, values: Sequence[object]) -> str:
     shown = "" if option.is_flag else " ({})".format(", ".join(
         " ".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else "without a value"
         for value in values))
-    return f"{_shown_name(option)} is given {times}{shown}; expected once: leave all but one out"
+    return f"{_shown_name(option)} is given {times}{shown}; expected once: keep only one"
 
 
 def _shown_name(parameter: click.Parameter) -> str:
-    """Return an option's long form, an argument's name as the help shows it."""
+    """Return an option's long name, or an argument's name as the help shows it."""
     if isinstance(parameter, click.Option):
         return max(parameter.opts, key=len)
     return parameter.human_readable_name
@@ -271,17 +271,17 @@ def _raise_terminated(signum, frame) -> None:
 
 
 def _send_again(report: Callable, unraisable) -> None:
-    """Send a signal again whose exception Python dropped, since it came in a finalizer or a callback of a weakref.
+    """Resend a signal whose exception Python dropped because it was raised in a finalizer or a weakref callback.
 
-    report:  the hook of exceptions that Python drops, for all others
+    report:  the previous sys.unraisablehook, for all other exceptions
     """
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         report(unraisable)
         return
     number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
-    send, *arguments = ([signal.pthread_kill, threading.main_thread().ident]  # wakes it where it waits
+    send, *arguments = ([signal.pthread_kill, threading.main_thread().ident]  # wakes it when it waits
                         if hasattr(signal, "pthread_kill") else [signal.raise_signal])
-    timer = threading.Timer(0.05, send, [*arguments, number])  # after this call, where it would be dropped again
+    timer = threading.Timer(0.05, send, [*arguments, number])  # after this call, in which it would be dropped again
     timer.daemon = True
     timer.start()
 
@@ -292,10 +292,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_temporarily(error: Exception, failure: OSError | DiskFailure) -> int:
-    # The system does not always name the file; then the message that was made of its error does.
+    # The system does not always name the file; then the message of the error that wraps it does.
     named = isinstance(failure, DiskFailure) or failure.filename is not None
     text = describe_failure(failure) if named else _one_line(str(error))
-    return _fail(f"{text}; give the same command again once it works", EXIT_TEMPORARY)
+    return _fail(f"{text}; run the same command again once it works", EXIT_TEMPORARY)
 
 
 def _one_line(message: str) -> str:

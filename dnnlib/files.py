@@ -1,12 +1,12 @@
-"""Read and write files so that nothing is lost: whole or not at all, and again while a disk or the network fails.
+"""Read and write files safely: whole or not at all, with retries while a disk or the network fails.
 
-- Written (`atomic_write`): under a temporary name that tells who writes, then renamed; a reader never sees half a file.
-- Read (`retrying`): a disk that cannot read a sector, a file server that restarts or a network that is away for a
-  moment are nobody's mistake. What reads, and opens its file, is repeated until it works; what still fails is a
-  DiskFailure, which is no OSError, so that code which turns an OSError into advice for the user lets it pass. Bad
-  content is never tried again: a checksum that does not agree, a cut-off zip and a picture that cannot be decoded are
-  the file's, whatever the disk.
-- Packed (`unpack_advice`): archives that have to be unpacked before they are read, and the command that does it.
+- Writing (`atomic_write`): under a temporary name that identifies the writer, then renamed; a reader never sees half a
+  file.
+- Reading (`retrying`): a bad sector, a file server that restarts or a short network outage is nobody's mistake. The
+  function that opens and reads the file is repeated until it works; if it keeps failing, a DiskFailure is raised. That
+  is not an OSError, so code that turns an OSError into advice for the user lets it pass. Bad content (a wrong checksum,
+  a truncated zip, an image that cannot be decoded) is never retried.
+- Packed files (`unpack_advice`): archives that must be unpacked before use, and the command that does it.
 """
 
 import errno
@@ -30,29 +30,29 @@ from typing import IO, TypeVar
 
 T = TypeVar("T")
 
-EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, which may be given again
+EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: the command is correct and may be run again
 
-# Seconds between attempts, 31.5 in all: a file server that fails over takes about so long. Tests shorten them.
+# Seconds between attempts, 31.5 in all: about the time a file server takes to fail over. Tests shorten them.
 RETRY_WAITS = (0.5, 1, 2, 4, 8, 16)
 
-# Not among them: what the user or an administrator has to put right first, such as EACCES, ENOENT, ENOSPC or EROFS.
+# Excludes what the user or an administrator has to fix first, such as EACCES, ENOENT, ENOSPC or EROFS.
 _NAMES = (
     "EIO",  # a sector that cannot be read; a network file system that gave up (NFS mounted "soft", CIFS, FUSE)
     "ENXIO", "ENODEV", "ENOMEDIUM",  # the disk went away
-    "EREMOTEIO",  # an error on the other side: a file server's disk, a drive behind USB
+    "EREMOTEIO",  # a remote error: a file server's disk, a USB drive
     "EBADMSG", "EUCLEAN",  # ext4, XFS or Btrfs found its own structures damaged
     "ESTALE",  # the server no longer knows the open file: it restarted, or another one took over
     "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET",  # the server does not answer
     "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "ENOTCONN", "ESHUTDOWN",  # a connection broke (Lustre, FUSE, CIFS)
-    "ENOLINK", "ECOMM", "EPROTO",  # the same, in the words of other network file systems
+    "ENOLINK", "ECOMM", "EPROTO",  # the same, on other network file systems
 )  # fmt: skip
 _FAILURES = frozenset(getattr(errno, name) for name in _NAMES if hasattr(errno, name))  # not every system has all
 
-# Temporary files: .tmp-<place>-<process id>-<its start>-<random>, so that only those of processes that are gone are
+# Temporary files: .tmp-<place>-<process id>-<its start time>-<random>, so that only files of ended processes are
 # removed. The place is a digest of host, boot and process name space, within which a process id can be looked up.
-# Without an owner they are of earlier versions.
+# Names without an owner come from earlier versions.
 TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{8})-(\d+)-(\d*)-)?[0-9a-f]{16}")
-# An owner that cannot be looked up, as on another host, counts as gone when its file did not change for so long.
+# An owner that cannot be looked up, as on another host, counts as ended when its file did not change for this long.
 SILENT_SECONDS = 3600
 
 # First bytes -> the kind, and the command that unpacks {file} into {folder}.
@@ -80,17 +80,17 @@ _DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, gzi
 def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when the block ends without an error.
 
-    The temporary file lies in the same folder (a rename is atomic only within one file system), is flushed to the disk
-    before the rename, and is removed when the block raises. Until then `path` keeps its old content, if it had any.
+    The temporary file is in the same folder (a rename is atomic only within one file system), is flushed to the disk
+    before the rename, and is removed when the block raises. Until then `path` keeps its old content, if any.
 
-    text: True opens for str (UTF-8, "\\n" line ends on every system), False for bytes.
+    text: True opens for str (UTF-8, "\\n" line endings on every system), False for bytes.
     Raises OSError as `open` would, for example FileNotFoundError when the folder is missing.
     """
-    # A symbolic link stays a link: what it points to is replaced.
+    # A symbolic link stays a link: its target is replaced.
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a file name to write to")
-    # Not tempfile: its files are private to the user (0600), and others in a group read what a run writes.
+        raise IsADirectoryError(f"{path} is a folder; expected a file name")
+    # Not tempfile: its files are private to the user (0600), but other members of a group read the files of a run.
     temporary = temporary_beside(target)
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") if text else open(temporary, "xb") as file:
@@ -105,8 +105,8 @@ def atomic_write(path: str | os.PathLike, *, text: bool = False) -> Iterator[IO]
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    if os.name != "posix":  # LIMIT: other systems cannot open a folder; there the rename may be lost, never half done.
+    """Make a rename in `folder` survive a power cut, where the system supports that."""
+    if os.name != "posix":  # LIMIT: other systems cannot open a folder: a rename may be lost, never half done.
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -123,15 +123,15 @@ def temporary_beside(path: str | os.PathLike) -> Path:
 
 
 def remove_abandoned(folder: str | os.PathLike) -> None:
-    """Remove the temporary files in a folder whose writers are gone. Raises OSError."""
+    """Remove the temporary files in a folder whose writers have ended. Raises OSError."""
     for path in Path(folder).iterdir():
         found = TEMPORARY.fullmatch(path.name)
-        with suppress(FileNotFoundError):  # its writer, or another process that cleans, was faster
+        with suppress(FileNotFoundError):  # its writer, or another process that cleans up, was faster
             if found and path.is_file() and _is_abandoned(path, found):
                 path.unlink()
 
 
-@cache  # a process that was forked has another id
+@cache  # a forked process has another id
 def _owner(pid: int) -> str:
     return f"{_place()}-{pid}-{start_of_process(pid) or ''}"
 
@@ -144,9 +144,9 @@ def _place() -> str:
 def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
     place, pid, start = found.groups()
     if place == _place() and os.name == "posix":
-        # LIMIT: where start times are unknown, a later process of the same number is taken for the writer.
+        # LIMIT: where start times are unknown, a later process with the same id is taken for the writer.
         return start_of_process(int(pid)) != start
-    probe = temporary_beside(path)  # the clock of the file system, which may be another host's
+    probe = temporary_beside(path)  # read the clock of the file system, which may be another host's
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime - path.stat().st_mtime > SILENT_SECONDS
@@ -155,7 +155,7 @@ def _is_abandoned(path: Path, found: re.Match[str]) -> bool:
 
 
 def place_of_process() -> tuple[str, str, str]:
-    """Return host, boot and process name space, "" where the system does not say: they tell where this process is."""
+    """Return host, boot id and process name space ("" when unknown), which identify where this process runs."""
     boot = namespace = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -164,13 +164,13 @@ def place_of_process() -> tuple[str, str, str]:
 
 
 def start_of_process(pid: int) -> str | None:
-    """Return the start time of a living process, "" where the system does not tell; None when there is none."""
+    """Return the start time of a living process, "" when unknown; None when there is no such process."""
     if os.path.exists("/proc/self/stat"):
         try:
             stat = Path(f"/proc/{pid}/stat").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # proc(5): the name in parentheses may hold anything; after it come the state (3rd field) and more
+        # proc(5): the name in parentheses may contain anything; after it come the state (3rd field) and more
         values = stat.rpartition(b")")[2].split()
         return None if values[0] in (b"Z", b"X") else values[22 - 3].decode()
     if os.name != "posix":  # There the call below would end the process.
@@ -190,12 +190,12 @@ def start_of_process(pid: int) -> str | None:
 class DiskFailure(Exception):
     """A disk or network file system kept failing; the message is one line.
 
-    It is made from that line alone, so that it comes whole out of a worker process.
+    That line is its only argument, so that it survives pickling in a worker process.
     """
 
 
 def find_failure(error: BaseException) -> OSError | DiskFailure | None:
-    """Return the failure of a disk or network that an error is, or was raised from; None where there is none."""
+    """Return the disk or network failure that an error is or was raised from; None when there is none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, DiskFailure) or (isinstance(error, OSError) and error.errno in _FAILURES):
@@ -206,48 +206,48 @@ def find_failure(error: BaseException) -> OSError | DiskFailure | None:
 
 
 def describe_failure(error: OSError | DiskFailure) -> str:
-    """Return one line: what failed, and that it is not the user's mistake."""
+    """Return one line: what failed, and that the disk or network is the cause."""
     if isinstance(error, DiskFailure):
         return str(error)
     where = "" if error.filename is None else f"{error.filename}: "
-    return " ".join(f"{where}{error.strerror}: a disk or the network fails".split())
+    return " ".join(f"{where}{error.strerror}: a disk or network failure".split())
 
 
 def retrying(read: Callable[[], T], what: str | os.PathLike, *, reset: Callable[[], None] = lambda: None) -> T:
-    """Return what `read` returns; repeat it after growing waits while the disk or the network fails.
+    """Return what `read` returns; retry after increasing waits while the disk or the network fails.
 
-    read:   opens its file anew each time: a stale handle stays stale
-    what:   is read, for the message
-    reset:  is called before each repetition, to close what is still open
+    read:   opens its file each time: a stale handle stays stale
+    what:   name of what is read, for the message
+    reset:  called before each retry, to close what is still open
 
-    Raises DiskFailure in the end, and every other error of `read` at once.
+    Raises DiskFailure after the last attempt, and every other error of `read` at once.
     """
     waits = list(RETRY_WAITS)
     while True:
         try:
             return read()
-        except Exception as error:  # any: libraries and our own messages wrap the system's error
+        except Exception as error:  # any type: libraries and our own messages wrap the system's error
             failure = find_failure(error)
             if failure is None:
                 raise
-            if error is failure and isinstance(error, DiskFailure):  # was repeated already
+            if error is failure and isinstance(error, DiskFailure):  # was retried already
                 raise
             if isinstance(failure, DiskFailure):
                 raise DiskFailure(str(failure)) from error
             if not waits:
                 tried = f"tried {len(RETRY_WAITS) + 1} times in {sum(RETRY_WAITS):.3g} s"
-                text = f"{what} cannot be read ({failure.strerror}, {tried}): a disk or the network fails"
+                text = f"{what} cannot be read ({failure.strerror}, {tried}): a disk or network failure"
                 raise DiskFailure(" ".join(text.split())) from error
         time.sleep(waits.pop(0))
         reset()
 
 
 def iterate_retrying(start: Callable[[], Iterator[T]], what: str | os.PathLike) -> Iterator[T]:
-    """Yield what `start` yields; where the disk or the network fails on the way, start again and skip what was yielded.
+    """Yield what `start` yields; when the disk or the network fails, start again and skip what was already yielded.
 
     start:  opens its file, and yields the same items each time
 
-    Raises as `retrying` does; the waits begin anew with each item.
+    Raises as `retrying` does; the waits start over with each item.
     """
     done, end = 0, object()
     items = start()
@@ -277,14 +277,14 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def packed_names(names: list[str]) -> list[str]:
-    """Return those of some file names that an archive has, zips among them."""
+    """Return those file names that are archives or compressed files, including zips."""
     return [name for name in names if name.lower().endswith((".zip", *_ENDINGS))]
 
 
 def unpack_advice(path: str | os.PathLike) -> str | None:
-    """Return what a packed file is and the command that unpacks it; None for other files, zips among these.
+    """Return what a packed file is and the command that unpacks it; None for other files, including zips.
 
-    The text goes on from the name of the file: "is a tar archive; unpack it: mkdir ...".
+    The text follows the name of the file: "is a tar archive; unpack it: mkdir ...".
     """
     kind, command = _recognize(Path(path)) or (None, "")
     if kind is None:
@@ -297,7 +297,7 @@ def _recognize(path: Path) -> tuple[str, str] | None:
     try:
         with open(path, "rb") as file:
             start = file.read(512)
-    except OSError:  # opening it for its content says why
+    except OSError:  # raised again when the content is read
         return None
     for magic, archive in _ARCHIVES.items():
         if start.startswith(magic):
@@ -315,13 +315,13 @@ def _recognize(path: Path) -> tuple[str, str] | None:
 def _is_tar(path: Path) -> bool:
     try:
         with tarfile.open(path) as archive:
-            return archive.next() is not None  # reads the first header alone; zeros are an archive of nothing
+            return archive.next() is not None  # reads only the first header; zeros are an empty archive
     except _DAMAGED:
         return False
 
 
 def _stem(name: str) -> str:
-    """Return the name of a folder for the content: "images" of "images.tar.gz"."""
+    """Return the name of a folder for the content: "images" for "images.tar.gz"."""
     stem = name
     for _ in range(2):
         root, ending = os.path.splitext(stem)

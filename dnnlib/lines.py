@@ -1,8 +1,8 @@
-"""Records as lines of strict JSON, in files that grow piece by piece: a full disk leaves no half piece and loses none.
+"""Records as lines of strict JSON, in files that only grow: a full disk neither leaves half a line nor loses one.
 
-Several processes may add lines to one file, and one of them may cut it where a run continues: each does so while it
-holds the file's lock. Appending alone would not do: what is appended while another process reads the file and puts a
-shorter one in its place goes with the old one, and network file systems do not append at once.
+Several processes may append to one file, and one of them may shorten it where a run continues; each holds the file's
+lock meanwhile. Appending alone is not enough: lines appended while another process replaces the file by a shorter one
+would be lost, and on network file systems appends are not atomic.
 """
 
 import errno
@@ -17,15 +17,15 @@ from typing import Any
 from dnnlib.files import atomic_write, retrying
 from dnnlib.process_lock import LEASE_SECONDS, LockHeld, ProcessLock
 
-# Longer than it takes until the lock of a process that was killed on another host counts as left behind.
+# Longer than it takes until the lock of a process that was killed on another host counts as abandoned.
 _PATIENCE_SECONDS = LEASE_SECONDS + 60
 
 
 class AppendFile:
-    """A file that grows at its end. It is opened for each piece, and made by the first.
+    """A file that is only appended to. It is opened for each piece, and created by the first.
 
-    durable: wait until a piece is on the disk, so that it outlives a power cut
-    shared:  other processes write lines to it, too; each piece is one or more lines
+    durable: wait until a piece is on the disk, so that it survives a power cut
+    shared:  other processes append lines as well; each piece is one or more lines
     """
 
     def __init__(self, path: str | os.PathLike, *, durable: bool, shared: bool = False):
@@ -34,15 +34,15 @@ class AppendFile:
         self._waiting = b""
 
     def retry(self) -> None:
-        """Write the pieces that could not be written before, if there are any. Raises OSError as `append` does."""
+        """Write the pieces that could not be written before, if any. Raises OSError as `append` does."""
         if self._waiting:
             self.append(b"")
 
     def append(self, piece: bytes) -> None:
-        """Write `piece` at the end, after pieces that could not be written before.
+        """Append `piece`, after pieces that could not be written before.
 
-        Raises OSError when that is not possible; the file is then as it was, and the pieces wait for the next call.
-        LIMIT: pieces that wait are lost when the process ends.
+        Raises OSError when that fails; the file is then unchanged, and the pieces are kept for the next call.
+        LIMIT: pieces that are kept are lost when the process ends.
         """
         self._waiting += piece
         with _only_writer(self.path) if self._shared else nullcontext():
@@ -50,19 +50,19 @@ class AppendFile:
         self._waiting = b""
 
     def _write(self) -> None:
-        # Opened once the lock is held: another process may have put another file in its place.
-        binary = getattr(os, "O_BINARY", 0)  # else Windows writes line ends of its own
+        # Opened only while the lock is held: another process may have replaced the file.
+        binary = getattr(os, "O_BINARY", 0)  # else Windows changes the line endings
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
         try:
             size = os.fstat(descriptor).st_size
-            # A process that was killed may have left half a line; ours must not become the rest of it.
+            # A killed process may have left half a line; ours must not be joined to it.
             is_cut = False
             if self._shared and size > 0:
                 os.lseek(descriptor, -1, os.SEEK_END)
                 is_cut = os.read(descriptor, 1) != b"\n"
             view = memoryview(b"\n" * is_cut + self._waiting)
             try:
-                while view:  # the system may take less at a time, as it does just before the disk is full
+                while view:  # the system may write only a part, as it does just before the disk is full
                     view = view[os.write(descriptor, view):]
                 if self._durable:
                     os.fsync(descriptor)
@@ -74,12 +74,12 @@ class AppendFile:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    """Return a record as a line. NaN and infinities, which JSON has not, become null."""
+    """Return a record as a line. NaN and infinities, which JSON does not have, become null."""
     return (json.dumps(_strict(record), allow_nan=False) + "\n").encode()
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the records of a file, without lines that are none, as a killed process may leave; [] for no file."""
+    """Return the records of a file, skipping invalid lines, such as those of a killed process; [] without a file."""
     try:
         lines = retrying(Path(path).read_bytes, path).splitlines()
     except FileNotFoundError:
@@ -89,10 +89,10 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Leave only whole records that `keep` accepts, each as it was; return how many lines went.
+    """Keep only valid records that `keep` accepts, unchanged; return how many lines were removed.
 
-    A file that loses nothing is not touched. A line that another process adds meanwhile, by a shared AppendFile, is
-    kept. Raises OSError when it cannot be read or replaced, and DiskFailure.
+    A file that loses nothing is not touched. A line that another process appends meanwhile through a shared AppendFile
+    is kept. Raises OSError when the file cannot be read or replaced, and DiskFailure.
     """
     with _only_writer(path):
         try:
@@ -111,9 +111,9 @@ def cut_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -
 
 
 def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str, Any]], bool]) -> bool:
-    """Put a line in front of the first record that `before` accepts; return False, and do nothing, where none is.
+    """Insert a line before the first record that `before` accepts; return False, and do nothing, when there is none.
 
-    Other processes may add lines meanwhile, as with `cut_lines`. Raises OSError, and DiskFailure.
+    Other processes may append lines meanwhile, as with `cut_lines`. Raises OSError, and DiskFailure.
     """
     with _only_writer(path):
         try:
@@ -131,7 +131,7 @@ def insert_line(path: str | os.PathLike, line: bytes, before: Callable[[dict[str
 
 @contextmanager
 def _only_writer(path: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes from writing to a file of lines meanwhile; wait for one that does. Raises OSError."""
+    """Keep other processes from writing to a file of lines; wait for one that does. Raises OSError."""
     lock = ProcessLock.beside(Path(path))
     try:
         lock.acquire(patience=_PATIENCE_SECONDS)

@@ -1,4 +1,4 @@
-"""Show how far long work is, how fast it goes, and how long it will take."""
+"""Show the progress of long work: items done, speed, and time left."""
 
 import sys
 import time
@@ -6,9 +6,9 @@ from typing import IO
 
 
 class Progress:
-    """Report counts of finished items; a context manager that ends its line.
+    """Print counts of finished items; a context manager that ends its line.
 
-    On a terminal one line is rewritten a few times a second; elsewhere a line is printed every `log_seconds`.
+    On a terminal one line is rewritten a few times per second; elsewhere a line is printed every `log_seconds`.
     """
 
     def __init__(self, total: int | None, unit: str, *, stream: IO[str] | None = None, log_seconds: float = 15):
@@ -36,7 +36,7 @@ class Progress:
             self._show(now)
 
     def describe(self, now: float) -> str:
-        """Return for example "1200/10013 images, 240/s, 0:37 left"."""
+        """Return the progress, such as "1200/10013 images, 240/s, 0:37 left"."""
         rate = self.done / max(now - self.started, 1e-9)
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
         text = f"{count} {self.unit}, {rate:.3g}/s" if rate < 100 else f"{count} {self.unit}, {rate:.0f}/s"
@@ -53,7 +53,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return "0:07", "12:30" or "3:05:00"."""
+    """Return a duration as "0:07", "12:30" or "3:05:00"."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

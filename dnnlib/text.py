@@ -1,4 +1,4 @@
-"""Words of messages to the user: names and counts in a sentence, tables, and text in letters that every font has."""
+"""Build text for users: names and counts in a sentence, tables, and printable ASCII."""
 
 import difflib
 import unicodedata
@@ -8,20 +8,20 @@ _LISTED = 40  # a message stays one readable line
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names with commas between them, the first 40 of a longer list."""
+    """Return the names separated by commas; of a long list, the first 40."""
     rest = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
 def suggestion(name: str, names: Sequence[str]) -> str:
-    """Return " (did you mean mel?)", or "" when no name is near; upper and lower case count as the same."""
+    """Return " (did you mean mel?)", or "" when no name is similar; case is ignored."""
     by_lower = {known.lower(): known for known in reversed(names)}
     near = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""
 
 
 def shorten(names: Sequence[str], limit: int = 3) -> str:
-    """Return the first names, and "..." where there are more."""
+    """Return the first names, followed by "..." if there are more."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
@@ -34,7 +34,7 @@ def format_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -
     """Return lines with aligned columns, two spaces apart.
 
     rows: of equal length
-    left: columns that are aligned on the left; the others are numbers
+    left: columns aligned on the left; the others (numbers) are aligned on the right
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -46,24 +46,24 @@ def format_table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -
 
 
 def percent(part: float, whole: float) -> str:
-    """Return "12.3%", or "-" of nothing."""
+    """Return "12.3%", or "-" when `whole` is 0."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
 def to_ascii(text: str) -> str:
-    """Take accents off, and put "?" for what else is no printable ASCII: Pillow's own font has only these letters."""
+    """Remove accents, and replace other characters outside printable ASCII by "?": Pillow's own font has no others."""
     letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
     return "".join(letter if " " <= letter <= "~" else "?" for letter in letters)
 
 
 def fitted(text: str, width: float, width_of: Callable[[str], float]) -> str:
-    """Return a text as it is where it fits, else its beginning and "..".
+    """Return a text unchanged if it fits, else its beginning and "..".
 
     width_of: returns the width of a text, in the units of `width`
     """
     if width_of(text) <= width:
         return text
-    low, high = 0, len(text) - 1  # letters that fit, as far as known; letters that may
+    low, high = 0, len(text) - 1  # letters that are known to fit; letters that may fit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if width_of(f"{text[:middle]}..") <= width else (low, middle - 1)

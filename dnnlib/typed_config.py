@@ -1,7 +1,7 @@
 """Base class of the configuration dataclasses: typed fields that are checked, written as JSON and read back.
 
 A configuration is a frozen, keyword-only dataclass whose fields are numbers, strings, booleans, tuples of strings,
-`FrozenMapping`s of numbers, other configurations, or one of these with None.
+`FrozenMapping`s of numbers, other configurations, or None.
 """
 
 import sys
@@ -16,11 +16,11 @@ from dnnlib.cli import UserError
 
 
 class ConfigError(UserError):
-    """A setting that cannot be used; the message is one line that names it and what was expected."""
+    """An invalid setting; the message is one line that names it and what was expected."""
 
 
 class FrozenMapping(Mapping[str, float]):
-    """Immutable, hashable and picklable mapping from names to numbers; keeps its order."""
+    """Immutable, hashable and picklable mapping from names to numbers, in order."""
 
     def __init__(self, items: Mapping[str, float]):
         self._items = dict(items)
@@ -43,15 +43,15 @@ class FrozenMapping(Mapping[str, float]):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What every configuration shares: types checked at construction, `to_dict`, `from_dict`.
+    """Base class of configurations: types checked at construction, `to_dict`, `from_dict`.
 
-    Subclasses check the values themselves in `check`.
+    Subclasses check values in `check`.
     """
 
-    OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # of fields in earlier programs -> today's; see `with_old_names`
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {}  # earlier name of a field -> its current name; see `with_old_names`
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where a field has another type than it declares, then run `check`."""
+        """Raise ConfigError when a field does not have its declared type, then run `check`."""
         for name, hint in _field_types(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
@@ -59,32 +59,32 @@ class Config:
         self.check()
 
     def label(self, name: str) -> str:
-        """Return what messages call the field `name`."""
+        """Return the name of field `name` in messages."""
         return f"{type(self).__name__}.{name}"
 
     def check(self) -> None:
-        """Raise ConfigError where a value is out of its range; types are right already."""
+        """Raise ConfigError when a value is out of range; types are already checked."""
 
     def require(self, holds: bool, name: str, expected: str) -> None:
-        """Raise the ConfigError of field `name` unless `holds`."""
+        """Raise ConfigError about field `name` unless `holds`."""
         if not holds:
             raise ConfigError(f"{self.label(name)} is {getattr(self, name)!r}; expected {expected}")
 
     def require_at_least(self, minimum: float, *names: str) -> None:
-        """Raise the ConfigError of the first field in `names` whose value is below `minimum`."""
+        """Raise ConfigError about the first field in `names` whose value is below `minimum`."""
         for name in names:
             self.require(getattr(self, name) >= minimum, name, f"a number >= {minimum}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types, in the order of their declaration; `from_dict` is the inverse."""
+        """Return the fields as JSON types, in declaration order; `from_dict` is the inverse."""
         return {field.name: _to_json(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
-        """Build the configuration that `to_dict` described.
+        """Build a configuration from the output of `to_dict`.
 
         data:  as read from JSON
-        where: dotted path of `data` in its file, put before names in messages
+        where: dotted path of `data` in its file, a prefix of names in messages
 
         Raises ConfigError on an unknown key, a missing field without default, a wrong type or a value out of range.
         """
@@ -105,10 +105,10 @@ class Config:
 
 
 def with_old_names(**names: str) -> Callable[[type[Config]], type[Config]]:
-    """Decorate a configuration so that fields go by the names of earlier programs, too.
+    """Decorate a configuration so that fields can also be used by their names in earlier versions.
 
-    names: old name = today's name. The constructor and `from_dict` take either, attributes can be read by either, and
-    `to_dict` and messages give today's.
+    names: old name = current name. The constructor and `from_dict` accept either, attributes can be read by either,
+    and `to_dict` and messages use the current one.
     """
     def decorate(cls: type[Config]) -> type[Config]:
         construct = cls.__init__
@@ -126,16 +126,16 @@ def with_old_names(**names: str) -> Callable[[type[Config]], type[Config]]:
 
 
 def _renamed(values: Mapping[str, Any], old_names: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return values by today's names of their fields. Raises ConfigError where a field has a value by either name."""
+    """Return values by the current names of their fields. Raises ConfigError when both names of a field are given."""
     for old, new in old_names.items():
         if old in values and new in values:
-            raise ConfigError(f"{where} has both {old} and {new}; expected {new} alone, which is its name today")
+            raise ConfigError(f"{where} has both {old} and {new}; expected only {new}, its current name")
     return {old_names.get(name, name): value for name, value in values.items()}
 
 
 @cache
 def _field_types(cls: type) -> dict[str, Any]:
-    """Return the declared types of a configuration's fields, in their order."""
+    """Return the declared types of a configuration's fields, in order."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
 
@@ -146,7 +146,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value has the declared type; whole numbers are floats too, truth values are not numbers."""
+    """Return whether a value has the declared type; whole numbers are valid floats, booleans are not numbers."""
     alternatives = _alternatives(hint)
     if len(alternatives) > 1:
         return any(_fits(value, alternative) for alternative in alternatives)
@@ -176,13 +176,13 @@ def _describe_type(hint: Any) -> str:
         bool: "true or false",
         str: "a string",
         type(None): "null",
-        FrozenMapping: "names with finite numbers",
+        FrozenMapping: "a mapping from names to finite numbers",
     }
     return names.get(hint) or f"the fields of {hint.__name__}"
 
 
 def _to_json(value: Any) -> Any:
-    """Turn a field's value into JSON types."""
+    """Convert a field's value to JSON types."""
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, FrozenMapping):
@@ -191,7 +191,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any, hint: Any, where: str) -> Any:
-    """Turn JSON types into what the field declares; raise ConfigError where they do not fit."""
+    """Convert JSON types to the declared type of a field; raise ConfigError when they do not fit."""
     inner = next((kind for kind in _alternatives(hint) if kind is not type(None)), hint)
     if value is None and type(None) in _alternatives(hint):
         return None

@@ -1,4 +1,9 @@
-"""Apply a function to many items in several processes: results in order, memory bounded, no process left behind."""
+"""Apply a function to many items in several processes: results in order, memory bounded, no process left behind.
+
+Not concurrent.futures.ProcessPoolExecutor: its workers share one pipe for results, whose writing end the parent keeps
+open as well. A worker that is killed while it sends a large result, by the system or because the caller stops early,
+leaves the parent waiting for the rest forever. It also needs twice the time per item, and threads in the parent.
+"""
 
 import gc
 import multiprocessing
@@ -20,8 +25,8 @@ from dnnlib.files import DiskFailure, describe_failure, find_failure
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_DEPTH = 2  # chunks a worker holds: it works on one while the next is on its way
-_WINDOW = 4  # chunks a worker on average may be ahead of the oldest unfinished one; bounds what waits for its turn
+_DEPTH = 2  # chunks a worker holds: one that it works on, and the next
+_WINDOW = 4  # chunks per worker between the oldest unfinished one and the newest; bounds what waits for its turn
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _CAN_BLOCK = hasattr(signal, "pthread_sigmask")
 
@@ -37,14 +42,15 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 chunk: int = 1) -> Iterator[Result]:
     """Yield function(item) for each item, in the order of the items.
 
-    function: picklable, as its items and results must be
-    items:    taken one after the other in this process, at most 4 * workers * chunk ahead of the results
-    workers:  processes; 1 works in this process
-    chunk:    items that travel together; more pays where the function takes less than a millisecond
+    function: picklable, and so are its items and results
+    items:    read in this process, at most 4 * workers * chunk ahead of the results
+    workers:  number of processes; 1 works in this process
+    chunk:    items sent together; use more than 1 where the function takes less than a millisecond
 
-    An exception of the function, or of the iteration over items, is raised in its turn, after the results before it.
-    The processes end with the iterator: at its end, at an exception (also Ctrl-C) in it, or when it is closed. Who may
-    be interrupted between two results wraps it into contextlib.closing. Raises UserError when a process was killed.
+    An exception of the function, or of the iteration over items, is raised after the results before it.
+    The processes end with the iterator: at its end, on an exception (also Ctrl-C) in it, or when it is closed. A caller
+    that may be interrupted between two results wraps it in contextlib.closing. Raises UserError when a process was
+    killed.
     """
     if workers < 1 or chunk < 1:
         raise ValueError(f"workers is {workers} and chunk {chunk}; expected at least 1")
@@ -54,38 +60,43 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
 
 
 def _parallel(function: Callable, items: Iterator, workers: int, chunk: int) -> Iterator:
-    finished: dict[int, tuple[list, Exception | None]] = {}
+    finished: dict[int, tuple[list, Exception | None]] = {}  # chunk -> its results, and the exception after them
     sent = turn = 0
     exhausted = False
-    with _Pool(function, workers) as pool:
+    pool: list[_Worker] = []
+    try:
         while True:
-            while not exhausted and pool.has_room() and sent - turn < _WINDOW * workers:
-                batch, error = _take(items, chunk)
-                exhausted = len(batch) < chunk
-                if error is not None:
+            while not exhausted and sent - turn < _WINDOW * workers and (
+                    len(pool) < workers or min(worker.held for worker in pool) < _DEPTH):
+                batch: list = []
+                try:
+                    batch.extend(islice(items, chunk))
+                except Exception as error:  # raised below, after the results before it
                     finished[sent + bool(batch)] = ([], error)
+                exhausted = len(batch) < chunk
                 if batch:
-                    pool.send(sent, batch)
+                    _choose_worker(pool, workers, function).send(sent, batch)
                     sent += 1
             if turn == sent and turn not in finished:
                 return
-            finished.update(pool.receive(block=turn not in finished))
+            by_connection = {worker.connection: worker for worker in pool}
+            for connection in wait(list(by_connection), timeout=0 if turn in finished else None):
+                index, *outcome = by_connection[connection].receive()
+                finished[index] = outcome
             if turn in finished:
                 results, error = finished.pop(turn)
                 turn += 1
                 yield from results
                 if error is not None:
                     raise error
-
-
-def _take(items: Iterator, count: int) -> tuple[list, Exception | None]:
-    """Return the next items, fewer at the end, and the exception that ended them."""
-    batch: list = []
-    try:
-        batch.extend(islice(items, count))
-    except Exception as error:  # raised by _parallel when the results before it are out
-        return batch, error
-    return batch, None
+    finally:
+        # Nothing that a worker holds is worth keeping, and a killed one prints nothing to the terminal.
+        for worker in pool:
+            worker.process.kill()
+        for worker in pool:
+            worker.process.join()
+            worker.process.close()
+            worker.connection.close()
 
 
 class _Worker:
@@ -96,70 +107,44 @@ class _Worker:
         self.process = multiprocessing.Process(target=_serve, args=(function, theirs, self.connection), daemon=True)
         with _undisturbed():
             self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # so that the pipe ends when the process ends
         self.held = 0
 
-
-class _Pool:
-    """Up to `workers` processes, each started when the others have work already; all killed at the end."""
-
-    def __init__(self, function: Callable, workers: int):
-        self.function = function
-        self.size = workers
-        self.workers: list[_Worker] = []
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *_) -> None:
-        # Nothing that a worker holds is worth keeping, and a killed one writes nothing to the terminal.
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join()
-            worker.process.close()
-            worker.connection.close()
-
-    def has_room(self) -> bool:
-        return len(self.workers) < self.size or any(worker.held < _DEPTH for worker in self.workers)
-
     def send(self, index: int, batch: list) -> None:
-        worker = min(self.workers, key=lambda worker: worker.held, default=None)
-        if worker is None or (worker.held and len(self.workers) < self.size):
-            worker = _Worker(self.function)
-            self.workers.append(worker)
         try:
-            worker.connection.send((index, batch))
+            self.connection.send((index, batch))
         except BrokenPipeError:
-            raise _describe_death(worker) from None
-        worker.held += 1
+            raise self._describe_death() from None
+        self.held += 1
 
-    def receive(self, *, block: bool) -> dict[int, tuple[list, Exception | None]]:
-        """Return the chunks that are done, {index: (results, exception after them)}; wait for one if `block`."""
-        by_connection = {worker.connection: worker for worker in self.workers}
-        done = {}
-        for connection in wait(list(by_connection), timeout=None if block else 0):
-            worker = by_connection[connection]
-            try:
-                index, results, error = connection.recv()
-            except (EOFError, ConnectionResetError):
-                raise _describe_death(worker) from None
-            worker.held -= 1
-            done[index] = (results, error)
-        return done
+    def receive(self) -> tuple[int, list, Exception | None]:
+        try:
+            message = self.connection.recv_bytes()
+        except (EOFError, OSError):  # an OSError where part of a message came before the end
+            raise self._describe_death() from None
+        self.held -= 1
+        return pickle.loads(message)
+
+    def _describe_death(self) -> UserError:
+        self.process.join()
+        code = self.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return UserError(f"a worker process {how}, often because memory ran out; try a smaller --workers, or "
+                         "--workers=1")
 
 
-def _describe_death(worker: _Worker) -> UserError:
-    worker.process.join()
-    code = worker.process.exitcode
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return UserError(f"a worker process {how}, often for lack of memory; try fewer --workers, or --workers=1")
+def _choose_worker(pool: list[_Worker], size: int, function: Callable) -> _Worker:
+    """Return the worker that holds the least; start another one, up to `size`, where all have work."""
+    worker = min(pool, key=lambda worker: worker.held, default=None)
+    if worker is None or (worker.held and len(pool) < size):
+        worker = _Worker(function)
+        pool.append(worker)
+    return worker
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM, and collect no garbage; a process started meanwhile inherits both, until it has its
-    own handlers and has set our garbage aside."""
+    """Block Ctrl-C and SIGTERM, and disable the garbage collector; a process started meanwhile inherits both."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if _CAN_BLOCK else None
     collects = gc.isenabled()
     gc.disable()
@@ -174,19 +159,18 @@ def _undisturbed() -> Iterator[None]:
 
 def _serve(function: Callable, connection: Connection, parents_end: Connection) -> None:
     """Work in the new process until the pipe ends, as it also does when the parent is killed."""
-    # What the parent left behind is not for us to free: a video encoder's end would wait for threads that are not here.
+    # Never free the parent's garbage: a video encoder's finalizer would wait for threads that do not exist here.
     gc.freeze()
     gc.enable()
-    parents_end.close()  # else our own copy of it would keep the pipe open
+    parents_end.close()  # our copy of it would keep the pipe open
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # A thread reads, so that the parent is never blocked in sending while we are in sending, too.
+    # A thread reads, so that the parent and this process never wait for each other, both sending.
     threading.Thread(target=_read_into, args=(connection, inbox), daemon=True).start()
-    while (message := inbox.get()) is not None:
-        index, batch = message
+    for index, batch in iter(inbox.get, None):
         try:
             connection.send((index, *_apply(function, batch)))
         except BrokenPipeError:
@@ -206,7 +190,7 @@ def _apply(function: Callable, batch: list) -> tuple[list, Exception | None]:
     try:
         for item in batch:
             results.append(function(item))
-    except Exception as error:  # travels to the parent and is raised there
+    except Exception as error:  # sent to the parent, which raises it
         return results, _portable(error)
     return results, None
 

@@ -1,1 +1,1 @@
-"""PyTorch helpers that know nothing of StyleGAN."""
+"""PyTorch helpers that do not depend on StyleGAN."""

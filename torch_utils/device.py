@@ -1,7 +1,7 @@
-"""Fit work into the machine: its device, number format, processes and memory.
+"""Adapt work to the machine: device, precision, number of processes and memory.
 
-What --device, --precision, --gpus and --tune-malloc choose, which software computes, and what errors mean for memory
-and for the device.
+Implements --device, --precision, --gpus and --tune-malloc, reports versions of software, and recognizes errors that
+mean that memory ran out or that the GPU was lost.
 """
 
 import ctypes
@@ -19,27 +19,28 @@ from typing import NamedTuple
 import torch
 
 from dnnlib.cli import UserError
+from dnnlib.text import plural
 from dnnlib.typed_config import ConfigError
 from torch_utils.distributed import Place
 
 PRECISION_NAMES = ("auto", "fp32", "fp16", "bf16")
-DEVICE_HELP = "auto (a CUDA device where there is one), cpu, cuda, or one GPU as cuda:1."
+DEVICE_HELP = "auto (CUDA if available), cpu, cuda, or a single GPU such as cuda:1."
 TUNE_MALLOC_HELP = (
-    "On a CPU with Linux and glibc, keep freed memory for reuse: faster, and the program's memory never shrinks. Left "
-    "alone where the environment has settings of its own: MALLOC_*, GLIBC_TUNABLES, another allocator in LD_PRELOAD.")
-# What the names of a CPU's instructions for a format have in common, as torch.cpu.get_capabilities gives them:
-# avx512_bf16 and amx_bf16, avx512_fp16 and amx_fp16. f16c converts only.
+    "On a CPU with Linux and glibc, keep freed memory for reuse: faster, but the program's memory never shrinks. No "
+    "effect if the environment already configures the allocator: MALLOC_*, GLIBC_TUNABLES, or one in LD_PRELOAD.")
+# Common part of the names of a CPU's instructions for a format, as torch.cpu.get_capabilities gives them:
+# avx512_bf16 and amx_bf16, avx512_fp16 and amx_fp16. f16c only converts.
 _CPU_INSTRUCTIONS = {"fp16": ("fp16", "AVX512-FP16 nor AMX-FP16"), "bf16": ("bf16", "AVX512-BF16 nor AMX-BF16")}
 
-# How PyTorch and what it calls say that memory ran out, where they have no type of error for it.
+# Messages of PyTorch and its libraries for running out of memory that have no exception type of their own.
 _SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
           "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
           "Cannot allocate memory")
-# What CUDA calls failures after which a process can compute nothing more on the GPU.
+# CUDA errors after which a process cannot use the GPU any more.
 _SIGNS_OF_LOSS = ("an illegal memory access was encountered", "device-side assert triggered",
                   "unspecified launch failure", "misaligned address", "an illegal instruction was encountered",
                   "uncorrectable ECC error", "the launch timed out and was terminated")
-SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # of a DataLoader's worker
+SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # a DataLoader worker
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -47,28 +48,28 @@ _NEVER = -1
 
 
 class DeviceChoice(NamedTuple):
-    """A device, and why it was chosen."""
+    """A device and the reason for it."""
 
     name: str
     reason: str
 
 
 class PrecisionChoice(NamedTuple):
-    """A number format, and why it was chosen."""
+    """A precision and the reason for it."""
 
     name: str
     reason: str
     warning: str | None  # one line for the user
 
 
-# Device and number format
+# Device and precision
 
 
 def choose_device(name: str, processes: int = 1) -> DeviceChoice:
     """Return "cpu", "cuda" or "cuda:N" for --device.
 
-    processes:  of the run on this machine; with several, each takes the GPU of its number
-    Raises ConfigError where the machine has no such device, or too few.
+    processes:  of the run on this machine; with several, each uses the GPU of its local rank
+    Raises ConfigError when the machine does not have that device, or not enough GPUs.
     """
     available = torch.cuda.is_available()
     if name == "auto":
@@ -78,7 +79,7 @@ def choose_device(name: str, processes: int = 1) -> DeviceChoice:
         reason = f"--device={name}"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (index.isdecimal() and kind == "cuda")) or name.endswith(":"):
-        raise ConfigError(f"--device is {name}; expected auto, cpu, cuda, or one GPU as cuda:1")
+        raise ConfigError(f"--device is {name}; expected auto, cpu, cuda, or a single GPU such as cuda:1")
     if kind == "cuda":
         _check_cuda(name, index, processes, available)
     return DeviceChoice(name, reason)
@@ -90,16 +91,17 @@ def _check_cuda(name: str, index: str, processes: int, available: bool) -> None:
         raise ConfigError(f"--device is {name}, but {why}; expected a working GPU and driver, or --device=cpu")
     count = torch.cuda.device_count()
     if index and processes > 1:
-        raise ConfigError(f"--device is {name} with --gpus={processes}; expected --device=cuda: each process takes the "
-                          "GPU of its number")
+        raise ConfigError(f"--device is {name} with --gpus={processes}; expected --device=cuda: each process uses a "
+                          "GPU of its own")
     if index and int(index) >= count:
-        raise ConfigError(f"--device is {name}; expected at most cuda:{count - 1}: this machine has {count}")
+        raise ConfigError(f"--device is {name}; expected at most cuda:{count - 1}: this machine has "
+                          f"{plural(count, 'GPU')}")
     if processes > count:
-        raise ConfigError(f"--gpus is {processes}; expected at most {count}, the GPUs of this machine")
+        raise ConfigError(f"--gpus is {processes}; expected at most {count}, the number of GPUs of this machine")
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise UserError unless options, by name, are at least 1 where they are given."""
+    """Raise UserError if an option, passed by name, is given and less than 1."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected at least 1")
@@ -109,24 +111,24 @@ def count_processes(place: Place, gpus: int | None, *, shared: str | None) -> in
     """Return how many processes do the work.
 
     place:   this process's
-    gpus:    --gpus, None where not given
-    shared:  None where the work can be shared, else the option whose work alone can be
+    gpus:    --gpus, None when not given
+    shared:  None if several processes can share this work, else the option whose work they can share
 
-    Raises UserError where other processes were started than are wanted.
+    Raises UserError when more processes were started than can be used, or --gpus differs from their number.
     """
     if place.count > 1 and shared is not None:
-        raise UserError(f"{place.count} processes were started; expected one: several share the work of {shared} alone")
+        raise UserError(f"{place.count} processes were started; expected one: only {shared} uses several")
     return place.processes(gpus)
 
 
 def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool) -> str:
-    """Return "cpu", "cuda" or "cuda:N" for --device; on a CPU, tune the allocator of a process that works.
+    """Return "cpu", "cuda" or "cuda:N" for --device; on a CPU, tune the memory allocator of each working process.
 
     place:         this process's
-    processes:     that do the work
-    tunes_malloc:  --tune-malloc; where the environment has settings of its own, the main process says so
+    processes:     number of processes that do the work
+    tunes_malloc:  --tune-malloc; if the environment already configures the allocator, the main process prints so
 
-    Raises UserError where the machine has no such device, or too few.
+    Raises UserError when the machine does not have that device, or not enough GPUs.
     """
     device = choose_device(name, place.local_count if place.is_started else processes).name
     if device == "cpu" and (processes == 1 or place.is_started):
@@ -140,27 +142,27 @@ def choose_precision(asked: str, device: str, recorded: str | None = None) -> Pr
     """Return "fp32", "fp16" or "bf16" for --precision.
 
     device:    "cpu", "cuda" or "cuda:N"
-    recorded:  what a run that goes on has; "auto" takes it
+    recorded:  that of a run that is continued, which "auto" keeps
 
     "auto" is fp16 on a GPU, as in the original, and fp32 on a CPU: nothing is measured, so that the same command means
-    the same run on each machine. What was asked for is taken, with a warning where a CPU has no instructions for it.
+    the same run on each machine. An explicit choice is kept, with a warning if the CPU has no instructions for it.
     """
     if asked != "auto":
         name, reason = asked, f"--precision={asked}"
     else:
-        name, reason = ("fp32", "the standard on a CPU") if device == "cpu" else (
-            "fp16", "the highest resolutions in fp16 are the standard on a GPU")
+        name, reason = ("fp32", "the default on a CPU") if device == "cpu" else (
+            "fp16", "fp16 at the highest resolutions is the default on a GPU")
         if recorded not in (None, name):
-            name, reason = recorded, "chosen when the run began"
+            name, reason = recorded, "chosen when the run was started"
     return PrecisionChoice(name, reason, _slow_format(name) if device == "cpu" else None)
 
 
 def _slow_format(name: str) -> str | None:
-    """Return a line about a format that this CPU has no instructions for, None where it has."""
+    """Return a warning if this CPU has no instructions for a format, else None."""
     if name == "fp32":
         return None
     part, instructions = _CPU_INSTRUCTIONS[name]
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # early releases of torch 2 cannot tell
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # missing in early releases of torch 2
     if capabilities is None or any(value is True and part in key for key, value in capabilities().items()):
         return None
     return (f"warning: {name} may be many times slower than fp32 on this CPU, which has neither {instructions}; "
@@ -183,27 +185,27 @@ def find_versions(*packages: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was done about the allocator."""
+    """Whether the memory allocator was tuned."""
 
     is_done: bool
-    reason: str  # how it was done, or why not
-    is_foreign: bool = False  # left alone because of settings outside this program
+    reason: str  # how it was tuned, or why not
+    is_foreign: bool = False  # not tuned because of settings outside this program
 
     @property
     def note(self) -> str:
-        """Return a line for a log."""
-        what = "freed memory is kept for reuse" if self.is_done else "the allocator is left as it is"
+        """Return a line for the log."""
+        what = "freed memory is kept for reuse" if self.is_done else "the allocator is not tuned"
         return f"memory: {what} ({self.reason})"
 
 
 def tune_malloc(wanted: bool) -> Tuning:
-    """Let glibc's malloc keep what is freed, in this process and those that fork from it; to call before large tensors.
+    """Let glibc's malloc keep freed memory, in this process and its forks; call it before allocating large tensors.
 
-    By default it maps large blocks one by one and unmaps them when they are freed, and gives the free end of its heap
-    back to the system. In training the same amount is needed again at once, and a large tensor would begin with a page
+    By default malloc maps large blocks one by one and unmaps them when they are freed, and returns the free end of its
+    heap to the system. Training needs the same amount again at once, so that each large tensor would start with a page
     fault every 4 KiB.
 
-    What is computed does not change. The process does not shrink again: what it holds stays at the most that it needed.
+    Results do not change. The process never shrinks: its memory stays at its peak.
     """
     if not wanted:
         return Tuning(is_done=False, reason="--tune-malloc=false")
@@ -212,21 +214,21 @@ def tune_malloc(wanted: bool) -> Tuning:
         return Tuning(is_done=False, reason=found, is_foreign=True)
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "gnu_get_libc_version"):
-        return Tuning(is_done=False, reason="only that of Linux with glibc is tuned")
+        return Tuning(is_done=False, reason="only glibc on Linux is supported")
     if not (library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
-        return Tuning(is_done=False, reason="mallopt refused", is_foreign=True)
-    return Tuning(is_done=True, reason="mallopt; --tune-malloc=false leaves it")
+        return Tuning(is_done=False, reason="mallopt failed", is_foreign=True)
+    return Tuning(is_done=True, reason="mallopt; disable with --tune-malloc=false")
 
 
 def _foreign_settings() -> str | None:
-    """Return which setting of the environment says something about memory, None where none does."""
+    """Return which environment variable already configures the allocator; None when none does."""
     for name in sorted(os.environ):
         if name.startswith("MALLOC_") and os.environ[name]:
             return f"{name} is set"
     if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return "GLIBC_TUNABLES sets glibc.malloc"
-    # Blocks that torch aligns to huge pages leave gaps in a heap: with both, clones of 64 MiB took twice the memory of
-    # either, and longer.
+    # Blocks that torch aligns to huge pages leave gaps in the heap: with both settings, clones of 64 MiB took twice the
+    # memory of either one, and more time.
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         return "THP_MEM_ALLOC_ENABLE is set"
     for path in os.environ.get("LD_PRELOAD", "").replace(":", " ").split():
@@ -237,10 +239,10 @@ def _foreign_settings() -> str | None:
 
 @contextmanager
 def memory_advice(batch: int) -> Iterator[None]:
-    """Say what to try when images do not fit into memory, as OutOfMemory. batch: images of a pass"""
+    """Raise OutOfMemory with advice when images do not fit into memory. batch: images per pass"""
     try:
         yield
-    except Exception as error:  # PyTorch has several ways to say it
+    except Exception as error:  # PyTorch raises several types
         if not ran_out_of_memory(error):
             raise
         advice = f"try --batch={batch // 2}" if batch > 1 else "use --device=cpu, or a GPU with more memory"
@@ -248,13 +250,13 @@ def memory_advice(batch: int) -> Iterator[None]:
 
 
 class OutOfMemory(UserError):
-    """Memory does not suffice; the message says how the run goes on."""
+    """Out of memory; the message says how to continue."""
 
-    exit_code = 4  # neither a mistake in the command nor a reason to start it again as it is
+    exit_code = 4  # neither a mistake in the command nor a reason to run it again unchanged
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on a GPU or the host."""
+    """Return whether an error means that memory ran out, on a GPU or the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -263,13 +265,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def lost_device(error: BaseException, device: torch.device) -> bool:
-    """Tell whether every later call on the device fails after an error, as after an illegal access in a kernel."""
-    # Errors of other kinds may tell of another process's GPU.
+    """Return whether after an error all later calls on the device fail, as after an illegal access in a kernel."""
+    # Errors of other types may be about another process's GPU.
     if type(error) in (RuntimeError, torch.AcceleratorError) and any(sign in str(error) for sign in _SIGNS_OF_LOSS):
         return True
     if device.type != "cuda":
         return False
-    try:  # Libraries have other words for it, or none.
+    try:  # Libraries have other messages for it, or none.
         torch.cuda.synchronize(device)
         torch.zeros(1, device=device).item()
     except RuntimeError as found:

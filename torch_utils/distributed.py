@@ -1,8 +1,8 @@
-"""Join the processes of a run: the one module that knows ranks.
+"""Join the processes of a run into a process group: the only module that knows about ranks.
 
-A process learns its place from the environment that torchrun, or torch_utils.launch, gives it: every program asks
-`Place.from_environment` who started it. Without one it is alone, and everything here does nothing. NCCL carries what
-lies on GPUs, gloo what lies on the CPU.
+`Place.from_environment` reads rank and world size from the environment variables of torchrun or torch_utils.launch.
+Without these a process is alone, and everything here does nothing. NCCL transfers tensors on GPUs, gloo those on the
+CPU.
 """
 
 import os
@@ -23,22 +23,22 @@ from dnnlib.files import DiskFailure
 from torch_utils import launch
 from torch_utils.launch import LOST_EXIT_CODE, ProcessWatch, find_launcher, follow_launcher
 
-# How long a process that started may wait for one that did not (yet).
+# How long a process waits for others that have not started yet.
 JOIN_TIMEOUT = timedelta(minutes=5)
-# How long a process may wait for one that lives but does something else, such as write a state to a slow disk. Dead
-# ones are noticed within a minute by torch_utils.launch.
+# How long a process waits for one that is alive but busy, such as writing a state to a slow disk. Dead processes are
+# detected within a minute by torch_utils.launch.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
-# Large enough that the time goes into the transfer, small enough not to double the memory of the gradients.
+# Large enough that transfer dominates the overhead, small enough not to double the memory for gradients.
 _BUCKET_BYTES = 32 << 20
 
 _watch: ProcessWatch | None = None
 
 
 class ProcessLost(SystemExit):
-    """Another process of the run failed, so that this one cannot go on.
+    """Another process of the run failed, so this one cannot continue.
 
-    Like an interrupt it is nothing that the code in between could handle: it ends the program, with one line.
+    Like an interrupt it is not for other code to handle: it ends the program, with one line.
     """
 
     def __init__(self, reason: str):
@@ -48,7 +48,7 @@ class ProcessLost(SystemExit):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process stands among those of its run, and where they meet."""
+    """The rank of a process in its run, and the address where the processes meet."""
 
     rank: int = 0
     count: int = 1
@@ -56,26 +56,26 @@ class Place:
     local_count: int = 1
     address: str = ""
     port: int = 0
-    attempt: int = 0  # torchrun --max-restarts starts the processes anew, with the same store
-    is_started: bool = False  # as a part of a group, be it of one: this process does not start others
-    launcher: int | None = None  # process id of torch_utils.launch, where that started it
+    attempt: int = 0  # torchrun --max-restarts restarts the processes, with the same store
+    is_started: bool = False  # as part of a group, even of one: this process does not start others
+    launcher: int | None = None  # process id of torch_utils.launch, if that started it
 
     @classmethod
     def from_environment(cls) -> "Place":
-        """Read who started this process, and how many there are, from what torchrun and torch_utils.launch set.
+        """Read the place of this process from the environment variables of torchrun or torch_utils.launch.
 
-        RANK and WORLD_SIZE alone make a process part of a group. A batch system's own variables (SLURM_*), or
-        LOCAL_RANK by itself, do not: a process that was started with these is alone, and --gpus starts the others.
-        Raises UserError when a part is missing or no number.
+        Only RANK and WORLD_SIZE make a process part of a group. The variables of a batch system (SLURM_*), or
+        LOCAL_RANK alone, do not: a process that was started with these is alone, and --gpus starts the others.
+        Raises UserError when a variable is missing or not a number.
         """
         names = {"rank": "RANK", "count": "WORLD_SIZE", "port": "MASTER_PORT"}
         if not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
             return cls()
-        is_one = os.environ.get("WORLD_SIZE") == "1"  # which meets nobody
+        is_one = os.environ.get("WORLD_SIZE") == "1"  # which does not meet others
         needed = ("RANK", "WORLD_SIZE") if is_one else (*names.values(), "MASTER_ADDR")
         missing = [name for name in needed if name not in os.environ]
         if missing:
-            raise UserError(f"{missing[0]} is not set, but others of torchrun's variables are; expected RANK, "
+            raise UserError(f"{missing[0]} is not set, but other torchrun variables are; expected RANK, "
                             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use torchrun, or unset RANK and WORLD_SIZE")
         found = {field: _number(name) for field, name in names.items() if name in needed}
         local_rank = _number("LOCAL_RANK", found["rank"])
@@ -83,38 +83,38 @@ class Place:
                     address=os.environ.get("MASTER_ADDR", ""), attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
                     is_started=True, launcher=find_launcher())
         if place.rank >= place.count:
-            raise UserError(f"RANK is {place.rank}; expected less than WORLD_SIZE, {place.count}")
+            raise UserError(f"RANK is {place.rank}; expected less than WORLD_SIZE ({place.count})")
         return place
 
     def processes(self, gpus: int | None) -> int:
-        """Return how many processes do the work: those that were started, else those that --gpus asks to start.
+        """Return how many processes do the work: those that were started, else --gpus.
 
-        gpus:  --gpus, None where not given
+        gpus:  --gpus, None when not given
 
-        Raises UserError where both are known and differ.
+        Raises UserError when both are known and differ.
         """
         if not self.is_started:
             return gpus or 1
         if gpus not in (None, self.count):
-            raise UserError(f"--gpus is {gpus}, but WORLD_SIZE is {self.count}, as torchrun sets it for the processes "
-                            f"that it started; expected the same number: leave --gpus out, or unset RANK and "
-                            f"WORLD_SIZE, and --gpus={gpus} starts {gpus}")
+            raise UserError(f"--gpus is {gpus}, but WORLD_SIZE (set by torchrun) is {self.count}; expected the same "
+                            f"number: leave --gpus out, or unset RANK and WORLD_SIZE to let --gpus={gpus} start "
+                            f"{gpus} processes")
         return self.count
 
     @property
     def holds_store(self) -> bool:
-        """Tell whether this process keeps the store in which all meet; torchrun and torch_utils.launch may do it."""
+        """Return whether this process hosts the shared store; torchrun or torch_utils.launch may host it instead."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def is_first_process() -> bool:
-    """Tell whether this process prints for all of its run, also before they meet; unlike `Place`, never raises."""
+    """Return whether this process prints for all, also before the group is joined; unlike `Place`, never raises."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes that compute one run together, seen from one of them."""
+    """The processes of a run, seen from one of them."""
 
     rank: int
     count: int
@@ -126,10 +126,10 @@ class Processes:
 
         tensors:  of any shapes, number types and devices, the same ones in the same order on every process
 
-        All processes get the same bits, and get them again when the sum is repeated: tensors of one type and device go
-        in flat buckets, whose limits follow from the shapes alone.
-        LIMIT: does not overlap with the backward pass. Two processes on a CPU sum 25 million float32 in 0.1 s, where
-        one pass through networks of that size takes seconds; between GPUs nobody has measured it yet.
+        All processes get the same bits, also when the sum is repeated: tensors of one type and device are flattened
+        into buckets whose limits depend only on the shapes.
+        LIMIT: does not overlap with the backward pass. Two processes on a CPU sum 25 million float32 in 0.1 s, while
+        one pass through networks of that size takes seconds; not yet measured between GPUs.
         """
         if world_size() == 1:
             return
@@ -141,21 +141,22 @@ class Processes:
                 tensor.copy_(part.view(tensor.shape))
 
     def share(self, total: int) -> range:
-        """Return which of `total` things are this process's: images of a batch, or micro-batches."""
+        """Return this process's share of `total` items: images of a batch, or micro-batches."""
         if total % self.count:
-            raise ValueError(f"{total} things are to be shared by {self.count} processes; expected a multiple of them")
+            raise ValueError(f"{total} items cannot be divided among {self.count} processes; expected a multiple of "
+                             f"{self.count}")
         size = total // self.count
         return range(self.rank * size, (self.rank + 1) * size)
 
 
 @contextmanager
 def join(device: torch.device | str) -> Iterator[Processes]:
-    """Meet the other processes of the run, and leave together with them.
+    """Join the process group of the run, and leave it together with the others.
 
-    device:  of several processes on "cuda" each takes the GPU of its local rank
+    device:  several processes on "cuda" each use the GPU of their local rank
 
-    An error within the block is told to the others, which end with `ProcessLost`; of several processes that fail at
-    once one keeps its error. Raises UserError when the environment makes no sense or the others do not come.
+    An error within the block is passed on to the others, which end with `ProcessLost`; of several processes that fail
+    at once, one keeps its error. Raises UserError when the environment is invalid or the others do not join in time.
     """
     place = Place.from_environment()
     device = torch.device(device)
@@ -165,13 +166,13 @@ def join(device: torch.device | str) -> Iterator[Processes]:
     if place.count == 1:
         yield Processes(rank=0, count=1, device=device)
         return
-    # Processes of one machine share the cores that one would use.
+    # Processes on one machine share its cores.
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_count))
     follow_launcher()
     watch = _meet(place, device)
     try:
         yield Processes(rank=place.rank, count=place.count, device=device)
-        barrier()  # nobody leaves while another one may still need it
+        barrier()  # no process leaves while another may still need it
     except BaseException as error:
         _fail(error, place, watch, device)
         raise
@@ -180,32 +181,32 @@ def join(device: torch.device | str) -> Iterator[Processes]:
 
 
 def rank() -> int:
-    """Return the number of this process among those that met in `join`."""
+    """Return the rank of this process in the group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Return how many processes met in `join`."""
+    """Return the number of processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Tell whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Raises ProcessLost."""
+    """Wait until all processes get here. Raises ProcessLost."""
     any_process(False)
 
 
 def any_process(flag: bool) -> bool:
-    """Tell every process whether one of them says yes, such as to a wish to stop. Raises ProcessLost."""
+    """Return on every process whether `flag` is set on any, such as a request to stop. Raises ProcessLost."""
     return any_process_each([flag])[0]
 
 
 def any_process_each(flags: Sequence[bool]) -> list[bool]:
-    """Answer several questions of `any_process` in one exchange. Raises ProcessLost."""
+    """Reduce several flags as `any_process` does, in one exchange. Raises ProcessLost."""
     if world_size() == 1:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.int32)
@@ -215,7 +216,7 @@ def any_process_each(flags: Sequence[bool]) -> list[bool]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return what the main process passes, on every process. Raises ProcessLost.
+    """Return the main process's value on every process. Raises ProcessLost.
 
     The object is pickled; it comes from a process of the same run.
     """
@@ -228,7 +229,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def first_text(text: str) -> str:
-    """Return on all processes the text of the first of them that passes one, "" where none does. Raises ProcessLost."""
+    """Return on all processes the first text that is not empty, "" if there is none. Raises ProcessLost."""
     line = f"{' '.join(text.split())}\n" if text else ""
     lines = gather_rows(torch.tensor(list(line.encode(errors="backslashreplace")), dtype=torch.uint8))
     return broadcast_object(None if lines is None else bytes(lines.tolist()).decode().split("\n", 1)[0])
@@ -238,7 +239,7 @@ def first_text(text: str) -> str:
 def gather_rows(rows: Tensor) -> Tensor | None:
     """Return the rows of all processes, those of rank 0 first, on the main process's CPU; None on the others.
 
-    rows:  [n, ...], any device; n differs from process to process and may be 0, type and the other sizes are the same
+    rows:  [n, ...], any device; n may differ between processes and be 0, dtype and other sizes are the same
 
     Raises ProcessLost.
     """
@@ -256,7 +257,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error as the last line of a traceback would; a user's mistake or a failing disk without its type."""
+    """Return an error like the last line of a traceback; a user's mistake or a failing disk without its type."""
     text = " ".join(str(error).split())
     if isinstance(error, (UserError, DiskFailure)):
         return text
@@ -281,9 +282,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _meet(place: Place, device: torch.device) -> ProcessWatch:
     global _watch
-    # Its functions take the group of all processes at the time of the import as a default argument, and torch._dynamo
-    # imports it in the middle of a run. That would keep the group, with gloo's threads, beyond destroy_process_group:
-    # a thread that then lets go of a collective's tensor while Python shuts down wants the GIL, and the process aborts.
+    # Imported early: its functions bind the default process group at import time, and torch._dynamo would import it in
+    # the middle of a run. That would keep the group, with gloo's threads, alive after destroy_process_group; a thread
+    # that then frees a collective's tensor while Python shuts down needs the GIL, and the process aborts.
     from torch.distributed.nn import functional  # noqa: F401
 
     try:
@@ -295,7 +296,7 @@ def _meet(place: Place, device: torch.device) -> ProcessWatch:
     except RuntimeError as error:
         raise UserError(f"process {place.rank} of {place.count} could not join the others at {place.address}:"
                         f"{place.port} ({' '.join(str(error).split())[:200]}); expected all of them to start within "
-                        f"{JOIN_TIMEOUT.seconds // 60} minutes, and the port to be free") from error
+                        f"{JOIN_TIMEOUT.seconds // 60} minutes, and a free port") from error
     watch.start()
     _watch = watch
     return watch
@@ -313,14 +314,14 @@ def _leave(watch: ProcessWatch) -> None:
 
 
 def _fail(error: BaseException, place: Place, watch: ProcessWatch, device: torch.device) -> None:
-    """Leave because of an error. Raises ProcessLost instead when another process failed before."""
+    """Leave the group because of an error. Raises ProcessLost instead when another process failed earlier."""
     earlier = None
     _leave(watch)
     if not isinstance(error, ProcessLost):
         earlier = watch.post_failure(describe_error(error))
-        if earlier is None and place.holds_store:  # the others have to read it before the store goes
+        if earlier is None and place.holds_store:  # the others must read it before the store is gone
             time.sleep(1.5 * launch.HEARTBEAT_SECONDS)
-    if device.type == "cpu":  # NCCL would wait for operations that never end; there the process's end is enough
+    if device.type == "cpu":  # NCCL would wait for operations that never end; ending the process is enough
         dist.destroy_process_group()
     if earlier is not None:
         raise ProcessLost(earlier) from error
@@ -328,7 +329,7 @@ def _fail(error: BaseException, place: Place, watch: ProcessWatch, device: torch
 
 @contextmanager
 def _others_needed() -> Iterator[None]:
-    """Turn torch's account of a broken connection into what became of the other process."""
+    """Turn torch's error about a broken connection into what happened to the other process."""
     try:
         yield
     except RuntimeError as error:
@@ -337,7 +338,7 @@ def _others_needed() -> Iterator[None]:
 
 
 def _end_now(reason: str) -> None:
-    """End this process, whatever its main thread waits for."""
+    """End this process, whatever its main thread is waiting for."""
     code = ProcessLost(reason).code
     if isinstance(code, str):
         print(code, file=sys.stderr, flush=True)
@@ -352,5 +353,5 @@ def _number(name: str, default: int | None = None) -> int:
     except ValueError:
         value = -1
     if value < 0:
-        raise UserError(f"{name} is {text!r}; expected a number >= 0, as torchrun sets it")
+        raise UserError(f"{name} is {text!r}; expected a whole number >= 0, as set by torchrun")
     return value

@@ -1,4 +1,4 @@
-"""Turn pixels into tensors and back, and draw sheets of pictures: grids, and pairs of a target and its projection."""
+"""Convert pixels to tensors and back, and draw sheets of images: grids, and pairs of a target and its projection."""
 
 import math
 import os
@@ -14,14 +14,14 @@ from torch import Tensor
 from dnnlib.files import atomic_write
 from dnnlib.text import fitted, to_ascii
 
-# Of a sheet that users ask for. Programs refuse larger pictures: Pillow warns from 89 million pixels on.
+# Limit for sheets that users request; programs refuse larger ones. Pillow warns above 89 million pixels.
 MOST_PIXELS = 80_000_000
 
 _BACKGROUND, _INK = "white", "black"
 _WHITE = 255
 _LONGEST_LABEL = 24  # letters
 
-# Of a sheet of pairs, in pixels.
+# Layout of a sheet of pairs, in pixels.
 _LARGEST_CELL = 128
 _MARGIN = 8
 _BETWEEN_PICTURES, _BETWEEN_PAIRS, _BETWEEN_ROWS = 2, 14, 10
@@ -31,7 +31,7 @@ _LEAST_WIDTH = 640  # room for titles
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Map -1..1 to 0..255, uint8; as metrics want it: 128 for 0, fractions cut off. uint8 comes back as it is."""
+    """Map -1..1 to uint8 0..255 as metrics need it: 0 to 128, fractions truncated. uint8 is returned unchanged."""
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
@@ -40,17 +40,17 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Map 0..255, uint8 or float, to float32 -1..1, as networks take it; `to_pixels` undoes it for every level."""
+    """Map 0..255, uint8 or float, to float32 -1..1 for networks; `to_pixels` inverts it exactly for every level."""
     return pixels.float() / 127.5 - 1
 
 
 def save_grid(path: str | os.PathLike, images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
               labels: Sequence[str] | None = None) -> None:
-    """Write images side by side, row by row, as a PNG that appears whole or not at all.
+    """Write images side by side, row by row, as a PNG, completely or not at all.
 
     images:  [N, C, H, W], floating point -1..1 or uint8, gray or RGB, or a list of such [C, H, W], in which None
              leaves a cell white; cells beyond N stay white
-    labels:  a text for each row, drawn in a column of its own at the left; None draws none
+    labels:  a text for each row, drawn in a column at the left; None draws none
 
     Raises ValueError when the images do not fit the grid, OSError when the file cannot be written.
     """
@@ -62,7 +62,7 @@ def save_grid(path: str | os.PathLike, images: Tensor | Sequence[Tensor | None],
 
 def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
               labels: Sequence[str] | None = None) -> PIL.Image.Image:
-    """Return the picture that `save_grid` writes: L or RGB."""
+    """Return the image that `save_grid` writes: L or RGB."""
     if not isinstance(images, Tensor):
         white = torch.full_like(to_pixels(next(image for image in images if image is not None)), _WHITE)
         images = torch.stack([white if image is None else to_pixels(image) for image in images])
@@ -71,7 +71,7 @@ def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: i
     if not 0 < len(images) <= columns * rows:
         raise ValueError(f"there are {len(images)} images; expected 1 to {columns} x {rows}")
     if labels is not None and len(labels) != rows:
-        raise ValueError(f"there are {len(labels)} labels; expected one for each of {rows} rows")
+        raise ValueError(f"there are {len(labels)} labels; expected one for each of the {rows} rows")
     pixels = to_pixels(images).cpu()
     blank = pixels.new_full((columns * rows - len(pixels), *pixels.shape[1:]), _WHITE)
     lines = torch.cat([pixels, blank]).split(columns)
@@ -81,11 +81,11 @@ def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: i
 
 
 def _with_labels(picture: PIL.Image.Image, labels: Sequence[str]) -> PIL.Image.Image:
-    """Return the picture of a grid with a column of texts at its left, one beside each row."""
+    """Return a grid with a column of texts at its left, one beside each row."""
     row_height = picture.height // len(labels)
     size = max(min(row_height, 10), min(row_height // 4, 40))
     font = PIL.ImageFont.load_default(size)
-    texts = [to_ascii(label) for label in labels]  # Pillow's own font has no other letters
+    texts = [to_ascii(label) for label in labels]  # Pillow's own font has no other characters
     texts = [text if len(text) <= _LONGEST_LABEL else f"{text[:_LONGEST_LABEL - 2]}.." for text in texts]
     gap = math.ceil(size / 2)
     width = math.ceil(max(font.getlength(text) for text in texts)) + 2 * gap
@@ -99,7 +99,7 @@ def _with_labels(picture: PIL.Image.Image, labels: Sequence[str]) -> PIL.Image.I
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What lies side by side: uint8 [1 or 3, H, W] both, and the text below them."""
+    """Two images side by side, both uint8 [1 or 3, H, W], and the text below them."""
 
     target: Tensor
     projection: Tensor
@@ -108,7 +108,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class PairRow:
-    """Pairs in a line below a title, such as "melanoma best"."""
+    """A row of pairs below a title, such as "melanoma best"."""
 
     title: str
     pairs: Sequence[Pair]
@@ -117,8 +117,8 @@ class PairRow:
 def save_pair_sheet(path: str | os.PathLike, rows: Sequence[PairRow], *, title: str) -> None:
     """Write a PNG with the title, and each row's title above its pairs: target left, projection right.
 
-    Images of up to 64 pixels are enlarged by whole factors, those larger than 128 reduced. Rows without a pair are
-    left out. Texts that are too long are shortened, and letters that are not ASCII become "?".
+    Images of up to 64 pixels are enlarged by integer factors, those larger than 128 reduced. Rows without a pair are
+    omitted. Texts that are too long are shortened, and characters that are not ASCII become "?".
     Raises ValueError when there is no pair, OSError when the file cannot be written.
     """
     sheet = draw_pair_sheet(rows, title=title)
@@ -127,12 +127,12 @@ def save_pair_sheet(path: str | os.PathLike, rows: Sequence[PairRow], *, title: 
 
 
 def draw_pair_sheet(rows: Sequence[PairRow], *, title: str) -> PIL.Image.Image:
-    """Return the picture that `save_pair_sheet` writes: RGB."""
+    """Return the image that `save_pair_sheet` writes: RGB."""
     rows = [row for row in rows if row.pairs]
     if not rows:
         raise ValueError("there are no pairs; expected a row with one or more")
     side = max(max(image.shape[-2:]) for row in rows for pair in row.pairs for image in (pair.target, pair.projection))
-    factor = max(1, _LARGEST_CELL // side)  # whole, so that pixels stay pixels
+    factor = max(1, _LARGEST_CELL // side)  # an integer, so that pixels stay square and sharp
     cell = min(_LARGEST_CELL, side * factor)
     pair_width = 2 * cell + _BETWEEN_PICTURES
     row_height = _ROW_TITLE_HEIGHT + cell + _CAPTION_HEIGHT + _BETWEEN_ROWS
@@ -149,7 +149,7 @@ def draw_pair_sheet(rows: Sequence[PairRow], *, title: str) -> PIL.Image.Image:
         for index, pair in enumerate(row.pairs):
             left = _MARGIN + index * (pair_width + _BETWEEN_PAIRS)
             for place, image in enumerate((pair.target, pair.projection)):
-                picture = _fit(image, factor, cell)  # in the middle of its cell
+                picture = _fit(image, factor, cell)  # centered in its cell
                 sheet.paste(picture, (left + place * (cell + _BETWEEN_PICTURES) + (cell - picture.width) // 2,
                                       top + (cell - picture.height) // 2))
             write((left, top + cell + 2), pair.caption, _CAPTION_FONT, pair_width)
@@ -157,7 +157,7 @@ def draw_pair_sheet(rows: Sequence[PairRow], *, title: str) -> PIL.Image.Image:
 
 
 def _fit(image: Tensor, factor: int, cell: int) -> PIL.Image.Image:
-    """Return uint8 [1 or 3, H, W] as a picture, enlarged by a whole factor and then reduced to a cell: RGB."""
+    """Return uint8 [1 or 3, H, W] as an RGB image, enlarged by an integer factor and then reduced to a cell."""
     picture = PIL.Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
     picture = picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
     picture.thumbnail((cell, cell), PIL.Image.Resampling.LANCZOS)
@@ -165,7 +165,7 @@ def _fit(image: Tensor, factor: int, cell: int) -> PIL.Image.Image:
 
 
 def _writer(sheet: PIL.Image.Image) -> Callable[[tuple[int, int], str, int, int], None]:
-    """Return a function that writes a text at a corner, in a font size, no wider than it may be."""
+    """Return a function that draws text at a position, in a font size, up to a width."""
     draw = PIL.ImageDraw.Draw(sheet)
     fonts = {size: PIL.ImageFont.load_default(size) for size in (_TITLE_FONT, _ROW_FONT, _CAPTION_FONT)}
 

@@ -1,4 +1,4 @@
-"""Plot numbers as PNGs: curves over a run, histograms of a quantity."""
+"""Plot curves over a run, and histograms, as PNGs."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ import PIL.Image
 from dnnlib.files import atomic_write
 from dnnlib.text import fitted
 
-# matplotlib takes a second to import, which programs without a plot do not spend: functions import it.
+# matplotlib takes a second to import: functions import it, so that programs without a plot do not wait for it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[float, float]]  # (kimg, value)
 
 _DPI = 100
-_WIDTH, _HEIGHT = 720, 400  # pixels, as all lengths here
+_WIDTH, _HEIGHT = 720, 400  # pixels, like all lengths here
 _TOP, _RIGHT, _BOTTOM = 36, 20, 48  # around the axes
 _LEFT = 72
 _LEFT_OF_ROWS = 232  # room for names
-_LINE = 19  # of text
-_COLUMN = 280  # of texts in a legend
-_NUMBER, _SUMMARY = 80, 200  # longest texts behind a name
-_ROW = 46  # of a histogram that has a row of its own
+_LINE = 19  # height of a line of text
+_COLUMN = 280  # width of a text in a legend
+_NUMBER, _SUMMARY = 80, 200  # longest texts after a name
+_ROW = 46  # height of a histogram that has its own row
 _COLORS = ("#1f4ea0", "#c44e1e", "#288246", "#783c96", "#94741a", "#1a8a96", "#b03060", "#606060")
 _STYLE = {
     "font.size": 9.5,
-    "text.parse_math": False,  # a "$" in a name is no formula
+    "text.parse_math": False,  # a "$" in a name does not start a formula
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -40,17 +40,17 @@ _STYLE = {
     "grid.color": "#dedede",
     "legend.frameon": False,
 }
-_MOST_TOGETHER = 4  # histograms that can be told apart in one
+_MOST_TOGETHER = 4  # histograms that can be told apart in one plot
 _LEAST_BINS, _MOST_BINS = 12, 60
-_MOST_MARKERS = 100  # points of a curve that are marked one by one
-_FARTHEST = 1e150  # values beyond lie at the edge: distances of larger ones are no numbers
+_MOST_MARKERS = 100  # points of a curve that are marked individually
+_FARTHEST = 1e150  # larger values are clipped: differences between them would overflow
 
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Draw alike whatever the user's matplotlibrc says, and log nothing of caches; all is as before at the end."""
+    """Ignore the user's matplotlibrc and suppress log messages about caches; restore both at the end."""
     log, deaf = logging.getLogger("matplotlib"), logging.NullHandler()
-    log.addHandler(deaf)  # Python prints what is logged while there is no handler at all
+    log.addHandler(deaf)  # without any handler Python prints log messages
     try:
         import matplotlib
 
@@ -62,24 +62,24 @@ def _own_style() -> Iterator[None]:
 
 
 def save_curves(path: str | os.PathLike, curves: dict[str, Curve]) -> None:
-    """Draw named curves over kimg. Values that are not finite are left out; raises OSError."""
+    """Draw named curves over kimg. Non-finite values are omitted; raises OSError."""
     _save(path, draw_curves(curves))
 
 
 def draw_curves(curves: dict[str, Curve]) -> PIL.Image.Image:
-    """Return the picture that `save_curves` writes: RGB, the last value of each curve in the legend.
+    """Return the image that `save_curves` writes: RGB, with the last value of each curve in the legend.
 
-    Up to four curves give 720 x 400 pixels, more a higher picture.
+    Up to four curves give 720 x 400 pixels, more a taller image.
     """
     return _render(curves_figure(curves))
 
 
 def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], *, quantity: str) -> None:
-    """Draw a histogram of each name's values, on common bins, with their number and median.
+    """Draw a histogram of the values of each name, with common bins, and their number and median.
 
-    quantity: what the values are, written below the axis
+    quantity: name of the quantity, written below the axis
 
-    Few names share the axes, more have a row each. Values that are not finite are left out, and counted in the title.
+    A few names share the axes; more have a row each. Non-finite values are omitted, and counted in the title.
     Raises OSError.
     """
     _save(path, _render(histogram_figure(values, quantity=quantity)))
@@ -88,9 +88,9 @@ def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], 
 @_own_style()
 def curves_figure(curves: dict[str, Curve]) -> "Figure":
     """Return the figure of `draw_curves`."""
-    lines = math.ceil(len(curves) / 2)  # of the legend, which has two columns
+    lines = math.ceil(len(curves) / 2)  # lines of the legend, which has two columns
     axes = _axes(top=_TOP + _LINE * max(0, lines - 1), height=_HEIGHT + _LINE * max(0, lines - 2))
-    entries, times = [], [0.0]  # a run begins at 0
+    entries, times = [], [0.0]  # a run starts at 0
     for index, (name, curve) in enumerate(curves.items()):
         finite = [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)]
         (line,) = axes.plot([x for x, _ in finite], [_clipped(y) for _, y in finite], linewidth=1.5, markersize=4,
@@ -120,7 +120,7 @@ def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "F
     axes.set_xlabel(_printable(quantity, 2 * _COLUMN), loc="right")
     number = sum(map(len, finite.values()))
     missing = sum(map(len, given.values())) - number
-    left_out = f"; {missing} more not finite, left out" if missing else ""
+    left_out = f"; {missing} non-finite omitted" if missing else ""
     title = f"{number} value{'' if number == 1 else 's'}{left_out}"
     axes.figure.text(_LEFT / _WIDTH, 1 - 8 / _height(axes), title, va="top")
     if not number:
@@ -129,7 +129,7 @@ def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "F
 
 
 def _overlaid(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
-    """Draw histograms over each other."""
+    """Draw overlapping histograms."""
     top = _TOP + _LINE * len(finite)
     axes = _axes(top=top, height=_HEIGHT + _LINE * max(0, len(finite) - 2))
     entries = []
@@ -142,13 +142,13 @@ def _overlaid(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
         entries.append((outline, f"{_printable(name, 2 * _COLUMN - _SUMMARY)}: {_summary(numbers)}"))
     axes.set_ylim(0, max(1.0, axes.dataLim.y1) * 1.05)
     _mark(axes.yaxis)
-    axes.set_ylabel("% of values" if len(finite) < 2 else "% of the values of each")
+    axes.set_ylabel("% of values" if len(finite) < 2 else "% of the values of each name")
     _legend(axes, entries, columns=1, top=_TOP - 8)
     return axes
 
 
 def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
-    """Draw a histogram a row, all to one scale, the first at the top."""
+    """Draw one histogram per row, all to the same scale, the first at the top."""
     axes = _axes(top=_TOP, left=_LEFT_OF_ROWS, height=_TOP + _BOTTOM + _ROW * len(finite))
     shares = {name: _shares(numbers, edges) for name, numbers in finite.items()}
     scale = 0.85 / max(1.0, *(share.max() for share in shares.values()))
@@ -168,10 +168,10 @@ def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
 
 
 def _bin_edges(groups: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the edges of bins of one width that hold all values."""
+    """Return the edges of bins of equal width that cover all values."""
     values = np.concatenate([np.empty(0), *groups])
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    # Rice's rule for a group of middle size; a group of few values would be noise, were there many more bins.
+    # Rice's rule for a group of median size; with many more bins, small groups would look like noise.
     size = np.median([len(group) for group in groups if len(group)] or [0])
     count = min(max(math.ceil(2 * size ** (1 / 3)), _LEAST_BINS), _MOST_BINS)
     room = 0.0 if high - low > 1e-9 * max(abs(low), abs(high)) else max(abs(high) * 0.1, 1e-9)
@@ -179,7 +179,7 @@ def _bin_edges(groups: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _shares(numbers: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return how many percent of the values lie in each bin."""
+    """Return the percentage of the values in each bin."""
     return np.histogram(_clipped(numbers), edges)[0] * (100 / max(1, len(numbers)))
 
 
@@ -192,7 +192,7 @@ def _clipped(values):
 
 
 def _axes(*, top: int, left: int = _LEFT, height: int = _HEIGHT) -> "Axes":
-    """Return the axes of a new figure, with room around them."""
+    """Return the axes of a new figure, with margins around them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -207,7 +207,7 @@ def _height(axes: "Axes") -> float:
 
 
 def _mark(axis) -> None:
-    """Mark few, round numbers, and write them as they are."""
+    """Use few, round tick labels in plain notation."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -215,17 +215,17 @@ def _mark(axis) -> None:
 
 
 def _legend(axes: "Axes", entries: Sequence[tuple], *, columns: int, top: int = 4) -> None:
-    """Write texts beside their lines, above the axes."""
+    """Draw a legend above the axes."""
     if not entries:
         return
     legend = axes.figure.legend([line for line, _ in entries], ["-"] * len(entries), ncols=columns, loc="upper left",
                                 bbox_to_anchor=(_LEFT / _WIDTH, 1 - top / _height(axes)), borderaxespad=0, borderpad=0)
     for place, (_, text) in zip(legend.get_texts(), entries):
-        place.set_text(text)  # only now: a legend leaves out what begins with "_"
+        place.set_text(text)  # only now: legends omit texts that start with "_"
 
 
 def _printable(text: str, width: int) -> str:
-    """Put "?" for letters that the font has not, and shorten a text that is wider than `width`."""
+    """Replace characters that are not in the font by "?", and shorten a text that is wider than `width`."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))

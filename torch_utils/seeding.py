@@ -1,4 +1,4 @@
-"""Derive random generators from what is computed, so that nothing about randomness needs to be stored."""
+"""Derive random generators from the position in training, so that no random state needs to be stored."""
 
 import hashlib
 
@@ -8,13 +8,13 @@ import torch
 def seed_for(seed: int, nimg: int, microbatch: int, stream: str) -> int:
     """Return a seed in [0, 2^63) for one stream of random numbers of one micro-batch.
 
-    seed:        the run's seed;  nimg: images seen before;  microbatch: index over all processes
-    stream:      what the numbers are for; streams of different names are independent
+    seed:        the run's random seed;  nimg: images seen before;  microbatch: index over all processes
+    stream:      purpose of the numbers; streams with different names are independent
     """
     key = f"{seed}/{nimg}/{microbatch}/{stream}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def generator_for(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a fresh generator on `device` started from `seed`."""
+    """Return a new generator on `device`, seeded with `seed`."""
     return torch.Generator(device).manual_seed(seed)

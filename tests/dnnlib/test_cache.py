@@ -1,4 +1,4 @@
-"""Files of the network: fetched once, checked, whole or not at all."""
+"""dnnlib.cache: files are downloaded once, checked, and never left half done."""
 
 import hashlib
 import http.server
@@ -99,7 +99,7 @@ def test_fetch_downloads_once(server, sha256, capsys):
     assert fetch(f"{server.address}/file", name="weights.pth", sha256=sha256) == path
     assert server.requests == 1
     assert files_of_cache() == ["weights.pth"]
-    assert capsys.readouterr().err.startswith(f"fetching {server.address}/file into {path.parent}\n")
+    assert capsys.readouterr().err.startswith(f"downloading {server.address}/file into {path.parent}\n")
 
 
 def test_fetch_file_put_there_by_hand_needs_no_network(server):
@@ -110,7 +110,7 @@ def test_fetch_file_put_there_by_hand_needs_no_network(server):
 
 
 def test_fetch_other_content_than_expected_keeps_nothing(server):
-    message = f"(what came has the sha256 {DIGEST}; expected one that begins with 0123abcd)"
+    message = f"(the download has the sha256 {DIGEST}; expected one that starts with 0123abcd)"
     with pytest.raises(FetchError, match=re.escape(message)):
         fetch(f"{server.address}/file", name="weights.pth", sha256="0123abcd")
     assert files_of_cache() == []
@@ -121,11 +121,11 @@ def test_fetch_other_file_in_the_cache_says_so_and_keeps_it(server):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
     digest = hashlib.sha256(b"mine").hexdigest()
-    for sha256, expected in ((DIGEST, DIGEST), (DIGEST[:8], f"one that begins with {DIGEST[:8]}")):
+    for sha256, expected in ((DIGEST, DIGEST), (DIGEST[:8], f"one that starts with {DIGEST[:8]}")):
         with pytest.raises(UserError) as caught:
             fetch(f"{server.address}/file", name="weights.pth", sha256=sha256)
-        assert str(caught.value) == (f"{path} has the sha256 {digest}; expected {expected}: remove it, and it is "
-                                     "fetched anew")
+        assert str(caught.value) == (f"{path} has the sha256 {digest}; expected {expected}: remove it to "
+                                     "download it again")
     assert path.read_bytes() == b"mine"
     assert server.requests == 0
 
@@ -134,8 +134,8 @@ def test_fetch_missing_page_names_address_and_place(server):
     with pytest.raises(FetchError) as caught:
         fetch(f"{server.address}/nothing", name="weights.pth", sha256=None)
     assert str(caught.value) == (
-        f"weights.pth is not at hand, and fetching {server.address}/nothing failed (the server answered 404 Not Found):"
-        f" fetch it where there is a network, and put it at {downloaded('weights.pth')}")
+        f"weights.pth is not in the cache, and downloading {server.address}/nothing failed (the server answered 404 "
+        f"Not Found): download it on a machine with network access, and copy it to {downloaded('weights.pth')}")
     assert files_of_cache() == []
 
 
@@ -156,7 +156,7 @@ def test_fetch_without_a_server_is_the_users_to_put_right_and_not_a_failing_disk
         fetch(f"http://127.0.0.1:{port}/file", name="weights.pth", sha256=None)
 
     assert cli.run(command, []) == 2
-    assert f"put it at {downloaded('weights.pth')}\n" in capsys.readouterr().err
+    assert f"copy it to {downloaded('weights.pth')}\n" in capsys.readouterr().err
 
 
 def test_fetch_without_a_server_says_why(server):
@@ -184,12 +184,12 @@ def test_fetch_by_two_processes_downloads_once(server):
     code = f"from dnnlib.cache import fetch; print(fetch('{server.address}/file', name='w', sha256='{DIGEST}'))"
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True) for _ in range(2)]
-    # The one that waits says so: then both are on their way, and neither has the file.
+    # The process that waits prints so: then both are running, and neither has the file.
     says = []
     readers = [threading.Thread(target=lambda run=run: says.extend(iter(run.stderr.readline, ""))) for run in runs]
     for reader in readers:
         reader.start()
-    while not any(line.startswith("waiting for w, which is being fetched by process ") for line in says):
+    while not any(line.startswith("waiting for w, which process ") for line in says):
         assert all(reader.is_alive() for reader in readers), says
     server.hold.set()
     outputs = [run.stdout.read() for run in runs]

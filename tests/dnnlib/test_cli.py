@@ -1,4 +1,4 @@
-"""dnnlib.cli and dnnlib.progress: how every program ends or stops, and what it shows while it runs."""
+"""dnnlib.cli and dnnlib.progress: how programs end or stop, and the progress they show."""
 
 import io
 import os
@@ -158,7 +158,7 @@ def test_stop_request_remembers_a_signal_and_puts_handlers_back(number):
         assert not stop.wanted()
         os.kill(os.getpid(), number)
         assert stop.wanted()
-        assert stop.reason == f"{number.name} arrived"
+        assert stop.reason == f"{number.name} received"
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -180,4 +180,4 @@ def test_stop_request_time_is_over(monkeypatch):
         assert not stop.wanted()
         now[0] = 100 + 1800
         assert stop.wanted()
-        assert stop.reason == "--max-hours=0.5 are over"
+        assert stop.reason == "the --max-hours=0.5 limit was reached"

@@ -1,4 +1,4 @@
-"""Failing disks and networks: tried again, told from users' mistakes, and no reason to lose or change anything."""
+"""Failing disks and networks: retried, distinguished from users' mistakes, and nothing is lost or changed."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ FACTS = DatasetFacts(name="lesions", resolution=32, channels=3, num_images=2000,
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """Let attempts follow each other at once; return the waits that were asked for."""
+    """Retry without waiting; return the waits that were requested."""
     asked = []
     monkeypatch.setattr("dnnlib.files.time.sleep", asked.append)
     return asked
@@ -55,8 +55,8 @@ def test_retrying_waits_longer_each_time_and_gives_up_after_tens_of_seconds(wait
     with pytest.raises(DiskFailure) as caught:
         retrying(read, "set.zip")
     assert waits == [0.5, 1, 2, 4, 8, 16]
-    assert str(caught.value) == ("set.zip cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or the "
-                                 "network fails")
+    assert str(caught.value) == ("set.zip cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or "
+                                 "network failure")
 
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "ENODEV", "EREMOTEIO", "EHOSTDOWN",
@@ -132,14 +132,14 @@ def ends(error, capsys):
     return code, capsys.readouterr().err
 
 
-AGAIN = "give the same command again once it works"
+AGAIN = "run the same command again once it works"
 
 
 @pytest.mark.parametrize("number", TRANSIENT)
 def test_run_failing_disk_is_one_line_and_75(number, capsys):
     reason = os.strerror(number)
     assert ends(OSError(number, reason, "a.zip"), capsys) == (
-        75, f"error: a.zip: {reason}: a disk or the network fails; {AGAIN}\n")
+        75, f"error: a.zip: {reason}: a disk or network failure; {AGAIN}\n")
 
 
 def test_run_failing_disk_behind_a_message_of_ours_is_75(capsys):
@@ -322,10 +322,10 @@ def test_cache_on_a_failing_disk_is_not_called_damaged(tmp_path, monkeypatch):
     FailingDisk(tmp_path).install(monkeypatch.setattr)
     assert cache.read({"a": 1}, count=3, classes=False) is None
     assert lines == [f"{cache.path({'a': 1})} cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or "
-                     "the network fails; its features are computed again"]
+                     "network failure; its features are computed again"]
 
 
-# ---- nothing is lost, dropped or begun anew
+# ---- nothing is lost, dropped or started from scratch
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -357,7 +357,7 @@ def _fail(item):
 def test_ordered_map_keeps_the_kind_of_a_failure():
     with pytest.raises(DiskFailure) as caught:
         list(ordered_map(_fail, ["a", "b"], 2))
-    assert str(caught.value) == "a: Stale file handle: a disk or the network fails"
+    assert str(caught.value) == "a: Stale file handle: a disk or network failure"
 
 
 def test_state_on_a_failing_disk_is_not_passed_over_for_an_older_one(tmp_path, monkeypatch):
@@ -369,13 +369,13 @@ def test_state_on_a_failing_disk_is_not_passed_over_for_an_older_one(tmp_path, m
         with pytest.raises(DiskFailure) as caught:
             CheckpointPair(tmp_path).load()
     assert str(caught.value) == (
-        f"{pair.newest} cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or the network fails; if "
-        "it never can again, move that file away, and the run continues from training-state.prev.pt")
+        f"{pair.newest} cannot be read (Input/output error, tried 7 times in 31.5 s): a disk or network failure; if it "
+        "stays unreadable, move that file away to continue the run from training-state.prev.pt")
     assert CheckpointPair(tmp_path).load() == ({"step": 2}, None)
     pair.newest.rename(tmp_path / "away")
     state, message = CheckpointPair(tmp_path).load()
     assert state == {"step": 1}
-    assert "training-state.prev.pt is taken instead" in message
+    assert "training-state.prev.pt is used instead" in message
 
 
 def test_state_with_damaged_content_is_still_passed_over(tmp_path):

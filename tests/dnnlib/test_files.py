@@ -1,4 +1,4 @@
-"""dnnlib.files: a file is whole or absent."""
+"""dnnlib.files: a file is complete or absent."""
 import os
 import stat
 

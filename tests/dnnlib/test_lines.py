@@ -1,4 +1,4 @@
-"""dnnlib.lines: pieces whole and in order, or waiting."""
+"""dnnlib.lines: lines are complete and in order, or kept for later."""
 
 import os
 import stat
@@ -62,7 +62,7 @@ def test_append_to_a_missing_folder_raises_and_follows_later(tmp_path):
 
 # ---- several writers
 
-# What calc_metrics.py does, until a file says that it is enough: adds lines that belong to no tick.
+# Appends lines that belong to no tick, as calc_metrics.py does, until a file tells it to stop.
 MEASURE = """
 import os, sys, time
 from dnnlib.lines import AppendFile

@@ -1,4 +1,4 @@
-"""Archives that have to be unpacked: every option that takes images, tables or networks says how."""
+"""Archives that have to be unpacked: the message of every option for images, tables or networks shows how."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""dnnlib.process_lock: one process at a time, and none that is gone keeps others away."""
+"""dnnlib.process_lock: one process at a time, and an ended one does not block others."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ for line in sys.stdin:
     lock.release()
 """
 ELSEWHERE = "filelock/2\npid=17\nhost=gpu07\nmode=lease\ntoken=ab\nduration={}\n"
-UNREADABLE = "took over from a process that ended while it started, which is gone"
+UNREADABLE = "took over from an unknown process, which has ended"
 posix = pytest.mark.skipif(os.name != "posix", reason="sees processes as POSIX systems show them")
 
 
@@ -67,7 +67,7 @@ def holder(path):
 
 @pytest.fixture
 def no_exchange(monkeypatch):
-    """File systems that answer as NFS and Lustre do when two names are to be exchanged."""
+    """File systems that cannot exchange two names, such as NFS and Lustre."""
     monkeypatch.setattr("filelock._filesystem._exchange._rename_call", lambda: (lambda *_: errno.EINVAL, 2))
     monkeypatch.setattr(process_lock, "_UNREADABLE_SECONDS", 0.2)
     monkeypatch.setattr(process_lock, "HEARTBEAT_SECONDS", 0.1)
@@ -116,7 +116,7 @@ def test_acquire_killed_holder_is_replaced_at_once(path, holder, is_reaped):
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     lock = ProcessLock(path)
     start = time.monotonic()
-    assert lock.acquire() == f"took over from process {holder.pid} on {socket.gethostname()}, which is gone"
+    assert lock.acquire() == f"took over from process {holder.pid} on {socket.gethostname()}, which has ended"
     assert time.monotonic() - start < HEARTBEAT_SECONDS
     lock.require_held()
     lock.release()
@@ -137,7 +137,7 @@ def test_acquire_holder_that_cannot_be_looked_up_counts_as_alive_while_it_gives_
     leave(path, ELSEWHERE.format(LEASE_SECONDS), silent_for=2 * HEARTBEAT_SECONDS)
     with pytest.raises(LockHeld) as error:
         ProcessLock(path).acquire()
-    assert re.fullmatch(r"process 17 on gpu07 \(last sign of life 4\d s ago\)", str(error.value))
+    assert re.fullmatch(r"process 17 on gpu07 \(last heartbeat 4\d s ago\)", str(error.value))
 
 
 def test_acquire_holder_that_cannot_be_looked_up_is_watched_and_then_replaced(path, monkeypatch, capfd):
@@ -146,11 +146,11 @@ def test_acquire_holder_that_cannot_be_looked_up_is_watched_and_then_replaced(pa
     leave(path, ELSEWHERE.format(0.5), silent_for=500)
     lock = ProcessLock(path)
     start = time.monotonic()
-    assert re.fullmatch(r"took over from process 17 on gpu07 \(last sign of life 50\d s ago\), which is gone",
+    assert re.fullmatch(r"took over from process 17 on gpu07 \(last heartbeat 50\d s ago\), which has ended",
                         lock.acquire())
     assert time.monotonic() - start >= 0.5
-    assert re.fullmatch(rf"watching {re.escape(str(path))} of process 17 on gpu07 \(last sign of life 50\d s ago\), "
-                        r"which counts as gone after 0\.5 s without another\n", capfd.readouterr().err)
+    assert re.fullmatch(rf"watching {re.escape(str(path))} of process 17 on gpu07 \(last heartbeat 50\d s ago\): "
+                        r"taken over after 0\.5 s without a heartbeat\n", capfd.readouterr().err)
     lock.require_held()
     lock.release()
 
@@ -165,7 +165,7 @@ def test_acquire_holder_with_another_lease_is_named_while_it_lives_and_replaced_
     leave(path, ELSEWHERE.format(0.6), silent_for=500)
     start = time.monotonic()
     lock = ProcessLock(path)
-    assert re.fullmatch(r"took over from process 17 on gpu07 \(last sign of life 50\d s ago\), which is gone",
+    assert re.fullmatch(r"took over from process 17 on gpu07 \(last heartbeat 50\d s ago\), which has ended",
                         lock.acquire())
     assert time.monotonic() - start >= 0.6
     lock.require_held()
@@ -181,7 +181,7 @@ def test_acquire_holder_that_is_watched_and_gives_a_sign_of_life_is_left_its_loc
     leave(path, ELSEWHERE.format(4), silent_for=500)
     other = subprocess.Popen([sys.executable, "-c", code, str(path)])
     try:
-        with pytest.raises(LockHeld, match=r"process 17 on gpu07 \(last sign of life \d s ago\)"):
+        with pytest.raises(LockHeld, match=r"process 17 on gpu07 \(last heartbeat \d s ago\)"):
             ProcessLock(path).acquire()
     finally:
         other.kill()
@@ -220,7 +220,7 @@ def test_acquire_where_names_cannot_be_exchanged_killed_holder_is_replaced(path,
     with pytest.raises(Timeout):
         SoftFileLease(path, lease_duration=LEASE_SECONDS).acquire(timeout=0.1)
     lock = ProcessLock(path)
-    assert lock.acquire() == f"took over from process {holder.pid} on {socket.gethostname()}, which is gone"
+    assert lock.acquire() == f"took over from process {holder.pid} on {socket.gethostname()}, which has ended"
     lock.require_held()
     lock.release()
     assert os.listdir(path.parent) == []
@@ -290,7 +290,7 @@ def test_require_held_tells_who_took_over(path):
     leave(path, ELSEWHERE.format(LEASE_SECONDS))
     with pytest.raises(LockLost) as error:
         lock.require_held()
-    assert re.fullmatch(rf"{re.escape(str(path))} was taken over by process 17 on gpu07 \(last sign of life \d s ago\)",
+    assert re.fullmatch(rf"{re.escape(str(path))} was taken over by process 17 on gpu07 \(last heartbeat \d s ago\)",
                         str(error.value))
     lock.release()
     assert "gpu07" in path.read_text()  # not ours to remove

@@ -1,4 +1,4 @@
-"""dnnlib.text: letters that every font has, and texts that fit."""
+"""dnnlib.text: printable ASCII, and texts that fit."""
 
 import pytest
 

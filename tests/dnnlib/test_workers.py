@@ -1,4 +1,4 @@
-"""dnnlib.workers: the order, the bound, and every way to end."""
+"""dnnlib.workers: order, bounded memory, and every way to end."""
 import gc
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dnnlib.cli import UserError
 from dnnlib.workers import ordered_map, usable_cores
 
 ROOT = Path(__file__).parent.parent.parent
+KILLED = "a worker process was killed by SIGKILL, often because memory ran out; try a smaller --workers, or --workers=1"
 
 
 def square(number):
@@ -53,13 +55,28 @@ def kill_at_5(number):
     return number
 
 
+def die_while_sending_5(number):
+    if number == 5:
+        send = Connection._send
+
+        def send_half(connection, data):
+            if len(data) < 10_000:
+                return send(connection, data)
+            os.write(connection.fileno(), data[:5_000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = send_half  # in the worker alone
+        return bytes(1_000_000)
+    return number
+
+
 def process_id(number):
     time.sleep(0.005)
     return os.getpid()
 
 
 def is_alive(pid):
-    """Say whether a process runs; one that has ended but was not asked for its result counts as ended."""
+    """Return whether a process runs; a zombie counts as ended."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -67,7 +84,7 @@ def is_alive(pid):
 
 
 def all_end(pids):
-    """Say whether all processes end within a few seconds; nobody waits for those whose parent was killed."""
+    """Return whether all processes end within five seconds."""
     deadline = time.monotonic() + 5
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -152,11 +169,17 @@ def test_ordered_map_exception_of_the_items_comes_after_their_results(workers, c
         next(results)
 
 
-def test_ordered_map_killed_worker_is_told():
+def test_ordered_map_killed_worker_is_reported():
     with pytest.raises(UserError) as caught:
         list(ordered_map(kill_at_5, range(50), 2))
-    assert str(caught.value) == ("a worker process was ended by SIGKILL, often for lack of memory; try fewer "
-                                 "--workers, or --workers=1")
+    assert str(caught.value) == KILLED
+    assert not multiprocessing.active_children()
+
+
+def test_ordered_map_worker_killed_while_it_sends_a_result_is_reported():
+    with pytest.raises(UserError) as caught:
+        list(ordered_map(die_while_sending_5, range(50), 3))
+    assert str(caught.value) == KILLED
     assert not multiprocessing.active_children()
 
 
@@ -166,6 +189,15 @@ def test_ordered_map_closed_early_leaves_no_process():
         assert all(is_alive(pid) for pid in pids)
     assert not any(is_alive(pid) for pid in pids)
     assert next(results, None) is None
+
+
+def test_ordered_map_closed_while_large_results_are_on_their_way_ends_at_once():
+    with closing(ordered_map(twice, (bytes(2_000_000) for _ in range(1000)), 3)) as results:
+        for _ in range(5):
+            next(results)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    assert not multiprocessing.active_children()
 
 
 def test_ordered_map_never_started_starts_no_process():
@@ -231,7 +263,7 @@ def test_ordered_map_stopped_program_ends_quietly_and_whole(tmp_path, number, to
 
 
 class Garbage:
-    """Something in a circle, which says in a file which process freed it."""
+    """An object in a reference cycle that writes the process id that frees it to a file."""
 
     def __init__(self, path):
         self.path, self.itself = path, self
@@ -245,7 +277,7 @@ def collect_garbage(number):
     circle = []
     circle.append(circle)
     del circle
-    return gc.collect() > 0  # its own it does collect
+    return gc.collect() > 0  # the worker's own garbage is collected
 
 
 def test_ordered_map_workers_leave_garbage_of_the_parent_alone(tmp_path):

@@ -60,7 +60,7 @@ def test_option_given_twice_is_refused_by_name(program, option, capsys, tmp_path
         if option.multiple:
             assert "is given twice" not in err
         else:
-            assert err == f"error: {name} is given twice{shown}; expected once: leave all but one out\n"
+            assert err == f"error: {name} is given twice{shown}; expected once: keep only one\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +81,7 @@ def test_options_that_may_be_given_several_times_are_these():
     (["generate.py", "--grid", "--grid=a.png"], "--grid is given twice (without a value, a.png)"),
 ])
 def test_all_forms_of_an_option_count_as_one(arguments, message, capsys):
-    assert given(*arguments, capsys=capsys) == (2, f"error: {message}; expected once: leave all but one out\n")
+    assert given(*arguments, capsys=capsys) == (2, f"error: {message}; expected once: keep only one\n")
 
 
 def test_value_that_looks_like_an_option_is_none(capsys):
@@ -167,8 +167,8 @@ def test_outdir_in_the_home_folder_makes_no_folder_named_tilde(tmp_path, monkeyp
 def test_home_folder_of_nobody_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, err = given("generate.py", "--network=n.pkl", "--outdir=~no-such-user/out", capsys=capsys)
-    assert (code, err) == (2, "error: --outdir is ~no-such-user/out, and the home folder ~no-such-user is not known; "
-                              "expected ~ or ~user, or ./~no-such-user for a file or folder of that name\n")
+    assert (code, err) == (2, "error: --outdir is ~no-such-user/out, but the home folder ~no-such-user does not exist; "
+                              "expected ~ or ~user, or ./~no-such-user for a file or folder with that name\n")
     Path("~kept").mkdir()  # such a name is a name where it is there
     assert UserPath().convert("~kept/out", None, None) == "~kept/out"
 

@@ -171,5 +171,5 @@ def test_mistake_in_two_processes_is_one_line(inside, flags, message):
 def test_target_of_two_processes_is_one_line(inside):
     code, out, err = run_whole(*TARGET, launcher=["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])
     assert (code != 0, out) == (True, "")
-    assert "error: 2 processes were started; expected one: several share the work of --data alone\n" in err
+    assert "error: 2 processes were started; expected one: only --data uses several\n" in err
     assert not os.path.exists("out")

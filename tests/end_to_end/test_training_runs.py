@@ -148,7 +148,7 @@ def test_signal_finishes_the_iteration_and_the_same_command_continues(unbroken, 
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert f"({number.name} arrived); the same command continues" in output
+    assert f"({number.name} received); the same command continues" in output
     assert run(here).returncode == 0
     assert differences(unbroken[1], folder) == []
 
@@ -166,7 +166,7 @@ def test_damaged_newest_state_is_skipped_for_the_one_before(unbroken, workplace)
     newest.write_bytes(data)
     done = run(here)
     assert done.returncode == 0, done.stderr
-    assert "training-state.prev.pt is taken instead" in done.stdout
+    assert "training-state.prev.pt is used instead" in done.stdout
     assert differences(unbroken[1], folder) == []
 
 
@@ -202,7 +202,7 @@ def test_max_hours_stops_with_a_state(workplace):
     here, folder = workplace
     done = run(here, "--max-hours=0.0000001")
     assert done.returncode == 75
-    assert "--max-hours=1e-07 are over" in done.stdout
+    assert "the --max-hours=1e-07 limit was reached" in done.stdout
     assert state(folder)["training/nimg"] == 8
 
 
@@ -251,7 +251,7 @@ def test_disk_that_fails_for_one_of_two_processes_stops_both_for_a_requeue(workp
     assert (process.returncode, err) == (75, "")
     last = out.splitlines()[-1]
     assert last.startswith("stopped after ")
-    assert last.endswith(" cannot be read (Input/output error, tried 3 times in 0.02 s): a disk or the network fails; "
+    assert last.endswith(" cannot be read (Input/output error, tried 3 times in 0.02 s): a disk or network failure; "
                          "the same command continues")
     nimg = int(last.split()[2])
     assert state(next((here / "runs").iterdir()))["training/nimg"] == nimg >= 8

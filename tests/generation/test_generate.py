@@ -337,8 +337,8 @@ NETWORK = "a .safetensors of a run, or a .pkl of the original"
     (["--seeds=0", "--outdir=o", "--class=nv", "--batch=0"], "--batch is 0; expected at least 1"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--gpus=2"], "--gpus is given, which belongs to --zip; add that, or "
                                                             "leave --gpus out"),
-    (["--seeds=0", "--outdir=o", "--class=nv", "--device=tpu"], "--device is tpu; expected auto, cpu, cuda, or one GPU "
-                                                                "as cuda:1"),
+    (["--seeds=0", "--outdir=o", "--class=nv", "--device=tpu"], "--device is tpu; expected auto, cpu, cuda, or a "
+                                                                "single GPU such as cuda:1"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--noise-mode=loud"], "Invalid value for '--noise-mode': 'loud' is not "
      "one of 'random', 'const', 'none'."),
     (["--seeds=0", "--outdir=o", "--rows=1"], "--rows is given, which belongs to --style-mix; add that, or leave "
@@ -347,7 +347,7 @@ NETWORK = "a .safetensors of a run, or a .pkl of the original"
     (["--outdir=o", "--projected-w=w.npz", "--class=nv"], "--class is given with --projected-w; expected one of them"),
     (["--outdir=o", "--projected-w=w.npz", "--trunc=1"], "--trunc is given with --projected-w; expected one of them"),
     (["--seeds=0", "--outdir=net.safetensors/o", "--class=nv"], "--outdir is net.safetensors/o, but "
-     "{cwd}/net.safetensors is no folder; expected a folder, new or not"),
+     "{cwd}/net.safetensors is not a folder; choose a new or existing folder"),
     (["--seeds=0", "--grid=sheet.jpg", "--class=nv"], "--grid is sheet.jpg; expected a name ending in .png"),
     (["--seeds=0", "--grid=no/sheet.png", "--class=nv"], "--grid is no/sheet.png, but there is no folder no; make it "
                                                          "first"),
@@ -478,10 +478,10 @@ def test_several_processes_without_a_set_give_one_line(inside, capsys, monkeypat
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert refuse(capsys, "--seeds=0", "--outdir=o", "--class=0") == (
-        "2 processes were started; expected one: several share the work of --zip alone")
+        "2 processes were started; expected one: only --zip uses several")
     assert refuse(capsys, "--zip=set.zip", "--count=3", "--gpus=3") == (
-        "--gpus is 3, but WORLD_SIZE is 2, as torchrun sets it for the processes that it started; expected the same "
-        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=3 starts 3")
+        "--gpus is 3, but WORLD_SIZE (set by torchrun) is 2; expected the same number: leave --gpus out, or unset "
+        "RANK and WORLD_SIZE to let --gpus=3 start 3 processes")
 
 
 @pytest.mark.parametrize(("text", "number"), [
@@ -520,8 +520,8 @@ def test_group_of_one_with_another_gpus_gives_one_line(inside, capsys, monkeypat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert refuse(capsys, "--zip=set.zip", "--count=3", "--gpus=4") == (
-        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
-        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
+        "--gpus is 4, but WORLD_SIZE (set by torchrun) is 1; expected the same number: leave --gpus out, or unset "
+        "RANK and WORLD_SIZE to let --gpus=4 start 4 processes")
 
 
 @pytest.mark.parametrize(("batch", "advice"), [

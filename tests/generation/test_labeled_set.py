@@ -107,7 +107,7 @@ def test_set_does_not_depend_on_interruptions(network, tmp_path, monkeypatch, ca
         assert not dest.exists()
         err = capsys.readouterr().err
         assert err.endswith(f"{2 * rounds + 2} of 7 images are kept in {dest}.parts; the same command continues\n")
-        assert (f"{dest}.parts: {2 * rounds} of 7 images are there already; going on\n" in err) == (rounds > 0)
+        assert (f"{dest}.parts: {2 * rounds} of 7 images are already done; continuing\n" in err) == (rounds > 0)
     saved = stop_after(monkeypatch, 9, None)
     assert write(dest, network).read_bytes() == expected
     assert saved == [3]
@@ -121,12 +121,12 @@ def test_set_that_runs_out_of_memory_says_what_goes_on_with_its_pieces(network, 
         with pytest.raises(OutOfMemory) as caught:
             write(dest, network)
     assert str(caught.value) == (
-        f"out of memory; 4 of 7 images are kept in {dest}.parts: the same command continues once memory is free; with "
-        "a smaller --batch it begins anew, after that folder is removed")
+        f"out of memory; 4 of 7 images are kept in {dest}.parts: the same command continues once memory is free; to "
+        "use a smaller --batch, remove that folder and start from scratch")
     with pytest.raises(UserError) as caught:
         write_labeled_set(dest, network, ImageGenerator(network.G, SynthesisSettings(), batch=2), contents(), ALONE)
-    assert str(caught.value) == (f"{dest}.parts holds the beginning of another set (batch is 1 there and 2 here); "
-                                 "repeat its command to complete that one, or remove the folder")
+    assert str(caught.value) == (f"{dest}.parts contains unfinished work with other settings (batch is 1 there and 2 "
+                                 "here); run its command again to complete it, or remove the folder")
     saved = stop_after(monkeypatch, 9, None)
     write(dest, network)
     assert saved == [2, 3]
@@ -183,7 +183,7 @@ def test_set_that_was_begun_without_compiled_operators_goes_on_without(network, 
     assert used == ["composed"] * 3
     assert ImageSet(dest).source["operators"] == "composed"
     assert capsys.readouterr().err == (
-        f"{dest}.parts: 2 of 7 images are there already; going on\nthe work in {dest}.parts was begun with PyTorch's "
+        f"{dest}.parts: 2 of 7 images are already done; continuing\nthe work in {dest}.parts was begun with PyTorch's "
         "operators and goes on with them, so that all of it is alike\n")
 
 
@@ -219,8 +219,8 @@ def test_set_of_other_settings_is_refused_and_the_pieces_stay(network, tmp_path,
     with pytest.raises(UserError) as caught:
         write(dest, network, contents(counts=(3, 5)), truncation=0.5)
     assert str(caught.value) == (
-        f"{dest}.parts holds the beginning of another set (seeds is [7, 13] there and [7, 14] here; truncation is 1.0 "
-        "there and 0.5 here); repeat its command to complete that one, or remove the folder")
+        f"{dest}.parts contains unfinished work with other settings (seeds is [7, 13] there and [7, 14] here; "
+        "truncation is 1.0 there and 0.5 here); run its command again to complete it, or remove the folder")
     assert sorted(os.listdir(f"{dest}.parts")) == before == ["piece-000000.npz", "settings.json"]
 
 
@@ -231,8 +231,8 @@ def test_set_of_another_truncation_center_is_refused(network, tmp_path, monkeypa
     dest = begun(tmp_path, network, monkeypatch, truncation=0.5, **first)
     with pytest.raises(UserError) as caught:
         write(dest, network, truncation=0.5, **then)
-    assert str(caught.value) == (f"{dest}.parts holds the beginning of another set ({difference}); repeat its command "
-                                 "to complete that one, or remove the folder")
+    assert str(caught.value) == (f"{dest}.parts contains unfinished work with other settings ({difference}); run its "
+                                 "command again to complete it, or remove the folder")
     write(dest, network, truncation=0.5, **first)
     assert not (tmp_path / "set.zip.parts").exists()
 
@@ -267,9 +267,9 @@ def test_pieces_of_unknown_origin_are_made_anew(network, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("notes.txt", "mine", "{0}, where finished pieces go, holds other files (notes.txt); rename it"),
-    ("settings.json", "{}", "{0}/settings.json is not what this program writes; rename the folder"),
-    ("settings.json", "{", "{0}/settings.json is not what this program writes; rename the folder")])
+    ("notes.txt", "mine", "{0}, where finished pieces go, has other files (notes.txt); rename it"),
+    ("settings.json", "{}", "{0}/settings.json was not written by this program; rename the folder"),
+    ("settings.json", "{", "{0}/settings.json was not written by this program; rename the folder")])
 def test_folder_of_somebody_else_is_left_alone(network, tmp_path, name, content, message):
     folder = tmp_path / "set.zip.parts"
     folder.mkdir()
@@ -284,7 +284,8 @@ def test_file_in_the_place_of_the_folder_is_refused(network, tmp_path):
     (tmp_path / "set.zip.parts").touch()
     with pytest.raises(UserError) as caught:
         write(tmp_path / "set.zip", network)
-    assert str(caught.value) == (f"{tmp_path}/set.zip.parts is no folder; it is where finished pieces go: rename it")
+    assert str(caught.value) == (f"{tmp_path}/set.zip.parts is not a folder, but finished pieces go there; rename "
+                                 "it")
 
 
 def test_second_process_is_refused(network, tmp_path):
@@ -312,7 +313,7 @@ def test_damaged_piece_is_named_and_the_rest_is_kept(network, tmp_path, monkeypa
     dest = begun(tmp_path, network, monkeypatch)
     piece = tmp_path / "set.zip.parts" / "piece-000000.npz"
     piece.write_bytes(piece.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"piece-000000\.npz cannot be read .*; remove it, and give the same command"):
+    with pytest.raises(UserError, match=r"piece-000000\.npz cannot be read .*; remove it, and run the same command"):
         write(dest, network)
     piece.unlink()
     assert len(ImageSet(write(dest, network))) == 7
@@ -327,8 +328,8 @@ def test_full_disk_keeps_the_pieces_and_says_so(network, tmp_path, monkeypatch):
         patch.setattr("torch_utils.piecework.np.savez", refuse)
         with pytest.raises(UserError) as caught:
             write(dest, network)
-    assert str(caught.value) == (f"{dest}.parts cannot be written to (No space left on device); the pieces there are "
-                                 "kept: put that right, and give the same command again")
+    assert str(caught.value) == (f"{dest}.parts is not writable (No space left on device); finished pieces are kept: "
+                                 "fix this, and run the same command again")
     assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npz", "settings.json"]
 
 

@@ -497,13 +497,13 @@ def put(folder):
 
 
 def fetching(downloads):
-    return f"fetching {VGG16.url} into {downloads}\n"
+    return f"downloading {VGG16.url} into {downloads}\n"
 
 
 def missing_line(downloads):
-    return (f"{VGG16.name} is not at hand, and fetching {VGG16.url} failed (no network): fetch it where there is a "
-            f"network, and put it at {downloads / VGG16.name}; the ppl metrics need it, and projections that are not "
-            "compared by efficientnet-lite0, random-conv or pixels")
+    return (f"{VGG16.name} is not in the cache, and downloading {VGG16.url} failed (no network): download it on a "
+            f"machine with network access, and copy it to {downloads / VGG16.name}; the ppl metrics need it, and "
+            "projections that are not compared by efficientnet-lite0, random-conv or pixels")
 
 
 @pytest.mark.parametrize("name", ["pixels", "random-conv", "efficientnet-lite0"])

@@ -16,8 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests sta
 
 CLASSES, LABELS, GROUPS = ["mel", "nv"], [1, 0, 1, 0, 0, 1], ["a", "a", "b", "c", "d", "e"]
 SET = ("--data=set.zip", "--outdir=out", "--batch=4")
-STARTED = ("as torchrun sets it for the processes that it started; expected the same number: leave --gpus out, or "
-           "unset RANK and WORLD_SIZE, and")
+STARTED = "expected the same number: leave --gpus out, or unset RANK and WORLD_SIZE to let"
 
 
 @pytest.fixture
@@ -67,11 +66,11 @@ NETWORK = "a .safetensors of a run, or a .pkl of the original"
     (["--outdir=o", "--target=target.png", "--resize-filter=cubic"],
      "Invalid value for '--resize-filter': 'cubic' is not one of 'box', 'lanczos'."),
     (["--outdir=o", "--target=target.png", "--class=nv", "--device=tpu"],
-     "--device is tpu; expected auto, cpu, cuda, or one GPU as cuda:1"),
+     "--device is tpu; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
     (["--outdir=target.png/o", "--target=target.png", "--class=nv"],
-     "--outdir is target.png/o, but {cwd}/target.png is no folder; expected a folder, new or not"),
+     "--outdir is target.png/o, but {cwd}/target.png is not a folder; choose a new or existing folder"),
     (["--outdir=target.png/o", "--data=set.zip"],
-     "--outdir is target.png/o, but {cwd}/target.png is no folder; expected a folder, new or not"),
+     "--outdir is target.png/o, but {cwd}/target.png is not a folder; choose a new or existing folder"),
     (["--outdir=o", "--target=no.png", "--class=nv"], "--target is no.png, which does not exist; expected an image "
                                                       "file, such as a PNG or JPEG"),
     (["--outdir=o", "--target=set.zip", "--class=nv"],
@@ -148,7 +147,7 @@ def test_folder_that_cannot_be_written_to_is_refused(inside, capsys, monkeypatch
     monkeypatch.setattr(os, "access", lambda *_: False)
     for what in ("--target=target.png", "--data=set.zip"):
         assert refuse(capsys, what, "--class=nv", "--outdir=o") == (
-            f"--outdir is o, but {inside} cannot be written to; expected a folder that can")
+            f"--outdir is o, but {inside} is not writable; choose a writable folder")
 
 
 def test_network_that_is_a_runs_folder_is_recorded_by_its_file(inside, capsys):
@@ -161,12 +160,12 @@ def test_network_that_is_a_runs_folder_is_recorded_by_its_file(inside, capsys):
 
 
 @pytest.mark.parametrize(("flags", "environment", "message"), [
-    (["--target=target.png"], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were started; expected one: several share "
-                                                                "the work of --data alone"),
+    (["--target=target.png"], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were started; expected one: only --data "
+                                                                "uses several"),
     (["--data=set.zip", "--gpus=3"], {"RANK": "1", "WORLD_SIZE": "2"},
-     f"--gpus is 3, but WORLD_SIZE is 2, {STARTED} --gpus=3 starts 3"),
+     f"--gpus is 3, but WORLD_SIZE (set by torchrun) is 2; {STARTED} --gpus=3 start 3 processes"),
     (["--data=set.zip", "--gpus=4"], {"RANK": "0", "WORLD_SIZE": "1"},
-     f"--gpus is 4, but WORLD_SIZE is 1, {STARTED} --gpus=4 starts 4")])
+     f"--gpus is 4, but WORLD_SIZE (set by torchrun) is 1; {STARTED} --gpus=4 start 4 processes")])
 def test_processes_that_do_not_fit_are_refused(inside, capsys, monkeypatch, flags, environment, message):
     for name, value in {"LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": "1", **environment}.items():

@@ -182,7 +182,7 @@ def test_set_that_was_stopped_between_passes_is_continued(inside, capsys, monkey
             assert (stop_after(patch, 2, error), attempt(*SET)) == ([2 * number, 2 * number + 1], code)
         captured = capsys.readouterr()
         assert captured.out == ""
-        lines = [f"{PARTS}: 4 of 12 projections are there already; going on"] * number
+        lines = [f"{PARTS}: 4 of 12 projections are already done; continuing"] * number
         lines += [f"{4 * number + 4} of 12 projections are kept in {PARTS}; the same command continues",
                   f"error: {word}"]
         assert captured.err.splitlines() == lines
@@ -191,7 +191,7 @@ def test_set_that_was_stopped_between_passes_is_continued(inside, capsys, monkey
         saved = stop_after(patch, 9, None)
         assert attempt(*SET) == 0
     assert saved == [4, 5]
-    assert capsys.readouterr().err == f"{PARTS}: 8 of 12 projections are there already; going on\n"
+    assert capsys.readouterr().err == f"{PARTS}: 8 of 12 projections are already done; continuing\n"
     assert contents("out") == contents("expected")
 
 
@@ -300,8 +300,8 @@ def test_beginning_of_another_set_is_refused_and_kept(inside, capsys, monkeypatc
     before = contents("out")
     assert attempt(*SET, *flags) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {PARTS} holds the beginning of another set ({message}")
-    assert err.endswith("); repeat its command to complete that one, or remove the folder\n")
+    assert err.startswith(f"error: {PARTS} contains unfinished work with other settings ({message}")
+    assert err.endswith("); run its command again to complete it, or remove the folder\n")
     assert contents("out") == before
 
 
@@ -341,8 +341,8 @@ def test_full_disk_during_the_passes_is_one_line(inside, capsys, monkeypatch, na
         patch.setattr(name, fill_disk)
         assert attempt(*SET) == 2
     assert capsys.readouterr().err == (
-        f"error: {PARTS} cannot be written to (No space left on device); the pieces there are kept: put that right, "
-        "and give the same command again\n")
+        f"error: {PARTS} is not writable (No space left on device); finished pieces are kept: fix this, and run the "
+        "same command again\n")
     assert (names_in(PARTS) if PARTS.exists() else None) == kept
     assert os.path.exists("out") == PARTS.exists()
 
@@ -388,7 +388,7 @@ def test_damaged_piece_is_named_and_made_again(inside, capsys, monkeypatch):
     hint, error = capsys.readouterr().err.splitlines()[-2:]
     assert hint == f"12 of 12 projections are kept in {PARTS}; the same command continues"
     assert error.startswith(f"error: {piece} cannot be read (")
-    assert error.endswith("); remove it, and give the same command again")
+    assert error.endswith("); remove it, and run the same command again")
     piece.unlink()
     assert attempt(*SET) == 0
     assert contents("out") == contents("expected")

@@ -117,8 +117,8 @@ def test_group_of_one_with_another_gpus_is_refused(capsys, data, tmp_path, monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert refused(capsys, f"--network={network}", f"--data={data}", "--metrics=kid20", "--gpus=4") == (
-        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
-        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
+        "--gpus is 4, but WORLD_SIZE (set by torchrun) is 1; expected the same number: leave --gpus out, or unset "
+        "RANK and WORLD_SIZE to let --gpus=4 start 4 processes")
 
 
 def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):

@@ -54,8 +54,8 @@ def test_open_detector_without_network_says_all_ways_out(downloads, name, file):
     with pytest.raises(UserError) as caught:
         open_detector(name, device="cpu")
     assert str(caught.value) == (
-        f"{file.name} is not at hand, and fetching {file.url} failed (no network): fetch it where there is a network, "
-        f"and put it at {downloads / file.name}, or name it by --detector-weights=FILE; "
+        f"{file.name} is not in the cache, and downloading {file.url} failed (no network): download it on a machine "
+        f"with network access, and copy it to {downloads / file.name}, or name it by --detector-weights=FILE; "
         "--detector=efficientnet-lite0 and --detector=random-conv need no network")
     assert list(downloads.iterdir()) == []
 
@@ -64,14 +64,14 @@ def test_open_similarity_without_network_says_where_to_put_its_files(downloads):
     with pytest.raises(UserError) as caught:
         open_similarity(device="cpu")
     assert str(caught.value) == (
-        f"{VGG16.name} is not at hand, and fetching {VGG16.url} failed (no network): fetch it where there is a "
-        f"network, and put it at {downloads / VGG16.name}; the ppl metrics need it, and projections that are not "
-        "compared by efficientnet-lite0, random-conv or pixels")
+        f"{VGG16.name} is not in the cache, and downloading {VGG16.url} failed (no network): download it on a machine "
+        f"with network access, and copy it to {downloads / VGG16.name}; the ppl metrics need it, and projections that "
+        "are not compared by efficientnet-lite0, random-conv or pixels")
 
 
 def test_open_detector_damaged_download_is_told_from_a_missing_one(downloads):
     (downloads / INCEPTION_V3.name).write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"expected one that begins with 6726825d: remove it, and it is fetched anew$"):
+    with pytest.raises(UserError, match=r"expected one that starts with 6726825d: remove it to download it again$"):
         open_detector("inception-v3", device="cpu")
 
 

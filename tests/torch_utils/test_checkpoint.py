@@ -1,4 +1,4 @@
-"""torch_utils.checkpoint: a state is whole, or known not to be; one whole state is always there."""
+"""torch_utils.checkpoint: damage to a state is detected, and one intact state always exists."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NAMES = ["training-state.pt", "training-state.prev.pt"]
 
 
 def bits(tensor):
-    """Return all that tells two tensors apart, NaNs and signs of zero included."""
+    """Return everything that distinguishes two tensors, including NaNs and signs of zero."""
     return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
@@ -89,20 +89,20 @@ def test_checkpoint_gradients_are_not_carried_over(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "message"), [
-    (np.float64(1), "state.a.b is a float64; expected a plain tensor, number, text, list or dict"),
-    (np.zeros(2), "state.a.b is a ndarray; expected a plain tensor, number, text, list or dict"),
-    ((1, 2), "state.a.b is a tuple; expected a plain tensor, number, text, list or dict"),
-    ([1, {2}], "state.a.b[1] is a set; expected a plain tensor, number, text, list or dict"),
-    (b"x", "state.a.b is a bytes; expected a plain tensor, number, text, list or dict"),
-    (OrderedDict(x=1), "state.a.b is a OrderedDict; expected a plain tensor, number, text, list or dict"),
+    (np.float64(1), "state.a.b is a float64; expected a plain tensor, number, string, list or dict"),
+    (np.zeros(2), "state.a.b is a ndarray; expected a plain tensor, number, string, list or dict"),
+    ((1, 2), "state.a.b is a tuple; expected a plain tensor, number, string, list or dict"),
+    ([1, {2}], "state.a.b[1] is a set; expected a plain tensor, number, string, list or dict"),
+    (b"x", "state.a.b is a bytes; expected a plain tensor, number, string, list or dict"),
+    (OrderedDict(x=1), "state.a.b is a OrderedDict; expected a plain tensor, number, string, list or dict"),
     (torch.nn.Parameter(torch.ones(1)),
-     "state.a.b is a Parameter; expected a plain tensor, number, text, list or dict"),
+     "state.a.b is a Parameter; expected a plain tensor, number, string, list or dict"),
     (torch.ones(2).to_sparse(),
-     "state.a.b is a cpu tensor, torch.sparse_coo; expected a plain tensor, number, text, list or dict"),
+     "state.a.b is a cpu tensor, torch.sparse_coo; expected a plain tensor, number, string, list or dict"),
     (torch.empty(2, device="meta"),
-     "state.a.b is a meta tensor, torch.strided; expected a plain tensor, number, text, list or dict"),
-    ({3: 1}, "state.a.b has the key 3; expected text keys"),
-    (10**700, "state.a.b is a number of 2326 bits; expected at most 64"),
+     "state.a.b is a meta tensor, torch.strided; expected a plain tensor, number, string, list or dict"),
+    ({3: 1}, "state.a.b has the key 3; expected string keys"),
+    (10**700, "state.a.b is an integer of 2326 bits; expected at most 64"),
 ])
 def test_write_checkpoint_anything_else_is_named_and_nothing_written(tmp_path, value, message):
     with pytest.raises(TypeError) as error:
@@ -173,10 +173,10 @@ def test_read_checkpoint_any_missing_or_zeroed_end_is_found(tmp_path):
     (lambda data: bytes(len(data)), "it does not end with a checksum"),
     (lambda data: data[:-600] + bytes(600), "it does not end with a checksum"),
     (lambda data: data + b"\0", "it does not end with a checksum"),
-    (lambda data: data + data, "its content does not agree with its checksum"),
-    (lambda data: data[1:], "its content does not agree with its checksum"),
-    (lambda data: data[:300] + bytes(100) + data[400:], "its content does not agree with its checksum"),
-    (lambda data: data[:-1] + b"g", "its content does not agree with its checksum"),
+    (lambda data: data + data, "its content does not match its checksum"),
+    (lambda data: data[1:], "its content does not match its checksum"),
+    (lambda data: data[:300] + bytes(100) + data[400:], "its content does not match its checksum"),
+    (lambda data: data[:-1] + b"g", "its content does not match its checksum"),
 ])
 def test_read_checkpoint_damage_gives_one_line(tmp_path, change, reason):
     path = tmp_path / "a.pt"
@@ -200,7 +200,7 @@ def test_read_checkpoint_a_foreign_content_with_a_checksum_runs_nothing(tmp_path
 
     monkeypatch.setattr("torch_utils.checkpoint._plain", lambda value, where: value)
     write_checkpoint(tmp_path / "a.pt", {"a": Bomb()})
-    with pytest.raises(DamagedCheckpoint, match=r"a.pt holds more than tensors, numbers and texts; it is not opened$"):
+    with pytest.raises(DamagedCheckpoint, match=r"a.pt contains more than tensors, numbers and strings; not opened$"):
         read_checkpoint(tmp_path / "a.pt")
     assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -240,7 +240,7 @@ def test_pair_damaged_newest_is_passed_over_and_said(tmp_path):
     pair = CheckpointPair(tmp_path)
     state, message = pair.load()
     assert state["step"] == 1
-    assert message == f"{newest} is damaged: it does not end with a checksum; training-state.prev.pt is taken instead"
+    assert message == f"{newest} is damaged: it does not end with a checksum; training-state.prev.pt is used instead"
     pair.save(small_state(7))  # does not put the damaged one in the place of the good one
     assert steps(tmp_path) == {"training-state.pt": 7, "training-state.prev.pt": 1}
     pair.save(small_state(8))
@@ -252,7 +252,7 @@ def test_pair_missing_newest_is_said(tmp_path):
         CheckpointPair(tmp_path).save(small_state(value))
     (tmp_path / NAMES[0]).unlink()
     state, message = CheckpointPair(tmp_path).load()
-    assert (state["step"], message) == (1, f"{tmp_path / NAMES[0]} is missing; training-state.prev.pt is taken instead")
+    assert (state["step"], message) == (1, f"{tmp_path / NAMES[0]} is missing; training-state.prev.pt is used instead")
 
 
 def test_pair_both_damaged_raises_one_line(tmp_path):
@@ -263,8 +263,8 @@ def test_pair_both_damaged_raises_one_line(tmp_path):
     with pytest.raises(DamagedCheckpoint) as error:
         CheckpointPair(tmp_path).load()
     reason = "is damaged: it does not end with a checksum"
-    assert str(error.value) == (f"{tmp_path / NAMES[0]} {reason}; {tmp_path / NAMES[1]} {reason}; expected one whole "
-                                "state: copy one back from elsewhere, or start anew")
+    assert str(error.value) == (f"{tmp_path / NAMES[0]} {reason}; {tmp_path / NAMES[1]} {reason}; expected one intact "
+                                "state: restore one from a backup, or start from scratch")
 
 
 def test_pair_a_state_that_cannot_be_written_leaves_both(tmp_path):
@@ -370,7 +370,7 @@ def test_pair_killed_at_random_moments_always_loads_a_whole_state(tmp_path):
     before = 0
     for result in results:
         assert result["message"] is None
-        # At most one state is newer than the last that a child told of, or that was there when it began.
+        # At most one state is newer than the last one that a child reported, or that existed when it started.
         assert result["sure"] <= result["step"] <= max(result["sure"], before) + 1
         before = result["step"]
     assert results[-1]["step"] >= 5  # the children did save
@@ -379,7 +379,7 @@ def test_pair_killed_at_random_moments_always_loads_a_whole_state(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="forks and kills")
 def test_pair_killed_before_any_system_call_keeps_the_newest_or_the_next(tmp_path):
     *killed, last = kill_rounds(tmp_path, 200, "calls")
-    assert 30 < len(killed) < 199  # so many calls a save makes
+    assert 30 < len(killed) < 199  # the number of system calls of a save
     assert {result["code"] for result in killed} == {9}
     assert {result["message"] for result in killed} == {None}
     assert {result["step"] - result["sure"] for result in killed} == {0, 1}

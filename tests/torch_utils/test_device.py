@@ -1,4 +1,4 @@
-"""torch_utils.device: device and number format, the allocator, and what errors mean."""
+"""torch_utils.device: device and precision, the allocator, and the meaning of errors."""
 
 import ctypes
 import errno
@@ -33,7 +33,7 @@ from torch_utils.distributed import Place
 FOREIGN = Tuning(is_done=False, reason="MALLOC_ARENA_MAX is set", is_foreign=True)
 ROOT = Path(__file__).parent.parent.parent
 PAGES = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")  # of a tensor
-TUNED = "memory: freed memory is kept for reuse (mallopt; --tune-malloc=false leaves it)"
+TUNED = "memory: freed memory is kept for reuse (mallopt; disable with --tune-malloc=false)"
 VARIABLES = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
 needs_glibc = pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
                                  reason="only Linux with glibc has what is tested")
@@ -73,16 +73,16 @@ def test_device_is_chosen_with_its_reason(count, name, chosen, gpus):
                    "--device=cpu"),
     (0, "cuda:0", 1, "--device is cuda:0, but PyTorch finds no CUDA device; expected a working GPU and driver, or "
                      "--device=cpu"),
-    (2, "tpu", 1, "--device is tpu; expected auto, cpu, cuda, or one GPU as cuda:1"),
-    (2, "cpu:0", 1, "--device is cpu:0; expected auto, cpu, cuda, or one GPU as cuda:1"),
-    (2, "cuda:", 1, "--device is cuda:; expected auto, cpu, cuda, or one GPU as cuda:1"),
-    (2, "cuda:-1", 1, "--device is cuda:-1; expected auto, cpu, cuda, or one GPU as cuda:1"),
-    (2, "", 1, "--device is ; expected auto, cpu, cuda, or one GPU as cuda:1"),
-    (2, "cuda:2", 1, "--device is cuda:2; expected at most cuda:1: this machine has 2"),
-    (2, "cuda:1", 2, "--device is cuda:1 with --gpus=2; expected --device=cuda: each process takes the GPU of its "
-                     "number"),
-    (2, "cuda", 4, "--gpus is 4; expected at most 2, the GPUs of this machine"),
-    (2, "auto", 4, "--gpus is 4; expected at most 2, the GPUs of this machine")])
+    (2, "tpu", 1, "--device is tpu; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
+    (2, "cpu:0", 1, "--device is cpu:0; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
+    (2, "cuda:", 1, "--device is cuda:; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
+    (2, "cuda:-1", 1, "--device is cuda:-1; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
+    (2, "", 1, "--device is ; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
+    (2, "cuda:2", 1, "--device is cuda:2; expected at most cuda:1: this machine has 2 GPUs"),
+    (2, "cuda:1", 2, "--device is cuda:1 with --gpus=2; expected --device=cuda: each process uses a GPU of its "
+                     "own"),
+    (2, "cuda", 4, "--gpus is 4; expected at most 2, the number of GPUs of this machine"),
+    (2, "auto", 4, "--gpus is 4; expected at most 2, the number of GPUs of this machine")])
 def test_device_that_is_not_there_is_refused(count, name, processes, message, gpus):
     gpus(count)
     with pytest.raises(ConfigError) as caught:
@@ -99,9 +99,9 @@ def test_cuda_without_support_in_pytorch_says_so(gpus, monkeypatch):
 
 @pytest.mark.parametrize("instructions", [[], ["avx512_bf16"], ["amx_bf16", "amx_fp16"]])
 @pytest.mark.parametrize(("device", "chosen"), [
-    ("cpu", PrecisionChoice("fp32", "the standard on a CPU", None)),
-    ("cuda", PrecisionChoice("fp16", "the highest resolutions in fp16 are the standard on a GPU", None)),
-    ("cuda:1", PrecisionChoice("fp16", "the highest resolutions in fp16 are the standard on a GPU", None))])
+    ("cpu", PrecisionChoice("fp32", "the default on a CPU", None)),
+    ("cuda", PrecisionChoice("fp16", "fp16 at the highest resolutions is the default on a GPU", None)),
+    ("cuda:1", PrecisionChoice("fp16", "fp16 at the highest resolutions is the default on a GPU", None))])
 def test_auto_precision_follows_a_rule_whatever_the_cpu(device, chosen, instructions, cpu):
     cpu(*instructions)
     assert choose_precision("auto", device) == chosen
@@ -113,7 +113,7 @@ def test_auto_precision_of_a_run_that_goes_on_is_that_of_its_record(name, cpu):
     for device, usual in (("cpu", "fp32"), ("cuda", "fp16")):
         found = choose_precision("auto", device, recorded=name)
         assert found == (choose_precision("auto", device) if name == usual else
-                         PrecisionChoice(name, "chosen when the run began", None))
+                         PrecisionChoice(name, "chosen when the run was started", None))
         assert choose_precision("fp32", device, recorded=name) == PrecisionChoice("fp32", "--precision=fp32", None)
 
 
@@ -132,7 +132,7 @@ def test_precision_that_a_cpu_has_no_instructions_for_warns(name, instructions, 
 
 
 def test_capabilities_of_this_cpu_are_named_as_expected():
-    """torch renames them rarely; where it does, nobody would be warned, or all."""
+    """torch renames these rarely; if it did, nobody would be warned, or everybody."""
     names = torch.cpu.get_capabilities()
     if names["architecture"] == "x86_64":
         assert {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16"} <= names.keys()
@@ -143,7 +143,7 @@ def test_capabilities_of_this_cpu_are_named_as_expected():
 
 @pytest.fixture
 def tuning(monkeypatch):
-    """The wishes that reach the allocator, which another one has taken the place of; this machine has no GPU."""
+    """Return the calls to a fake allocator; pretend that this machine has no GPU."""
     wishes = []
     monkeypatch.setattr("torch_utils.device.tune_malloc", lambda wanted: wishes.append(wanted) or FOREIGN)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -155,7 +155,7 @@ def tuning(monkeypatch):
 def test_allocator_of_another_is_said_in_one_line(tuning, capsys):
     assert settle_device("auto", Place(), 1, tunes_malloc=True) == "cpu"
     assert tuning == [True]
-    assert capsys.readouterr() == ("", "memory: the allocator is left as it is (MALLOC_ARENA_MAX is set)\n")
+    assert capsys.readouterr() == ("", "memory: the allocator is not tuned (MALLOC_ARENA_MAX is set)\n")
 
 
 @pytest.mark.parametrize("found", [Tuning(is_done=True, reason="mallopt"), Tuning(is_done=False, reason="as asked")])
@@ -180,7 +180,7 @@ def test_allocator_matters_on_a_cpu_alone(tuning, monkeypatch):
     assert tuning == []
     # Started processes look at the GPUs of their own machine.
     assert settle_device("cuda", Place(count=4, local_count=2, is_started=True), 4, tunes_malloc=True) == "cuda"
-    with pytest.raises(ConfigError, match="--gpus is 4; expected at most 2, the GPUs of this machine"):
+    with pytest.raises(ConfigError, match="--gpus is 4; expected at most 2, the number of GPUs of this machine"):
         settle_device("cuda", Place(), 4, tunes_malloc=True)
 
 
@@ -203,13 +203,13 @@ def test_programs_have_the_flag(program, wanted, tuning, tmp_path, capsys):
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch):
-    """Settings of whoever runs the tests say nothing here."""
+    """Ignore the settings of the user who runs the tests."""
     for name in [*VARIABLES, *(name for name in os.environ if name.startswith("MALLOC_"))]:
         monkeypatch.delenv(name, raising=False)
 
 
 def measure(wanted, **environment):
-    """Return of a program of its own: the note, page faults of making a large tensor again, and its sha256."""
+    """Run a separate program; return the note, the page faults of allocating a large tensor again, and its sha256."""
     code = f"""
 import hashlib, json, resource, statistics
 from torch_utils.device import tune_malloc
@@ -236,7 +236,7 @@ def test_tuned_allocator_has_a_freed_tensors_memory_at_hand_and_changes_no_value
     note, faults, digest = measure(True)
     assert (note, faults < PAGES // 100) == (TUNED, True)
     note, faults, same = measure(False)
-    assert (note, faults >= 2 * PAGES) == ("memory: the allocator is left as it is (--tune-malloc=false)", True)
+    assert (note, faults >= 2 * PAGES) == ("memory: the allocator is not tuned (--tune-malloc=false)", True)
     assert digest == same
 
 
@@ -244,7 +244,7 @@ def test_tuned_allocator_has_a_freed_tensors_memory_at_hand_and_changes_no_value
 def test_allocator_with_settings_of_the_user_behaves_as_these_say():
     note, faults, _ = measure(True, MALLOC_MMAP_THRESHOLD_="100000")
     assert (note, faults >= 2 * PAGES) == (
-        "memory: the allocator is left as it is (MALLOC_MMAP_THRESHOLD_ is set)", True)
+        "memory: the allocator is not tuned (MALLOC_MMAP_THRESHOLD_ is set)", True)
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
@@ -288,14 +288,14 @@ def pretend(monkeypatch, platform, **library):
 def test_other_c_libraries_are_left_alone_in_silence(platform, monkeypatch):
     pretend(monkeypatch, platform)  # on Linux this is musl
     found = tune_malloc(True)
-    assert found.note == "memory: the allocator is left as it is (only that of Linux with glibc is tuned)"
+    assert found.note == "memory: the allocator is not tuned (only glibc on Linux is supported)"
     assert not found.is_foreign
 
 
 def test_allocator_that_refuses_is_said(monkeypatch):
     calls = pretend(monkeypatch, "linux", works=0)
     found = tune_malloc(True)
-    assert (found.note, found.is_foreign) == ("memory: the allocator is left as it is (mallopt refused)", True)
+    assert (found.note, found.is_foreign) == ("memory: the allocator is not tuned (mallopt failed)", True)
     assert calls == [(-4, 0)]
 
 

@@ -168,7 +168,7 @@ def test_one_process_needs_no_others():
 def test_share_gives_each_process_its_part():
     parts = [Processes(rank=rank, count=3, device=torch.device("cpu")).share(12) for rank in range(3)]
     assert parts == [range(4), range(4, 8), range(8, 12)]
-    with pytest.raises(ValueError, match=r"^10 things are to be shared by 3 processes; expected a multiple of them$"):
+    with pytest.raises(ValueError, match=r"^10 items cannot be divided among 3 processes; expected a multiple of 3$"):
         Processes(rank=0, count=3, device=torch.device("cpu")).share(10)
 
 
@@ -181,10 +181,10 @@ def test_step_refuses_a_share_that_does_not_make_the_batch():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"MASTER_PORT": None}, "MASTER_PORT is not set, but others of torchrun's variables are; expected RANK, "
+    ({"MASTER_PORT": None}, "MASTER_PORT is not set, but other torchrun variables are; expected RANK, "
      "WORLD_SIZE, MASTER_ADDR and MASTER_PORT: use torchrun, or unset RANK and WORLD_SIZE"),
-    ({"RANK": "one"}, "RANK is 'one'; expected a number >= 0, as torchrun sets it"),
-    ({"RANK": "2"}, "RANK is 2; expected less than WORLD_SIZE, 2"),
+    ({"RANK": "one"}, "RANK is 'one'; expected a whole number >= 0, as set by torchrun"),
+    ({"RANK": "2"}, "RANK is 2; expected less than WORLD_SIZE (2)"),
 ])
 def test_place_refuses_an_environment_that_makes_no_sense(changes, message, monkeypatch):
     valid = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -224,8 +224,8 @@ def test_place_is_part_of_a_group_by_rank_and_world_size_alone(variables, is_sta
     if not is_started:
         assert place.processes(3) == 3
         return
-    message = (f"--gpus is 3, but WORLD_SIZE is {count}, as torchrun sets it for the processes that it started; "
-               "expected the same number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=3 starts 3")
+    message = (f"--gpus is 3, but WORLD_SIZE (set by torchrun) is {count}; expected the same number: leave --gpus "
+               "out, or unset RANK and WORLD_SIZE to let --gpus=3 start 3 processes")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         place.processes(3)
 
@@ -237,7 +237,7 @@ def test_place_of_a_part_of_the_variables_is_refused(variables, missing, monkeyp
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{missing} is not set, but others of torchrun's variables are"):
+    with pytest.raises(UserError, match=f"^{missing} is not set, but other torchrun variables are"):
         Place.from_environment()
 
 
@@ -249,13 +249,13 @@ def check_end(end, message):
     assert [line for line in lines if line.startswith("error")] == [f"error: {message}"] == lines[-1:]
 
 
-GONE = "is gone without a word; it may have been killed, for example for want of memory"
+GONE = "stopped responding; it may have been killed, for example because memory ran out"
 
 
 @pytest.mark.parametrize(("who", "message"), [
     (1, f"process 1 of 2 {GONE}"),
     # Process 0 keeps the store.
-    pytest.param(0, "the connection to the process that joins the others broke", marks=pytest.mark.slow),
+    pytest.param(0, "lost the connection to the process that connects the others", marks=pytest.mark.slow),
 ])
 def test_killed_process_ends_the_other_with_a_message(who, message, tmp_path):
     processes = start(2, "run_forever", tmp_path, "killed", who)
@@ -269,7 +269,7 @@ def test_killed_process_ends_one_that_waits_for_something_else(who, tmp_path):
     started = time.monotonic()
     ends = finish(start(2, "wait_elsewhere", tmp_path, "killed", who))
     assert time.monotonic() - started < 50  # it would sleep for 100 s
-    message = f"process 1 of 2 {GONE}" if who else "the connection to the process that joins the others broke"
+    message = f"process 1 of 2 {GONE}" if who else "lost the connection to the process that connects the others"
     check_end(ends[1 - who], message)
 
 

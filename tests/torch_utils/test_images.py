@@ -1,4 +1,4 @@
-"""torch_utils.images: pixels as metrics want them, and grids with every image at its place."""
+"""torch_utils.images: pixels as metrics need them, and grids with every image in its place."""
 
 import numpy as np
 import PIL.Image
@@ -9,7 +9,7 @@ from torch_utils.images import Pair, PairRow, draw_grid, save_grid, save_pair_sh
 
 
 def numbered(count, channels=3, height=8, width=8):
-    """Return uint8 images, each filled with a value of its own in each channel."""
+    """Return uint8 images, each filled with a different value in each channel."""
     values = torch.arange(count * channels, dtype=torch.uint8).view(count, channels, 1, 1)
     return values.expand(count, channels, height, width).contiguous()
 
@@ -91,7 +91,7 @@ def test_draw_grid_long_and_foreign_labels_are_drawn():
     (torch.zeros(5, 3, 8, 8), {}, "there are 5 images; expected 1 to 2 x 2"),
     (torch.zeros(0, 3, 8, 8), {}, "there are 0 images; expected 1 to 2 x 2"),
     (torch.zeros(4, 2, 8, 8), {}, r"images are \[4, 2, 8, 8\]; expected \[N, 1 or 3, H, W\]"),
-    (torch.zeros(4, 3, 8, 8), {"labels": ["a"]}, "there are 1 labels; expected one for each of 2 rows"),
+    (torch.zeros(4, 3, 8, 8), {"labels": ["a"]}, "there are 1 labels; expected one for each of the 2 rows"),
 ])
 def test_save_grid_images_that_do_not_fit_raise_and_leave_nothing(tmp_path, images, options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: they begin with one place each, and end together."""
+"""torch_utils.launch: the processes of a run get one place each, and end together."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def python(code):
 
 
 def is_alive(pid):
-    """Tell whether a process runs; one that ended but was not waited for does not."""
+    """Return whether a process runs; a zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -70,8 +70,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(100)"""))
     assert code == 137
     assert time.monotonic() - started < 20
-    assert capfd.readouterr().err == ("error: process 1 of 3 was ended by SIGKILL; the system does so when memory runs "
-                                      "out; the others were stopped\n")
+    assert capfd.readouterr().err == ("error: process 1 of 3 was killed by SIGKILL, often because memory ran out; the "
+                                      "others were stopped\n")
     assert not any(is_alive(int((tmp_path / str(rank)).read_text())) for rank in range(3) if
                    (tmp_path / str(rank)).exists())
 
@@ -151,7 +151,7 @@ def pids(tmp_path):
     return [int(text) for text in texts if text]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell children of the end")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not kill children with the parent")
 def test_killed_launcher_leaves_no_process(tmp_path):
     launcher = running(tmp_path, "nothing", "-1")
     wait_until(lambda: len(pids(tmp_path)) == 2)
@@ -162,8 +162,8 @@ def test_killed_launcher_leaves_no_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("deed", "code", "last_line"), [
-    ("killed", 137, "error: process 1 of 2 was ended by SIGKILL; the system does so when memory runs out; the others "
-                    "were stopped"),
+    ("killed", 137, "error: process 1 of 2 was killed by SIGKILL, often because memory ran out; the others were "
+                    "stopped"),
     ("fails", 1, "[rank1]: luck"),
     ("refuses", 2, "error: --luck is 0; more"),
 ])

@@ -1,4 +1,4 @@
-"""torch_utils.plots: curves and histograms of the values given, whatever the names, and nothing else changed."""
+"""torch_utils.plots: curves and histograms of given values, with any names, and without side effects."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ def places(picture, color):
 
 
 def texts(figure):
-    """Return what the legend says."""
+    """Return the texts of the legend."""
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
@@ -122,7 +122,7 @@ def test_histogram_figure_says_numbers_and_medians():
     figure = histogram_figure({"train": [1, 2, 4, math.nan], "held out": [3.5, math.inf, -math.inf], "none": []},
                               quantity="distance")
     assert texts(figure) == ["train: n 3, median 2", "held out: n 1, median 3.5", "none: no value"]
-    assert [text.get_text() for text in figure.texts] == ["4 values; 3 more not finite, left out"]
+    assert [text.get_text() for text in figure.texts] == ["4 values; 3 non-finite omitted"]
     assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [2, 3.5]
 
 
@@ -147,7 +147,7 @@ def test_histogram_figure_many_names_have_rows_that_do_not_overlap():
 @pytest.mark.parametrize(("values", "title", "legend"), [
     ({}, "0 values", []),
     ({"a": []}, "0 values", ["a: no value"]),
-    ({"a": [math.nan, math.inf]}, "0 values; 2 more not finite, left out", ["a: no value"]),
+    ({"a": [math.nan, math.inf]}, "0 values; 2 non-finite omitted", ["a: no value"]),
 ])
 def test_histogram_figure_of_nothing_says_so(values, title, legend):
     figure = histogram_figure(values, quantity="distance")
@@ -219,7 +219,7 @@ def test_plots_leave_settings_and_log_as_they_were(monkeypatch, tmp_path):
 
 
 def test_plots_first_use_says_nothing_and_opens_no_pyplot(tmp_path):
-    """A new user's font cache is made in silence, also where nothing can be kept."""
+    """A new user's font cache is created without messages, even if it cannot be saved."""
     home = tmp_path / "file"
     home.write_text("")  # where no folder can be made
     code = ("import sys; from torch_utils.plots import save_curves; assert 'matplotlib' not in sys.modules; "

@@ -1,4 +1,4 @@
-"""torch_utils.stats: values pooled by name, over processes, and exactly continued."""
+"""torch_utils.stats: values are pooled by name and over processes, and restored exactly."""
 
 import io
 import math
@@ -103,7 +103,7 @@ def test_load_state_dict_does_not_share_memory_with_what_was_saved():
 
 
 class Together:
-    """Two collectors whose sums meet: `reduce` of one process is called after that of the other was."""
+    """Two collectors that share their sums: `reduce` of one process is called after that of the other."""
 
     def __init__(self, added):
         self.rows, self.collectors = [], []
@@ -118,7 +118,7 @@ class Together:
         return sum(self.rows)
 
     def last(self, method):
-        """Call a method of all; the last one's sum has all parts."""
+        """Call a method on all; the sum of the last one has all parts."""
         self.rows = []
         return [getattr(collector, method)() for collector in self.collectors][-1]
 
@@ -163,14 +163,14 @@ def test_load_state_dict_of_another_number_of_processes_loses_nothing(num_proces
     {"names": "a", "moments": torch.zeros(1, 1, 3)},
 ])
 def test_load_state_dict_of_something_else_raises(saved):
-    with pytest.raises(ValueError, match=r"hold no list of names with sums \[processes, names, 3\]"):
+    with pytest.raises(ValueError, match=r"have no names with moments \[processes, names, 3\]"):
         Collector().load_state_dict(saved)
 
 
 def test_collector_of_several_processes_without_a_sum_raises():
-    with pytest.raises(ValueError, match="there are 2 processes without a sum over them"):
+    with pytest.raises(ValueError, match="num_processes is 2 without reduce"):
         Collector(num_processes=2)
-    with pytest.raises(ValueError, match="there are 1 processes with a sum over them"):
+    with pytest.raises(ValueError, match="num_processes is 1 with reduce"):
         Collector(reduce=lambda tensor: tensor)
     with pytest.raises(ValueError, match="rank is 2 of 2 processes; expected 0 to 1"):
         Collector(reduce=lambda tensor: tensor, rank=2, num_processes=2)

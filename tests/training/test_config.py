@@ -76,7 +76,7 @@ REFUSED = [
     (AugmentConfig, {"strengths": {"xflip": -1}, "p": 0},
      "AugmentConfig.strengths['xflip'] is -1; expected a number >= 0"),
     (AugmentConfig, {"strengths": {"xflip": "1"}, "p": 0},
-     "AugmentConfig.strengths is {'xflip': '1'}; expected names with finite numbers"),
+     "AugmentConfig.strengths is {'xflip': '1'}; expected a mapping from names to finite numbers"),
     (AugmentConfig, {"strengths": {"xflip": 1}, "p": 1.5},
      "AugmentConfig.p is 1.5; expected a number from 0 to 1"),
     (AugmentConfig, {"strengths": {}, "p": 0.5},
@@ -141,7 +141,7 @@ def test_loss_config_under_the_old_name_of_gamma_is_the_same():
     assert repr(old) == repr(LossConfig(gamma=10))
     assert message_of(LossConfig, r1_gamma=-1) == "LossConfig.gamma is -1; expected a number >= 0"
     assert message_of(LossConfig, r1_gamma=1, gamma=1) == (
-        "LossConfig has both r1_gamma and gamma; expected gamma alone, which is its name today")
+        "LossConfig has both r1_gamma and gamma; expected only gamma, its current name")
     assert dataclasses.replace(old, gamma=3) == LossConfig(gamma=3)
     assert pickle.loads(pickle.dumps(old)) == old
 
@@ -275,15 +275,16 @@ def edited(config: TrainConfig, path: str, value) -> dict:
         ("generator.conv_clamp", False, "generator.conv_clamp is False; expected a finite number or null"),
         ("metrics", "fid50k_full", "metrics is 'fid50k_full'; expected a list of strings"),
         ("metrics", [1], "metrics is (1,); expected a list of strings"),
-        ("augment.strengths", ["xflip"], "augment.strengths is ['xflip']; expected names with finite numbers"),
+        ("augment.strengths", ["xflip"],
+         "augment.strengths is ['xflip']; expected a mapping from names to finite numbers"),
         ("augment.strengths.xflip", None,
          ("augment.strengths is {'xflip': None, 'rotate90': 1, 'xint': 1, 'scale': 1, 'rotate': 1, 'aniso': 1, "
           "'xfrac': 1, 'brightness': 1, 'contrast': 1, 'lumaflip': 1, 'hue': 1, 'saturation': 1}; "
-          "expected names with finite numbers")),
+          "expected a mapping from names to finite numbers")),
         ("step", 5, "step is 5; expected an object with the fields of StepConfig"),
         ("step.loss.gamma", -1, "LossConfig.gamma is -1; expected a number >= 0"),
         ("step.loss.r1_gamma", 1,
-         "step.loss has both r1_gamma and gamma; expected gamma alone, which is its name today"),
+         "step.loss has both r1_gamma and gamma; expected only gamma, its current name"),
     ],
 )  # fmt: skip
 def test_train_config_from_edited_dict_raises_exact_message(run, path, value, message):

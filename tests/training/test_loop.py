@@ -220,8 +220,8 @@ def test_loop_whose_disk_fails_saves_the_state_and_continues_bit_for_bit(tmp_pat
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
     assert len(lines) == 1
     assert lines[0].startswith(f"stopped after {nimg} images: {here / 'set.zip'}: 0000")
-    assert lines[0].endswith(".png cannot be read (Input/output error, tried 3 times in 0 s): a disk or the network "
-                             "fails; the same command continues")
+    assert lines[0].endswith(".png cannot be read (Input/output error, tried 3 times in 0 s): a disk or network "
+                             "failure; the same command continues")
     stop_at(monkeypatch, outdir, 6)
     assert loop.train(*prepared(here, workers=workers)) == loop.EXIT_STOPPED
     found, expected = saved_in(outdir), saved_in(tmp_path / "whole" / "runs")
@@ -476,7 +476,7 @@ def test_loop_run_whose_states_are_all_damaged_is_a_line(tmp_path, small_presets
     folder, = (tmp_path / "runs").iterdir()
     for path in folder.glob("training-state*"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"training-state.pt is damaged: .* or start anew \(--new does so\)$"):
+    with pytest.raises(UserError, match=r"training-state.pt is damaged: .* or start from scratch \(--new does so\)$"):
         train_for(tmp_path, 9)
 
 

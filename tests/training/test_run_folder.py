@@ -217,8 +217,8 @@ def test_choose_run_finished_run_without_its_state_is_refused(tmp_path):
     assert everything(tmp_path) == before
     state = tmp_path / name / "training-state.pt"
     state.write_bytes(b"half a state")
-    with pytest.raises(UserError, match="training-state.pt is damaged: .*; expected one whole state: copy one back "
-                                        r"from elsewhere, or start anew \(--new does so\)"):
+    with pytest.raises(UserError, match="training-state.pt is damaged: .*; expected one intact state: restore one "
+                                        r"from a backup, or start from scratch \(--new does so\)"):
         choose_run(tmp_path, config_of(kimg=2), CONTENT)
     assert everything(tmp_path) == {**before, f"{name}/training-state.pt": b"half a state"}
 
@@ -493,7 +493,7 @@ def test_choose_run_live_run_is_refused_and_a_killed_one_taken_over(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with choose_run(tmp_path, config_of(), CONTENT) as run:
-        assert run.notes == (f"{run.path}: took over from {who}, which is gone",)
+        assert run.notes == (f"{run.path}: took over from {who}, which has ended",)
         assert (run.path.name, run.continues) == (f"00000-{NAME}", True)
 
 
@@ -631,7 +631,7 @@ def test_require_held_after_a_takeover_is_a_line(tmp_path):
         lock.write_text(f"filelock/2\npid=3\nhost=gpu07\nmode=lease\ntoken=ab\nduration={LEASE_SECONDS}\n")
         with pytest.raises(UserError) as error:
             run.require_held()
-        message = (rf"{re.escape(str(lock))} was taken over by process 3 on gpu07 \(last sign of life \d s ago\); "
+        message = (rf"{re.escape(str(lock))} was taken over by process 3 on gpu07 \(last heartbeat \d s ago\); "
                    "expected the lock of this process, which stops here: the run goes on where the lock is")
         assert re.fullmatch(message, str(error.value))
 

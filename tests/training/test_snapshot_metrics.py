@@ -127,9 +127,9 @@ def test_signal_during_metrics_gives_them_up_with_a_state_and_they_are_made_up(w
     capsys.readouterr()
     assert train(here, Metric({number: signal.SIGUSR1})) == loop.EXIT_STOPPED
     out = capsys.readouterr().out.splitlines()
-    assert out[-2] == (f"metrics at kimg {nimg / 1000:.1f} are left out (SIGUSR1 arrived); they are computed with the "
+    assert out[-2] == (f"metrics at kimg {nimg / 1000:.1f} are left out (SIGUSR1 received); they are computed with the "
                        f"next network file, or by calc_metrics.py --run={run_in(here)}")
-    assert out[-1] == (f"stopped after {nimg} images (SIGUSR1 arrived); the same command " + (
+    assert out[-1] == (f"stopped after {nimg} images (SIGUSR1 received); the same command " + (
         "computes the metrics at kimg 3.0" if nimg == 3000 else "continues"))
     assert state_in(here)["training/nimg"] == nimg
     assert [line["nimg"] for line in lines(here)] == NIMG[:number - 1]
@@ -424,7 +424,7 @@ def test_metrics_without_a_network_file_are_not_made_up(tmp_path, monkeypatch, c
 
         patch.setattr(os, "replace", refusing)
         assert train(here, Metric({1: signal.SIGTERM})) == loop.EXIT_STOPPED
-    assert ("metrics at kimg 0.200 are not computed (SIGTERM arrived): its network file could not be written\n"
+    assert ("metrics at kimg 0.200 are not computed (SIGTERM received): its network file could not be written\n"
             ) in capsys.readouterr().out
     assert train(here, Metric()) == loop.EXIT_DONE
     assert [line["nimg"] for line in lines(here)] == NIMG[1:]

@@ -226,7 +226,7 @@ def test_allocator_is_tuned_on_a_cpu_alone(inside, capsys, monkeypatch):
         return [line for line in start(capsys, "--precision=fp32", *flags)[0].settings.notes if "memory" in line]
 
     assert memory_notes() == ["memory: freed memory is kept for reuse (--tune-malloc=True)"]
-    assert memory_notes("--tune-malloc=no") == ["memory: the allocator is left as it is (--tune-malloc=False)"]
+    assert memory_notes("--tune-malloc=no") == ["memory: the allocator is not tuned (--tune-malloc=False)"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert memory_notes() == []
@@ -397,16 +397,16 @@ def test_number_of_processes_is_that_of_torchrun(inside, capsys, monkeypatch):
     assert start(capsys)[0].config.gpus == 4
     assert start(capsys, "--gpus=4")[0].config.gpus == 4
     assert refuse(capsys, *BASE, "--gpus=2") == (
-        "--gpus is 2, but WORLD_SIZE is 4, as torchrun sets it for the processes that it started; expected the same "
-        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=2 starts 2")
+        "--gpus is 2, but WORLD_SIZE (set by torchrun) is 4; expected the same number: leave --gpus out, or unset "
+        "RANK and WORLD_SIZE to let --gpus=2 start 2 processes")
 
 
 def test_group_of_one_with_another_gpus_is_refused(inside, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert refuse(capsys, *BASE, "--gpus=4") == (
-        "--gpus is 4, but WORLD_SIZE is 1, as torchrun sets it for the processes that it started; expected the same "
-        "number: leave --gpus out, or unset RANK and WORLD_SIZE, and --gpus=4 starts 4")
+        "--gpus is 4, but WORLD_SIZE (set by torchrun) is 1; expected the same number: leave --gpus out, or unset "
+        "RANK and WORLD_SIZE to let --gpus=4 start 4 processes")
     assert start(capsys)[0].config.gpus == 1
     assert start(capsys, "--gpus=1")[0].config.gpus == 1
 
@@ -481,7 +481,7 @@ def test_auto_precision_on_a_cpu_continues_a_run_that_was_begun_on_a_gpu(inside,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, err = dry_run(capsys, "--cfg=tiny")
     assert (found["run_folder"], found["continues"], found["num_fp16_res"]) == ("runs/00000-set-tiny", True, 4)
-    assert found["precision"] == {"name": "fp16", "reason": "chosen when the run began"}
+    assert found["precision"] == {"name": "fp16", "reason": "chosen when the run was started"}
     assert err.startswith("warning: fp16 may be many times slower than fp32 on this CPU")
     found, err = dry_run(capsys, "--cfg=tiny", "--precision=fp32")
     assert (found["run_folder"], found["continues"]) == ("runs/00001-set-tiny", False)
@@ -645,7 +645,7 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                                         "expected --detector=inception-v3, or another metric"),
     ("--metrics=none --detector=vgg16", "--metrics is none with --detector or --detector-weights; expected metrics "
                                         "for them: name some, such as --metrics=kid5k_full"),
-    ("--device=tpu", "--device is tpu; expected auto, cpu, cuda, or one GPU as cuda:1"),
+    ("--device=tpu", "--device is tpu; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
     ("--device=cuda", "--device is cuda, but this PyTorch is built without CUDA; expected a working GPU and driver, or "
                       "--device=cpu"),
     ("--augpipe=bgx", "Invalid value for '--augpipe': 'bgx' is not one of 'blit', 'geom', 'color', 'filter', 'noise', "
@@ -683,9 +683,9 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--valid=odd.zip", "--valid=odd.zip is 24x24 RGB; expected 16x16 RGB, as --data"),
     ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with "
                                  "dataset_tool.py and the same --classes"),
-    ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is no folder; expected a folder, new or not"),
-    ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is no folder; expected a folder, new or "
-                              "not"),
+    ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is not a folder; choose a new or existing folder"),
+    ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is not a folder; choose a new or existing "
+                              "folder"),
     ("--resume=ffhq256", "--resume is ffhq256, a network for faces of FFHQ at 256x256 " + LICENCE.format("ffhq256")),
     ("--resume=lsundog256", "--resume is lsundog256, a network for dogs of LSUN at 256x256 "
                             + LICENCE.format("lsundog256")),
@@ -803,7 +803,7 @@ def test_outdir_that_the_system_does_not_let_write_is_refused(inside, capsys, mo
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inside and access(path, mode))
     assert refuse(capsys, *BASE) == (
-        f"--outdir is runs, but {inside} cannot be written to; expected a folder that can")
+        f"--outdir is runs, but {inside} is not writable; choose a writable folder")
 
 
 def test_damaged_header_of_an_image_is_named(inside, capsys):
