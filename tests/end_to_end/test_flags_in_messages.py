@@ -19,7 +19,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
          if not {".venv", "tests"} & set(path.relative_to(ROOT).parts) and path.stem != "__init__"}
 SETS = "dataset_tool.py"  # what converts
 # Some texts there are arguments of other programs, not messages: of compilers, and what the demonstration runs.
-ARGUMENTS = {"torch_utils.ops.compilers", "scripts.demo"}
+ARGUMENTS = {"torch_utils.ops.build", "scripts.demo"}
 # Texts that a program's code refers to and never comes to, with the reason.
 UNREACHED = {
     ("train.py", "--class"): {  # it chooses no class for its metrics

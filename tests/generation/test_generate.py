@@ -56,8 +56,8 @@ def test_images_where_no_operators_are_built_say_so_in_one_line_and_build_none(i
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "builds")
     assert run(generate.main, ["--network=net.safetensors", "--seeds=0-3", "--class=nv", "--outdir=out"]) == 0
     assert capsys.readouterr().err == (
-        "warning: operators are put together from PyTorch's, which is slower: the compiled CPU operators are not "
-        "built: python -m torch_utils.ops.build does it, once\n")
+        "warning: using PyTorch's own operators, which are slower: the compiled CPU operators are not built: run "
+        "python -m torch_utils.ops.build once\n")
     assert not os.path.exists("builds")
 
 

@@ -183,8 +183,10 @@ def test_set_that_was_begun_without_compiled_operators_goes_on_without(network, 
     assert used == ["composed"] * 3
     assert ImageSet(dest).source["operators"] == "composed"
     assert capsys.readouterr().err == (
-        f"{dest}.parts: 2 of 7 images are already done; continuing\nthe work in {dest}.parts was begun with PyTorch's "
-        "operators and goes on with them, so that all of it is alike\n")
+        f"{dest}.parts: 2 of 7 images are already done; continuing
+the work in {dest}.parts was started with "
+        "PyTorch's own operators and continues with them, for consistent results
+")
 
 
 def test_set_whose_operators_are_gone_is_refused_and_the_pieces_stay(network, tmp_path, monkeypatch):
@@ -195,8 +197,8 @@ def test_set_whose_operators_are_gone_is_refused_and_the_pieces_stay(network, tm
         with pytest.raises(UserError) as caught:
             write(dest, network)
     assert str(caught.value) == (
-        f"the work in {dest}.parts was begun with the compiled operators (cpp), which cannot run here (there is no "
-        "compiler): put that right and give the same command again, or remove it to begin anew")
+        f"the work in {dest}.parts was started with the compiled operators (cpp), which cannot run here (there is no "
+        "compiler): fix that and repeat the command, or remove it to start from scratch")
     assert sorted(os.listdir(f"{dest}.parts")) == ["piece-000000.npz", "settings.json"]
     assert write(dest, network).read_bytes() == expected
 

@@ -1,4 +1,4 @@
-"""Calls of the kernels with what float64 says of their results: from the table of cases, and for sizes of grids."""
+"""Calls of the kernels and their results in float64: from the table of cases, and for various grid sizes."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ USES_OUT = ("linear", "relu", "lrelu")  # activations whose derivative is comput
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what the kernels add up in."""
+    """Return the format in which the kernels sum."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -59,7 +59,7 @@ class FilterCall:
         return (shape[1], shape[0]) if len(shape) == 2 else (shape[0], len(self.taps[1]))
 
     def order(self, manner: Manner, whole_planes: int = 0) -> Order:
-        """Return the call for a program; x as the end of so many planes or, for channels_last, images."""
+        """Return the call for a program; x is the end of a number of planes or, for channels_last, images."""
         num, channels, *size = self.x.shape
         x = self.x.permute(0, 2, 3, 1) if self.channels_last else self.x
         planes, depth = (num, channels) if self.channels_last else (num * channels, 1)
@@ -77,14 +77,14 @@ class FilterCall:
         """Return the result in float64, and a bound of the error."""
         value = self._judge(self.x.double(), absolute=False)
         magnitudes = self._judge(self.x.double().abs(), absolute=True)
-        # Of each product and the gain, and of the sums: a tap, a product and an addition for each.
+        # Roundings of the gain, and of a tap, a product and an addition for each term.
         return value, _stored(value, magnitudes, 2 * sum(self.num_taps) + math.prod(self.num_taps) + 4, self.x.dtype)
 
     def found(self, result: Tensor) -> Tensor:
         return result.permute(0, 3, 1, 2) if self.channels_last else result
 
     def gradient(self) -> "FilterCall":
-        """Return the call that backward makes, with the derivative of the result drawn at random."""
+        """Return the call that backward makes, with a random derivative of the result."""
         shape = (*self.x.shape[:2], *self.out[::-1])
         taps = self.num_taps
         return replace(self, name=f"{self.name}_gradient", x=drawn(shape, self.x.dtype), up=self.down, down=self.up,
@@ -119,7 +119,7 @@ class BiasCall:
     order_of_derivative: int = 0
 
     def order(self, manner: Manner, whole_size: int = 0) -> Order:
-        """Return the call for a program; x as the end of an array of so many elements."""
+        """Return the call for a program; x is the end of an array of a number of elements."""
         uses_out = self.act in USES_OUT
         dy, ddx = (drawn(self.x.shape, self.x.dtype, stream) for stream in (1, 2))
         out = self._forward(self.x.double()).to(self.x.dtype)
@@ -144,7 +144,7 @@ class BiasCall:
             weight = weight * factor
             value, = torch.autograd.grad(value, x, factor, create_graph=True)
         total = x.detach() if self.b is None else x.detach() + self.b.double()[:, None]
-        # Fewer than 40 roundings, of which functions of the C library make up to 4 each, of numbers below
+        # Fewer than 40 roundings (functions of the C library make up to 4 each) of numbers below
         # 2 (1 + |x + b|), which no activation and no derivative exceeds.
         magnitudes = 2 * (1 + total.abs()) * max(1, abs(self.alpha)) * weight.abs()
         bound = _stored(value, magnitudes, 40, self.x.dtype).detach()
@@ -160,9 +160,9 @@ class BiasCall:
         return result
 
     def derivatives(self) -> list["BiasCall"]:
-        """Return this call and those of its derivatives that kernels are asked for."""
+        """Return this call and the calls that its derivatives make."""
         most = 1 if self.act in USES_OUT else 2
-        if self.act == "lrelu" and self.alpha < 0:  # other operators do, since the result would hide the slope
+        if self.act == "lrelu" and self.alpha < 0:  # other operators do: the result would hide the slope
             most = 0
         return [replace(self, name=f"{self.name}_{order}", order_of_derivative=order) for order in range(most + 1)]
 
@@ -201,7 +201,7 @@ def _filter_call(case: Case, dtype: torch.dtype) -> FilterCall:
     with patch("torch_utils.ops.upfirdn2d.upfirdn2d_ref", wraps=upfirdn2d_ref) as reference:
         result = case.run(*case.inputs(), impl="ref")
     x, f, up, down, padding, flip_filter = reference.call_args.args
-    # The call's own gain brings back what the case asks for.
+    # The call's own gain restores the gain of the case.
     taps = (f, f / _GAIN) if f.ndim == 1 else (f / _GAIN,)
     return FilterCall(name=f"{case.name}_{_short(dtype)}", x=x.detach().to(dtype),
                       taps=tuple(tap.to(sum_dtype(dtype)) for tap in taps), up=up, down=down,
@@ -289,7 +289,7 @@ _MORE_THAN_INT32 = 2**31 + 2**20
 
 
 def huge_orders() -> list[tuple[Call, Order, Order]]:
-    """Return small calls, how to run them as the end of a huge one, and how as they are."""
+    """Return small calls, orders that run them as the end of a huge one, and orders that run them as they are."""
     rows = []
     for name, (up, down, taps, separable, channels, *result) in _HUGE.items():
         size = [out * down // up for out in result]
@@ -308,7 +308,7 @@ def huge_orders() -> list[tuple[Call, Order, Order]]:
 
 
 def wrong_results(calls: list[Call], results: list[Tensor]) -> list[str]:
-    """Return a line for each call whose result is not what float64 says within its bound."""
+    """Return a line for each call whose result differs from float64 by more than its bound."""
     lines = []
     for call, result in zip(calls, results, strict=True):
         value, bound = call.expected

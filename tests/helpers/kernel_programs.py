@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ HOST_GPU = Path(__file__).parent.parent / "host_gpu"
 OPS = ("upfirdn2d", "bias_act")
 SCALARS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of Scalar in calls.h
 
-# Optimized, sanitized kernels take minutes to compile.
+# Sanitized kernels take minutes to compile with optimization.
 PLAIN = ("-O0",)
-SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")  # each finding ends the program
+SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")  # an error ends the program
 THREADS = ("-O0", "-g1", "-fsanitize=thread")
 # Inlining everything would double that. __always_inline__ of system headers stays.
 _NOT_INLINED = "-Dalways_inline=unused"
@@ -27,7 +28,7 @@ _CPU = ("-fno-math-errno", "-fno-trapping-math")
 _NUMBERS, _ARRAYS = 16, 5  # of an Order in program.cpp
 
 
-# A change of the sources that leaves out the half precision formats: mutants compile in half the time.
+# A change of the sources that omits the half precision formats: mutants compile in half the time.
 FLOATS_ONLY = ("dispatch.h", """    case Scalar::f16: return body(Half());
     case Scalar::bf16: return body(BFloat16());
 """, "")
@@ -54,7 +55,7 @@ class Order:
     result_dtype: torch.dtype
     numbers: tuple[int, ...]
     reals: tuple[float, ...] = ()
-    whole_x: int = 0  # elements, where x is but the end of an array
+    whole_x: int = 0  # elements, if x is only the end of an array
     whole_y: int = 0
     manner: Manner = field(default_factory=Manner)
 
@@ -85,16 +86,16 @@ class Program:
     path: Path
 
     def objects_but(self, op: str) -> tuple[Path, ...]:
-        """Return what the program is linked of, without one operator's object."""
+        """Return the objects that the program is linked from, except that of one operator."""
         return tuple(path for path in self.path.parent.glob("*.o") if path.stem != op)
 
     def run(self, orders: list[Order]) -> list[Tensor]:
-        """Return the results of calls. Raises AssertionError with what was said where the program fails."""
+        """Return the results of calls. Raises AssertionError with what the program printed if it fails."""
         calls, results = self.path.with_suffix(".calls"), self.path.with_suffix(".results")
         with calls.open("wb") as file:
             for order in orders:
                 order.write(file)
-        # ThreadSanitizer refuses some layouts of memory that the kernel draws at random.
+        # ThreadSanitizer refuses some memory layouts that the kernel chooses at random.
         still = ["setarch", "-R"] if shutil.which("setarch") else []
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=0",
                        "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
@@ -107,12 +108,12 @@ class Program:
 
 
 def _last_call(said: str) -> str:
-    """Return what a program said from its last call on."""
+    """Return what a program printed from its last call on."""
     return re.split(r"^(?=call \d+$)", said, flags=re.MULTILINE)[-1]
 
 
 def compile_object(folder: Path, source: Path, *flags: str, csrc: Path = SOURCES) -> Path:
-    """Compile one source file, a .cu as C++; return the object file. Raises AssertionError where that fails."""
+    """Compile one source file, a .cu as C++; return the object file. Raises AssertionError if that fails."""
     target = folder / f"{source.stem}.o"
     # csrc first: a changed copy has its own headers.
     command = [compiler(), "-std=c++20", "-Wall", *flags, "-I", csrc, "-I", HOST_GPU, "-x", "c++", "-c", source, "-o",
@@ -124,7 +125,7 @@ def compile_object(folder: Path, source: Path, *flags: str, csrc: Path = SOURCES
 def changed_sources(folder: Path, *changes: tuple[str, str, str]) -> Path:
     """Copy the sources, with changes (file, old text, new text); return where they are.
 
-    Raises AssertionError where an old text is not in its file exactly once.
+    Raises AssertionError if an old text does not occur exactly once in its file.
     """
     csrc = Path(shutil.copytree(SOURCES, folder / "csrc"))
     for name, old, new in changes:
@@ -135,7 +136,7 @@ def changed_sources(folder: Path, *changes: tuple[str, str, str]) -> Path:
 
 
 def kernel_program(folder: Path, *flags: str, csrc: Path = SOURCES, objects: tuple[Path, ...] = ()) -> Program:
-    """Compile a program that runs the kernels; `objects` stand for some of the sources."""
+    """Compile a program that runs the kernels; `objects` replace some of the sources."""
     folder.mkdir(parents=True, exist_ok=True)
     ready = {path.stem: path for path in objects}
     flags = (*flags, "-DKERNELS_ON_HOST", _NOT_INLINED)
@@ -146,7 +147,7 @@ def kernel_program(folder: Path, *flags: str, csrc: Path = SOURCES, objects: tup
 
 
 def cpu_program(folder: Path, level: str, *flags: str) -> Program:
-    """Compile a program that runs the CPU's functions of a level."""
+    """Compile a program that runs the CPU functions of a level."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = (*flags, f"-DCPU_LEVEL={level}", *_LEVELS[level], *_CPU, _NOT_INLINED)
     sources = [SOURCES / f"{op}_cpu.cpp" for op in OPS] + [HOST_GPU / "cpu.cpp", HOST_GPU / "program.cpp"]
@@ -172,3 +173,29 @@ def _link(target: Path, objects: list[Path], flags: tuple[str, ...]) -> Program:
 def _succeed(command: list) -> None:
     ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert ran.returncode == 0, f"{' '.join(map(str, command))}: {ran.stderr[-4000:]}"
+
+
+class KernelUse(NamedTuple):
+    """What one kernel, or one function that a kernel calls, uses on one architecture."""
+
+    kernel: str  # its name for the linker
+    arch: str  # "sm_90"
+    registers: int  # per thread; 0 for a function
+    stack: int  # bytes per thread, as the others
+    spill_stores: int
+    spill_loads: int
+
+
+def read_ptxas_report(log: str) -> list[KernelUse]:
+    """Return what `ptxas -v` printed into the log of a build, in its order."""
+    found, arch, name = [], "", ""
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '\S+' for '(\S+)'", line):
+            arch = match[1]
+        elif match := re.search(r"Function properties for (\S+)", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found.append(KernelUse(name, arch, 0, *map(int, match.groups())))
+        elif (match := re.search(r"Used (\d+) registers", line)) and found:
+            found[-1] = found[-1]._replace(registers=int(match[1]))
+    return found

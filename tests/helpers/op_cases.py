@@ -42,13 +42,13 @@ class Case:
     filter_name: str = "f"
 
     def inputs(self, dtype=torch.float64, device="cpu") -> list[Tensor]:
-        """Return fixed normal inputs of the given precision, asking for gradients."""
+        """Return fixed normal inputs of the given precision, which require gradients."""
         random = self._random()
         return [torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype).requires_grad_()
                 for shape in self.shapes]
 
     def filter(self, dtype=torch.float64, device="cpu") -> Tensor | None:
-        """Return an asymmetric filter of which no two taps are equal."""
+        """Return an asymmetric filter whose taps all differ."""
         if self.taps is None:
             return None
         return torch.randn(self.taps, generator=self._random(1), dtype=torch.float64).to(device, dtype)
@@ -60,25 +60,25 @@ class Case:
         return self.op(*inputs, **given, impl=impl)
 
     def derivatives(self, impl: str, device="cpu") -> Iterator[tuple[str, Tensor]]:
-        """Yield the result and its derivatives of first and second order, named."""
+        """Yield (name, tensor) of the result and its first and second derivatives."""
         inputs = self.inputs(device=device)
         result = self.run(*inputs, impl=impl)
         yield "result", result
         weights = torch.randn(result.shape, generator=self._random(2), dtype=result.dtype).to(device)
-        # A sine makes all orders of derivative of this scalar nonzero, for ops that are linear too.
+        # A sine makes derivatives of every order nonzero, also for linear ops.
         first = torch.autograd.grad((result.sin() * weights).sum(), inputs, create_graph=True)
         yield from ((f"first[{i}]", value) for i, value in enumerate(first))
-        # An empty batch has no second derivative to lose: torch cuts its graph, and zeros stand for it.
+        # torch cuts the graph of an empty batch, whose second derivative is zeros.
         second = torch.autograd.grad(sum(value.square().sum() for value in first), inputs, materialize_grads=True)
         yield from ((f"second[{i}]", value) for i, value in enumerate(second))
 
     def _random(self, stream: int = 0) -> torch.Generator:
-        # Of the shapes and not the name, so that two ways to compute the same meet the same numbers.
+        # Seeded by the shapes and not the name, so that two ways to compute the same use the same numbers.
         return torch.Generator().manual_seed(zlib.crc32(repr((self.shapes, self.taps)).encode()) + stream)
 
 
 def ids(cases: list[Case]) -> dict:
-    """Return the arguments of pytest.mark.parametrize that go with a table."""
+    """Return the arguments of pytest.mark.parametrize for a table."""
     return {"argvalues": cases, "ids": [case.name for case in cases]}
 
 
@@ -87,7 +87,7 @@ def assert_equals_reference(case: Case, impl: str, device: str) -> None:
     found = case.derivatives(impl, device)
     for (label, value), (_, expected) in zip(found, case.derivatives("ref")):
         assert value.shape == expected.shape, f"{case.name}: shape of {label}"
-        # Errors scale with the terms of a sum, not with the sum: hence relative to the largest value.
+        # Relative to the largest value, because errors scale with the terms of a sum and not with the sum.
         largest = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
         torch.testing.assert_close(value.cpu(), expected, rtol=0, atol=TOLERANCE * largest,
                                    msg=lambda text, label=label: f"{case.name}: {label}: {text}")
@@ -289,7 +289,7 @@ LAYOUTS = {
 
 
 def laid_out(x, layout):
-    """Return x in another layout; the values too are others where it is "expanded"."""
+    """Return x in another layout; "expanded" changes its values too."""
     y = LAYOUTS[layout](x)
     assert layout in ("contiguous", "channels_last", "offset") or len(x) == 1 or not y.is_contiguous()
     return y

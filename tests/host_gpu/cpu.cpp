@@ -1,4 +1,4 @@
-// Run calls by the CPU's functions of one level (CPU_LEVEL), without threads, in several parts.
+// Run calls with the CPU functions of one level (CPU_LEVEL), without threads, in several parts.
 #include "cpu.h"
 
 #include "bias_act.h"
@@ -6,7 +6,7 @@
 
 namespace level = ops::CPU_LEVEL;
 
-// Cut [0, count) into parts of 3, as threads would share them.
+// Cut [0, count) into parts of 3, as threads would.
 template <class Body>
 static void in_parts(int64_t count, bool backwards, Body body) {
   const int64_t each = 3, parts = (count + each - 1) / each;

@@ -1,10 +1,10 @@
 // Run CUDA kernels on a host, block after block, so that sanitizers see every access.
 //
-// The threads of a block are fibers, which take turns at __syncthreads only: forwards or backwards, always the same way.
-// Shared memory is one heap block of the exact size for each declaration, fresh for each block of the grid and full of
-// NaN, so that a number read before it was written shows in the result. A thread that ends while others wait at a sync
-// ends the program. ThreadSanitizer is told of the fibers, for which only a sync orders what they do: it finds a missing
-// one although nothing here runs at the same time.
+// The threads of a block are fibers, which switch only at __syncthreads, in a fixed order, forwards or backwards.
+// Shared memory is a heap block of the exact size for each declaration, allocated anew for each block of the grid and
+// filled with NaN, so that a number that is read before it is written shows in the result. The program ends if a thread
+// ends while others wait at a sync. ThreadSanitizer knows the fibers and that only a sync orders them: it finds a
+// missing one although nothing here runs at the same time.
 #pragma once
 #include <ucontext.h>
 
@@ -46,12 +46,12 @@ namespace host_gpu {
 // What a caller may choose before it launches a kernel.
 struct Options {
   bool backwards = false;        // the order of the threads, and of the blocks
-  int64_t most_blocks = 1 << 30; // grids are cut to so many blocks
-  int64_t last_blocks = -1;      // run only so many blocks at the end of the grid; -1 for all
+  int64_t most_blocks = 1 << 30; // the largest grid
+  int64_t last_blocks = -1;      // run only this many at the end of the grid; -1: all
 };
 inline Options options;
 
-// Say that what was done before `release(at)` comes before what is done after `acquire(at)`.
+// Tell ThreadSanitizer that everything before `release(at)` happens before everything after `acquire(at)`.
 inline void release([[maybe_unused]] void* at) {
 #ifdef __SANITIZE_THREAD__
   __tsan_release(at);
@@ -63,7 +63,7 @@ inline void acquire([[maybe_unused]] void* at) {
 #endif
 }
 
-// A stack of its own, in the way that the sanitizers want to know of.
+// A stack of its own, announced to the sanitizers.
 class Fiber {
  public:
   Fiber() : memory_(new char[kStackSize]) {
@@ -82,7 +82,7 @@ class Fiber {
 #endif
   }
 
-  // The next switch to this begins `entry`, which must not return.
+  // The next switch to this fiber starts `entry`, which must not return.
   void prepare(void (*entry)()) {
     getcontext(&context_);
     context_.uc_stack.ss_sp = memory_.get();
@@ -91,7 +91,7 @@ class Fiber {
     makecontext(&context_, entry, 0);
   }
 
-  // Leave this one for another; `for_good` where it will not go on.
+  // Switch from this fiber to another; `for_good`: it will not continue.
   __attribute__((no_sanitize("address", "thread"))) void leave_for(Fiber& other, [[maybe_unused]] bool for_good) {
 #ifdef __SANITIZE_THREAD__
     __tsan_switch_to_fiber(other.tsan_, __tsan_switch_to_fiber_no_sync);
@@ -105,7 +105,7 @@ class Fiber {
 #endif
   }
 
-  // To be called first by an entry; `from` is the fiber that switched to it.
+  // An entry must call this first; `from` is the fiber that switched to it.
   __attribute__((no_sanitize("address"))) static void arrive_from([[maybe_unused]] Fiber& from) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &from.stack_, &from.size_);
@@ -131,7 +131,7 @@ struct Thread {
   int num_syncs;   // syncs passed
 };
 
-// The block that runs.
+// The running block.
 struct Block {
   std::vector<std::unique_ptr<Thread>> threads;  // kept for the next block
   std::vector<std::unique_ptr<char[]>> shared;
@@ -142,12 +142,12 @@ struct Block {
 };
 inline Block block;
 
-// Parts of a thread that touch what belongs to the scheduler are no accesses of the kernel.
+// For a thread's code that touches the scheduler's data: it is not part of the kernel.
 #define OF_THE_SCHEDULER __attribute__((noinline, no_sanitize("thread")))
 
 OF_THE_SCHEDULER inline void sync() {
   Thread& thread = *block.current;
-  // Two places in turn: who is first past a sync comes to the next one before others have left this.
+  // Two places in turn: the first thread past a sync reaches the next one before others have left this one.
   char* place = &block.syncs[thread.num_syncs++ % 2];
   release(place);
   thread.state = Thread::waiting;
@@ -176,7 +176,7 @@ OF_THE_SCHEDULER inline void run_thread() {
   block.current->fiber.leave_for(block.scheduler, true);
 }
 
-// Let each thread go on to its next sync or its end; return how many have ended.
+// Run each thread to its next sync or its end; return how many have ended.
 OF_THE_SCHEDULER inline size_t take_turns(size_t num_threads) {
   size_t num_ended = 0;
   for (size_t turn = 0; turn < num_threads; turn++) {

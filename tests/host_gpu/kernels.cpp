@@ -1,4 +1,4 @@
-// Run calls by the GPU's kernels.
+// Run calls with the GPU's kernels.
 #include "conversions.h"
 #include "launch.h"
 

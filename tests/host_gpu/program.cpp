@@ -1,9 +1,9 @@
 // Run the calls of one file and write their results to another.
 //
-// A file is a row of records: an Order, then its arrays one after the other, each as long as the Order says. Every array
-// lies in a heap block of exactly its size (or an element more, where the order asks for addresses that are no multiple
-// of two elements), so that AddressSanitizer sees what is read or written beyond. Results are full of NaN at first, so
-// that elements that nobody wrote show.
+// A file is a sequence of records: an Order, followed by its arrays, whose sizes the Order gives. Every array is a heap
+// block of exactly its size (or one element more, if the order asks for addresses that are not a multiple of two
+// elements), so that AddressSanitizer sees accesses beyond it. Results are filled with NaN at first, so that elements
+// that were not written show.
 #include "program.h"
 
 #include <sys/mman.h>
@@ -19,12 +19,12 @@ namespace {
 enum class Work : int64_t { upfirdn2d, bias_act, widen, narrow };
 constexpr int kMostArrays = 5;
 
-// Array sizes are in bytes, -1 where there is none. Where `whole_x` or `whole_y` is more than the size of x or the
-// result, the array is that long, and all but its end is memory that takes no room until it is touched, full of zeros.
+// Array sizes are in bytes, -1 if there is none. If `whole_x` or `whole_y` is larger than the size of x or the result,
+// the array is that long, and all but its end is zeros that take no memory until they are touched.
 struct Order {
   Work work;
   Manner manner;
-  int64_t shift;  // bytes by which x and the result (of bias_act: all but the bias) are moved
+  int64_t shift;  // bytes by which x and the result (for bias_act: all but the bias) are moved
   int64_t arrays[kMostArrays];
   int64_t result, whole_x, whole_y;
   int64_t numbers[16];
@@ -143,7 +143,7 @@ int main(int count, char** words) {
       arrays[i] = memory.back()->data();
     }
     Array result(order.result, order.whole_y, order.shift);
-    // Said before the run, so that a sanitizer's report names the call.
+    // Printed before the run, so that a sanitizer's report follows the name of the call.
     fprintf(stderr, "call %lld\n", static_cast<long long>(number));
     obey(order, arrays, result.data());
     result.write(output);

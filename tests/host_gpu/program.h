@@ -1,4 +1,4 @@
-// What the main program of these tests asks of the code under test, which kernels.cpp and cpu.cpp answer.
+// What kernels.cpp and cpu.cpp implement for the main program of these tests.
 #pragma once
 #include <cstdint>
 
@@ -6,9 +6,9 @@
 
 // How to run a call.
 struct Manner {
-  int64_t backwards;    // kernels: the order of threads and blocks;  CPU: of the parts that a call is cut into
-  int64_t most_blocks;  // kernels: cut grids to so many blocks
-  int64_t last_blocks;  // kernels: run only so many at the end of the grid; -1 for all
+  int64_t backwards;    // kernels: reverse the order of threads and blocks;  CPU: of the parts of a call
+  int64_t most_blocks;  // kernels: the largest grid
+  int64_t last_blocks;  // kernels: run only this many at the end of the grid; -1: all
 };
 
 void run(const ops::Upfirdn2dCall& call, const Manner& manner);

@@ -103,7 +103,7 @@ def test_projection_that_was_begun_without_compiled_operators_goes_on_without(in
     assert attempt(*command) == 0
     assert set(used) == {"composed"}
     folder = "the projection in out" if command != SET else f"the work in {PARTS}"
-    assert (f"{folder} was begun with PyTorch's operators and goes on with them, so that all of it is alike\n"
+    assert (f"{folder} was started with PyTorch's own operators and continues with them, for consistent results\n"
             in capsys.readouterr().err)
     assert record_in("out", "projection.json" if command != SET else "projections.json")["operators"] == "composed"
     assert contents("out") == contents("expected")
@@ -121,8 +121,8 @@ def test_projection_whose_operators_are_gone_is_refused_and_kept(inside, capsys,
         assert attempt(*command, "--class=nv") == 2
     work = "the projection in out" if command == TARGET else f"the work in {PARTS}"
     assert capsys.readouterr().err.endswith(
-        f"error: {work} was begun with the compiled operators (cpp), which cannot run here (there is no compiler): put "
-        "that right and give the same command again, or remove it to begin anew\n")
+        f"error: {work} was started with the compiled operators (cpp), which cannot run here (there is no compiler): "
+        "fix that and repeat the command, or remove it to start from scratch\n")
     assert contents("out") == before
 
 

@@ -13,14 +13,14 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     x:      any shape, floating point
     b:      [x.shape[dim]] of x's dtype, or None for no bias
     act:    a name in ACTIVATIONS
-    alpha:  slope for negative inputs of lrelu, other activations ignore it; None takes the default
+    alpha:  slope of lrelu for negative inputs, ignored by other activations; None takes the default
     gain:   factor after the activation; None takes the activation's default
     clamp:  the result is limited to [-clamp, clamp]; None does not limit
 
-    Returns the shape and dtype of x. Differentiable to any order in x and b. Implementations differ in whether a
-    gradient passes where a result is just at the limit, and in whether the gradient of linear, relu and lrelu, which x
-    does not change, asks for zeros as its own derivative or is a constant. Raises ValueError for an unknown
-    activation, a bias that does not fit, or a negative clamp.
+    Returns the shape and dtype of x. Differentiable to any order in x and b. Implementations differ in two points:
+    whether a gradient passes where a result is exactly at the limit, and whether the gradient of linear, relu and
+    lrelu, which does not depend on x, has a derivative of zeros or none. Raises ValueError for an unknown activation, a
+    bias that does not fit, or a negative clamp.
     """
     activation = activation_named(act)
     if clamp is not None and clamp < 0:
@@ -33,7 +33,7 @@ def bias_act(x: Tensor, b: Tensor | None = None, dim: int = 1, act: str = "linea
     impl = resolve_impl("bias_act", impl, x)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
-    # The compiled slope of lrelu is told by the sign of the result, which a negative alpha would hide.
+    # The compiled slope of lrelu follows from the sign of the result, which a negative alpha would hide.
     if impl in ("cpp", "cuda") and not (act == "lrelu" and alpha < 0):
         return bias_act_compiled(x, b, dim, act, alpha, gain, clamp)
     return bias_act_ref(x, b, dim, act, alpha, gain, clamp)  # "composed" too: nothing else is faster

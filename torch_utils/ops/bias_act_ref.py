@@ -1,4 +1,4 @@
-"""The nine activations of bias_act with their defaults, and the op put together from PyTorch's, step by step."""
+"""The nine activations of bias_act with their defaults, and the op step by step in PyTorch's own operators."""
 
 import math
 from collections.abc import Callable

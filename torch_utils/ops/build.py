@@ -1,81 +1,84 @@
-"""Build the libraries of compiled operators, once: `python -m torch_utils.ops.build` does it ahead of their use."""
+"""Build the libraries of compiled operators, once: `python -m torch_utils.ops.build` does it ahead of their first use.
+
+Not by torch.utils.cpp_extension (tried with PyTorch 2.14): it compiles all sources with the same flags, and pragmas in
+their place change the last digits of results; it finds ninja on PATH alone, takes a wrapper of nvcc for a toolkit,
+cannot link with pip's CUDA runtime, and reports an error as a traceback with the log of all compilers.
+"""
 
 import errno
-import json
+import hashlib
 import os
+import platform
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import click
+import torch
 
 from dnnlib.cache import cache_folder
-from dnnlib.cli import expand_user, run
-from dnnlib.files import atomic_write
+from dnnlib.cli import UserError, expand_user, run
 from dnnlib.process_lock import ProcessLock
 from dnnlib.progress import Progress
 from dnnlib.workers import usable_cores
-from torch_utils.ops.compilers import (
-    DATA_CENTER_ARCHS,
-    KINDS,
-    SNAPSHOT,
-    BuildError,
-    Recipe,
-    Subject,
-    TorchBuild,
-    environment,
-    find_ninja,
-    read_subject,
-    write_recipe,
-)
 
+KINDS = ("cpu", "cuda")
+DATA_CENTER_ARCHS = ("8.0", "9.0", "10.0+PTX")
 SOURCE = Path(__file__).parent / "csrc"
-_RECORD, _LOG, _REPORT = "build.json", "log.txt", "ptxas.txt"
-_STATUS = re.compile(r"\[(\d+)/\d+\] ")  # as NINJA_STATUS below
+TORCH = Path(os.path.realpath(os.path.dirname(torch.__file__)))
+# math-errno and trapping-math would keep loops from being vectorized. Without OpenMP, which Apple's compiler does not
+# have, PyTorch's parallel_for is serial.
+_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+_CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", *_OPENMP]
+_GLUE_FLAGS = ["-O1"]  # for sources that read PyTorch's headers: they take longest to compile, and compute nothing
+# The library chooses one by the CPU at hand. On x86-64, "plain" is for CPUs without AVX2.
+_LEVELS = {"plain": ["-O1"], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+_NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
+               "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "--threads", "2"]
+_LINK_FLAGS = [] if sys.platform == "darwin" else ["-Xlinker", "--as-needed", "-Xlinker", "--no-undefined"]
+_COMPILERS = ("g++", "c++", "clang++")
+_ARCH = re.compile(r"\d+\.\d[af]?(\+PTX)?")
 _FAULT = re.compile(r"(error|fatal) *:|undefined reference|cannot find -l")
-# What ptxas prints of kernels
-_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
-_PROPERTIES = re.compile(r"Function properties for (\S+)")
-_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_REGISTERS = re.compile(r"Used (\d+) registers")
-_FULL_DISK = os.strerror(errno.ENOSPC)
-_USUAL_TIME = {"cpu": "half a minute", "cuda": "a minute or two"}  # on two idle cores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A library that is there."""
+class BuildError(UserError):
+    """A library of operators does not exist and cannot be built; the message says what to do."""
 
+
+class Sources(NamedTuple):
+    """What is compiled for one kind of device, and where the library is kept."""
+
+    kind: str
+    files: dict[str, bytes]  # by name, headers included
+    archs: tuple[str, ...]  # GPU architectures; () for the CPU
     library: Path
-    is_new: bool
-    recipe: Recipe | None  # None where a tool is missing, and the library was built when it was there
-
-    @property
-    def record(self) -> dict:
-        """What build.json says: kind, versions, commands, seconds on the clock and of all CPUs."""
-        return json.loads((self.library.parent / _RECORD).read_text(encoding="utf-8"))
 
 
 def library(kind: str, *, source: Path = SOURCE, archs: str | None = None, force: bool = False) -> Path:
-    """Return the shared library of the operators for one kind of device; builds it when it is not in the cache.
+    """Return the shared library of the operators for one kind of device; build it if it is not in the cache.
 
     kind:   "cpu" or "cuda"
     source: folder of the sources
-    archs:  GPU architectures as "8.0;9.0+PTX"; None for TORCH_CUDA_ARCH_LIST, else the GPUs at hand, else data centers'
-    force:  build it although it is there
+    archs:  GPU architectures as "8.0;9.0+PTX"; default: TORCH_CUDA_ARCH_LIST, else the GPUs at hand, else data centers'
+    force:  build it even if it exists
 
-    PyTorch has to be imported before the library is loaded. Raises BuildError.
+    PyTorch must be imported before the library is loaded. Raises BuildError.
     """
-    return obtain(kind, source=source, archs=archs, force=force).library
+    sources = read_sources(kind, source, archs)
+    if force or not sources.library.is_file():
+        _build_alone(sources, force)
+    return sources.library
+
+
+def find(kind: str, *, source: Path = SOURCE) -> Path | None:
+    """Return the library if it is built. Raises BuildError where it could not be built with any tools."""
+    path = read_sources(kind, source).library
+    return path if path.is_file() else None
 
 
 def builds_folder() -> Path:
@@ -84,109 +87,189 @@ def builds_folder() -> Path:
     return Path(expand_user(chosen, "TORCH_EXTENSIONS_DIR")) if chosen else cache_folder() / "ops"
 
 
-def obtain(kind: str, *, source: Path = SOURCE, archs: str | None = None, force: bool = False) -> Built:
-    """Do what `library` does, and tell what was found."""
-    cache = builds_folder()
-    if archs is None:
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    subject = read_subject(kind, source, TorchBuild.installed(), archs)
-    try:
-        recipe = write_recipe(subject, cache)
-    except BuildError:
-        earlier = None if force else _any_build(subject, cache)
-        if earlier is None:
-            raise
-        return Built(library=earlier, is_new=False, recipe=None)
-    path = cache / recipe.name / subject.library_name
-    is_new = (force or not path.is_file()) and _build_alone(recipe, path, force)
-    return Built(library=path, is_new=is_new, recipe=recipe)
+def read_sources(kind: str, folder: Path, archs: str | None = None) -> Sources:
+    """Read *.cu and cuda_*.cpp for "cuda", other *.cpp for "cpu", and *.h for both.
 
-
-def find(kind: str, *, source: Path = SOURCE) -> Built | None:
-    """Return the library that `library` would return, or one that other tools made of the same code; never build.
-
-    Raises BuildError where the kind cannot be built whatever the tools.
+    The library's folder is named after everything that the results depend on, except the tools. Raises BuildError.
     """
-    cache = builds_folder()
-    subject = read_subject(kind, source, TorchBuild.installed(), os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-    path, recipe = _any_build(subject, cache), None
-    if path is None:
-        return None
-    with suppress(BuildError):
-        recipe = write_recipe(subject, cache)
-    if recipe is not None and (cache / recipe.name / subject.library_name).is_file():
-        return Built(library=cache / recipe.name / subject.library_name, is_new=False, recipe=recipe)
-    return Built(library=path, is_new=False, recipe=None)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    if sys.platform == "win32":
+        raise BuildError("compiled operators are not supported on Windows: use Linux, or impl='auto', which runs "
+                         "PyTorch's own operators there")
+    if kind == "cuda" and torch.version.cuda is None:
+        raise BuildError(f"PyTorch {torch.__version__} is built without CUDA: install one with CUDA "
+                         "(https://pytorch.org/get-started/locally)")
+    for_cuda = {path for pattern in ("*.cu", "cuda_*.cpp") for path in folder.glob(pattern)}
+    chosen = for_cuda if kind == "cuda" else set(folder.glob("*.cpp")) - for_cuda
+    if not chosen:
+        raise BuildError(f"{folder} does not contain sources of the {kind} operators: install the project again")
+    files = {path.name: path.read_bytes() for path in sorted([*chosen, *folder.glob("*.h")])}
+    targets = architectures(archs) if kind == "cuda" else ()
+    pytorch = [str(torch.__version__), torch.version.git_version, torch.version.cuda]
+    flags = [_CXX_FLAGS, _GLUE_FLAGS, _LEVELS, _NVCC_FLAGS, _LINK_FLAGS]
+    system = [sys.platform, platform.machine(), platform.libc_ver()]  # different machines may share a home folder
+    digest = hashlib.sha256(repr([files, targets, pytorch, flags, system]).encode()).hexdigest()[:16]
+    return Sources(kind, files, targets, builds_folder() / f"{kind}-{digest}" / f"ops_{kind}.so")
 
 
-def _any_build(subject: Subject, cache: Path) -> Path | None:
-    """Return the newest library of the same code, by whatever tools: machines without tools use what others built."""
-    found = sorted(cache.glob(f"{subject.prefix}-*/{subject.library_name}"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+def architectures(text: str | None) -> tuple[str, ...]:
+    """Return the GPU architectures to compile for, such as "8.0" or, with PTX that later GPUs translate, "9.0+PTX"."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if text is None else text
+    words = text.replace(";", " ").replace(",", " ").split()
+    if not all(_ARCH.fullmatch(word) for word in words):
+        raise BuildError(f"the GPU architectures are {text!r}; expected for example '8.0;9.0+PTX': correct "
+                         "TORCH_CUDA_ARCH_LIST, or --archs of torch_utils.ops.build")
+    devices = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return tuple(dict.fromkeys(words or [f"{major}.{minor}" for major, minor in sorted(devices)] or DATA_CENTER_ARCHS))
 
 
-def _build_alone(recipe: Recipe, path: Path, force: bool) -> bool:
-    """Build unless another process does or did; tell whether this one built."""
-    folder = path.parent
-    waiting = "waiting for operators that {holder} builds"
-    with _explained_disk(folder.parent), ProcessLock.beside(folder).awaited(waiting):
-        if path.is_file() and not force:
-            return False
-        # What a killed build left. Compilers of that build may still run: they write into a folder that is gone.
-        for left in folder.parent.glob(f".tmp-{folder.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
-            _build(recipe, temporary, folder)
-            _replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return True
+def find_program(name: str) -> str | None:
+    """Return the path of a program on PATH, in the system's folders, or beside Python, where pip puts ninja."""
+    found = shutil.which(name, path=_search_path())
+    return found and os.path.abspath(found)
 
 
-def _build(recipe: Recipe, temporary: Path, folder: Path) -> None:
-    """Fill `temporary` with all that a build leaves; `folder` is where it will lie."""
-    started = time.monotonic()
-    subject = recipe.subject
-    (temporary / SNAPSHOT).mkdir()
-    for name, content in subject.sources.items():
-        (temporary / SNAPSHOT / name).write_bytes(content)
-    (temporary / "build.ninja").write_text(recipe.ninja_file(), encoding="utf-8")
-    print(f"building the {subject.kind.upper()} operators, once, which usually takes {_USUAL_TIME[subject.kind]}: "
-          f"{folder}", file=sys.stderr)
-    used = _cpu_seconds_of_children()
-    code, log = _run_ninja(temporary, len(recipe.objects) + 1)
-    used = _cpu_seconds_of_children() - used
-    log_of_failure = folder.with_name(f"{folder.name}.log")
+def _search_path() -> str:
+    return os.pathsep.join(filter(None, (os.environ.get("PATH"), os.defpath, os.path.dirname(sys.executable))))
+
+
+def find_compiler() -> list[str]:
+    """Return $CXX, which may hold options or begin with ccache, else the first compiler found. Raises BuildError."""
+    words = [os.path.expanduser(word) for word in shlex.split(os.environ.get("CXX", ""))]
+    if words and find_program(words[0]) is None:
+        raise BuildError(f"CXX is {os.environ['CXX']!r}; expected a C++ compiler: set it to one, or unset it")
+    words = words or [name for name in _COMPILERS if find_program(name)][:1]
+    if not words:
+        raise BuildError(f"no C++ compiler was found; expected {', '.join(_COMPILERS)} or $CXX: install the package "
+                         "g++ (gcc-c++ on Fedora, gxx from conda-forge)")
+    return [word if word.startswith("-") else find_program(word) or word for word in words]
+
+
+def find_toolkit(system: Path = Path("/usr/local/cuda")) -> tuple[Path, list[str], Path]:
+    """Return nvcc, options for its headers and the runtime library of the first toolkit of PyTorch's CUDA version.
+
+    Another minor version will do. Raises BuildError with the command that installs a toolkit.
+    """
+    major, nvidia = torch.version.cuda.split(".")[0], TORCH.parent / "nvidia"
+    named, on_path = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), find_program("nvcc")
+    places = [[Path(named).expanduser()]] if named else []
+    places += [[nvidia / f"cu{major}"], [nvidia / "cuda_nvcc", nvidia / "cuda_runtime"]]  # the latter for CUDA 12
+    places += [[Path(os.path.realpath(on_path)).parent.parent]] if on_path else []
+    parts = ("bin/nvcc", "include/crt/host_config.h", "include/cuda_runtime_api.h", "lib*/libcudart.so*")
+    refused = []
+    for roots in [*places, [system]]:
+        # Conda's parts are in targets/.
+        found = [next((path for root in roots for place in (part, f"targets/*/{part}") for path in root.glob(place)),
+                      None) for part in parts]
+        nvcc, crt, header, cudart = found
+        if None in found:
+            if nvcc or (named and roots is places[0]):
+                refused.append(f"{roots[0]} does not contain {parts[found.index(None)]}")
+        elif re.search(rb"define CUDART_VERSION +%s\d{3}\b" % major.encode(), header.read_bytes()):
+            return nvcc, [f"-I{crt.parent.parent}", f"-I{header.parent}"], cudart
+        else:
+            refused.append(f"{roots[0]} is not for CUDA {major}")
+    raise BuildError(f"{'; '.join([f'no toolkit for CUDA {major} was found', *refused])}: "
+                     f'pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"')
+
+
+def build_commands(sources: Sources) -> dict[str, list[str]]:
+    """Return by which command each object is made, and last the library. Raises BuildError where a tool is missing."""
+    compiler = find_compiler()
+    nvcc, includes, cudart = find_toolkit() if sources.kind == "cuda" else (None, [], None)
+    cxx = [*compiler, *_CXX_FLAGS, "-isystem", f"{TORCH}/include",
+           "-isystem", f"{TORCH}/include/torch/csrc/api/include", *includes]
+    cuda = [f"{nvcc}", "-ccbin", [word for word in compiler if os.path.isabs(word)][-1], *_NVCC_FLAGS, *includes]
+    for arch in sources.archs:
+        name = arch.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
+        cuda.append(f"-gencode=arch=compute_{name},code={code}")
+    levels = _LEVELS if platform.machine() in ("x86_64", "AMD64") else {"plain": []}
+    commands = {}
+    for name in sources.files:
+        if name.endswith("_cpu.cpp"):
+            commands |= {f"{name}.{level}.o": [*cxx, *flags, f"-DCPU_LEVEL={level}", "-c", f"csrc/{name}"]
+                         for level, flags in levels.items()}
+        elif name.endswith((".cpp", ".cu")):
+            commands[f"{name}.o"] = [*(cuda if name.endswith(".cu") else [*cxx, *_GLUE_FLAGS]), "-c", f"csrc/{name}"]
+    # pip's CUDA runtime has no libcudart.so that -lcudart would find. The system's OpenMP beside the one that PyTorch
+    # brings would be a second pool of threads.
+    libraries = ["-ltorch_cpu", "-lc10", *(["-ltorch_cuda", "-lc10_cuda", f"{cudart}"] if cudart else [])]
+    openmp = [f"{path}" for path in sorted(TORCH.glob("lib/libgomp*.so*"))[:1]] or _OPENMP
+    commands[sources.library.name] = [*compiler, "-shared", *_LINK_FLAGS, *commands, f"-L{TORCH}/lib",
+                                      "-Xlinker", "-rpath", "-Xlinker", f"{TORCH}/lib", *libraries, *openmp]
+    return {made: [*command, "-o", made] for made, command in commands.items()}
+
+
+def _build_alone(sources: Sources, force: bool) -> None:
+    """Build unless another process does or did."""
+    commands, folder = build_commands(sources), sources.library.parent
+    temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with ProcessLock.beside(folder).awaited("waiting for the operators, which {holder} is building"):
+            if sources.library.is_file() and not force:
+                return
+            # What a killed build left. Its compilers may still run: they write into a folder that is gone.
+            for left in folder.parent.glob(f".tmp-{folder.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                _build(sources, commands, temporary)
+                if folder.exists():
+                    os.rename(folder, temporary / "old")
+                os.rename(temporary / "new", folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"operators cannot be built in {folder.parent} ({error.strerror or error}): set "
+                         "DNNLIB_CACHE_DIR to a writable folder with free space") from error
+
+
+def _build(sources: Sources, commands: dict[str, list[str]], temporary: Path) -> None:
+    """Make temporary/new, which holds the library. Raises BuildError, or OSError when the disk is full."""
+    (temporary / "csrc").mkdir(parents=True)
+    (temporary / "new").mkdir()
+    for name, content in sources.files.items():
+        (temporary / "csrc" / name).write_bytes(content)
+    lines = ["rule run", "  command = $words", "  description = $out"]
+    for made, words in commands.items():
+        objects = [word for word in words if word in commands and word != made]
+        lines += [f"build {made}: run {' '.join(objects)}", f"  words = {shlex.join(words).replace('$', '$$')}"]
+    (temporary / "build.ninja").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    tools = " and ".join(dict.fromkeys(words[0] for words in commands.values()))
+    print(f"building the {sources.kind.upper()} operators with {tools}, once, which usually takes "
+          f"{'half a minute' if sources.kind == 'cpu' else 'a minute or two'}", file=sys.stderr)
+    code, log = _run_ninja(temporary, len(commands))
+    if code and os.strerror(errno.ENOSPC) in log:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    kept = Path(f"{sources.library.parent}.log")
+    kept.write_text(log, encoding="utf-8")
     if code:
-        raise _failure(log, log_of_failure)
-    log_of_failure.unlink(missing_ok=True)
-    (temporary / _LOG).write_text(log, encoding="utf-8")
-    if recipe.toolkit is not None:
-        (temporary / _REPORT).write_text(ptxas_lines(log), encoding="utf-8")
-    with atomic_write(temporary / _RECORD, text=True) as file:
-        json.dump(_record(recipe, temporary, time.monotonic() - started, used), file, indent=1)
-    with open(temporary / subject.library_name, "rb") as file:  # a power cut must not leave a half-written one
+        lines = [line.strip() for line in log.splitlines() if line.strip()] or ["ninja printed nothing"]
+        raise BuildError(f"compiling the operators failed ({next(filter(_FAULT.search, lines), lines[-1])}): "
+                         f"the whole log is {kept}")
+    with open(temporary / sources.library.name, "rb") as file:  # a power cut must not leave a half-written one
         os.fsync(file.fileno())
-    for name in (*recipe.objects, ".ninja_log"):
-        (temporary / name).unlink(missing_ok=True)
-    shutil.rmtree(temporary / SNAPSHOT)
+    for name in (sources.library.name, "build.ninja"):
+        os.rename(temporary / name, temporary / "new" / name)
 
 
 def _run_ninja(folder: Path, steps: int) -> tuple[int, str]:
-    """Run build.ninja, showing how far it is; return its exit code and what the compilers printed."""
-    # Temporary files here, not where the disk may be full; nvcc splits the name of the folder at spaces.
-    variables = environment(NINJA_STATUS="[%f/%t] ", TMPDIR=".")
-    process = subprocess.Popen([find_ninja(), "-j", f"{_jobs()}"], cwd=folder, env=variables, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    """Run build.ninja and show progress; return the exit code and what the compilers printed."""
+    ninja = find_program("ninja")
+    if ninja is None:
+        raise BuildError("ninja, which starts the compilers, was not found: pip install ninja")
+    # Temporary files go here, not where the disk may be full; nvcc splits the name of the folder at spaces.
+    variables = {**os.environ, "LC_ALL": "C", "PATH": _search_path(), "TMPDIR": ".", "NINJA_STATUS": "[%f/%t] "}
+    process = subprocess.Popen([ninja, "-j", os.environ.get("MAX_JOBS") or f"{usable_cores()}"], cwd=folder,
+                               env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = []
     try:
-        with process.stdout, Progress(steps, "steps of the build", log_seconds=60) as progress:
+        with process.stdout, Progress(steps, "build steps", log_seconds=60) as progress:
             for line in process.stdout:
-                status = _STATUS.match(line)
-                if status:
-                    progress.advance(int(status[1]) - progress.done)
+                progress.advance(line.startswith("["))
                 lines.append(line)
         return process.wait(), "".join(lines)
     finally:
@@ -195,167 +278,22 @@ def _run_ninja(folder: Path, steps: int) -> tuple[int, str]:
             process.wait()
 
 
-def _jobs() -> int:
-    """Return how many compilers may run at once: $MAX_JOBS, as PyTorch's own builds read it, else the CPUs."""
-    text = os.environ.get("MAX_JOBS", "")
-    if not text:
-        return usable_cores()
-    if not (text.isdecimal() and int(text)):
-        raise BuildError(f"MAX_JOBS is {text!r}; expected how many compilers may run at once: set it to 1 or more")
-    return int(text)
-
-
-def _failure(log: str, kept: Path) -> BuildError:
-    """Keep the log of a failed build; return what to tell of it. Raises OSError when the disk is full."""
-    if _FULL_DISK in log:
-        raise OSError(errno.ENOSPC, _FULL_DISK)
-    with atomic_write(kept, text=True) as file:
-        file.write(log)
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    first = next((line for line in lines if _FAULT.search(line)), lines[-1] if lines else "ninja ended without a word")
-    return BuildError(f"compiling the operators failed ({first}): the whole log is {kept}")
-
-
-def _cpu_seconds_of_children() -> float:
-    """Return what all processes that this one started, and they, have used and been waited for."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-def _record(recipe: Recipe, folder: Path, seconds: float, cpu_seconds: float) -> dict:
-    # ninja's own log: start and end in ms, time of the file, name, hash
-    lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
-    rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    steps = {name: (int(end) - int(start)) / 1000 for start, end, _, name, _ in rows}
-    torch = recipe.subject.torch
-    return {"kind": recipe.subject.kind, "made": datetime.now().astimezone().isoformat(" ", "seconds"),
-            "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "steps": steps,
-            "torch": torch.version, "torch_cuda": torch.cuda, "cxx11_abi": torch.cxx11_abi,
-            "compiler": recipe.compiler.title, "toolkit": recipe.toolkit and recipe.toolkit.title,
-            "archs": list(recipe.subject.archs),
-            "commands": [*(command for _, command in recipe.objects.values()), recipe.link]}
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Give a finished build its name; what had it, by --force or with its library removed, goes."""
-    if folder.exists():
-        old = temporary.with_name(f"{temporary.name}-old")
-        os.rename(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
-    os.rename(temporary, folder)
-
-
-@contextmanager
-def _explained_disk(cache: Path) -> Iterator[None]:
-    """Make the folder of builds; turn an error of the file system into a BuildError that says what to do."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise BuildError(f"operators cannot be built in {cache} ({error.strerror or error}): set DNNLIB_CACHE_DIR to a "
-                         "folder that can be written and has space") from error
-
-
-# What ptxas says of kernels
-
-
-class KernelUse(NamedTuple):
-    """What one kernel, or one function that a kernel calls, takes on one architecture."""
-
-    kernel: str  # the name as the linker sees it
-    arch: str  # "sm_90"
-    registers: int  # a thread's; 0 for a function
-    stack: int  # bytes a thread, as the others
-    spill_stores: int
-    spill_loads: int
-
-
-def read_ptxas_report(text: str) -> list[KernelUse]:
-    """Return what `ptxas -v` printed, in its order."""
-    found, arch, name = [], "", ""
-    for line in text.splitlines():
-        if match := _ENTRY.search(line):
-            arch = match[2]
-        elif match := _PROPERTIES.search(line):
-            name = match[1]
-        elif match := _STACK.search(line):
-            found.append(KernelUse(name, arch, 0, *map(int, match.groups())))
-        elif (match := _REGISTERS.search(line)) and found:
-            found[-1] = found[-1]._replace(registers=int(match[1]))
-    return found
-
-
-def ptxas_lines(log: str) -> str:
-    """Return the lines of a build's log that ptxas wrote."""
-    return "".join(f"{line}\n" for line in log.splitlines() if line.startswith("ptxas ") or _STACK.search(line))
-
-
-def summarize(uses: list[KernelUse]) -> str:
-    """Return for example "42 kernels on 3 architectures, at most 40 registers, no stack, no spills"."""
-    kernels, archs = {use.kernel for use in uses if use.registers}, {use.arch for use in uses}
-    registers, stack = (max((getattr(use, field) for use in uses), default=0) for field in ("registers", "stack"))
-    spilling = {use.kernel for use in uses if use.spill_stores or use.spill_loads}
-    return (f"{len(kernels)} kernels on {len(archs)} architectures, at most {registers} registers, "
-            f"{f'a stack of up to {stack} bytes' if stack else 'no stack'}, "
-            f"{f'spills in {len(spilling)}' if spilling else 'no spills'}")
-
-
-# The command
-
-
-@click.command(help=__doc__)
+@click.command(help=__doc__.splitlines()[0])
 @click.option("--kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True,
-              help="Operators for which device; auto: the CPU, and CUDA where PyTorch sees a GPU.")
+              help="Device to build operators for; auto: the CPU, and CUDA if PyTorch sees a GPU.")
 @click.option("--archs", help="GPU architectures, as '8.0;9.0+PTX'.  [default: TORCH_CUDA_ARCH_LIST, else the GPUs at "
                               f"hand, else {';'.join(DATA_CENTER_ARCHS)}]")
-@click.option("--force", is_flag=True, help="Build although it is there.")
-@click.option("--optional", is_flag=True, help="Where it cannot be built, say why in one line, and succeed.")
+@click.option("--force", is_flag=True, help="Build even if the library exists.")
+@click.option("--optional", is_flag=True, help="If the build fails, print the reason in one line and succeed.")
 def main(kind: str, archs: str | None, force: bool, optional: bool) -> None:
-    import torch
-
     print(f"torch     {torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}")
-    kinds = [kind]
-    if kind == "auto":
-        kinds = list(KINDS) if torch.version.cuda and torch.cuda.is_available() else ["cpu"]
-    for each in kinds:
+    for each in [kind] if kind != "auto" else KINDS if torch.version.cuda and torch.cuda.is_available() else ["cpu"]:
         try:
-            built = obtain(each, archs=archs, force=force)
+            print(f"{each:<9} {library(each, archs=archs, force=force)}")
         except BuildError as error:
             if not optional:
                 raise
-            print(f"{each:<9} not built, so that PyTorch's operators are used, which are slower: {error}")
-            return
-        _describe(each, built)
-    if kinds == ["cpu"] and kind == "auto":
-        print("cuda      left out, since PyTorch sees no GPU; --kind=cuda builds it all the same")
-    _count_others(built.library.parent.parent)
-
-
-def _describe(kind: str, built: Built) -> None:
-    """Print what was found and built."""
-    record = built.record
-    if built.recipe is None:
-        print("tools     missing; the library was built when they were there")
-    print(f"compiler  {record['compiler']}")
-    if kind == "cuda":
-        print(f"toolkit   {record['toolkit']}")
-        for reason in built.recipe.refused if built.recipe else []:
-            print(f"refused   {reason}")
-        print(f"archs     {' '.join(record['archs'])}")
-    how = f"there already, made {record['made']}"
-    if built.is_new:
-        how = f"built in {record['seconds']:.1f} s, {record['cpu_seconds']:.1f} CPU seconds"
-    print(f"{kind:<9} {how}: {built.library}")
-    if kind == "cuda":
-        report = (built.library.parent / _REPORT).read_text(encoding="utf-8")
-        print(f"kernels   {summarize(read_ptxas_report(report))}")
-
-
-def _count_others(cache: Path) -> None:
-    """Print how much the builds take up: those of earlier versions are not removed by themselves."""
-    builds = [path for path in cache.iterdir() if (path / _RECORD).is_file()]
-    size = sum(file.stat().st_size for path in builds for file in path.iterdir())
-    print(f"cache     {len(builds)} builds, {size / 1e6:.1f} MB in {cache}; the folder may be removed at any time")
+            print(f"{each:<9} not built; PyTorch's own operators are used, which are slower: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The compiled operators: which implementation of an op runs where, and how the libraries are loaded and trusted.
+"""The compiled operators: which implementation of an op runs where, and how the libraries are loaded and checked.
 
-An op's `impl` is one of IMPLEMENTATIONS: "ref" follows the definition, "composed" puts the op together from PyTorch's,
-"cpp" and "cuda" are compiled for a CPU or a GPU. "auto" is the compiled one where its library is there, else
-"composed", and says once why. Nothing is built here unless `make_ready` is called. A library for CUDA, which no test
-machine could run, is compared with the reference on small inputs before it is used.
+An op's `impl` is one of IMPLEMENTATIONS: "ref" follows the definition, "composed" combines PyTorch's own operators,
+"cpp" and "cuda" are compiled for the CPU or a GPU. "auto" is the compiled one if its library is built, else "composed",
+with one warning that gives the reason. Nothing is built here unless `make_ready` is called. The CUDA library, which no
+test machine could run, is compared with the reference on small inputs before it is used.
 """
 
 import sys
@@ -18,14 +18,13 @@ from torch import Tensor
 from dnnlib.cli import UserError
 from torch_utils.distributed import is_first_process
 from torch_utils.ops.bias_act_ref import ACTIVATIONS, activation_named, bias_act_ref
-from torch_utils.ops.build import find, library
-from torch_utils.ops.compilers import BuildError
+from torch_utils.ops.build import BuildError, find, library
 from torch_utils.ops.upfirdn2d_ref import Axis, upfirdn2d_ref
 
 IMPLEMENTATIONS = ("auto", "ref", "composed", "cpp", "cuda")
 IMPLEMENTATION_ON = {"cpu": "cpp", "cuda": "cuda"}  # device type -> its compiled implementation
 DEVICE_OF = {impl: device for device, impl in IMPLEMENTATION_ON.items()}
-_NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}  # by which the compiled operators know them
+_NUMBERS = {act: number for number, act in enumerate(ACTIVATIONS)}  # as the compiled operators number them
 # float32 sums of 16 products in two orders, through an activation and two derivatives; a wrong index or sign gives
 # errors near 1.
 _TOLERANCE = 1e-4
@@ -33,7 +32,7 @@ _TOLERANCE = 1e-4
 _LOCK = RLock()
 _auto = "auto"  # what "auto" means
 _failures: dict[str, str | None] = {}  # kind of library -> why it cannot run, None where it can
-_told: set[str] = set()  # kinds of library of which was said that they cannot run
+_told: set[str] = set()  # kinds of library that a warning was printed for
 _is_estimating = False
 
 
@@ -43,7 +42,7 @@ _is_estimating = False
 def resolve_impl(op: str, impl: str, x: Tensor) -> str:
     """Return the implementation to run on x: "ref", "composed", "cpp" or "cuda".
 
-    "auto" means the fastest one that is present: compiled for the device of x, else "composed".
+    "auto" means the fastest one available: compiled for the device of x, else "composed".
 
     Raises ValueError for an unknown name and RuntimeError for one that cannot run, with the reason.
     """
@@ -84,27 +83,27 @@ def auto_means(impl: str) -> Iterator[None]:
 
 @contextmanager
 def auto_means_as_before(before: str | None, device_type: str, work: str) -> Iterator[str]:
-    """Let "auto" mean what it meant when some work was begun, so that its end fits its beginning; yield what it means.
+    """Let "auto" mean what it meant when some work was started, so that all of it is consistent; yield what it means.
 
-    before:  as `auto_implementation` returned it then; None where there is nothing to continue
+    before:  as `auto_implementation` returned it then; None if there is nothing to continue
     work:    what is continued, for messages, such as "the work in synthetic.zip.parts"
 
     Raises UserError where that implementation cannot run.
     """
     if before is not None and before not in IMPLEMENTATIONS:
-        raise UserError(f"{work} was begun with operators of another version of this program ({before}); remove it to "
-                        "begin anew")
+        raise UserError(f"{work} was started with operators of another version of this program ({before}): remove it "
+                        "to start from scratch")
     failure = failure_of(DEVICE_OF[before]) if before in DEVICE_OF else None
     if failure is not None:
-        raise UserError(f"{work} was begun with the compiled operators ({before}), which cannot run here ({failure}): "
-                        "put that right and give the same command again, or remove it to begin anew")
+        raise UserError(f"{work} was started with the compiled operators ({before}), which cannot run here "
+                        f"({failure}): fix that and repeat the command, or remove it to start from scratch")
     now = auto_implementation(device_type)
     if before in (None, now):
         yield now
         return
     if before == "composed":
-        _print_once_a_run(f"{work} was begun with PyTorch's operators and goes on with them, so that all of it is "
-                          "alike")
+        _print_once_a_run(f"{work} was started with PyTorch's own operators and continues with them, for consistent "
+                          "results")
     with auto_means(before):
         yield before
 
@@ -112,7 +111,7 @@ def auto_means_as_before(before: str | None, device_type: str, work: str) -> Ite
 def fast_implementation(kind: str) -> str:
     """Return the implementation that "auto" takes on a type of device: "cpp", "cuda", else "composed".
 
-    On "meta", where shapes are computed alone, it is the CPU's. Says once a run why it is "composed".
+    On "meta", which computes only shapes, it is the CPU's. Prints once per run why it is "composed".
     """
     is_meta = kind == "meta"
     if is_meta:
@@ -124,13 +123,13 @@ def fast_implementation(kind: str) -> str:
         return IMPLEMENTATION_ON[kind]
     if kind not in _told and not is_meta and not _is_estimating:
         _told.add(kind)
-        _print_once_a_run(f"warning: operators are put together from PyTorch's, which is slower: {failure}")
+        _print_once_a_run(f"warning: using PyTorch's own operators, which are slower: {failure}")
     return "composed"
 
 
 @contextmanager
 def estimating() -> Iterator[None]:
-    """Print nothing about operators that cannot run, while they run only to estimate what a run would take."""
+    """Print no warning about operators that cannot run, while a run is only being estimated."""
     global _is_estimating
     before, _is_estimating = _is_estimating, True
     try:
@@ -140,7 +139,7 @@ def estimating() -> Iterator[None]:
 
 
 def describe(kind: str) -> str:
-    """Return what a run's record says of its operators: which it uses, and why no faster ones."""
+    """Return which operators a run uses, and why not faster ones, for its record."""
     chosen = fast_implementation(kind)
     if chosen == "cpp":
         return f"cpp ({torch.ops.lesion_ops.cpu_level()})"
@@ -157,10 +156,10 @@ def _print_once_a_run(line: str) -> None:
 
 
 def failure_of(kind: str) -> str | None:
-    """Load the operators of "cpu" or "cuda", once a process; return why they cannot run, None where they can.
+    """Load the operators of "cpu" or "cuda", once per process; return why they cannot run, or None if they can.
 
-    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so that operators have to be loaded
-    before: by this function, or by running one.
+    Builds nothing: see `make_ready`. LIMIT: torch.compile cannot trace this, so operators must be loaded before: by
+    this function, or by running one.
     """
     if kind not in _failures:
         with _LOCK:
@@ -170,9 +169,9 @@ def failure_of(kind: str) -> str | None:
 
 
 def make_ready(kind: str) -> str | None:
-    """Do what `failure_of` does, and build the operators first where they are not there, for long work that follows.
+    """Do what `failure_of` does, and first build missing operators, for long work that follows.
 
-    Processes that start together build once, and the others wait. Does nothing where operators were loaded before.
+    Of processes that start together, one builds and the others wait. Does nothing if operators are already loaded.
     """
     if kind in IMPLEMENTATION_ON:
         with _LOCK:
@@ -184,14 +183,14 @@ def make_ready(kind: str) -> str | None:
 
 
 def _remember(kind: str, *, builds: bool) -> None:
-    """Load operators, and keep what went wrong, or None."""
+    """Load operators, and keep the reason why they cannot run, or None."""
     failure = failure_of("cpu") if kind == "cuda" else None  # the CPU's register the operators' names
     if failure is None:
         errors = (BuildError, OSError)  # OSError: a library that the loader refuses
         try:
             torch.ops.load_library(_locate(kind, builds=builds))
             if kind == "cuda":
-                errors = RuntimeError  # such as of a GPU that the library holds no code for
+                errors = RuntimeError  # for example, the library has no code for this GPU
                 failure = first_difference(torch.device(kind))
         except errors as error:
             failure = " ".join(f"{error}".split())
@@ -203,18 +202,18 @@ def _remember(kind: str, *, builds: bool) -> None:
 
 
 def _locate(kind: str, *, builds: bool) -> Path:
-    """Return the library, built where that is asked for and works, else one that is there. Raises BuildError."""
-    failure = BuildError(f"the compiled {kind.upper()} operators are not built: python -m torch_utils.ops.build does "
-                         "it, once")
+    """Return the library; build it if `builds` and necessary. Raises BuildError."""
+    failure = BuildError(f"the compiled {kind.upper()} operators are not built: run python -m torch_utils.ops.build "
+                         "once")
     if builds:
         try:
             return library(kind)
         except BuildError as error:
             failure = error
-    built = find(kind)
-    if built is None:
+    found = find(kind)
+    if found is None:
         raise failure
-    return built.library
+    return found
 
 
 # The operators
@@ -233,10 +232,9 @@ def bias_act_compiled(x: Tensor, b: Tensor | None, dim: int, act: str, alpha: fl
                       clamp: float | None) -> Tensor:
     """Compute what `bias_act_ref` computes; differentiable to any order in x and b.
 
-    Where the result is at the limit of linear, relu or lrelu, no gradient passes. The first and second derivatives are
+    Where the result of linear, relu or lrelu is clamped, no gradient passes. The first and second derivatives are
     compiled too: those of linear, relu and lrelu need only the result, which the next layer keeps anyway, and are
-    constant where they exist; the others are computed from x + b. The third derivative and all beyond are put together
-    from PyTorch's operators.
+    constant where they exist; the others are computed from x + b. Higher derivatives use PyTorch's own operators.
     """
     return torch.ops.lesion_ops.bias_act.default(x, b, dim % max(x.ndim, 1), _NUMBERS[act], alpha, gain, clamp)
 
@@ -262,7 +260,7 @@ def _bias_act_grad2_shape(ddx, dy, x, b, dim, act, alpha, gain, clamp):
 
 
 def _empty_as(x: Tensor, size) -> Tensor:
-    """Return an empty tensor of x's layout, as the compiled operators choose it: channels_last where x is just that."""
+    """Return an empty tensor in the layout that the compiled operators choose: channels_last only if x is just that."""
     is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -274,10 +272,10 @@ def _empty_as(x: Tensor, size) -> Tensor:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def first_difference(device: torch.device) -> str | None:
-    """Return which operator compiled for a device differs from the reference on the CPU; None where all agree.
+    """Return a line about the first operator compiled for a device that differs from the reference; None if all agree.
 
-    One line, and the first that is found. Values and two derivatives are compared, on small inputs in both memory
-    layouts, in the ways in which the networks use the operators.
+    Compares values and two derivatives on small inputs, in both memory layouts, as the networks use the operators. The
+    reference runs on the CPU in float64.
     """
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 9, 37, generator=random, dtype=torch.float64)
@@ -291,12 +289,12 @@ def first_difference(device: torch.device) -> str | None:
                 error = (value.cpu().double() - wanted).abs().max().item() / max(wanted.abs().max().item(), 1)
                 if not error <= _TOLERANCE:
                     return (f"{name} on {device} differs from the reference by {error:.2g} in derivative {order} "
-                            f"({layout}); expected {_TOLERANCE:g} at most: please report it")
+                            f"({layout}); expected at most {_TOLERANCE:g}: please report it")
     return None
 
 
 def _cases(b: Tensor, taps: Tensor) -> Iterator[tuple[str, Callable, Callable]]:
-    """Yield (name, the reference as a function of x, the compiled operator as one)."""
+    """Yield (name, reference, compiled operator), both as functions of x."""
     for filter_name, f in (("4 x 4", taps), ("separable", taps[0])):
         for up, down, padding in ((1, 1, (2, 2, 1, 1)), (2, 1, (2, 2, 1, 1)), (1, 2, (1, 1, 1, 1))):
             given = ((up, up), (down, down), padding, False)
@@ -310,7 +308,7 @@ def _cases(b: Tensor, taps: Tensor) -> Iterator[tuple[str, Callable, Callable]]:
 
 
 def _with_derivatives(call: Callable, x: Tensor) -> list[Tensor]:
-    """Return the result and its first two derivatives, of a scalar that has all of them."""
+    """Return the result, and the first two derivatives of a scalar that depends on it nonlinearly."""
     x = x.detach().requires_grad_()
     result = call(x)
     first, = torch.autograd.grad(result.sin().sum(), x, create_graph=True)

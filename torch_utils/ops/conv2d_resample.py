@@ -1,7 +1,7 @@
-"""Convolve images with upsampling before or downsampling after, in the cheapest equal order.
+"""Convolve images with upsampling before or downsampling after, in the cheapest equivalent order.
 
-The definition is: upsample with the filter, convolve, downsample with the filter. Each of these steps is linear and
-shift-invariant, so that neighbors may change places:
+By definition, images are upsampled with the filter, convolved, and downsampled with the filter. Each step is linear
+and shift-invariant, so neighboring steps may be swapped:
 
 - a 1x1 convolution commutes with the filter and runs on the smaller image;
 - "convolve, filter, keep every n-th" is "filter, convolve with stride n";
@@ -25,8 +25,8 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
     x:            [N, I, H, W]
     w:            [O, I / groups, kh, kw] of x's dtype
     f:            filter of setup_filter for both resamplings, None for the identity
-    padding:      of the upsampled image, as in upfirdn2d; what keeps the filters centered is added
-    impl:         of the filters; "ref" asks for the definition's order as well
+    padding:      of the upsampled image, as in upfirdn2d, in addition to what keeps the filters centered
+    impl:         of the filters; "ref" also follows the order of the definition
     flip_weight:  True correlates (as torch does), False convolves
 
     Returns [N, O, H', W']. Differentiable to any order in x and w. Raises ValueError for malformed factors, padding or
@@ -57,7 +57,7 @@ def conv2d_resample(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, 
 
 
 def _fast_path(x, w, f, up, down, border, groups, flip_weight, flip_filter, impl) -> Tensor | None:
-    """Return the result in an order that filters or convolves fewer samples, or None where there is none."""
+    """Return the result by an order that filters or convolves fewer samples, or None if there is none."""
     pointwise = w.shape[2:] == (1, 1)
     if up == 1:
         x = upfirdn2d(x, f, down=down if pointwise else 1, padding=border, flip_filter=flip_filter, impl=impl)
@@ -75,10 +75,10 @@ def _convolve(x, w, groups, flip_weight, stride=1, padding=0) -> Tensor:
 
 
 def _spread_and_convolve(x, w, up, border, groups, flip_weight) -> tuple[Tensor, list[int]]:
-    """Convolve the spread image before it is filtered; return it with the border that the filter still has to add.
+    """Convolve the spread image before it is filtered; return it and the border that the filter still has to add.
 
     A transposed convolution yields every position that w touches: (kw - 1) more than the definition in front, and
-    (kw - up) more behind, or (up - kw) fewer, since it ends with the last sample rather than with the zeros after it.
+    (kw - up) more behind, or (up - kw) fewer, because it ends with the last sample and not with the zeros after it.
     """
     kh, kw = w.shape[2:]
     left, right, top, bottom = (side - extra for side, extra in zip(border, (kw - 1, kw - up, kh - 1, kh - up)))

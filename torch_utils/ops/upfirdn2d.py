@@ -20,7 +20,7 @@ def setup_filter(f, device="cpu", normalize: bool = True, flip_filter: bool = Fa
 
     f:          taps as a tensor, array or list: [k], [kh, kw], a number, or None for the identity
     normalize:  scale the taps to sum 1
-    separable:  keep 1-D taps as [k], to be applied along both axes; None does so from 8 taps on
+    separable:  keep 1-D taps as [k], to be applied along both axes; None: if there are at least 8
 
     Returns [k] or [kh, kw] float32. Raises ValueError for any other shape.
     """
@@ -52,8 +52,8 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     """Spread by `up`, pad, filter, multiply by `gain`, and keep every `down`-th sample.
 
     x:            [N, C, H, W] floating point
-    f:            [kh, kw], [k] (separable) or None (identity); a constant, but for "ref" and "auto", which
-                  differentiate with respect to it if it asks for that
+    f:            [kh, kw], [k] (separable) or None (identity); a constant, except that "ref" and "auto"
+                  differentiate with respect to it if it requires gradients
     up, down:     integer or (x, y)
     padding:      zeros around the spread image: integer, (x, y) or (x0, x1, y0, y1); negative values crop
     flip_filter:  False convolves, True correlates
@@ -70,7 +70,7 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
     for name, size, taps, factor, pad in (("width", x.shape[3], f.shape[-1], up[0], padding[:2]),
                                           ("height", x.shape[2], f.shape[0], up[1], padding[2:])):
         if size * factor + min(pad[0], 0) + min(pad[1], 0) < 0:
-            raise ValueError(f"upfirdn2d: padding {pad} crops more than the {name} of {size * factor} that is there")
+            raise ValueError(f"upfirdn2d: padding {pad} crops more than the {name}, which is {size * factor}")
         if size * factor + sum(pad) < taps:
             raise ValueError(f"upfirdn2d: padded {name} is {size * factor + sum(pad)}; expected at least the "
                              f"{taps} taps of the filter")
@@ -84,11 +84,11 @@ def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter:
 
 
 def _with_gain(f: Tensor, gain: float, *, keeps_exact: bool) -> tuple[Tensor, float]:
-    """Multiply the taps by a gain, in their own precision as the original does; return what is left of the gain.
+    """Multiply the taps by a gain, in their own precision as the original does; return them and the remaining gain.
 
     keeps_exact: leave powers of four alone, which are exact wherever they are applied
 
-    A separable filter is applied twice: each time with the root of the gain, and a sign has to stay outside.
+    A separable filter is applied twice, each time with the square root of the gain; a negative sign remains.
     """
     if gain == 1:
         return f, gain
@@ -100,7 +100,7 @@ def _with_gain(f: Tensor, gain: float, *, keeps_exact: bool) -> tuple[Tensor, fl
 
 def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter: bool = False, gain: float = 1,
              impl: str = "auto") -> Tensor:
-    """Filter images and keep their size; `padding` is added to what that needs. [N, C, H, W] -> [N, C, H, W]"""
+    """Filter images; with padding=0 their size stays. [N, C, H, W] -> [N, C, H, W]"""
     f = as_filter(f, x)
     margins = _margins(f, lambda taps, i: (taps // 2, (taps - 1) // 2))
     return upfirdn2d(x, f, padding=_added(padding, margins), flip_filter=flip_filter, gain=gain, impl=impl)
@@ -144,7 +144,7 @@ def _margins(f: Tensor, rule) -> list[int]:
 
 
 def as_filter(f: Tensor | None, x: Tensor) -> Tensor:
-    """Return a `f` argument as a tensor, None as the identity. Raises ValueError for anything else."""
+    """Return an `f` argument as a tensor, None as the identity. Raises ValueError for anything else."""
     if f is None:
         return torch.ones(1, 1, dtype=x.dtype, device=x.device)
     if not isinstance(f, Tensor) or f.ndim not in (1, 2) or not f.is_floating_point():
@@ -154,7 +154,7 @@ def as_filter(f: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _pair(name: str, value) -> tuple[int, int]:
-    if type(value) is int and value >= 1:  # the usual case, since a call on a small image is as short as what follows
+    if type(value) is int and value >= 1:  # the usual case; what follows takes as long as a call on a small image
         return value, value
     values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) != 2 or not all(isinstance(v, Integral) and v >= 1 for v in values):
@@ -178,11 +178,11 @@ def four_sides(value) -> tuple[int, int, int, int]:
 
 def _composed(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int],
               flip_filter: bool) -> Tensor:
-    """Compute what `upfirdn2d_ref` computes by strided and transposed depthwise convolutions, constant in f.
+    """Compute what `upfirdn2d_ref` computes, with f constant, by strided and transposed depthwise convolutions.
 
     For up = 1 the definition is a depthwise convolution of stride `down`. For up > 1 it is a window of the transposed
-    depthwise convolution of stride `up`, so that no multiplication ever meets an inserted zero (the polyphase form).
-    Its derivative is the same op of the transposed axes, and no gradient of the constant filter is ever computed.
+    depthwise convolution of stride `up`, which multiplies no inserted zeros (the polyphase form). Its derivative is the
+    same op with transposed axes; no gradient of the constant filter is computed.
     """
     horizontal = Axis(up[0], down[0], padding[0], padding[1])
     vertical = Axis(up[1], down[1], padding[2], padding[3])
@@ -234,7 +234,7 @@ def _transposed(x: Tensor, kernel: Tensor, horizontal: Axis, vertical: Axis) -> 
         wanted = size * axis.up + axis.front + axis.back - taps + 1
         front = taps - 1 - axis.front  # samples of the full transposed convolution before the window
         back = (size - 1) * axis.up + taps - front - wanted
-        crop = max(min(front, back), 0)  # what the convolution can leave out itself
+        crop = max(min(front, back), 0)  # what the convolution itself can omit
         crops.append(crop)
         inner.append((front - crop, back - crop))
     weight = kernel.expand(x.shape[1], 1, *kernel.shape)

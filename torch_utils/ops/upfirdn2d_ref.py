@@ -4,8 +4,8 @@ With x spread by `up`, padded by `front` and filtered with k taps, output j of o
 
     y[j] = sum_i x[i] * f[down * j + k - 1 - front - up * i].
 
-Read with i and j exchanged, the same formula is the derivative: up and down change places, the filter is flipped, and
-the front padding becomes k - 1 - front. So the op is its own derivative of every order.
+With i and j exchanged, the same formula is the derivative: up and down are swapped, the filter is flipped, and the
+front padding becomes k - 1 - front. So every derivative is the same op with other arguments.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 
 def upfirdn2d_ref(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int],
                   flip_filter: bool) -> Tensor:
-    """Follow the definition literally; slow, and differentiable in x and f by plain autograd.
+    """Follow the definition literally: slow, but differentiable in x and f by plain autograd.
 
     x:  [N, C, H, W];  f: [kh, kw], or [k] for a separable filter;  up, down: (x, y);  padding: (x0, x1, y0, y1)
     """

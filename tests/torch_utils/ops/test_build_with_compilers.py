@@ -1,7 +1,6 @@
 """torch_utils.ops.build with real compilers: small libraries that load and compute."""
 
 import ctypes
-import json
 import os
 import shutil
 import subprocess
@@ -11,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_utils.ops.build import library, read_ptxas_report
-from torch_utils.ops.compilers import BuildError, find_toolkit
+from tests.helpers.kernel_programs import read_ptxas_report
+from torch_utils.ops import build
+from torch_utils.ops.build import BuildError, find_toolkit, library, read_sources
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PACKAGES = Path(torch.__file__).parent.parent
@@ -117,7 +117,7 @@ def source(tmp_path, monkeypatch):
 
 
 def use(kind, source, code):
-    """Build and load a library in a process of its own, without a PATH; return where it is."""
+    """Build and load a library in a process of its own, without a PATH; return its path."""
     run = subprocess.run([sys.executable, "-c", USE + code, kind, str(source)], cwd=ROOT, capture_output=True,
                          text=True, env={**os.environ, "PATH": ""}, check=False)
     assert run.returncode == 0, run.stderr
@@ -142,7 +142,7 @@ def test_mistake_in_a_source_is_shown_with_its_place(source):
         library("cpu", source=source)
 
 
-def test_function_that_is_nowhere_is_found_when_linking(source):
+def test_missing_function_is_reported_when_linking(source):
     (source / "twice.cpp").write_text("int missing();\nint twice() { return missing(); }\n")
     with pytest.raises(BuildError, match=r"failed \(.*undefined reference to `missing\(\)'\): the whole log is "):
         library("cpu", source=source)
@@ -155,33 +155,34 @@ def test_cpu_library_registers_operators_and_shares_pytorchs_threads(source):
     use("cpu", source, USE_CPU)
 
 
-def installed_toolkit(where, tmp_path):
-    """Return the toolkit beside PyTorch ("pip"), or that of the system; skip where there is none."""
+def toolkit_of(where, tmp_path, monkeypatch):
+    """Return the folder of the toolkit beside PyTorch ("pip") or of the system; skip if there is none."""
     if torch.version.cuda is None:
         pytest.skip("this PyTorch is built without CUDA")
-    major = torch.version.cuda.split(".")[0]
-    beside = [PACKAGES / "nvidia" / folder / "bin" / "nvcc" for folder in (f"cu{major}", "cuda_nvcc")]
-    if where == "pip" and not any(path.is_file() for path in beside):
+    with monkeypatch.context() as patch:
+        if where == "system":
+            patch.setattr(build, "TORCH", tmp_path / "torch")
+        try:
+            nvcc = find_toolkit()[0]
+        except BuildError as error:
+            pytest.skip(f"{error}")
+    if where == "pip" and not nvcc.is_relative_to(PACKAGES.resolve()):
         pytest.skip(f'no toolkit beside PyTorch; pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"')
-    try:
-        packages = PACKAGES if where == "pip" else tmp_path
-        return find_toolkit(torch.version.cuda, packages, tmp_path / "answers")[0]
-    except BuildError as error:
-        pytest.skip(f"{error}")
+    return nvcc.parent.parent
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["pip", "system"])
 def test_cuda_library_is_built_and_loaded_without_a_gpu(where, source, tmp_path, monkeypatch):
-    toolkit = installed_toolkit(where, tmp_path)
+    root = toolkit_of(where, tmp_path, monkeypatch)
     if where == "system":
-        monkeypatch.setenv("CUDA_HOME", str(toolkit.includes[0].parent))
+        monkeypatch.setenv("CUDA_HOME", str(root))
     (source / "twice.cu").write_text(KERNEL_CUDA)
     (source / "cuda_library.cpp").write_text(LIBRARY_CUDA)
-    path = use("cuda", source, USE_CUDA)
-    record = json.loads((path.parent / "build.json").read_text())
-    assert (f"{PACKAGES}" in record["toolkit"]) == (where == "pip")
-    uses = read_ptxas_report((path.parent / "ptxas.txt").read_text())
-    assert {use.arch for use in uses} == {f"sm_{arch.split('+')[0].replace('.', '')}" for arch in record["archs"]}
+    folder = use("cuda", source, USE_CUDA).parent
+    assert f"{root}/bin/nvcc" in (folder / "build.ninja").read_text()
+    uses = read_ptxas_report(Path(f"{folder}.log").read_text())
+    archs = read_sources("cuda", source).archs
+    assert {use.arch for use in uses} == {f"sm_{arch.split('+')[0].replace('.', '')}" for arch in archs}
     assert all(use.kernel == "_Z5twicePKfPfl" and 0 < use.registers < 32 for use in uses)
     assert not any(use.stack or use.spill_stores or use.spill_loads for use in uses)

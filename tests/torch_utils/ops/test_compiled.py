@@ -1,10 +1,9 @@
-"""What runs where, what is remembered when something cannot run, and the comparison before the first use."""
+"""Which implementation runs where, which failures are remembered, and the comparison before the first use."""
 
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib.cli import UserError
 from torch_utils.ops import compiled
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.build import BuildError
 from torch_utils.ops.compiled import (
     auto_implementation,
     auto_means,
@@ -20,7 +20,6 @@ from torch_utils.ops.compiled import (
     first_difference,
     resolve_impl,
 )
-from torch_utils.ops.compilers import BuildError
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import upfirdn2d
 
@@ -34,7 +33,7 @@ OPS = {
                                                          down=2, padding=1, impl=impl),
 }
 REASON = "there is no compiler: install g++"
-WARNING = f"warning: operators are put together from PyTorch's, which is slower: {REASON}\n"
+WARNING = f"warning: using PyTorch's own operators, which are slower: {REASON}\n"
 
 
 class Names(TorchDispatchMode):
@@ -58,7 +57,7 @@ def compiled_names(call) -> list[str]:
 
 @pytest.fixture
 def no_library(monkeypatch):
-    """A process that has loaded nothing, where no library can be built; the kinds that were asked for."""
+    """A process that has loaded nothing, where no library can be built; a list of the kinds requested."""
     asked = []
 
     def refuse(kind):
@@ -71,7 +70,7 @@ def no_library(monkeypatch):
 
 
 def forget(monkeypatch, **failures):
-    """Let this process have loaded nothing, and said nothing of it, but for what is named."""
+    """Make this process forget which libraries were loaded or warned about, except those named."""
     monkeypatch.setattr(compiled, "_failures", failures)
     monkeypatch.setattr(compiled, "_told", set())
 
@@ -90,7 +89,7 @@ def nothing_built(monkeypatch, tmp_path):
 
 @pytest.fixture
 def other_cuda(monkeypatch):
-    """A process with loaded CPU operators that finds a CUDA library; returns a list to hold what a comparison says."""
+    """A process with loaded CPU operators that finds a CUDA library; a list to put the result of the comparison in."""
     loaded, verdict, compared = [], [], []
 
     def first_difference(device):
@@ -100,7 +99,7 @@ def other_cuda(monkeypatch):
         return verdict[0]
 
     forget(monkeypatch, cpu=None)
-    monkeypatch.setattr(compiled, "find", lambda kind: SimpleNamespace(library=f"lib{kind}.so"))
+    monkeypatch.setattr(compiled, "find", lambda kind: f"lib{kind}.so")
     monkeypatch.setattr("torch.ops.load_library", loaded.append)
     monkeypatch.setattr("torch_utils.ops.compiled.first_difference", first_difference)
     yield verdict
@@ -149,7 +148,7 @@ def test_auto_means_another_implementation_for_a_while(op):
     assert resolve_impl(op, "auto", X) == "cpp"
 
 
-def test_auto_means_ends_with_an_error_too():
+def test_auto_means_ends_after_an_error_too():
     with pytest.raises(KeyError), auto_means("composed"):
         raise KeyError
     assert resolve_impl("bias_act", "auto", X) == "cpp"
@@ -211,17 +210,17 @@ def test_library_that_the_loader_refuses_is_a_reason(monkeypatch, tmp_path, caps
     path.write_text("no library\n" * 100)
     asked = []
     forget(monkeypatch)
-    monkeypatch.setattr(compiled, "find", lambda kind: asked.append(kind) or SimpleNamespace(library=path))
+    monkeypatch.setattr(compiled, "find", lambda kind: asked.append(kind) or path)
     assert torch.equal(OPS["upfirdn2d"]("auto"), OPS["upfirdn2d"]("composed"))
     message = capsys.readouterr().err
-    assert re.fullmatch(f"warning: operators .* which is slower: [^\n]*{re.escape(str(path))}[^\n]*\n", message)
+    assert re.fullmatch(f"warning: using .* which are slower: [^\n]*{re.escape(str(path))}[^\n]*\n", message)
     message = f"^bias_act: impl is 'cpp', which cannot run here: .*{re.escape(str(path))}"
     with pytest.raises(RuntimeError, match=message):
         OPS["bias_act"]("cpp")
     assert asked == ["cpu"]
 
 
-def test_reason_of_several_lines_is_told_in_one(monkeypatch):
+def test_reason_of_several_lines_becomes_one_line(monkeypatch):
     def refuse(kind):
         raise BuildError("first line\n  second line")
 
@@ -230,7 +229,7 @@ def test_reason_of_several_lines_is_told_in_one(monkeypatch):
     assert compiled.failure_of("cpu") == "first line second line"
 
 
-def test_threads_that_start_together_look_once(monkeypatch):
+def test_threads_that_start_together_search_once(monkeypatch):
     asked = []
 
     def refuse(kind):
@@ -245,12 +244,12 @@ def test_threads_that_start_together_look_once(monkeypatch):
     assert asked == ["cpu"]
 
 
-NOT_BUILT = "the compiled CPU operators are not built: python -m torch_utils.ops.build does it, once"
+NOT_BUILT = "the compiled CPU operators are not built: run python -m torch_utils.ops.build once"
 
 
 def test_auto_where_nothing_is_built_is_composed_with_one_line_and_builds_nothing(nothing_built, capsys):
     for op in OPS.values():
-        op("auto", X.to("meta"))  # shapes alone: nothing is slower
+        op("auto", X.to("meta"))  # only shapes: nothing is slower
     assert capsys.readouterr().err == ""
     for _ in range(2):
         for op in OPS.values():
@@ -279,7 +278,7 @@ def test_make_ready_builds_what_was_not_there(no_library, monkeypatch):
     monkeypatch.setattr("torch.ops.load_library", lambda path: built.append(path))
     monkeypatch.setattr("torch.library.register_fake", lambda *_: None)
     assert compiled.failure_of("cpu") == REASON
-    assert compiled.make_ready("mps") is None  # for which there are none
+    assert compiled.make_ready("mps") is None  # there are no operators for it
     assert built == []
     assert [compiled.make_ready("cpu") for _ in range(2)] == [None, None]
     assert built == ["cpu", "libcpu.so"]
@@ -300,27 +299,28 @@ def test_make_ready_where_nothing_can_be_built_gives_the_compilers_reason(no_lib
 # Work that is continued
 
 
-def test_auto_means_as_before_what_the_work_was_begun_with(capsys):
+def test_auto_means_as_before_what_the_work_was_started_with(capsys):
     for before, now in ((None, "cpp"), ("cpp", "cpp"), ("composed", "composed"), ("ref", "ref")):
         with auto_means_as_before(before, "cpu", "the work in x.parts") as means:
             assert means == auto_implementation("cpu") == resolve_impl("bias_act", "auto", X) == now
-    assert capsys.readouterr().err == ("the work in x.parts was begun with PyTorch's operators and goes on with them, "
-                                       "so that all of it is alike\n")
+    assert capsys.readouterr().err == ("the work in x.parts was started with PyTorch's own operators and continues "
+                                       "with them, for consistent results\n")
     assert auto_implementation("cpu") == "cpp"
 
 
 def test_auto_means_as_before_without_those_operators_is_refused_in_one_line(no_library, capsys):
     for before, reason in (
-            ("cpp", f"with the compiled operators (cpp), which cannot run here ({REASON}): put that right and give the "
-                    "same command again, or remove it to begin anew"),
-            ("new", "with operators of another version of this program (new); remove it to begin anew")):
+            ("cpp", f"with the compiled operators (cpp), which cannot run here ({REASON}): fix that and repeat the "
+                    "command, or remove it to start from scratch"),
+            ("new", "with operators of another version of this program (new): remove it to start from "
+                    "scratch")):
         with (pytest.raises(UserError) as caught, auto_means_as_before(before, "cpu", "the work in x.parts")):
             pass
-        assert str(caught.value) == f"the work in x.parts was begun {reason}"
+        assert str(caught.value) == f"the work in x.parts was started {reason}"
     assert capsys.readouterr().err == ""
 
 
-# CUDA, whose library is a stand-in here
+# CUDA, with a stand-in for its library
 
 
 def test_cuda_that_agrees_is_used(other_cuda):
@@ -350,7 +350,7 @@ def test_cuda_without_the_cpu_operators_fails_for_their_reason(no_library):
     assert no_library == ["cpu"]
 
 
-# The comparison before their first use: what agrees, and that what is wrong is named
+# The comparison before the first use
 
 
 def test_first_difference_right_operators_agree():
@@ -424,6 +424,6 @@ FIRST_FILTERING = "a 4 x 4 filter, up=1, down=1, padding=(2, 2, 1, 1)"
 def test_first_difference_names_the_operator_and_the_derivative(op, fault, case, order, layout, monkeypatch):
     break_operator(monkeypatch, op, fault)
     message = (re.escape(f"{op} with {case} on cpu differs from the reference by ") + "([0-9.e+-]+|nan)" +
-               re.escape(f" in derivative {order} (torch.{layout}); expected 0.0001 at most: please report it"))
+               re.escape(f" in derivative {order} (torch.{layout}); expected at most 0.0001: please report it"))
     found = first_difference(CPU)
     assert re.fullmatch(message, found), found

@@ -1,4 +1,4 @@
-"""What compiled operators make of numbers: layouts, threads, NaN and infinity, precision, sizes of all kinds."""
+"""Numbers in compiled operators: layouts, threads, NaN and infinity, precision, sizes of all kinds."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_result_depends_neither_on_the_number_of_threads_nor_on_the_call(name, l
         assert all(map(torch.equal, results(), expected)), f"{threads} threads"
 
 
-# Values that are no numbers
+# NaN and infinity
 
 
 def special_numbers(count):
@@ -173,7 +173,7 @@ def test_bias_act_bias_gradient_of_many_elements_is_accurate(act, wide, layout):
     dy = randn(*shape, seed=6, dtype=torch.float32) + 1
     found, = torch.autograd.grad(bias_act(x, b, act=act), b, dy)
     expected, = torch.autograd.grad(bias_act(x.double(), b.double(), act=act, impl="ref"), b, dy.double())
-    # One float32 rounding after the other would be off by up to 100000 * 6e-8, and some 1e-5 on the average.
+    # A sum in float32 would be off by up to 100000 * 6e-8, and by about 1e-5 on average.
     assert ((found - expected).abs() <= 1e-6 * expected.abs()).all()
 
 

@@ -22,7 +22,7 @@ def operators():
     return torch.ops.lesion_ops
 
 
-# Schemas, shapes of fakes, registration of derivatives, and what the tracer of torch.compile makes of them
+# Schemas, shapes of fakes, registration of derivatives, tracing by torch.compile
 
 
 @pytest.mark.parametrize(("shape", "layout", "dtype", "taps", "given"), [
@@ -165,7 +165,7 @@ def test_bias_act_second_derivative_of_either_gradient_equals_the_formula(act, u
     weight = {"x": randn(2, 3, 4, seed=8), "b": randn(3, seed=9)}
     value = sum((gradient * weight[name]).sum() for name, gradient in zip("xb", first) if name in used)
     if act == "lrelu" and impl == "cpp":
-        assert not value.requires_grad  # a constant factor; the reference finds zeros, and goes a long way for them
+        assert not value.requires_grad  # a constant factor; the reference computes zeros at some expense
         return
     found = torch.autograd.grad(value, [x, b], materialize_grads=True)
 

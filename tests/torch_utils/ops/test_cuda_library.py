@@ -1,4 +1,4 @@
-"""The CUDA operators as they are compiled: registers, spills, and accesses of 128 bits."""
+"""The compiled CUDA operators: registers, spills, and accesses of 128 bits."""
 
 import re
 import subprocess
@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_utils.ops.build import library, read_ptxas_report
+from tests.helpers.kernel_programs import read_ptxas_report
+from torch_utils.ops.build import library
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is of a kind without CUDA")]
 
 
 def most_registers(kernel: str) -> int:
-    """Return how many registers leave room for two blocks on a multiprocessor, or for one where sums are double."""
+    """Return how many registers leave room for two blocks on a multiprocessor, or for one if sums are double."""
     shape = re.search(r"Li(\d+)ELi(\d+)EEEv", kernel)  # of the block, where it is a template's
     threads = int(shape[1]) * int(shape[2]) if shape else 256
     return min(REGISTERS // threads // (1 if re.search("Ed(Li|E)", kernel) else 2), 255)
@@ -28,7 +29,7 @@ def most_registers(kernel: str) -> int:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The library for all architectures, from pip's toolkit, as on a machine that has no other."""
+    """The library for all architectures, built by pip's toolkit, as on a machine without another."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
             patch.delenv(name, raising=False)
@@ -49,7 +50,7 @@ for name in ("upfirdn2d", "bias_act", "bias_act_grad", "bias_act_grad2"):
 
 
 def test_cuda_kernels_spill_nothing_and_have_no_stack(built):
-    report = read_ptxas_report((built.parent / "ptxas.txt").read_text(encoding="utf-8"))
+    report = read_ptxas_report(Path(f"{built.parent}.log").read_text(encoding="utf-8"))
     kernels = {use.kernel for use in report}
     assert Counter(use.arch for use in report) == dict.fromkeys(ARCHS, len(kernels))
     assert len(kernels) > 200  # kernels, formats and block shapes

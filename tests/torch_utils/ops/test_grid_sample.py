@@ -42,7 +42,7 @@ def test_sample_bilinear_gradients_pass_numerical_checks(case):
 
 def test_sample_bilinear_third_derivative_equals_that_of_its_matrix(case):
     images, grid = case
-    # Column k of the matrix is what the k-th pixel alone gives.
+    # Column k of the matrix is the result for the k-th pixel alone.
     pixels = torch.eye(30, dtype=torch.float64).reshape(30, 1, 5, 6)
     matrix = sample_bilinear(pixels, grid[:1].expand(30, -1, -1, -1)).reshape(30, 12).T
     x = images[:1, :1].clone().requires_grad_()

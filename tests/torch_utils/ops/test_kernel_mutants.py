@@ -1,4 +1,4 @@
-"""The table of cases notices faults of the kernels: each of these, planted, makes the case fail that is named."""
+"""The table of cases notices faults in the kernels: each fault planted here makes the named case fail."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ MUTANTS = {
     "second_derivative_of_tanh_has_the_wrong_sign": ("bias_act", "bias_act.h", "slope : -2 * t * slope",
                                                      "slope : 2 * t * slope", "tanh_float64_2"),
 }
-# The table's rows of bias_act are no longer than a few threads' numbers; grids of other sizes join it.
+# The table's rows of bias_act are as short as a few threads' numbers, so grids of other sizes are added.
 TABLES = {"upfirdn2d": filter_table(torch.float64),
           "bias_act": [*bias_table(torch.float64), *(call for call in bias_grids() if call.x.dtype == torch.float64)]}
 

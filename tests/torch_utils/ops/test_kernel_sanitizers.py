@@ -74,7 +74,7 @@ def test_kernels_rows_beyond_the_last_are_an_overflow(program, tmp_path):
 @pytest.mark.skipif(not _has_avx2(), reason="this CPU has no AVX2")
 @pytest.mark.parametrize("op", OPS)
 def test_cpu_objects_of_avx2_define_nothing_that_others_share(tmp_path, op):
-    # Of functions that several objects define, a linker keeps any one: it must not be one that needs AVX2.
+    # If several objects define a function, the linker keeps any of them: it must not be one that needs AVX2.
     listing = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", cpu_object(tmp_path, op, "avx2")],
                              capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\S+ (\S) (.*)$", listing, flags=re.MULTILINE)

@@ -8,7 +8,7 @@ from tests.helpers.kernel_programs import FLOATS_ONLY, THREADS, Manner, changed_
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-# Blocks that walk over several tiles, so that one tile's last accesses meet the next one's first.
+# Blocks that loop over several tiles, so that one tile's last accesses meet the next one's first.
 WALKING = Manner(most_blocks=2)
 # The sync that each has before and after the second stage
 MISSING = {

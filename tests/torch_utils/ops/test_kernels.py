@@ -67,7 +67,7 @@ def _filter_calls(draw) -> FilterCall:
     up, down = (pair(st.integers(1, 3)) if draw(st.booleans()) else (draw(st.integers(1, 2)),) * 2 for _ in range(2))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 20)), draw(st.integers(1, 70)))
     shapes = [taps[:1], taps[1:]] if separable else [taps[::-1]]
-    # Beyond a reach of the image there is nothing but zeros; cropping at most leaves one pixel.
+    # Far outside the image there are only zeros; cropping leaves at least one pixel.
     pad = tuple(draw(st.integers(-(shape[3 - i] - 1) * up[i], taps[i] + 2)) for i in (0, 1))
     out = tuple(max((shape[3 - i] * up[i] + pad[i] + draw(st.integers(-3, 3)) - taps[i]) // down[i] + 1, 1)
                 for i in (0, 1))
@@ -109,7 +109,7 @@ def test_narrow_rounds_as_pytorch(program, dtype):
 
 
 def floats_to_narrow(dtype: torch.dtype) -> torch.Tensor:
-    """Return every number of the format, the middles between neighbors, what lies beside those, and any bits."""
+    """Return every number of the format, the midpoints between neighbors, numbers beside those, and random bits."""
     every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     finite = every[every.isfinite()].sort().values
     middles = (finite[1:].double() + finite[:-1].double()).div(2).float()

@@ -64,7 +64,7 @@ def test_upfirdn2d_full_jacobian_passes_numerical_check():
 def test_upfirdn2d_third_derivative_equals_that_of_its_matrix():
     case = CASE["up_and_down"]
     x, = case.inputs()
-    # Column k of the matrix is what the k-th pixel alone gives.
+    # Column k of the matrix is the result for the k-th pixel alone.
     pixels = torch.eye(20, dtype=torch.float64).reshape(20, 1, 5, 4).expand(-1, 2, -1, -1)
     columns = case.run(pixels)[:, 0].flatten(1)  # [20, H' * W']
 
@@ -114,7 +114,7 @@ def test_upfirdn2d_order_is_x_before_y_and_convolution_flips(impl):
     f = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])  # kh 3, kw 2
     y = upfirdn2d(x, f, up=(1, 2), padding=(1, 0, 2, 0), impl=impl)
     expected = torch.zeros(1, 1, 4, 3, dtype=torch.float64)
-    expected[0, 0, 2:4, 2] = torch.tensor([1.0, 3.0])  # the response starts at the sample; what lies behind is cut
+    expected[0, 0, 2:4, 2] = torch.tensor([1.0, 3.0])  # the response starts at the sample; the rest is cut
     assert torch.equal(y, expected)
     correlated = upfirdn2d(x, f, up=(1, 2), padding=(1, 0, 2, 0), flip_filter=True, impl=impl)
     expected[0, 0, 2:4, 2] = torch.tensor([6.0, 4.0])
@@ -143,7 +143,7 @@ def test_upfirdn2d_separable_filter_equals_its_outer_product(impl):
 @pytest.mark.parametrize("up", [2, (3, 2), (1, 4)])
 @pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 4, 6, 4, 1), (1, 2, 3, 4, 4, 3, 2, 1)])
 def test_upsample2d_keeps_the_mean(taps, up, impl):
-    # An impulse far from the border, so that nothing of it is cut.
+    # An impulse far from the border, so that none of its response is cut.
     x = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
     x[0, 0, 4, 4] = 3
     y = upsample2d(x, setup_filter(taps), up=up, impl=impl)
@@ -231,7 +231,7 @@ def test_upfirdn2d_layout_of_the_input_does_not_matter(name, impl):
 @pytest.mark.parametrize("case", **ids(UPFIRDN2D_CASES))
 def test_upfirdn2d_half_precision_error_is_bounded(case: Case, dtype, impl):
     x = case.inputs()[0].detach().to(dtype)
-    # In double the filter keeps its precision: that it is rounded to half is part of the error.
+    # In double the filter keeps its precision: rounding it to half is part of the error.
     exact = case.op(x.double(), **case.arguments, f=case.filter(), impl="ref")
     found = case.op(x, **case.arguments, f=case.filter(), impl=impl)
     assert found.dtype == dtype
@@ -328,7 +328,7 @@ def test_upfirdn2d_negative_gain_of_a_separable_filter_changes_the_sign(impl):
     (lambda: setup_filter([1.0] * 8, gain=-1),
      "filter gain is -1; expected a gain >= 0 for a separable filter, which is applied twice"),
     (lambda: upfirdn2d(torch.zeros(1, 1, 3, 3), None, padding=(-10, 13, 2, 2)),
-     "upfirdn2d: padding (-10, 13) crops more than the width of 3 that is there"),
+     "upfirdn2d: padding (-10, 13) crops more than the width, which is 3"),
 ])
 def test_filters_and_padding_that_mean_nothing_are_refused(make, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

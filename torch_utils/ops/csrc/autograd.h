@@ -1,6 +1,7 @@
-// Make the operators differentiable to any order: the derivative of each is put together from operators.
+// Make the operators differentiable to any order: each derivative is composed of operators.
 //
-// Included by library.cpp alone: PyTorch's headers take longer to compile than what is here, and are read there anyway.
+// Only library.cpp includes it: PyTorch's headers take longer to compile than this file, and library.cpp reads them
+// anyway.
 #pragma once
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -23,7 +24,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
 
-// Where nothing asks for a derivative, no node is made.
+// Whether a derivative is needed; no autograd node is made otherwise.
 bool asks(std::initializer_list<const Tensor*> tensors) {
   if (!at::GradMode::is_enabled()) return false;
   for (const Tensor* tensor : tensors) {
@@ -73,8 +74,8 @@ struct Upfirdn2d : Function<Upfirdn2d> {
       result[0] = grads[0].new_zeros_symint(size);
       return result;
     }
-    // With taps f and the front padding p, output j is the sum of x[i] * f[down * j + taps - 1 - p - up * i]: the same
-    // with i and j exchanged, but for the order of the taps, which turns round.
+    // With taps f and the front padding p, output j is the sum of x[i] * f[down * j + taps - 1 - p - up * i]. The
+    // derivative is the same formula with i and j exchanged and the taps reversed.
     std::vector<SymInt> sides;
     for (int axis = 0; axis < 2; axis++) {  // x, y
       const SymInt in = size[3 - axis], taps = f.sym_size(axis == 0 ? -1 : 0);
@@ -138,7 +139,7 @@ Tensor call_bias_act_grad2(const Tensor& ddx, const Tensor& dy, const Tensor& x,
   return op.call(ddx, dy, x, b, dim, act, alpha, gain, clamp);
 }
 
-// Let a bias stand along one of so many dimensions.
+// Reshape a bias to lie along dimension `dim` of `dims`.
 Tensor along_dimension(const Tensor& b, int64_t dim, int64_t dims) {
   std::vector<SymInt> sizes(dims, 1);
   if (dims > 0) sizes[dim] = -1;
@@ -153,7 +154,7 @@ Tensor bias_sum(const Tensor& grad, int64_t dim) {
   return others.empty() ? grad : grad.sum(others);
 }
 
-// The third derivative of the activation at x + b, 0 where the clamp acts.
+// The third derivative of the activation at x + b; 0 where the result is clamped.
 Tensor third_derivative(const Tensor& x, const Tensor& b, const Numbers& n) {
   const Tensor v = b.defined() ? x + along_dimension(b, n.dim, x.dim()) : x;
   const auto below_zero = [&](double scale) {
@@ -224,7 +225,7 @@ struct BiasActGrad : Function<BiasActGrad> {
     ctx->saved_data["sum_bias"] = sum_bias;
     if (sum_bias) ctx->saved_data["size"] = dy.sym_sizes();
     ctx->set_materialize_grads(false);
-    // Only where the slope varies with x does the derivative hold dy.
+    // The derivative depends on dy only if the slope varies with x.
     ctx->save_for_backward({x.has_value() ? dy : Tensor(), or_undefined(x), or_undefined(b), or_undefined(out)});
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [dx, db] = call_bias_act_grad(dy, x, b, out, n.dim, n.act, n.alpha, n.gain, n.clamp, sum_bias);
@@ -248,7 +249,7 @@ struct BiasActGrad : Function<BiasActGrad> {
       result[0] = std::get<0>(call_bias_act_grad(total, given(x), given(b), given(out), n.dim, n.act, n.alpha, n.gain,
                                                  n.clamp, false));
     }
-    // Tensors that are not there take no part in the numbering.
+    // Undefined tensors do not count in the numbering.
     if (x.defined() && (ctx->needs_input_grad(1) || (b.defined() && ctx->needs_input_grad(2)))) {
       result[1] = call_bias_act_grad2(total, dy, x, given(b), n.dim, n.act, n.alpha, n.gain, n.clamp);
       if (b.defined()) result[2] = bias_sum(result[1], n.dim);
@@ -281,7 +282,7 @@ struct BiasAct : Function<BiasAct> {
     if (ops::uses_input(n.activation())) {
       ctx->save_for_backward({x, or_undefined(b), Tensor()});
     } else {
-      // No derivative goes through the result, which only tells slopes apart: it is kept as a constant.
+      // The result only tells which slope applies, so no derivative goes through it: it is kept as a constant.
       const bool is_constant = n.activation() == Activation::linear && !n.clamp.has_value();
       ctx->save_for_backward({Tensor(), Tensor(), is_constant ? Tensor() : y.detach()});
     }

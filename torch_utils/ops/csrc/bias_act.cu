@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kTileCols = 1024;  // of one row, at most
 constexpr int kRowsPerThread = 4;
-constexpr int kBlocks = 2;  // of a multiprocessor, at least: leaves registers enough to spill none
+constexpr int kBlocks = 2;  // per multiprocessor, at least: leaves enough registers to avoid spills
 
 template <class K, bool CLAMPS, class T, int NX, int NY>
 __global__ void __launch_bounds__(NX * NY, kBlocks) bias_act_kernel(BiasActCall call, int64_t rows, int64_t cols,

@@ -1,11 +1,11 @@
-// Add a bias, activate, scale and clamp rows of numbers, and the derivatives: the kernel bodies of bias_act.
+// The kernel bodies of bias_act: add a bias, activate, scale and clamp rows of numbers; and the derivatives.
 #pragma once
 #include "block.h"
 #include "calls.h"
 
 namespace ops {
 
-// How the elements lie in rows: those of one bias value, or, where neighbours have different biases, one of each.
+// How the elements are grouped in rows: all of one bias value, or, where neighbors have different biases, one of each.
 struct BiasRows {
   int64_t rows, cols;
   bool bias_per_row;
@@ -17,7 +17,7 @@ struct BiasRows {
   }
 };
 
-// The families that have bodies of their own; the other activations are `smooth`, and told apart at run time.
+// The families with bodies of their own; the other activations are `smooth`, and chosen at run time.
 enum class Form { linear, relu, lrelu, smooth };
 
 KERNEL_FN float exponential(float v) { return expf(v); }
@@ -74,7 +74,7 @@ KERNEL_FN A smooth_value(Activation act, A v) {
   }
 }
 
-// LANES results from element `at` on; bias as it applies to them.
+// LANES results from element `at` on, with their biases.
 template <int ORDER, Form FORM, bool CLAMPS, int LANES, class T>
 KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack<Sum<T>, LANES> bias, bool aligned) {
   using A = Sum<T>;
@@ -83,7 +83,7 @@ KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack
   P result;
   if constexpr (ORDER == 0 && FORM != Form::smooth) {
     const P v = plus(load<LANES>(static_cast<const T*>(c.x) + at, aligned), bias);
-    // A negated test, so that what is not a number stays so.
+    // A negated test, so that NaN stays NaN.
     if constexpr (FORM == Form::relu) result = scaled(where_positive(scaled(v, A(-1)), filled<A, LANES>(0), v), gain);
     if constexpr (FORM == Form::lrelu) result = where_positive(v, scaled(v, gain), scaled(v, gain * alpha));
     if constexpr (FORM == Form::linear) result = scaled(v, gain);
@@ -97,7 +97,7 @@ KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack
     if constexpr (FORM == Form::relu) result = where_positive(sign, scaled(dy, gain), filled<A, LANES>(0));
     if constexpr (FORM == Form::lrelu) result = where_positive(sign, scaled(dy, gain), scaled(dy, gain * alpha));
     if constexpr (FORM == Form::linear) result = scaled(dy, gain);
-    // The limit as results are rounded to it
+    // The limit, rounded as results are
     return CLAMPS ? where_within(out, static_cast<A>(widen(narrow<T>(limit))), result) : result;
   }
   if constexpr (FORM == Form::smooth) {
@@ -118,8 +118,8 @@ KERNEL_FN Pack<Sum<T>, LANES> bias_act_at(const BiasActCall& c, int64_t at, Pack
   }
 }
 
-// What `bias_act_tile` does, for arrays of which all accesses are aligned, or for any. Two loops rather than a choice at
-// each access, which a compiler turns into single accesses.
+// What `bias_act_tile` does, either for arrays that are always accessed at aligned addresses or for any. Two loops and
+// not a choice at each access, because compilers would split that into single accesses.
 template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, bool ALIGNED, class T, class Block>
 KERNEL_FN void bias_act_rows(Block b, const BiasActCall& c, int64_t row_length, bool bias_per_row, int64_t first_row,
                              int32_t rows, int64_t first, int32_t cols, Sum<T>* sums) {
@@ -152,8 +152,8 @@ KERNEL_FN void bias_act_rows(Block b, const BiasActCall& c, int64_t row_length, 
   }
 }
 
-// Rows [first_row, first_row + rows), columns [first, first + cols) of each. SUMS: leave each row's sum, unrounded, in
-// sums, one number for each of nx threads a row.
+// Rows [first_row, first_row + rows), columns [first, first + cols) of each. SUMS: write each row's sum, unrounded, to
+// sums, one number for each of the nx threads of a row.
 template <int ORDER, Form FORM, bool CLAMPS, bool SUMS, class T, class Block>
 KERNEL_FN void bias_act_tile(Block b, BiasActCall c, int64_t row_length, bool bias_per_row, int64_t first_row,
                              int32_t rows, int64_t first, int32_t cols, Sum<T>* sums) {

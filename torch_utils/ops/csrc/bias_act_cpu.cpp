@@ -5,8 +5,8 @@
 namespace ops::CPU_LEVEL {
 namespace {
 
-// Smooth activations call functions of the library number by number, and double is for checks of derivatives; sums of
-// float are the more accurate the more lanes share them.
+// Smooth activations call library functions for each number, and double is used to check derivatives; float sums are
+// more accurate the more lanes share them.
 template <class K, class T>
 constexpr int kLanes = sizeof(T) == sizeof(double) || (K::form == Form::smooth && K::order != 1) ? 1 : 8;
 
@@ -34,8 +34,8 @@ void tiles_into(const BiasActCall& call, int64_t begin, int64_t end, double* sum
   if constexpr (PAST_CACHES) stores_done();
 }
 
-// Bodies that training meets are compiled for each case. Others are compiled once for all: an infinite limit changes no
-// result of order 0, and sums may be made for nobody.
+// Bodies that training uses are compiled for each case. The others are compiled once for all cases: an infinite limit
+// changes no result of order 0, and unused sums do no harm.
 template <class K, class T>
 constexpr bool kIsUsual = K::form == Form::lrelu && sizeof(T) == sizeof(float) && !kIsFallback;
 

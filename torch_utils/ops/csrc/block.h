@@ -1,14 +1,14 @@
-// Say which threads run a kernel body together: the block contexts that bodies are templated on.
+// The block contexts that kernel bodies are templated on: which threads run a body together.
 //
-// A context has nx * ny threads; this one is at (tx, ty). A thread computes `lanes` neighbours at a time. What threads
-// share is complete after sync. The threads of one ty work together on `rows` rows between two syncs. `past_caches`:
-// whether results go to memory without staying in caches.
+// A context has nx * ny threads; this one is at (tx, ty). A thread computes `lanes` neighbors at a time. After sync,
+// shared memory is complete. The threads of one ty work together on `rows` rows between two syncs.
+// `past_caches`: whether results bypass the caches.
 #pragma once
 #include "portable.h"
 
 namespace ops {
 
-// One thread of a CPU, which is a whole block: loops over threads become loops over data, and sync nothing.
+// One CPU thread is a whole block: loops over threads become loops over data, and sync does nothing.
 template <int LANES, int ROWS = 1, bool PAST_CACHES = false>
 struct SerialBlock {
   static constexpr int nx = 1, ny = 1, lanes = LANES, rows = ROWS;
@@ -18,7 +18,7 @@ struct SerialBlock {
   KERNEL_FN void sync() const {}
 };
 
-// A walk over the rows of images: plane and row without a division for each.
+// Steps over the rows of images: gives plane and row without a division for each.
 struct RowWalk {
   int64_t plane;
   int32_t row;

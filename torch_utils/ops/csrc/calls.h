@@ -1,4 +1,4 @@
-// Say what one call of an operator needs: plain numbers and pointers, nothing of PyTorch or CUDA.
+// What one call of an operator needs: plain numbers and pointers, without types of PyTorch or CUDA.
 #pragma once
 #include <cstdint>
 
@@ -6,8 +6,8 @@ namespace ops {
 
 enum class Scalar : int32_t { f16, bf16, f32, f64 };
 
-// How one image axis is resampled. Output j starts at spread sample down * j - pad; sample s of the spread axis is input
-// s / up where up divides s, and zero elsewhere and outside the image.
+// How one image axis is resampled. Output j starts at spread sample down * j - pad. Spread sample s is input s / up if
+// up divides s, and zero otherwise and outside the image.
 struct Axis {
   int32_t in, out;
   int32_t up, down;
@@ -24,10 +24,10 @@ struct Upfirdn2dCall {
   int64_t planes;
   int32_t channels;
   Axis horizontal, vertical;
-  const void* taps_x;   // [kx], correlated with the image (turned already where a convolution is wanted), or null
+  const void* taps_x;   // [kx], correlated with the image (already reversed for a convolution), or null
   const void* taps_y;   // [ky], or null
-  const void* taps_xy;  // [ky, kx] where the filter is no outer product, else null
-  bool reversed;        // taps are to be read back to front
+  const void* taps_xy;  // [ky, kx] if the filter is not an outer product, else null
+  bool reversed;        // read the taps from last to first
   double gain;
 };
 
@@ -42,18 +42,18 @@ struct BiasActCall {
   int32_t order;
   Activation act;
   const void* x;        // order 0, and where the derivative needs it (uses_input)
-  const void* b;        // null for none
+  const void* b;        // null: no bias
   const void* out;      // result of order 0, for derivatives of linear, relu and lrelu
   const void* dy;       // orders 1 and 2
   const void* ddx;      // order 2
   void* y;
   int64_t size, bias_size, step;
-  bool sums_bias;       // rows are to be those of the bias although b is null: sums over them are wanted
+  bool sums_bias;       // group rows by bias although b is null, because sums over them are needed
   double alpha, gain;
-  double clamp;         // infinity for none
+  double clamp;         // infinity: no limit
 };
 
-// Tell whether derivatives are computed from x and b, rather than from the result.
+// Whether derivatives are computed from x and b, not from the result.
 constexpr bool uses_input(Activation act) {
   return act != Activation::linear && act != Activation::relu && act != Activation::lrelu;
 }

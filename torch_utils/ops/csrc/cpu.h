@@ -1,4 +1,4 @@
-// List the entry points of the CPU kernels, which are compiled once for each level of instructions.
+// The entry points of the CPU kernels, which are compiled once for each instruction set level.
 #pragma once
 #include <cstdint>
 
@@ -6,14 +6,14 @@
 
 namespace ops {
 
-// A tile of bias_act: its elements fit in the first cache several times over.
+// Elements in a tile of bias_act: the L1 cache holds several tiles.
 constexpr int64_t kBiasActTile = 4096;
 
-// Bytes of a result from which on it is stored past the caches, where little of it would be when it is read.
+// Results of at least this many bytes bypass the caches, which would hold little of them when they are read.
 constexpr int64_t kPastCaches = int64_t{1} << 25;
 
-// Of the level that this is compiled for: whether results can be stored past the caches, and whether it is but what an
-// x86-64 CPU without AVX2 falls back to, for which fewer bodies are compiled.
+// Of the level that this is compiled for: whether stores can bypass the caches, and whether it is only the fallback for
+// x86-64 CPUs without AVX2, for which fewer bodies are compiled.
 #ifdef __AVX2__
 constexpr bool kPassesCaches = true;
 #else
@@ -27,9 +27,9 @@ constexpr bool kIsFallback = false;
 
 #define DECLARE_CPU_LEVEL(level)                                                                          \
   namespace level {                                                                                       \
-  /* Make rows [begin, end) of the result, counted over all planes. */                                    \
+  /* Compute rows [begin, end) of the result, counted over all planes. */                                 \
   void upfirdn2d(const Upfirdn2dCall& call, int64_t begin, int64_t end);                                  \
-  /* Make tiles [begin, end); sums: null, or one number for each row of each tile, see bias_act_cpu.cpp */ \
+  /* Compute tiles [begin, end); sums: null, or a number per row of each tile, see bias_act_cpu.cpp */    \
   void bias_act(const BiasActCall& call, int64_t begin, int64_t end, double* sums);                       \
   }
 DECLARE_CPU_LEVEL(plain)

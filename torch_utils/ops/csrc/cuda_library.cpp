@@ -1,4 +1,4 @@
-// Run the operators on GPUs. Their schema is registered by the library for CPUs, which is loaded first.
+// Run the operators on GPUs. The CPU library, which is loaded first, registers their schemas.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -11,7 +11,7 @@
 #include "tensors.h"
 
 namespace ops {
-// In launch.h, which holds kernels too.
+// Also declared in launch.h, beside kernels.
 void launch_upfirdn2d(const Upfirdn2dCall& call, cudaStream_t stream);
 void launch_bias_act(const BiasActCall& call, cudaStream_t stream);
 }  // namespace ops
@@ -25,7 +25,7 @@ Tensor upfirdn2d(const Tensor& x, const Tensor& f, at::IntArrayRef up, at::IntAr
   const c10::cuda::CUDAGuard guard(x.device());
   auto work = ops::upfirdn2d_work(x, f, up, down, padding, flip_filter, gain);
   if (work.y.numel() == 0) return work.y;
-  // The values of the filter stay on the GPU: to look whether it is an outer product, the host would have to wait.
+  // The filter's values stay on the GPU: to check whether it is an outer product, the host would have to wait.
   const Tensor taps = f.to(ops::sum_type(x)).contiguous();
   if (taps.dim() == 1) {
     work.call.taps_x = work.call.taps_y = taps.const_data_ptr();

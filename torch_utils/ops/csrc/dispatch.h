@@ -1,4 +1,4 @@
-// Choose a body at run time from what a call asks for.
+// Choose the kernel body for a call at run time.
 #pragma once
 #include "bias_act.h"
 #include "calls.h"
@@ -6,7 +6,7 @@
 
 namespace ops {
 
-// Call body(T()) with the storage format of that name.
+// Call body(T()) with the storage format of a scalar type.
 template <class Body>
 void with_scalar(Scalar scalar, Body body) {
   switch (scalar) {
@@ -17,7 +17,7 @@ void with_scalar(Scalar scalar, Body body) {
   }
 }
 
-// Call body(Kind()) where there is one for these factors and filters; tell whether there was.
+// Call body(Kind()) if there is one for these factors and filters; return whether there was.
 template <class Body>
 bool with_kind(const Upfirdn2dCall& call, Body body) {
   const Axis &h = call.horizontal, &v = call.vertical;

@@ -1,4 +1,4 @@
-// Supply threads, shared memory and launches: CUDA's, or stand-ins that run kernels on a host (KERNELS_ON_HOST).
+// Provide threads, shared memory and launches: CUDA's, or stand-ins that run kernels on a host (KERNELS_ON_HOST).
 #pragma once
 
 #ifdef KERNELS_ON_HOST

@@ -1,4 +1,4 @@
-// Register the operators, and run them on CPUs. The one file of this library that reads PyTorch's headers.
+// Register the operators, and run them on CPUs. The only file of this library that reads PyTorch's headers.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -46,7 +46,7 @@ void bias_act_tiles(const BiasActCall& call, int64_t begin, int64_t end, double*
   ops::plain::bias_act(call, begin, end, sums);
 }
 
-constexpr int64_t kElementsPerTask = 32768;  // less is not worth a thread
+constexpr int64_t kElementsPerTask = 32768;  // less does not pay for a thread
 
 void run(const Upfirdn2dCall& call) {
   const int64_t row = std::max<int64_t>(int64_t{call.horizontal.out} * call.channels, 1);
@@ -54,7 +54,7 @@ void run(const Upfirdn2dCall& call) {
                    [&](int64_t begin, int64_t end) { upfirdn2d_rows(call, begin, end); });
 }
 
-// Write a filter that is an outer product as two factors, so that results are equal up to rounding of the sums.
+// Factor a filter that is an outer product; results are equal up to rounding of the sums. Return whether it is one.
 template <class A>
 bool factored(const A* taps, int64_t ky, int64_t kx, A* taps_y, A* taps_x) {
   const int64_t largest = std::max_element(taps, taps + ky * kx, [](A a, A b) { return std::abs(a) < std::abs(b); }) -
@@ -103,7 +103,7 @@ Tensor upfirdn2d(const Tensor& x, const Tensor& f, at::IntArrayRef up, at::IntAr
   return work.y;
 }
 
-// How tiles of bias_act lie; see bias_act_cpu.cpp.
+// The tiles of bias_act: see bias_act_cpu.cpp.
 struct Tiles {
   int64_t rows, across, count;
 
@@ -129,7 +129,7 @@ Tensor bias_act(const Tensor& x, const std::optional<Tensor>& b, int64_t dim, in
   return work.y;
 }
 
-// Sum over all but the bias dimension, in the order of the elements whatever the number of threads.
+// Sum over all but the bias dimension, in the order of the elements for any number of threads.
 Tensor bias_sums(const BiasActCall& call, const std::vector<double>& sums, const Tensor& like) {
   const int64_t across = Tiles(call).across, rows = Tiles(call).rows;
   std::vector<double> totals(call.bias_size, 0.0);

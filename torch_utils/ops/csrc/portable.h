@@ -1,8 +1,7 @@
 // Provide number formats and packs of numbers that compile for a host and for a GPU, without headers of either.
 //
-// KERNELS_ON_GPU is set by gpu.h where a CUDA compiler reads this. Packs are compiler vectors on a CPU, which makes one
-// instruction of each operation whatever the optimiser thinks, and arrays on a GPU, where a thread computes a few
-// neighbours.
+// gpu.h sets KERNELS_ON_GPU for a CUDA compiler. Packs are compiler vectors on a CPU, so each operation becomes one
+// instruction regardless of the optimizer, and arrays on a GPU, where a thread computes a few neighbors.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,7 +11,7 @@
 #define KERNEL_FN __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #elif defined(KERNELS_ON_HOST)
-#define KERNEL_FN inline  // tests compile many variants, and quickly
+#define KERNEL_FN inline  // tests compile many variants, quickly
 #define UNROLL
 #else
 #define KERNEL_FN inline __attribute__((always_inline))
@@ -31,7 +30,7 @@
 #include <immintrin.h>
 #endif
 
-// For what a host calls in code of every CPU level: a copy outside could be that of a level which the CPU lacks.
+// For functions that code of every CPU level calls: a shared copy could be of a level that the CPU does not have.
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace ops {
@@ -56,7 +55,7 @@ KERNEL_FN float float_of(uint32_t bits) {
   return value;
 }
 
-// widen: storage format to the format that sums are made in
+// widen: from the storage format to the format of sums
 KERNEL_FN float widen(float value) { return value; }
 KERNEL_FN double widen(double value) { return value; }
 KERNEL_FN float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
@@ -101,7 +100,7 @@ KERNEL_FN Half narrow<Half>(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return Half{static_cast<uint16_t>(sign | 0x7e00u)};  // not a number
+  if (magnitude > 0x7f800000u) return Half{static_cast<uint16_t>(sign | 0x7e00u)};  // NaN
   if (magnitude >= 0x477ff000u) return Half{static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves multiples of 2^-24 in the lowest bits
     return Half{static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
@@ -111,7 +110,7 @@ KERNEL_FN Half narrow<Half>(float value) {
 #endif
 }
 
-// What sums of a storage format are made in.
+// The format of sums for a storage format.
 template <class T>
 struct SumOf {
   using type = float;
@@ -123,7 +122,7 @@ struct SumOf<double> {
 template <class T>
 using Sum = typename SumOf<T>::type;
 
-// N numbers that are computed with together.
+// N numbers that are processed together.
 template <class A, int N>
 struct Pack {
 #ifdef PACKS_ARE_VECTORS
@@ -207,7 +206,7 @@ KERNEL_FN void store<float, 8, Half>(Half* to, Pack<float, 8> p) {
 }
 #endif
 
-// Load or store in one access where the address is a multiple of its size. A CPU's unaligned accesses cost the same.
+// Load or store in one access if the address is a multiple of its size. On a CPU, unaligned accesses cost the same.
 template <int N, class T>
 KERNEL_FN Pack<Sum<T>, N> load(const T* from, [[maybe_unused]] bool aligned) {
 #ifndef PACKS_ARE_VECTORS
@@ -226,7 +225,7 @@ KERNEL_FN void store(T* to, Pack<A, N> p, [[maybe_unused]] bool aligned) {
     Aligned<T, N> chunk;
     store(chunk.value, p);
 #ifdef __CUDA_ARCH__
-    if constexpr (sizeof(chunk) == 16) {  // the assignment below comes out as single stores in some kernels
+    if constexpr (sizeof(chunk) == 16) {  // some kernels would turn the assignment below into single stores
       uint32_t word[4];
       memcpy(word, &chunk, sizeof(word));
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]),
@@ -242,8 +241,8 @@ KERNEL_FN void store(T* to, Pack<A, N> p, [[maybe_unused]] bool aligned) {
   store(to, p);
 }
 
-// Store what nobody reads before much else has been written. PAST_CACHES: a CPU sends aligned packs straight to memory,
-// which it would otherwise read before it overwrites it; `stores_done` has to follow.
+// Store a result that is not read before much else has been written. PAST_CACHES: a CPU sends aligned packs straight to
+// memory, which it would otherwise read before overwriting it; call `stores_done` afterwards.
 template <bool PAST_CACHES, class A, int N, class T>
 KERNEL_FN void store_result(T* to, Pack<A, N> p, bool aligned) {
 #ifdef STORES_PASS_CACHES
@@ -264,7 +263,7 @@ KERNEL_FN void store_some(T* to, Pack<A, N> p, int32_t count) {
   for (int32_t i = 0; i < count; i++) to[i] = narrow<T>(A(p.lane[i]));
 }
 
-// Store a row past the caches, but for what of it shares its cache lines with other rows.
+// Store a row past the caches, except for parts that share a cache line with other rows.
 // pack_at(i): the pack that begins at column i
 template <class T, class PackAt>
 KERNEL_FN void store_row(T* to, int32_t columns, PackAt pack_at) {
@@ -281,7 +280,7 @@ KERNEL_FN void store_row(T* to, int32_t columns, PackAt pack_at) {
   store_part(end, columns);
 }
 
-// Let other threads see what `store_result` has stored past the caches.
+// Make what `store_result` has stored past the caches visible to other threads.
 ALWAYS_INLINE void stores_done() {
 #ifdef STORES_PASS_CACHES
   _mm_sfence();
@@ -342,7 +341,7 @@ KERNEL_FN Pack<A, N> where_within(Pack<A, N> test, A limit, Pack<A, N> yes) {
   return yes;
 }
 
-// Limit to [-limit, limit]; what is not a number stays so.
+// Limit to [-limit, limit]; NaN stays NaN.
 template <class A, int N>
 KERNEL_FN Pack<A, N> clamped(Pack<A, N> p, A limit) {
 #ifdef PACKS_ARE_VECTORS
@@ -354,15 +353,15 @@ KERNEL_FN Pack<A, N> clamped(Pack<A, N> p, A limit) {
   return p;
 }
 
-// Ask for memory some bytes after an address that will be read soon, to be in the second cache, which can wait for more
-// of it at a time than the first. Nothing is read, so it may lie outside an array.
+// Prefetch memory some bytes after an address into the L2 cache, which can have more requests under way than L1.
+// Nothing is read, so the memory may lie outside an array.
 KERNEL_FN void fetch_ahead([[maybe_unused]] const void* address, [[maybe_unused]] uintptr_t bytes) {
 #ifdef PACKS_ARE_VECTORS
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + bytes), 0, 2);
 #endif
 }
 
-// Every second number of low, high: from the first (even) and from the second (odd)
+// Every second number of (low, high): from the first on (even) and from the second on (odd)
 template <class A, int N>
 KERNEL_FN void deinterleave(Pack<A, N> low, Pack<A, N> high, Pack<A, N>& even, Pack<A, N>& odd) {
 #ifdef PACKS_ARE_VECTORS

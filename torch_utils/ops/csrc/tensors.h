@@ -20,13 +20,13 @@ inline Scalar scalar_of(const at::Tensor& x) {
 
 inline at::ScalarType sum_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// The layout that results take: channels_last where x is just that, else the plain one.
+// The layout of results: channels_last only if x is just that, else contiguous.
 inline at::MemoryFormat layout_of(const at::Tensor& x) {
   const bool is_channels_last = x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
   return is_channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// Make one axis of a call; sizes are checked so that 32 bits hold every position on the spread axis.
+// Make one axis of a call; checks that 32 bits hold every position on the spread axis.
 inline Axis axis_of(const char* name, int64_t in, int64_t taps, int64_t up, int64_t down, int64_t before,
                     int64_t after) {
   TORCH_CHECK(up >= 1 && down >= 1, "upfirdn2d: ", name, " factors are ", up, " and ", down, "; expected at least 1");
@@ -42,7 +42,7 @@ inline Axis axis_of(const char* name, int64_t in, int64_t taps, int64_t up, int6
   return {narrow(in), narrow(out), narrow(up), narrow(down), narrow(before), narrow(taps)};
 }
 
-// A call of upfirdn2d with what it reads and writes; taps are for the implementation to add.
+// A call of upfirdn2d with the tensors it reads and writes; the implementation adds the taps.
 struct Upfirdn2dWork {
   Upfirdn2dCall call{};
   at::Tensor x, y;
@@ -74,7 +74,7 @@ inline Upfirdn2dWork upfirdn2d_work(const at::Tensor& x, const at::Tensor& f, at
   return work;
 }
 
-// A call of bias_act with what it reads and writes. The arrays share one dense layout, that of `like`.
+// A call of bias_act with the tensors it reads and writes. All have the dense layout of `like`.
 struct BiasActWork {
   BiasActCall call{};
   at::Tensor x, b, out, dy, ddx, y;

@@ -8,20 +8,20 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kRowsPerThread = 4;
 
-// Blocks of a multiprocessor, at least: leaves registers enough to spill none.
+// Blocks per multiprocessor, at least: leaves enough registers to avoid spills.
 template <class T>
 constexpr int kBlocks = sizeof(Sum<T>) == 8 ? 1 : 2;
 constexpr int kChunk = 32;   // channels of a tile
-constexpr int kPixels = 16;  // columns of a tile of so many channels
+constexpr int kPixels = 16;  // columns of a tile of kChunk channels
 
-// How many rows of threads, each with so many bytes of shared memory, a block of at most 256 threads has: a power of 2.
+// The rows of threads in a block of at most 256 threads, given the bytes of shared memory per row: a power of 2.
 constexpr int rows_of_threads(int nx, int bytes) {
   int ny = 256 / nx;
   while (ny > 1 && ny * bytes > 40960) ny /= 2;
   return ny;
 }
 
-// A tile of NX * kLanes * up columns; NX * NY threads, each ty at one row at a time.
+// A tile has NX * kLanes * up columns and NX * NY threads; each ty computes one row at a time.
 template <class K, class T, int NX, int NY>
 __global__ void __launch_bounds__(NX * NY, kBlocks<T>) upfirdn2d_kernel(Upfirdn2dCall call, int64_t rows, int64_t tiles,
                                                            int32_t tiles_across) {
@@ -103,7 +103,7 @@ void launch(const Upfirdn2dCall& call, cudaStream_t stream) {
   const bool ran = with_kind(call, [&](auto kind) {
     using K = decltype(kind);
     if (call.channels > 1) return launch_channels<K, T>(call, stream);
-    // Narrow images leave no thread of a row without work.
+    // In narrow images too, every thread of a row has work.
     if (call.horizontal.out <= 8 * kLanes * K::up) return launch_rows<K, T, 8>(call, stream);
     return launch_rows<K, T, 32>(call, stream);
   });

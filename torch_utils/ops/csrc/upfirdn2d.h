@@ -1,21 +1,21 @@
-// Resample and filter rows of images: the kernel bodies of upfirdn2d, for any block context.
+// The kernel bodies of upfirdn2d, for any block context: resample and filter rows of images.
 //
-// A tile is a few rows of the result, or of a column range of it. Each row is made in two stages: what its vertical taps
-// meet is gathered into a buffer (filtered at once where the filter is an outer product), with zeros where the image
-// ends; then the buffer is filtered horizontally. No multiplication meets an inserted zero: of each phase of the spread
-// image only the taps that fall on samples are read.
+// A tile is a few rows of the result, or of a column range of it. Each row is computed in two stages. First the image
+// rows that its vertical taps meet are gathered into a buffer (and filtered, if the filter is an outer product), with
+// zeros outside the image. Then the buffer is filtered horizontally. Inserted zeros are not multiplied: of each phase,
+// only the taps that fall on samples are read.
 #pragma once
 #include "block.h"
 #include "calls.h"
 
 namespace ops {
 
-constexpr int kMostTaps = 32;  // of filters whose size is known at run time only; beyond, upfirdn2d_anything
+constexpr int kMostTaps = 32;  // in filters whose size is known only at run time; larger ones take upfirdn2d_anything
 
-constexpr int kAhead = 4096;   // bytes, what a CPU is asked to fetch in time
+constexpr int kAhead = 4096;   // bytes that a CPU prefetches
 
-// What a fast body is made for: the same factors and number of taps along both axes.
-// TAPS: 0 is up to kMostTaps.  FULL: the filter is no outer product.
+// What a fast body is compiled for: the same factors and number of taps along both axes.
+// TAPS: 0 means up to kMostTaps.  FULL: the filter is not an outer product.
 template <int UP, int DOWN, int TAPS, bool FULL>
 struct Kind {
   static constexpr int up = UP, down = DOWN, taps = TAPS, most_taps = TAPS ? TAPS : kMostTaps;
@@ -23,7 +23,7 @@ struct Kind {
   static constexpr int buffer_rows = FULL ? most_taps : 1;
   static constexpr int tap_count = FULL ? most_taps * most_taps : 2 * most_taps;
 
-  // Columns that a buffer needs for so many columns of the result: a multiple of `down`.
+  // Columns that a buffer needs for a number of result columns: a multiple of `down`.
   static constexpr int buffer_columns(int columns, int lanes) {
     return ((columns * DOWN + most_taps + UP - 1) / UP + 2 * DOWN * lanes + 2 + DOWN - 1) / DOWN * DOWN;
   }
@@ -44,7 +44,7 @@ struct Reach {
   int32_t first, tap, count;
 };
 
-// UP: the factor where it is known, 0 where it is not
+// UP: the factor, or 0 if it is known only at run time
 template <int UP>
 KERNEL_FN Reach reach_of(Axis axis, int32_t j) {
   const int32_t up = UP ? UP : axis.up;
@@ -56,7 +56,7 @@ KERNEL_FN Reach reach_of(Axis axis, int32_t j) {
   return reach;
 }
 
-// Copy the taps in the order in which they meet the image, the gain in one of the factors. Followed by a sync.
+// Copy the taps in the order in which they meet the image, with the gain in one of the factors. A sync must follow.
 template <class K, class A, class Block>
 KERNEL_FN void load_taps(Block b, Upfirdn2dCall c, A* taps) {
   const int32_t kx = c.horizontal.taps, ky = c.vertical.taps;
@@ -72,7 +72,7 @@ KERNEL_FN void load_taps(Block b, Upfirdn2dCall c, A* taps) {
   }
 }
 
-// Filter LANES neighbours along the other axis. N: number of rows, 0 where only `count` knows.
+// Filter LANES neighbors along the other axis. N: number of rows, or 0 if only `count` gives it.
 template <int N, int LANES, int STEP, class T, class A>
 KERNEL_FN Pack<A, LANES> weighted(const T* from, int64_t pitch, const A* taps, int32_t count, bool aligned) {
   Pack<A, LANES> sum = filled<A, LANES>(0);
@@ -90,14 +90,14 @@ KERNEL_FN void gather(Block b, const T* rows, int64_t width, const A* taps, int3
                       int32_t origin, bool aligned, A* buffer, int32_t pitch) {
   constexpr int lanes = Block::lanes, block = lanes * K::down;
   const int32_t whole = lo + (hi - lo) / block * block;
-  A own[N ? N : 1];  // out of reach of the stores
+  A own[N ? N : 1];  // which the stores cannot alias
   for (int q = 0; q < N; q++) own[q] = taps[q * STEP];
   const auto sum_at = [&](int32_t col) {
     if constexpr (N > 0) return weighted<N, lanes, 1>(rows + col, width, own, count, aligned);
     if constexpr (N == 0) return weighted<0, lanes, STEP>(rows + col, width, taps, count, aligned);
   };
   for (int32_t col = lo + b.tx() * block; col < whole; col += b.nx * block) {
-    // As many rows begin for a row of the result, and a CPU's own guesses do not go on from one row to the next.
+    // `down` image rows are new for each row of the result; a CPU's own prefetching does not go on to the next row.
     for (int q = 1; q <= K::down; q++) fetch_ahead(rows + (count - q) * width + col, kAhead);
     if constexpr (K::down == 1) {
       store(buffer + (col - origin), sum_at(col));
@@ -114,7 +114,7 @@ KERNEL_FN void gather(Block b, const T* rows, int64_t width, const A* taps, int3
   }
 }
 
-// First stage of one row of the result: its image rows filtered into one buffer row, or copied into one each (FULL).
+// First stage of one row of the result: filter its image rows into one buffer row, or copy each into its own (FULL).
 template <class K, class T, class A, class Block>
 KERNEL_FN void gather_row(Block b, Upfirdn2dCall c, const T* x, RowWalk walk, const A* taps, int32_t lo, int32_t hi,
                           int32_t origin, bool aligned, A* buffer, int32_t pitch) {
@@ -203,11 +203,11 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
       store_result<Block::past_caches>(to + first + o + lanes, high, aligned);
     }
   }
-  if constexpr (K::up == 1 && Block::nx == 1) {  // where a pack takes no longer than a number
+  if constexpr (K::up == 1 && Block::nx == 1) {  // a pack takes no longer than a number
     if (cols < lanes) {
       store_some(to + first, sum_at(0), cols);
     } else if (whole < cols) {
-      store(to + first + cols - lanes, sum_at(cols - lanes));  // some of them once more
+      store(to + first + cols - lanes, sum_at(cols - lanes));  // some of them again
     }
     return;
   }
@@ -222,8 +222,8 @@ KERNEL_FN void scatter(Block b, Axis axis, const A* buffer, int32_t pitch, int32
   }
 }
 
-// NCHW: rows [first_row, first_row + rows) of all planes in a row, columns [first, first + cols). `first` is a multiple
-// of the up factor. Shared by the block: taps [K::tap_count], after load_taps and a sync; buffer [ny, Block::rows,
+// NCHW: rows [first_row, first_row + rows) over all planes, columns [first, first + cols). `first` is a multiple of the
+// up factor. Shared by the block: taps [K::tap_count], after load_taps and a sync; buffer [ny, Block::rows,
 // K::buffer_rows, pitch], where pitch is K::buffer_columns(most columns, lanes).
 template <class K, class T, class Block>
 KERNEL_FN void upfirdn2d_tile(Block b, Upfirdn2dCall c, int64_t first_row, int32_t rows, int32_t first, int32_t cols,
@@ -269,7 +269,7 @@ KERNEL_FN void upfirdn2d_tile(Block b, Upfirdn2dCall c, int64_t first_row, int32
 }
 
 // channels_last: columns [first, first + cols) of rows [first_row, first_row + rows), channels [from, from + channels).
-// The buffer is [ny, K::buffer_rows, K::buffer_columns(most columns, 1), CHUNK]; channels is CHUNK at most.
+// The buffer is [ny, K::buffer_rows, K::buffer_columns(most columns, 1), CHUNK]; channels is at most CHUNK.
 template <class K, int CHUNK, class T, class Block>
 KERNEL_FN void upfirdn2d_channels_tile(Block b, Upfirdn2dCall c, int64_t first_row, int32_t rows, int32_t first,
                                        int32_t cols, int32_t from, int32_t channels, const Sum<T>* taps,

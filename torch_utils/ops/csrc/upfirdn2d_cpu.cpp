@@ -5,19 +5,19 @@
 namespace ops::CPU_LEVEL {
 namespace {
 
-constexpr int kColumns = 512;    // of a tile: its buffer and a few rows of the image fit in the first cache
+constexpr int kColumns = 512;    // of a tile: its buffer and a few image rows fit in the L1 cache
 constexpr int kChunk = 64;       // channels of a tile
-constexpr int kPixels = 16;      // columns of a tile of so many channels
+constexpr int kPixels = 16;      // columns of a tile of kChunk channels
 
 constexpr int kLongRow = 256;    // columns
 
-constexpr int kRows = 8;         // gathered before they are filtered: what was just stored is slow to load
+constexpr int kRows = 8;         // gathered before they are filtered, because what was just stored is slow to load
 
 template <class T, bool PAST_CACHES = false>
 using Block = SerialBlock<32 / sizeof(Sum<T>), kRows, PAST_CACHES>;
 
-// Whether a format has a body of its own for a kind: those that training meets. All others are rare, and left to
-// upfirdn2d_anything: each body takes a part of a second to compile.
+// Whether a format has a body of its own for a kind: those that training uses do. All others are rare and take
+// upfirdn2d_anything, because each body takes a part of a second to compile.
 template <class K, class T>
 constexpr bool has_body() {
   const bool is_float = sizeof(T) == sizeof(float);
@@ -44,7 +44,7 @@ template <class K, class T>
 void rows_of(const Upfirdn2dCall& call, int64_t begin, int64_t end) {
   if constexpr (kPassesCaches && sizeof(T) == sizeof(float) && K::taps == 4) {
     const int64_t width = call.horizontal.out, pixels = width * call.vertical.out;
-    // Short rows are written too slowly for memory to be the limit, and odd ones share their cache lines.
+    // Short rows are written too slowly for memory to be the limit, and rows of odd length share cache lines.
     if (width >= kLongRow && call.planes * pixels * static_cast<int64_t>(sizeof(T)) >= kPastCaches) {
       return rows_into<K, true, T>(call, begin, end);
     }
