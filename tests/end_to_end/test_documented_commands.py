@@ -1,4 +1,4 @@
-"""Run every command that README.md and docs/*.md print, as a shell would, on small data."""
+"""Run every command that README.md and docs/*.md print, as a shell would, on small data; follow their links."""
 
 import csv
 import os
@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ NOT_RUN = {
     "make demo": "tests/end_to_end/test_demo.py runs it, shortened",
     "make test": "runs these tests",
     "make lint": ".ci/run runs it",
+    "python -m venv .venv": "as make setup",
+    'pip install -e ".[dev]"': "as make setup",
     "scripts/gpu_acceptance.sh": "builds the CUDA operators and takes many minutes",
     "python -m torch_utils.ops.build --kind=cuda":
         "compiles for minutes; tests/torch_utils/ops/test_cuda_library.py does it",
@@ -164,8 +167,8 @@ def make_files(folder, document):
         make_isic2020(folder)
         make_isic2019(folder)
     if document == "README.md":
-        (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
         return
+    (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
     for name in ("N.safetensors", "network-snapshot-001000.safetensors",
                  "runs/00007-isic256/network-snapshot-000200.safetensors"):
@@ -196,12 +199,13 @@ def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
         synthetic = ImageSet(tmp_path / "isic-synthetic.zip")
         assert synthetic.classes == ["benign", "malignant"]
         assert np.bincount(synthetic.labels).tolist() == [12, 12]
-        check_python_blocks(tmp_path, variables)
+    if document == "docs/python.md":
+        check_python_blocks(document, tmp_path, variables)
 
 
-def check_python_blocks(folder, variables):
-    """Run the README's Python, on the network that its command converted and on images drawn at random."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", read("README.md"), flags=re.DOTALL | re.MULTILINE)
+def check_python_blocks(document, folder, variables):
+    """Run a document's Python, on the network that its command converted and on images drawn at random."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", read(document), flags=re.DOTALL | re.MULTILINE)
     drawn = "reals, labels = torch.rand(16, 3, 32, 32) * 2 - 1, torch.eye(2).repeat(8, 1)\n"
     blocks[1] = "import torch\n" + re.sub(r"^reals, labels = \.\.\..*\n", drawn, blocks[1], flags=re.MULTILINE)
     checks = ["assert img.shape == (4, 3, 32, 32) and img.abs().mean() > 0\n",
@@ -217,8 +221,36 @@ def test_commands_that_are_not_run_are_still_printed_and_possible():
     assert set(NOT_RUN) <= printed
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in NOT_RUN:
-        program = command.split()
+        program = shlex.split(command)
         if program[0] == "make":
             assert program[1] in targets
+        elif program[0] == "pip":
+            extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+            assert re.fullmatch(r"\.\[(.*)\]", program[-1])[1] in extras
         elif "-m" not in program:
             assert (ROOT / program[program[0] == "python"]).is_file()
+
+
+def anchors_of(document):
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", read(document), flags=re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_a_document_lead_to_files_and_headings(document):
+    text = re.sub(r"^```python\n.*?^```$", "", read(document), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        path, _, anchor = "".join(link).partition("#")
+        if path.startswith(("https://", "docs/images/")):
+            continue
+        target = (ROOT / document).parent / path if path else ROOT / document
+        if not target.exists() or (anchor and anchor not in anchors_of(target.relative_to(ROOT))):
+            broken.append("".join(link))
+    assert broken == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[a-z]+\.md)", read("README.md")))
+    assert linked == set(DOCUMENTS[1:])
