@@ -1,10 +1,9 @@
-"""Arrays of images as sources, read row by row: MedMNIST's npz, MNIST's idx files and the CIFAR-10 python archive."""
+"""Read image arrays row by row: MedMNIST's npz files, MNIST's idx files and the CIFAR-10 python archive."""
 
 import gzip
 import io
 import math
 import os
-import pickle
 import re
 import struct
 import tarfile
@@ -19,16 +18,18 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.files import iterate_retrying, retrying, unpack_advice
+from dnnlib.restricted_pickle import Call, PickleRefused
+from dnnlib.restricted_pickle import load as load_pickle
 from imagesets.classes import MAX_CLASSES
 from imagesets.folders import Source
 from imagesets.reader import image_suffixes
 
 _SPLITS = ("train", "val", "test")
-# What reading a damaged file raises: OSError for a place outside of it, too.
+# What reading a damaged file raises (OSError: for a position outside the file).
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
-_MAX_RATIO = 1032  # what gzip can shorten data by at most (zlib's technical notes)
-# The classes of MedMNIST's 2D sets by number (Yang et al. 2023, "MedMNIST v2"), in the words of the package medmnist,
-# but for commas, which options take for the end of a name; DermaMNIST's, which are HAM10000's, in those of its table.
+_MAX_RATIO = 1032  # gzip's highest compression ratio (zlib's technical notes)
+# Class names of MedMNIST's 2D sets by number (Yang et al. 2023, "MedMNIST v2"), as in the package medmnist but without
+# commas, which separate names in options. DermaMNIST's are those of HAM10000's table.
 _ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left",
            "lung-right", "pancreas", "spleen")
 _MEDMNIST = {
@@ -49,17 +50,20 @@ _MEDMNIST = {
                     "Thick Ascending Limb"),
 }
 _MEDMNIST_COLOR = {"bloodmnist", "dermamnist", "pathmnist", "retinamnist"}
-_MEDMNIST_FINDINGS = {"chestmnist"}  # several of an image, or none
-_MEDMNIST_FILE = re.compile(r"([a-z]+)(?:_(?:64|128|224))?(?: ?\(\d+\))?\.npz")  # (1): of a browser, downloaded twice
-_IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # uint8, three dimensions and one
+_MEDMNIST_FINDINGS = {"chestmnist"}  # an image can have several, or none
+_MEDMNIST_FILE = re.compile(r"([a-z]+)(?:_(?:64|128|224))?(?: ?\(\d+\))?\.npz")  # (1): a second download
+_IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # uint8 with three dimensions, and with one
 _BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
 _CIFAR_CLASSES = 10
 _CIFAR_SIDE = 32
-_MAX_BATCH_BYTES = 64 << 20  # twice what the archive has
+_CIFAR_BYTES = 3 * _CIFAR_SIDE**2  # of an image
+_CIFAR_NAMES = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+                "numpy.dtype")
+_MAX_BATCH_BYTES = 64 << 20  # twice the size of a batch
 _DAMAGED_CIFAR = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError)
 
 
-# MedMNIST, and what all kinds share
+# MedMNIST, and what all formats share
 
 
 def open_npz(path: Path, split: str) -> Source:
@@ -79,7 +83,7 @@ def open_npz(path: Path, split: str) -> Source:
     for member in images:
         _check_images(path, member)
     if len({(member.shape[1:], member.dtype) for member in images}) > 1:
-        raise UserError(f"{path}: the images of {', '.join(chosen)} differ in shape or type; choose one by --split")
+        raise UserError(f"{path}: the images of {', '.join(chosen)} differ in shape or type; choose one with --split")
     left_out = {name: members[f"{name}_images"].shape[0] for name in present if name not in chosen}
     height, width = images[0].shape[1:3]
     names = [name for part, member in zip(chosen, images) for name in _numbered_names(part, member.shape[0])]
@@ -156,7 +160,7 @@ def _list_arrays(path: Path) -> dict[str, _Member]:
         if dtype.hasobject or (fortran and len(shape) > 1):
             what = "Python objects" if dtype.hasobject else "columns in place of rows (Fortran order)"
             raise UserError(f"{path}: {name} holds {what}; expected plain numbers: save the array again")
-        # Asked here, since a damaged header may promise more rows than there is memory for their names.
+        # Checked here because a damaged header can declare more rows than there is memory for their names.
         if math.prod(shape) * dtype.itemsize > size:
             raise UserError(f"{path}: {name} is cut off; download it again")
     return {name: _Member(name=name, shape=shape, dtype=dtype) for name, (_, shape, _, dtype) in found.items()}
@@ -189,13 +193,13 @@ def _read_labels(path: Path, members: dict[str, _Member], chosen: Sequence[str])
             if (member is None or member.shape[:1] != (count,) or len(member.shape) > 2
                     or member.dtype.kind not in "iufb"):
                 found = "missing" if member is None else f"{member.dtype} {list(member.shape)}"
-                raise UserError(f"{path}: {name}_labels is {found}; expected {count} rows of numbers, one an image")
+                raise UserError(f"{path}: {name}_labels is {found}; expected {count} rows of numbers, one per image")
             with archive.open(f"{member.name}.npy") as file:
                 _read_header(file)
                 rows = _rows(path, file, member.shape, member.dtype, np.ones(count, dtype=bool))
                 parts.append(np.array(list(rows)).reshape(count, -1))
     if len({part.shape[1] for part in parts}) > 1:
-        raise UserError(f"{path}: the labels of {', '.join(chosen)} differ in length; choose one by --split")
+        raise UserError(f"{path}: the labels of {', '.join(chosen)} differ in length; choose one with --split")
     return _tidy_labels(path, np.concatenate(parts))
 
 
@@ -216,7 +220,7 @@ def _tidy_labels(path: Path, labels: np.ndarray) -> np.ndarray:
 def _known_classes(path: Path, members: dict[str, _Member], present: Sequence[str]) -> list[str] | None:
     """Return the names of the classes of a file of MedMNIST; None where file name, channels and labels do not all fit.
 
-    present: the splits; all their labels count, since a part may lack a class, and others may have been numbered anew
+    present: all splits of the file; the labels of each are checked, because one split can lack a class
     """
     name = _medmnist_name(path)
     if name is None or {_channels(members[f"{split}_images"].shape[1:]) for split in present} != {
@@ -224,7 +228,7 @@ def _known_classes(path: Path, members: dict[str, _Member], present: Sequence[st
         return None
     try:
         labels = _read_labels(path, members, present)
-    except UserError:  # of a split that nobody asked for
+    except UserError:  # in a split that was not chosen
         return None
     found = np.unique(labels)
     if name in _MEDMNIST_FINDINGS:
@@ -242,12 +246,12 @@ def _medmnist_name(path: Path) -> str | None:
 def _why_unnamed(path: Path, are_classes: bool) -> str:
     name = _medmnist_name(path)
     if name is None:
-        what = f"{path.name} is not named as a file of MedMNIST v2, such as dermamnist.npz or dermamnist_64.npz"
+        what = f"{path.name} is not a file name of MedMNIST v2, such as dermamnist.npz or dermamnist_64.npz"
     else:
         colors = "color" if name in _MEDMNIST_COLOR else "gray"
         what = f"{path.name} does not hold the {len(_MEDMNIST[name])} classes of {name} in {colors}"
     advice = '; --merge "nevus=0;..." gives them names' if are_classes else ""
-    return f"{what}: its classes are known by number alone{advice}"
+    return f"{what}: its classes have numbers but no names{advice}"
 
 
 # MNIST
@@ -259,7 +263,7 @@ def open_mnist(path: Path) -> Source:
     Raises UserError when the labels are missing, when either file is damaged, or when their counts differ.
     """
     if "images-idx3" not in path.name:
-        raise UserError(f"--source={path} is no file of images; expected ...-images-idx3-ubyte.gz")
+        raise UserError(f"--source={path} is not a file of images; expected ...-images-idx3-ubyte.gz")
     count, height, width = retrying(lambda: _idx_shape(path, _IDX_IMAGES, 3), path)
     label_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
     if not label_path.is_file():
@@ -295,7 +299,7 @@ def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
     except (*_DAMAGED, struct.error) as error:
         raise UserError(f"{path} cannot be read as a gzip file ({error}); download it again") from error
     if found != magic or 0 in shape:
-        raise UserError(f"{path} is no idx file of uint8 in {dimensions} dimensions; expected MNIST's images and "
+        raise UserError(f"{path} is not a {dimensions}-dimensional idx file of uint8; expected MNIST's images and "
                         "labels")
     if math.prod(shape) > _MAX_RATIO * path.stat().st_size:
         raise UserError(f"{path} ends too early; download it again")
@@ -308,7 +312,7 @@ def _idx_shape(path: Path, magic: int, dimensions: int) -> tuple[int, ...]:
 def open_cifar(path: Path, split: str) -> Source:
     """Open cifar-10-python.tar.gz. Raises UserError when members are missing, damaged, or not what is expected."""
     if split == "val":
-        raise UserError(f"{path.name} (CIFAR-10) has no part val; --split can be train, test or all")
+        raise UserError(f"{path.name} (CIFAR-10) has no val split; --split can be train, test or all")
     chosen = tuple(_BATCHES) if split == "all" else (split,)
     members = [member for part in chosen for member in _BATCHES[part]]
     classes, labels, counts = retrying(lambda: _read_cifar_labels(path, members), path)
@@ -346,7 +350,7 @@ def _read_cifar_labels(path: Path, members: Sequence[str]) -> tuple[list[str] | 
             classes = _load(path, name, data).get("label_names")
             if not (isinstance(classes, list) and len(classes) == _CIFAR_CLASSES
                     and all(isinstance(one, str) for one in classes)):
-                raise UserError(f"{path}: {name} does not hold 10 label_names; expected that of CIFAR-10")
+                raise UserError(f"{path}: {name} does not hold 10 label_names; expected those of CIFAR-10")
         elif any(name in batches for batches in _BATCHES.values()):
             labels[name] = _read_batch(path, name, data)[1]
             counts[name] = len(labels[name])
@@ -383,69 +387,24 @@ def _walk(path: Path, wanted: str | None = None) -> Iterator[tuple[str, bytes]]:
 def _read_batch(path: Path, name: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 [N, 3072] and int64 [N]."""
     content = _load(path, name, data)
-    pixels, labels = _array(content.get("data")), content.get("labels")
-    fits = (pixels is not None and pixels.ndim == 2 and pixels.shape[1] == 3 * _CIFAR_SIDE * _CIFAR_SIDE
-            and isinstance(labels, list) and len(labels) == len(pixels)
-            and all(type(x) is int and 0 <= x < _CIFAR_CLASSES for x in labels))
-    if not fits:
-        raise UserError(f"{path}: {name} does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of "
-                        "CIFAR-10")
-    return pixels, np.array(labels, dtype=np.int64)
+    match content.get("data"), content.get("labels"):
+        case Call(state=(_, tuple((rows, columns)), Call("numpy.dtype", ("u1", *_)), False, pixels)), list(labels) if (
+                isinstance(pixels, (str, bytes))):
+            if isinstance(pixels, str):  # Python 2 had one type for text and bytes
+                pixels = pixels.encode("latin-1", "ignore")  # without other characters the length does not fit
+            if (columns == _CIFAR_BYTES and rows == len(labels) and len(pixels) == rows * columns
+                    and all(type(label) is int and 0 <= label < _CIFAR_CLASSES for label in labels)):
+                return np.frombuffer(pixels, np.uint8).reshape(rows, columns), np.array(labels, dtype=np.int64)
+    raise UserError(f"{path}: {name} does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of "
+                    "CIFAR-10")
 
 
 def _load(path: Path, name: str, data: bytes) -> dict[str, Any]:
     try:
-        content = _ArrayUnpickler(io.BytesIO(data), encoding="latin-1").load()
-    except Exception as error:  # a damaged or hostile stream can raise anything
-        raise UserError(f"{path}: {name} cannot be read ({type(error).__name__}: {error}); expected the pickles of "
-                        "CIFAR-10: download it again") from error
+        content = load_pickle(io.BytesIO(data), _CIFAR_NAMES)
+    except PickleRefused as error:
+        raise UserError(f"{path}: {name} cannot be read ({error}); expected the pickles of CIFAR-10: download it "
+                        "again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: {name} holds a {type(content).__name__}; expected the dict of a CIFAR-10 batch")
     return content
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows three names, for which records of ours stand in: nothing of the stream is ever imported or called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {("numpy.core.multiarray", "_reconstruct"): _NewArray, ("numpy._core.multiarray", "_reconstruct"):
-                 _NewArray, ("numpy", "ndarray"): object, ("numpy", "dtype"): _Record}
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed")
-        return known[module, name]
-
-    def persistent_load(self, identifier: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
-class _Record:
-    """What stands for numpy.dtype(code, ...), whose state says nothing of bytes."""
-
-    arguments: tuple = ()
-    state: Any = None
-
-    def __init__(self, *arguments: Any):
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _NewArray(_Record):
-    """What stands for an array: filled by the state (version, shape, type, Fortran order, bytes)."""
-
-
-def _array(record: Any) -> np.ndarray | None:
-    """Return the uint8 array of a record, None when it is something else."""
-    state = record.state if isinstance(record, _NewArray) else None
-    if not isinstance(state, tuple) or len(state) != 5:
-        return None
-    _, shape, dtype, fortran, data = state
-    if isinstance(data, str):  # Python 2 had one type for text and bytes
-        data = data.encode("latin-1")
-    if type(dtype) is not _Record or dtype.arguments[:1] != ("u1",) or fortran or not isinstance(data, bytes):
-        return None
-    if not isinstance(shape, tuple) or not all(type(x) is int and x >= 0 for x in shape):
-        return None
-    pixels = np.frombuffer(data, dtype=np.uint8)
-    return pixels.reshape(shape) if pixels.size == math.prod(shape) else None

@@ -1,15 +1,44 @@
-"""Write pickles in NVIDIA's format, and malicious ones, without the classes that they name.
+"""Write pickles in NVIDIA's format, and hostile ones, without the classes that they name.
 
 The standard pickler only writes names that it can import; this one writes any name, in any protocol from 2 to 5.
 """
 import io
 import pickle
+import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 PLACEHOLDER_SOURCE = "# source of networks.py removed\n"
+
+# Streams that ask for much time or memory, or for a deep stack; none is the file of a network or of CIFAR-10.
+_TERABYTE = (2**40).to_bytes(8, "little")
+BOMBS = {
+    "memo_index": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "memo_doubling": b"\x80\x04)" + b"".join(b"\x94h%c\x86" % number for number in range(200)) + b".",
+    "memo_doubling_key": b"\x80\x04})" + b"".join(b"\x94h%c\x86" % number for number in range(200)) + b"Ns.",
+    "nested_tuples": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
+    "nested_tuples_below_the_limit": b"\x80\x02)" + b"\x85" * 400_000 + b".",
+    "nested_key": b"\x80\x02})" + b"\x85" * 400_000 + b"Ns.",
+    "nested_lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "sets": b"\x80\x04" + b"\x8f" * 3_000_000 + b".",
+    "colliding_keys": b"\x80\x02}(" + b"".join(
+        b"\x8a\x0a" + (number * (2**61 - 1)).to_bytes(10, "little") + b"N" for number in range(160_000)) + b"u.",
+    "bytes": b"\x80\x04\x8e" + _TERABYTE + b"x.",
+    "text": b"\x80\x04\x8d" + _TERABYTE + b"x.",
+    "python2_text": b"\x80\x02T\xff\xff\xff\x7fx.",
+    "frame": b"\x80\x04\x95" + _TERABYTE + b"N.",
+    "bytearray": b"\x80\x05\x96" + _TERABYTE + b"x.",
+    "call_of_bytearray": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + _TERABYTE[:6] + b"\x85R.",
+}
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Let this process allocate `num_bytes` more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes,) * 2)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ import io
 import os
 import pickle
 import re
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,9 @@ from imagesets.convert import convert
 from imagesets.reader import ImageSet
 from imagesets.sources import open_source
 from tests.helpers.make_archives import CIFAR_CLASSES, cifar_pickle, make_cifar, make_idx, make_zip, noise
+from tests.helpers.nvidia_pickle_writer import BOMBS, Call, Name, dumps
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def load_all(source, wanted=None):
@@ -88,7 +94,7 @@ def test_npz_without_labels_has_none(tmp_path):
     ({"train_labels": np.array([{}] * 4)},
      ": train_labels holds Python objects; expected plain numbers: save the array again"),
     ({"train_labels": np.zeros((3, 1))},
-     ": train_labels is float64 [3, 1]; expected 4 rows of numbers, one an image"),
+     ": train_labels is float64 [3, 1]; expected 4 rows of numbers, one per image"),
     ({"train_labels": np.array([[0.5]] * 4)}, ": labels are not all integers >= 0; expected class numbers"),
     ({"train_labels": np.array([[-1]] * 4)}, ": labels are not all integers >= 0; expected class numbers"),
     ({"train_labels": np.full((4, 2), np.nan)}, ": labels are not finite numbers; expected numbers such as 0 and 1")])
@@ -102,7 +108,7 @@ def test_npz_that_does_not_fit_raises(changed, message, tmp_path):
 
 def test_npz_parts_of_different_shape_need_a_split(tmp_path):
     make_npz(tmp_path / "set.npz", val_images=noise(0, 2, 6, 8))
-    with pytest.raises(UserError, match=r"differ in shape or type; choose one by --split$"):
+    with pytest.raises(UserError, match=r"differ in shape or type; choose one with --split$"):
         open_source(tmp_path / "set.npz", split="all")
 
 
@@ -173,6 +179,56 @@ def test_cifar_pickle_that_asks_for_more_is_refused(content, tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["cifar.tar.gz"]
 
 
+def test_cifar_bombs_take_little_time_and_memory(tmp_path):
+    for name, data in BOMBS.items():
+        make_cifar(tmp_path / f"{name}.tar.gz", data_batch_2=data)
+    code = """
+import sys, time
+from pathlib import Path
+from imagesets.sources import open_source
+from tests.helpers.nvidia_pickle_writer import limit_memory
+limit_memory(400 << 20)
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    start = time.process_time()
+    try:
+        open_source(path)
+    except ValueError as error:
+        assert f"{path}: data_batch_2 " in str(error) and "Memory" not in str(error), error
+        assert time.process_time() - start < 10
+        print(path.name, flush=True)
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.split() == sorted(path.name for path in tmp_path.iterdir())
+
+
+def cifar_call(function, arguments, state=None):
+    return dumps({"data": Call(Name(*function.rsplit(".", 1)), arguments, state=state), "labels": [1]}, 2)
+
+
+def cifar_array(shape=(1, 3072), kind=("u1", 0, 1), is_fortran=False, data="\0" * 3072):
+    name = Name("numpy", "ndarray")
+    return cifar_call("numpy.core.multiarray._reconstruct", (name, (0,), "b"), (
+        1, shape, Call(Name("numpy", "dtype"), kind, state=(3, "|", None, None, None, -1, -1, 0)), is_fortran, data))
+
+
+def test_cifar_array_of_the_tests_below_is_read(tmp_path):
+    make_cifar(tmp_path / "cifar.tar.gz", data_batch_2=cifar_array())
+    assert len(open_source(tmp_path / "cifar.tar.gz")) == 13
+
+
+@pytest.mark.parametrize("content", [
+    cifar_call("numpy.ndarray", ((2**20, 2**20),)), cifar_call("numpy.core.multiarray._reconstruct", (2**40,)),
+    cifar_call("numpy.dtype", ("u1", 0, 1)), cifar_array(shape=(2**40, 3072)), cifar_array(shape=(-1, 3072)),
+    cifar_array(shape=(3072, 1)), cifar_array(shape=(1,) * 100), cifar_array(shape=[1, 3072]),
+    cifar_array(kind=("O", 0, 1)), cifar_array(kind=()), cifar_array(is_fortran=True),
+    cifar_array(data=3072), cifar_array(data="\u0100" * 3072), cifar_array(data="x")])
+def test_cifar_call_with_foreign_arguments_is_refused(content, tmp_path):
+    make_cifar(tmp_path / "cifar.tar.gz", data_batch_2=content)
+    with pytest.raises(UserError, match=r": data_batch_2 does not hold data \[N, 3072\] and labels"):
+        open_source(tmp_path / "cifar.tar.gz")
+
+
 @pytest.mark.parametrize(("replaced", "message"), [
     ({"data_batch_3": None},
      "has no member data_batch_3; expected the CIFAR-10 python archive, cifar-10-python.tar.gz: "
@@ -186,7 +242,7 @@ def test_cifar_pickle_that_asks_for_more_is_refused(content, tmp_path, monkeypat
      ": data_batch_3 does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of CIFAR-10"),
     ({"data_batch_3": pickle.dumps({"data": np.zeros((1, 3072)), "labels": [0]})},
      ": data_batch_3 does not hold data [N, 3072] and labels [N] from 0 to 9; expected a batch of CIFAR-10"),
-    ({"batches_meta": b"\x80\x02}."}, ": batches.meta does not hold 10 label_names; expected that of CIFAR-10")])
+    ({"batches_meta": b"\x80\x02}."}, ": batches.meta does not hold 10 label_names; expected those of CIFAR-10")])
 def test_cifar_that_does_not_fit_raises(replaced, message, tmp_path):
     path = tmp_path / "cifar.tar.gz"
     make_cifar(path, **replaced)
@@ -197,7 +253,7 @@ def test_cifar_that_does_not_fit_raises(replaced, message, tmp_path):
 
 def test_cifar_has_no_val_part(tmp_path):
     make_cifar(tmp_path / "cifar.tar.gz")
-    with pytest.raises(UserError, match=r"^cifar\.tar\.gz \(CIFAR-10\) has no part val; --split can be train, test or"):
+    with pytest.raises(UserError, match=r"^cifar\.tar\.gz \(CIFAR-10\) has no val split; --split can be train, test"):
         open_source(tmp_path / "cifar.tar.gz", split="val")
 
 
@@ -240,13 +296,13 @@ def test_mnist_that_does_not_fit_raises(tmp_path):
     path, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
     with pytest.raises(UserError, match=r"holds 3 labels; expected 5, one for each image in train-images-idx3-"):
         open_source(path)
-    with pytest.raises(UserError, match=r"is no file of images; expected \.\.\.-images-idx3-ubyte\.gz$"):
+    with pytest.raises(UserError, match=r"is not a file of images; expected \.\.\.-images-idx3-ubyte\.gz$"):
         open_source(labels)
     labels.unlink()
     with pytest.raises(UserError, match=r"labels-idx1-ubyte.gz does not exist; expected the labels beside the images$"):
         open_source(path)
     make_idx(labels, noise(0, 5, 2))
-    with pytest.raises(UserError, match=r"is no idx file of uint8 in 1 dimensions; expected MNIST's images and"):
+    with pytest.raises(UserError, match=r"is not a 1-dimensional idx file of uint8; expected MNIST's images and"):
         open_source(path)
 
 
@@ -310,9 +366,9 @@ def test_medmnist_findings_of_the_chest_are_named_columns(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "changed", "why"), [
-    ("dermamnist_corrected_28.npz", {}, "dermamnist_corrected_28.npz is not named as a file of MedMNIST v2, such as "
+    ("dermamnist_corrected_28.npz", {}, "dermamnist_corrected_28.npz is not a file name of MedMNIST v2, such as "
                                         "dermamnist.npz or dermamnist_64.npz"),
-    ("dermamnist.npz", {"train_labels": np.arange(7)[:, None] % 2}, None),  # two classes, numbered anew
+    ("dermamnist.npz", {"train_labels": np.arange(7)[:, None] % 2}, None),  # two classes with other numbers
     ("dermamnist.npz", {"train_labels": np.arange(7)[:, None] + 1}, None),
     ("dermamnist.npz", {"test_labels": None}, None),
     ("dermamnist.npz", {"train_labels": np.eye(7)}, None),
@@ -324,7 +380,7 @@ def test_medmnist_file_that_does_not_fit_keeps_its_numbers_and_says_so(name, cha
     assert source.classes is None
     why = why or "dermamnist.npz does not hold the 7 classes of dermamnist in color"
     advice = '; --merge "nevus=0;..." gives them names' if source.labels.ndim == 1 else ""  # --merge takes no lists
-    assert source.hints == [f"{why}: its classes are known by number alone{advice}"]
+    assert source.hints == [f"{why}: its classes have numbers but no names{advice}"]
 
 
 def test_medmnist_class_names_are_in_the_data_set(tmp_path):
