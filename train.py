@@ -18,9 +18,9 @@ from training.snapshot_metrics import Evaluate
 
 
 def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> int:
-    """Run the training, in as many processes as it takes, and return the exit code."""
+    """Run the training, launching the other processes if there are several, and return the exit code."""
     evaluate = make_evaluate(config, settings, dataset.resolution) if config.metrics else None
-    make_ready(torch.device(settings.device).type)  # before others start, so that they find what is built once
+    make_ready(torch.device(settings.device).type)  # before other processes start, so that it is built only once
     if config.gpus > 1 and not Place.from_environment().is_started:
         return launch(config.gpus)
     from training.loop import train as train_here
@@ -29,7 +29,7 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset) -> 
 
 
 def make_evaluate(config: TrainConfig, settings: RunSettings, resolution: int) -> Evaluate:
-    """Return what computes the run's metrics. Raises UserError when they cannot be computed."""
+    """Return the function that computes the run's metrics. Raises UserError if they cannot be computed."""
     check_path_requests(parse_metrics(config.metrics), resolution)
     detectors = needed_detectors(config.metrics, settings.detector, settings.detector_weights)
     if Place.from_environment().rank == 0:

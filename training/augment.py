@@ -1,8 +1,7 @@
 """Augment the images that the discriminator sees (ADA paper: Karras et al. 2020, section 2 and appendix B).
 
-`training.augmentations` has the parts in the order of the work: `draws` decides what happens to each image, `geometry`
-moves images about (appendix B.1), `pixels` changes colors (B.1) and frequency bands (B.2), adds noise and cuts holes
-(B.3).
+`training.augmentations` has the parts, in order: `draws` decides what happens to each image, `geometry` transforms
+images (appendix B.1), `pixels` changes colors (B.1) and frequency bands (B.2), adds noise and cutouts (B.3).
 """
 
 import torch
@@ -27,9 +26,9 @@ from training.augmentations.pixels import (
 class AugmentPipe(torch.nn.Module):
     """Apply random augmentations, each with probability strength * p; differentiable in the images to any order.
 
-    Keyword arguments are the fields of AugmentStrengths; what is not named stays off. `p` is a buffer, 1 at first, that
-    training adapts; it stays on the host. `init_kwargs` keeps the arguments. Raises ValueError for an unknown name or
-    a value out of range.
+    Keyword arguments are the fields of AugmentStrengths; augmentations that are not given are off. `p` is a buffer,
+    initially 1, that training adapts; it stays on the host. Raises ValueError for an unknown name or a value out of
+    range.
     """
 
     def __init__(self, **strengths):
@@ -45,15 +44,15 @@ class AugmentPipe(torch.nn.Module):
                 generator: torch.Generator | None = None, host_generator: torch.Generator | None = None) -> Tensor:
         """Augment a batch.
 
-        images:           [N, C, H, W] floating point, H and W at least 2; C is 1 or 3 where colors are changed
-        debug_percentile: replaces every draw by this quantile, in (0, 1), and makes every augmentation happen; only the
+        images:           [N, C, H, W] floating point, H and W at least 2; C must be 1 or 3 if colors are changed
+        debug_percentile: replaces every draw by this quantile, in (0, 1), and applies every augmentation; only the
                           pixels of the noise stay random
         generator:        source of all randomness, on any device; None takes PyTorch's own
-        host_generator:   source of what is decided about each image, in place of `generator`; where that is on another
-                          device than the host, its draws have to be waited for
+        host_generator:   used instead of `generator` for the decisions per image, which avoids synchronizing with the
+                          device
 
         Returns images of the same shape and dtype. Half precision is computed in float32. An image that no
-        augmentation changes comes back bit for bit. Raises ValueError for images of another kind.
+        augmentation changes is returned bit for bit. Raises ValueError for other images.
         """
         if images.ndim != 4 or not images.is_floating_point() or min(images.shape[2:]) < 2 or not len(images):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected floating point [N, C, H, W] "
@@ -66,7 +65,7 @@ class AugmentPipe(torch.nn.Module):
         return self._augment(images.to(dtype), draws, generator).to(images.dtype)
 
     def _apply(self, *args, **kwargs) -> "AugmentPipe":
-        """Move or convert the filters. Decisions are made on the host: p stays there, not to be waited for."""
+        """Move or convert the filters, but not p: decisions are made on the host, without synchronizing."""
         p = self.p
         super()._apply(*args, **kwargs)
         self.p = p

@@ -1,6 +1,6 @@
-"""The command of train.py: from flags to a run that is checked, then described (--dry-run) or started.
+"""The command of train.py: check a run's inputs, then describe the run (--dry-run) or start it.
 
-Data set, --valid and --resume are looked through before anything is written.
+The data set, --valid and --resume are checked before anything is written.
 """
 
 import json
@@ -27,7 +27,7 @@ from training.dry_run import describe_run, meta_state
 from training.network_file import find_network, network_files
 from training.options import FLAGS, TrainOptions, resolve
 from training.presets import TRANSFER_NAMES
-from training.run_folder import began_from
+from training.run_folder import find_run_started_from
 from training.sampling import image_weights
 from training.transfer import Transferred, transfer_for
 
@@ -38,17 +38,17 @@ python train.py --outdir=runs --data=isic256.zip --cond=1 --mirror=1
 python train.py --outdir=runs --data=phantom.zip --cfg=tiny --kimg=10
 python train.py --outdir=runs --data=isic256.zip --cond=1 --dry-run
 
-The same command again continues its run where it was stopped, and leaves it alone once it is finished; with a
-larger --kimg it continues a finished one. BOOL is 1 or 0, true or false, yes or no.
+The same command again continues its run where it stopped. A finished run is left alone, unless --kimg is larger
+than before. BOOL is 1 or 0, true or false, yes or no.
 
 \b
-Exit codes: 0 finished; 1 a fault of the program or a GPU; 2 a mistake in the command or its data; 3 steps
-kept failing; 4 out of memory (the message says which --batch-gpu continues the run); 75 stopped with a
-state, the same command continues; 76 another process of the run failed.
+Exit codes: 0 finished; 1 the program or a GPU failed; 2 a mistake in the command or its data; 3 training
+steps kept failing; 4 out of memory (the message names a --batch-gpu that continues the run); 75 stopped
+early, the same command continues; 76 another process of the run failed.
 """
 
-# --metrics (None where it was not given), --detector, --detector-weights and --keep-best -> names, a note for the user
-# or None, and what --keep-best means: the fields of a BestValue, or None
+# --metrics (None if not given), --detector, --detector-weights and --keep-best -> names of the metrics, a note for the
+# user or None, and the fields of a BestValue for --keep-best, or None
 ChooseMetrics = Callable[[str | None, str | None, Sequence[str], str | None],
                          tuple[tuple[str, ...], str | None, tuple[str, str, bool] | None]]
 
@@ -58,15 +58,15 @@ _PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that can start: all that is known to go wrong with its inputs was checked."""
+    """A run that can start: its inputs were checked."""
 
     config: TrainConfig
     settings: RunSettings
     dataset: ImageDataset
     device: DeviceChoice
-    warnings: tuple[str, ...]  # of what was chosen for the user; among settings.notes too
-    alerts: tuple[str, ...] = ()  # those of the warnings that standard error shows in any case
-    transferred: Transferred | None = None  # what --resume gives; None without it
+    warnings: tuple[str, ...]  # on choices made for the user; also in settings.notes
+    alerts: tuple[str, ...] = ()  # the warnings that are always shown on standard error
+    transferred: Transferred | None = None  # what is taken from --resume; None without it
 
 
 def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
@@ -74,11 +74,11 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
     """Return the command of train.py.
 
     train:           runs the training, and returns the exit code
-    choose_metrics:  checks what is asked for, or chooses where nothing is; raises UserError
+    choose_metrics:  checks the given metrics, or chooses the default ones; raises UserError
     """
     def callback(dry_run: bool, **flags: Any) -> int:
-        run = prepare(flags, choose_metrics, look_only=dry_run)
-        if Place.from_environment().launcher is None:  # the process that started this one showed them
+        run = prepare(flags, choose_metrics, dry_run=dry_run)
+        if Place.from_environment().launcher is None:  # otherwise the process that started this one has shown them
             for line in run.alerts:
                 click.echo(line, err=True)
         if dry_run:
@@ -95,14 +95,14 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 
 
-def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: bool = False) -> PreparedRun:
-    """Check everything that can be checked before a run starts, and tune the allocator of a CPU for it.
+def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, dry_run: bool = False) -> PreparedRun:
+    """Check everything that can be checked before a run starts, and tune the CPU allocator for it.
 
-    Prints nothing but progress: a run logs the notes of its settings.
+    Prints progress only: a run logs the notes of its settings.
 
-    flags:      values by the names of `training.options.FLAGS`, None where not given
-    look_only:  decode no images for what a network file says of them
-    Raises UserError, one line, where the run could not work; nothing was written then.
+    flags:    values by the names of `training.options.FLAGS`, None if not given
+    dry_run:  do not decode images for the hashes of their pixels
+    Raises UserError, one line, if the run cannot work; nothing is written then.
     """
     place = Place.from_environment()
     options, settings, metrics_note = _parse(flags, choose_metrics, place)
@@ -124,7 +124,7 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
     alerts, transferred = [], None
     if is_main:
         transferred = check_resume_weights(config, dataset)
-        alerts = _look_at_pixels(config, settings, dataset, compute=not look_only)
+        alerts = _check_pixels(config, settings, dataset, compute=not dry_run)
 
     warnings = tuple(line for line in (metrics_note, resume_note, valid_note, *alerts) if line is not None)
     notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
@@ -135,10 +135,11 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, look_only: 
 
 def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
            place: Place) -> tuple[TrainOptions, RunSettings, str | None]:
-    """Sort flags into options and settings; return also a note on metrics."""
+    """Sort flags into options and settings; also return a note on metrics, or None."""
     for name in ("outdir", "data"):
         if not flags.get(name):
-            raise UserError(f"--{name} is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help")
+            raise UserError(f"--{name} is missing; expected both --outdir and --data, such as --outdir=runs "
+                            "--data=isic256.zip: see --help")
     metrics, note, best = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"],
                                          flags["keep_best"])
     started = place.processes(flags["gpus"]) if place.is_started else flags["gpus"]
@@ -147,16 +148,16 @@ def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
     options = TrainOptions(**{field.name: changed.get(field.name, flags[field.name]) for field in fields(TrainOptions)})
     if best is not None:
         best = BestValue(**dict(zip([field.name for field in fields(BestValue)], best, strict=True)))
-    precision = "auto" if options.fp32 is None else "fp32" if options.fp32 else "fp16"  # where --precision is not given
+    precision = "auto" if options.fp32 is None else "fp32" if options.fp32 else "fp16"  # if --precision is not given
     given = {**flags, "precision": options.precision or precision, "keep_best": best}
     settings = RunSettings(**{field.name: given[field.name] for field in fields(RunSettings) if field.name in given})
     return options, settings, note
 
 
 def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) -> tuple[ImageDataset, str | None]:
-    """Open what is trained on; with `thorough` look at all images, at --balance and at --valid.
+    """Open the training data; with `thorough` check all images, --balance and --valid.
 
-    Return also a note on the labels of --valid, or None.
+    Also return a note on the labels of --valid, or None.
     """
     choice = config.dataset
     dataset = ImageDataset(settings.data, use_labels=choice.use_labels, xflip=choice.xflip, max_size=choice.max_size,
@@ -170,9 +171,8 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
     return dataset, None
 
 
-def _look_at_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *,
-                    compute: bool) -> list[str]:
-    """Find out which images are trained on; compare them with --valid, and return warnings about that."""
+def _check_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, compute: bool) -> list[str]:
+    """Hash the pixels of the training images, compare them with --valid, and return warnings about overlap."""
     workers = max(min(config.num_workers, usable_cores()), 1)
     if compute:
         dataset.pixel_hashes(workers=workers)
@@ -182,15 +182,15 @@ def _look_at_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDa
 
 
 def check_images(dataset: ImageDataset) -> None:
-    """Raise UserError, naming the first, unless all images are of one size and kind, by what their headers say."""
+    """Raise UserError for the first image that differs from the others in size or channels, judged by its header."""
     channels, height, width = dataset.image_shape
     for index, header in enumerate(_headers(dataset)):
         if header != (width, height, channels):
-            dataset[index]  # says what is wrong with it
+            dataset[index]  # raises the error
 
 
 def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
-    """Yield width, height and channels of each image, None where they cannot be told; pixels are not decoded."""
+    """Yield width, height and channels of each image, None for an unreadable one; pixels are not decoded."""
     with ExitStack() as stack:
         if dataset.path.is_file():
             opened = stack.enter_context(retrying(lambda: zipfile.ZipFile(dataset.path), dataset.path)).open
@@ -207,32 +207,32 @@ def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
 
 
 def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
-    """Raise UserError unless a discriminator for `dataset` can judge the images of --valid, others than its own.
+    """Raise UserError unless --valid is another data set that a discriminator for `dataset` can score.
 
-    Return a line where the labels of the two cannot be matched by name.
+    Return a note if the labels of the two cannot be matched by name.
     """
     flag = f"--valid={valid.path}"
     if valid.path.resolve() == dataset.path.resolve():
-        raise UserError(f"{flag} is the data set of --data itself; expected images that are not learned from")
+        raise UserError(f"{flag} is the data set of --data itself; expected images that are not trained on")
     if valid.image_shape != dataset.image_shape:
         raise UserError(f"{flag} is {describe_shape(valid.image_shape)}; expected "
-                        f"{describe_shape(dataset.image_shape)}, as --data")
+                        f"{describe_shape(dataset.image_shape)}, as in --data")
     if dataset.use_labels and valid.label_dim != dataset.label_dim:
-        raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as --data: "
+        raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as in --data: "
                         "convert both with dataset_tool.py and the same --classes")
     if dataset.use_labels and valid.label_kind != dataset.label_kind:
-        raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as --data")
+        raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as in --data")
     check_images(valid)
     if dataset.use_labels and (valid.label_names is None) != (dataset.label_names is None):
         nameless = flag if valid.label_names is None else f"--data={dataset.path}"
-        return f"{nameless} does not name its classes; those of --valid are taken by number"
+        return f"{nameless} does not name its classes; those of --valid are matched by number"
     return None
 
 
 def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> list[str]:
-    """Raise UserError where an image of --valid is learned from; return lines on what else may hide overfitting.
+    """Raise UserError if an image of --valid is also trained on; return warnings on other causes of hidden overfitting.
 
-    compute:  decode images whose pixels are not known yet, in `workers` processes; otherwise equal files are found
+    compute:  decode images whose pixel hashes are not recorded, in `workers` processes; False compares files instead
     """
     flag = f"--valid={valid.path}"
     if compute:
@@ -240,30 +240,30 @@ def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool,
     else:
         hashes = valid.known_pixel_hashes(), dataset.known_pixel_hashes()
     equal = equal_images(*((valid.checksums(), dataset.checksums()) if None in hashes else hashes))
-    advice = "keep a part of one data set out of the training with dataset_tool.py split"
+    advice = "hold out part of one data set with dataset_tool.py split"
     if equal:
         mine, theirs = equal[0]
-        raise UserError(f"{flag}: {len(equal)} of {valid.num_images} images are in --data={dataset.path} too, such as "
-                        f"{valid.image_names()[mine]}, which is {dataset.image_names()[theirs]} there (order, labels "
-                        f"and mirroring aside); expected images that are not learned from: {advice}")
+        raise UserError(f"{flag}: {len(equal)} of {valid.num_images} images are also in --data={dataset.path}, such as "
+                        f"{valid.image_names()[mine]}, which is {dataset.image_names()[theirs]} there (apart from "
+                        f"order, labels and mirroring); expected images that are not trained on: {advice}")
     known = set(dataset.named_groups()) - {None}
     shared = [group for group in valid.named_groups() if group in known]
     lines = []
     if None in hashes:
-        lines.append(f"{flag} is compared with --data by its files only, for their pixels are not recorded; training "
-                     "decodes all, and refuses equal images in files that differ")
+        lines.append(f"{flag} is compared with --data file by file only, since pixel hashes are not recorded; training "
+                     "decodes all images, and rejects equal images in different files")
     if not shared:
         return lines
     groups = list(dict.fromkeys(shared))
-    return [*lines, f"warning: {len(groups)} groups (patients or lesions) of {flag} are in --data={dataset.path} too "
+    return [*lines, f"warning: {len(groups)} groups (patients or lesions) of {flag} are also in --data={dataset.path} "
             f"({', '.join(groups[:3])}{', ...' if len(groups) > 3 else ''}), with {len(shared)} of "
             f"{valid.num_images} images; their scores hide overfitting: {advice}"]
 
 
 def resume_files(resume: str | None) -> list[str]:
-    """Return the files that --resume can stand for, a run's newest last; none where it is not given.
+    """Return the network files that --resume matches, a run's newest last; an empty list if it is not given.
 
-    Raises UserError where there are none, saying what a published network's name stands for.
+    Raises UserError if nothing matches; for the name of a published network, the message explains how to get it.
     """
     if resume in (None, "noresume"):
         return []
@@ -272,39 +272,40 @@ def resume_files(resume: str | None) -> list[str]:
         size = resume.removeprefix(kind)
         raise UserError(
             f"--resume is {resume}, a network for {_PICTURES[kind]} at {size}x{size} that NVIDIA published under the "
-            "NVIDIA Source Code License-NC (for non-commercial use only); expected a file: fetch it from NVIDIA under "
-            f"that licence, and give its path, such as --resume={resume}.pkl")
+            "NVIDIA Source Code License-NC (for non-commercial use only); expected a file: download it from NVIDIA "
+            f"under that license, and give its path, such as --resume={resume}.pkl")
     if "://" in resume:
         raise UserError(f"--resume is {resume}; expected a file: download it first, and give its path")
     files = network_files(resume)
     if not files or files == [resume]:
-        find_network(resume, "--resume")  # says what is there, or not
+        find_network(resume, "--resume")  # raises the error, if there is one
     return files
 
 
 def choose_resume(resume: str, files: list[str], config: TrainConfig, settings: RunSettings) -> tuple[str, str | None]:
-    """Return the one of `resume_files` that training starts from, and a line for the user where that is no plain path.
+    """Return the one of `resume_files` that training starts from, and a note for the user unless --resume is its path.
 
-    A run's folder has a newer network a day later, and a pattern can match what this very run wrote: a run that could
-    be continued, of these settings, keeps the file that it began from. Raises UserError where several files match.
+    A run's folder may have a newer snapshot a day later, and a pattern can match files that this very run wrote. So a
+    run that could be continued with these settings keeps the file that it started from. Raises UserError if several
+    files match.
     """
     if files == [resume]:
         return resume, None
     asked = settings.asked()
-    begun = None if asked.pop("new") else began_from(settings.outdir, config, files, **asked)
-    if begun is None:
+    started = None if asked.pop("new") else find_run_started_from(settings.outdir, config, files, **asked)
+    if started is None:
         path = find_network(resume, "--resume")
         return path, f"--resume: {path}"
-    return begun.network, f"--resume: {begun.network}, which {begun.run} began from"
+    return started.network, f"--resume: {started.network}, which {started.run} started from"
 
 
 def check_resume_weights(config: TrainConfig, dataset: ImageDataset) -> Transferred | None:
-    """Raise UserError unless the file of --resume can be read and suits this run; return what it gives.
+    """Raise UserError unless the file of --resume can be read and suits this run; return what is taken from it.
 
-    Frozen layers have to come from a network; the original freezes random ones too, and so does `options.resolve`.
+    Frozen layers have to come from a network; NVIDIA's code freezes random ones too, and so does `options.resolve`.
     """
     frozen = config.discriminator.freeze_layers
     if config.resume is None and frozen:
-        raise UserError(f"--freezed is {frozen} without --resume; expected a network to start from: add it, or leave "
-                        "--freezed out")
+        raise UserError(f"--freezed is {frozen} without --resume; expected a network to start from: add --resume, or "
+                        "leave --freezed out")
     return None if config.resume is None else transfer_for(meta_state(config), config, dataset)

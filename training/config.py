@@ -1,7 +1,7 @@
-"""Settings of a training run, as frozen dataclasses that refuse values which cannot work.
+"""Settings of a training run, as frozen dataclasses that reject values which cannot work.
 
-`training.options.resolve` makes a `TrainConfig` from what a user said; `TrainConfig.to_dict` is what a run writes to
-its folder. `RunSettings` are beside the mathematics: where a run reads and writes, on what, and for how long.
+`training.options.resolve` makes a `TrainConfig` from the flags; a run writes `TrainConfig.to_dict` to its folder.
+`RunSettings` do not change the mathematics: where a run reads and writes, on which device, and for how long.
 
 Section numbers and formulas follow Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN" (sg2),
 and "Training Generative Adversarial Networks with Limited Data" (ada).
@@ -23,8 +23,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlagConfig(Config):
+    """A configuration whose fields are flags of train.py."""
+
+    def label(self, name: str) -> str:
+        """Return the flag, since that is what the user typed."""
+        return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _NetworkConfig(Config):
-    """Sizes and number formats that both networks have."""
+    """Sizes and precision shared by both networks."""
 
     img_resolution: int
     img_channels: int
@@ -52,7 +61,7 @@ class _NetworkConfig(Config):
         return {name: getattr(self, name) for name in names}
 
     def layout(self) -> dict[str, bool]:
-        """Return the argument of a block that is given where it is on alone."""
+        """Return the memory format argument of the blocks; left out when off, as older files do."""
         return {"fp16_channels_last": True} if self.fp16_channels_last else {}
 
 
@@ -61,7 +70,7 @@ _BLOCKS = ("architecture", "channel_base", "channel_max", "num_fp16_res", "conv_
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(_NetworkConfig):
-    """Sizes of the generator; `init_kwargs` is what its constructor takes."""
+    """Sizes of the generator."""
 
     z_dim: int = 512
     w_dim: int = 512
@@ -73,7 +82,7 @@ class GeneratorConfig(_NetworkConfig):
         self.require_at_least(1, "z_dim", "w_dim", "mapping_layers")
 
     def init_kwargs(self) -> dict[str, Any]:
-        """Return the keyword arguments of the generator's constructor; plain JSON types."""
+        """Return the keyword arguments of the generator's constructor, as plain JSON types."""
         return {**self.fields_named("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"),
                 "mapping_kwargs": {"num_layers": self.mapping_layers},
                 "synthesis_kwargs": {**self.fields_named(*_BLOCKS), **self.layout()}}
@@ -81,11 +90,11 @@ class GeneratorConfig(_NetworkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(_NetworkConfig):
-    """Sizes of the discriminator; `init_kwargs` is what its constructor takes."""
+    """Sizes of the discriminator."""
 
     architecture: str = "resnet"
-    mbstd_group_size: int = 4  # images over which the minibatch standard deviation is taken
-    freeze_layers: int | None = None  # convolutions next to the image that do not learn; None = all learn
+    mbstd_group_size: int = 4  # images of a minibatch standard deviation group
+    freeze_layers: int | None = None  # number of frozen convolutions, counted from the image; None = none
 
     def check(self) -> None:
         super().check()
@@ -93,7 +102,7 @@ class DiscriminatorConfig(_NetworkConfig):
         self.require(self.freeze_layers is None or self.freeze_layers >= 0, "freeze_layers", "a number >= 0, or none")
 
     def init_kwargs(self) -> dict[str, Any]:
-        """Return the keyword arguments of the discriminator's constructor; plain JSON types."""
+        """Return the keyword arguments of the discriminator's constructor, as plain JSON types."""
         frozen = {} if self.freeze_layers is None else {"freeze_layers": self.freeze_layers}
         return {**self.fields_named("c_dim", "img_resolution", "img_channels", *_BLOCKS),
                 "block_kwargs": {**frozen, **self.layout()}, "mapping_kwargs": {},
@@ -105,13 +114,13 @@ class DiscriminatorConfig(_NetworkConfig):
 class LossConfig(Config):
     """Weights and intervals of the losses."""
 
-    gamma: float  # weight of the gradient penalty on reals; larger = smoother discriminator
+    gamma: float  # weight of the R1 penalty; larger = smoother discriminator
     pl_weight: float = 2  # weight of path length regularization (sg2, section 3.2); 0 = off
-    pl_decay: float = 0.01  # how fast the mean path length follows
-    pl_batch_shrink: int = 2  # path lengths are taken on 1/pl_batch_shrink of a micro-batch, at least 1 image
-    style_mixing_prob: float = 0.9  # share of micro-batches whose styles are mixed; 0 = off
-    g_reg_interval: int = 4  # regularize the generator on every n-th iteration
-    d_reg_interval: int = 16  # regularize the discriminator on every n-th iteration
+    pl_decay: float = 0.01  # update rate of the running mean of path lengths
+    pl_batch_shrink: int = 2  # path lengths use 1/pl_batch_shrink of a micro-batch, at least 1 image
+    style_mixing_prob: float = 0.9  # probability of style mixing, per micro-batch; 0 = off
+    g_reg_interval: int = 4  # iterations between regularizations of the generator
+    d_reg_interval: int = 16  # iterations between regularizations of the discriminator
     noise_mode: str = "random"
 
     def check(self) -> None:
@@ -126,7 +135,7 @@ class LossConfig(Config):
 class EmaConfig(Config):
     """Half-life of the generator's moving average."""
 
-    kimg: float  # thousands of images after which a weight counts half
+    kimg: float  # half-life, in thousands of images
     rampup: float | None  # the half-life is at most this share of the images seen; None = no ramp-up
 
     def check(self) -> None:
@@ -138,9 +147,9 @@ class EmaConfig(Config):
 class AdaConfig(Config):
     """How the augmentation probability follows the discriminator's signs (ada, section 3)."""
 
-    target: float  # the mean sign on reals that is aimed at
+    target: float  # mean sign of the discriminator on reals to aim at
     kimg: float = 500  # thousands of images in which p can move by 1
-    interval: int = 4  # iterations between two changes
+    interval: int = 4  # iterations between two changes of p
 
     def check(self) -> None:
         self.require(-1 <= self.target <= 1, "target", "a number from -1 to 1, as a mean of signs is")
@@ -150,10 +159,10 @@ class AdaConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(Config):
-    """What the discriminator's images go through; no strengths = nothing."""
+    """Augmentations of the discriminator's images; no strengths = no augmentation."""
 
-    strengths: FrozenMapping  # augmentation -> share of p with which it is applied; any mapping may be given
-    p: float  # where p starts; without StepConfig.ada it stays there
+    strengths: FrozenMapping  # augmentation -> factor of p with which it is applied; any mapping may be given
+    p: float  # initial p; constant without StepConfig.ada
 
     def __post_init__(self) -> None:
         if isinstance(self.strengths, Mapping):
@@ -163,17 +172,17 @@ class AugmentConfig(Config):
     def check(self) -> None:
         for name, strength in self.strengths.items():
             if name not in AUGMENTATIONS:
-                raise ConfigError(f"AugmentConfig.strengths names {name!r}; expected augmentations among "
+                raise ConfigError(f"AugmentConfig.strengths has {name!r}; expected names among "
                                   f"{', '.join(AUGMENTATIONS)}")
             if strength < 0:
                 raise ConfigError(f"AugmentConfig.strengths[{name!r}] is {strength!r}; expected a number >= 0")
         self.require(0 <= self.p <= 1, "p", "a number from 0 to 1")
-        self.require(bool(self.strengths) or self.p == 0, "p", "0 where no augmentation is on")
+        self.require(bool(self.strengths) or self.p == 0, "p", "0 without augmentations")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig(Config):
-    """Adam as a user states it: before the correction for lazy regularization (sg2, appendix B)."""
+    """Settings of Adam, before the correction for lazy regularization (sg2, appendix B)."""
 
     lr: float
     beta1: float = 0.0
@@ -189,13 +198,13 @@ class AdamConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Config):
-    """What one training iteration needs to know."""
+    """Settings of a training iteration."""
 
-    batch: int  # images of an iteration, over all processes
+    batch: int  # total batch size, over all processes
     micro_batch: int  # images of one forward pass in one process
     loss: LossConfig
     ema: EmaConfig
-    ada: AdaConfig | None = None  # None = p stays
+    ada: AdaConfig | None = None  # None = p is constant
 
     def check(self) -> None:
         self.require_at_least(1, "batch", "micro_batch")
@@ -204,15 +213,15 @@ class StepConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(Config):
-    """Which images are trained on."""
+    """The images to train on."""
 
     name: str
     resolution: int
     channels: int
-    c_dim: int  # length of the label vectors handed to the networks; 0 = labels are not used
+    c_dim: int  # length of the networks' label vectors; 0 = labels are not used
     use_labels: bool
     max_size: int  # images, before mirroring
-    xflip: bool  # every image a second time, mirrored
+    xflip: bool  # add a horizontally flipped copy of each image
 
     def check(self) -> None:
         self.require_at_least(1, "resolution", "channels", "max_size")
@@ -223,9 +232,9 @@ class DatasetConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts(Config):
-    """What `resolve` needs to know of a data set."""
+    """What `resolve` needs to know about a data set."""
 
-    name: str  # begins the run's name
+    name: str  # first part of the run's name
     resolution: int
     channels: int
     num_images: int  # before mirroring
@@ -236,14 +245,14 @@ class DatasetFacts(Config):
         return self.c_dim > 0
 
     def check(self) -> None:
-        """Raise ConfigError where the networks cannot take the images."""
+        """Raise ConfigError if the networks cannot process the images."""
         if not self.name or "/" in self.name or "\\" in self.name:
             raise ConfigError(f"the data set's name is {self.name!r}; expected a name without path separators")
         if not is_resolution(self.resolution):
             raise ConfigError(f"data set {self.name} has resolution {self.resolution}; expected {RESOLUTIONS}: convert "
                               "it with dataset_tool.py")
         if self.channels not in (1, 3):
-            raise ConfigError(f"data set {self.name} has {self.channels} channels; expected 1 (grey) or 3 (RGB): "
+            raise ConfigError(f"data set {self.name} has {self.channels} channels; expected 1 (gray) or 3 (RGB): "
                               "convert it with dataset_tool.py")
         if self.num_images < 1:
             raise ConfigError(f"data set {self.name} has {self.num_images} images; expected at least 1")
@@ -253,20 +262,20 @@ class DatasetFacts(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """A whole training run."""
+    """All settings that decide what a training run computes."""
 
-    run_name: str  # what the run's folder is called after its number
-    cfg: str  # the preset it came from
-    gpus: int  # processes, on whatever device
-    batch_gpu: int  # what one device is expected to hold; step.micro_batch is what it gets
+    run_name: str  # name of the run's folder, after its number
+    cfg: str  # the preset
+    gpus: int  # processes, also on a CPU
+    batch_gpu: int  # images of a pass by preset or user; step.micro_batch is what is used
     seed: int
     kimg: int  # thousands of images to train for
-    kimg_per_tick: float  # thousands of images between two lines of statistics
-    image_snapshot_ticks: int
-    network_snapshot_ticks: int
-    state_minutes: float  # at most this long between two states to continue from
+    kimg_per_tick: float  # thousands of images of a tick, the interval between two lines of statistics
+    image_snapshot_ticks: int  # ticks between two sample grids
+    network_snapshot_ticks: int  # ticks between two network snapshots
+    state_minutes: float  # a resumable state is saved at least this often
     metrics: tuple[str, ...]
-    resume: str | None  # network to start from: a name, path or URL; None = random weights
+    resume: str | None  # network file whose weights training starts from; None = random weights
     dataset: DatasetConfig
     generator: GeneratorConfig
     discriminator: DiscriminatorConfig
@@ -274,15 +283,15 @@ class TrainConfig(Config):
     d_adam: AdamConfig
     step: StepConfig
     augment: AugmentConfig
-    resume_classes: str = "same"  # "same": those of the network are taken; "new": their embedding starts anew
-    resume_partial: bool = False  # layers that do not fit the network of resume begin anew; else it is refused
-    num_workers: int = 3  # processes that read images, per training process
+    resume_classes: str = "same"  # "same": matched with those of the network; "new": the embedding starts at random
+    resume_partial: bool = False  # layers that do not match the network start at random; False rejects such a network
+    num_workers: int = 3  # data loading workers, per training process
     allow_tf32: bool = True
     cudnn_benchmark: bool = True
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
-        """Build the configuration that `to_dict` described; earlier programs wrote step.ada as augment.ada, too."""
+        """Build the configuration from `to_dict`'s result; earlier versions also wrote step.ada as augment.ada."""
         augment, step = (data.get(name) if isinstance(data, Mapping) else None for name in ("augment", "step"))
         if isinstance(augment, Mapping) and "ada" in augment:
             if isinstance(step, Mapping) and augment["ada"] != step.get("ada"):
@@ -293,12 +302,12 @@ class TrainConfig(Config):
 
     @property
     def batch(self) -> int:
-        """Images of an iteration, over all processes."""
+        """Total batch size, over all processes."""
         return self.step.batch
 
     @property
     def precision(self) -> str:
-        """Number format of the highest resolutions: fp32, fp16 or bf16."""
+        """Precision of the layers at the highest resolutions: fp32, fp16 or bf16."""
         if self.generator.num_fp16_res == 0:
             return "fp32"
         return "bf16" if self.generator.half_dtype == "bfloat16" else "fp16"
@@ -311,16 +320,16 @@ class TrainConfig(Config):
         self.require(self.state_minutes > 0, "state_minutes", "a number > 0")
         self.require(self.resume_classes in RESUME_CLASSES, "resume_classes", f"one of {', '.join(RESUME_CLASSES)}")
         self.require(len(set(self.metrics)) == len(self.metrics), "metrics", "each metric once")
-        # Parts that contradict each other, as an edited file could have them:
+        # Contradictions between parts, which an edited file may contain:
         images = (self.dataset.resolution, self.dataset.channels, self.dataset.c_dim)
         for name in ("generator", "discriminator"):
             network = getattr(self, name)
             found = (network.img_resolution, network.img_channels, network.c_dim)
             if found != images:
-                raise ConfigError(f"TrainConfig.{name} takes resolution, channels, c_dim {found}; expected those of "
+                raise ConfigError(f"TrainConfig.{name} has resolution, channels, c_dim {found}; expected those of "
                                   f"the data set, {images}")
         self.step.require(bool(self.augment.strengths) or self.step.ada is None, "ada",
-                          "none where no augmentation is on")
+                          "none without augmentations")
         share = self.gpus * self.step.micro_batch
         self.require(self.batch % share == 0, "gpus", f"gpus * micro_batch to divide the batch of {self.batch}")
         group = self.discriminator.mbstd_group_size
@@ -331,58 +340,54 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BestValue(Config):
-    """The value of a metric that the best network file is found by."""
+    """The value of a metric that selects the best network snapshot."""
 
     metric: str
-    key: str  # of the value among the metric's results
+    key: str  # name of the value in the metric's results
     lower_is_better: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Config):
-    """What the training loop needs to know beside its TrainConfig."""
+class RunSettings(FlagConfig):
+    """What the training loop needs beside its TrainConfig."""
 
-    outdir: str  # the folder that holds the folders of runs
+    outdir: str  # folder of all runs
     data: str  # path of the data set
     device: str = "cpu"  # cpu, cuda, or one GPU as cuda:1
-    precision: str = "auto"  # as asked for; auto leaves it to a run that goes on
-    batch_gpu: int | None = None  # as asked for; None leaves it to a run that goes on
+    precision: str = "auto"  # as given; with auto a continued run keeps its own
+    batch_gpu: int | None = None  # as given; with None a continued run keeps its own
     balance: str = "none"  # how often images are seen: see training.sampling.image_weights
-    valid: str | None = None  # path of a data set that is only looked at, never learned from
-    detector: str | None = None  # that metrics look through, in place of the usual ones
+    valid: str | None = None  # path of a held-out data set
+    detector: str | None = None  # feature detector of the metrics, in place of the usual ones
     detector_weights: tuple[str, ...] = ()  # files of weights, as FILE or NAME=FILE
-    max_hours: float | None = None  # save and stop after that long; None = when kimg is reached
-    keep: int | None = None  # of the newest network files; None = all, or one where keep_best is given
-    keep_best: BestValue | None = None  # the best network file by it stays too
+    max_hours: float | None = None  # save a resumable state and stop after this time; None = no limit
+    keep: int | None = None  # number of newest network snapshots to keep; None = all, or one if keep_best is given
+    keep_best: BestValue | None = None  # also keep the best network snapshot by this value
     name: str | None = None  # of the run, in place of one made from the flags
-    tune_malloc: bool = True  # let the allocator of a CPU keep freed memory
-    new: bool = False  # start a new run even where one could be continued
-    notes: tuple[str, ...] = ()  # choices that were made for the user, one line each, for the run's log
+    tune_malloc: bool = True  # let the CPU allocator keep freed memory
+    new: bool = False  # start a new run even if one could be continued
+    notes: tuple[str, ...] = ()  # choices made for the user, one line each, for the run's log
 
     def asked(self) -> dict[str, bool]:
-        """Return what `training.run_folder.choose_run` needs to know of what the user said and left open."""
+        """Return which of the settings were given by the user, as arguments of `training.run_folder.choose_run`."""
         return {"new": self.new, "precision_given": self.precision != "auto",
                 "batch_gpu_given": self.batch_gpu is not None}
 
     @property
     def num_newest(self) -> int | None:
-        """How many of the newest network files stay; None = all do."""
+        """Number of newest network snapshots to keep; None = all."""
         return 1 if self.keep is None and self.keep_best is not None else self.keep
 
     @property
     def keep_flags(self) -> str:
-        """What messages call the flags that network files are removed by."""
+        """The flags by which network snapshots are removed, for messages."""
         best = [] if self.keep_best is None else [f"--keep-best={self.keep_best.key}"]
         return " ".join([*([] if self.keep is None else [f"--keep={self.keep}"]), *best])
 
     @property
     def same_command(self) -> str:
-        """What messages call the command that goes on with the run."""
+        """The command that continues the run, for messages."""
         return "the same command (without --new)" if self.new else "the same command"
-
-    def label(self, name: str) -> str:
-        """Return the flag, since that is what the user wrote."""
-        return "--" + name.replace("_", "-")
 
     def check(self) -> None:
         self.require(bool(self.outdir), "outdir", "a folder")
@@ -390,4 +395,4 @@ class RunSettings(Config):
         self.require(self.max_hours is None or self.max_hours > 0, "max_hours", "a number > 0")
         self.require(self.keep is None or self.keep >= 1, "keep", "a number >= 1")
         self.require(self.name is None or _NAME.fullmatch(self.name) is not None, "name",
-                     "letters, digits, '.', '_' and '-', a letter or digit first")
+                     "letters, digits, '.', '_' and '-', starting with a letter or digit")

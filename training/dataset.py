@@ -1,4 +1,4 @@
-"""Read a data set that dataset_tool.py made, image by image, for training and metrics; tell what it consists of."""
+"""Read a data set made by dataset_tool.py, image by image, for training and metrics; describe its content."""
 
 import hashlib
 import os
@@ -22,16 +22,16 @@ UNKNOWN_DATA = "unknown"
 class ImageDataset(torch.utils.data.Dataset):
     """Images of one size with their labels: item i is (pixels uint8 [C, R, R], label float32 [c_dim]).
 
-    path:        zip or folder, as dataset_tool.py writes it, or as the original does
+    path:        zip or folder, written by dataset_tool.py, ours or NVIDIA's
     use_labels:  False gives labels of length 0
-    xflip:       a second half of items, the first half mirrored
-    max_size:    a random subset of that size, chosen by `seed`; None for all
+    xflip:       add a horizontally flipped copy of each image, as a second half of items
+    max_size:    size of a random subset chosen by `seed`; None for all
     seed:        of the subset
-    classes:     names that labels are to be the numbers of, where the data set names its own; None for its own
+    classes:     names of classes whose numbers the labels become, if the data set has names; None keeps its numbers
 
-    Integer labels become one-hot vectors of length max + 1, or of the number of classes where dataset.json names them;
-    lists are taken as they are. Files are opened in the process that reads them.
-    Raises UserError when the data set cannot be read, or is not made of square images, gray or RGB.
+    Integer labels become one-hot vectors of length max + 1, or of the number of classes if dataset.json names them;
+    lists are used as they are. Files are opened in the process that reads them.
+    Raises UserError if the data set cannot be read, or does not consist of square images, gray or RGB.
     """
 
     def __init__(self, path: str | os.PathLike, *, use_labels: bool = False, xflip: bool = False,
@@ -60,7 +60,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.use_labels:
             label = self._set.labels[self._chosen[row]]
             label = (label if np.ndim(label) else self._class_vectors[label]).copy()
-        # A copy of what is read-only, as gray images are: PyTorch warns where it makes tensors of such arrays.
+        # Copies read-only arrays, such as gray images: PyTorch warns when it makes tensors of them.
         return np.require(pixels, requirements=("C", "W")), label
 
     @property
@@ -83,16 +83,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def label_kind(self) -> str | None:
-        """What the labels in use are, "class" or "vector" (see imagesets.classes); None where none are used."""
+        """Kind of the labels in use, "class" or "vector" (see imagesets.classes); None if labels are not used."""
         return self._set.label_kind if self.use_labels else None
 
     @property
     def label_names(self) -> list[str] | None:
-        """Names of the classes in use, or of a vector's numbers; None where labels are not used, or have no names."""
+        """Names of the classes in use, or of a vector's numbers; None if labels are not used or have no names."""
         return self.classes if self.use_labels else None
 
     def label_table(self) -> torch.Tensor:
-        """Return the labels of all images, without the mirrored ones: float32 [num_images, c_dim]."""
+        """Return the labels of all images, without mirrored ones: float32 [num_images, c_dim]."""
         if not self.use_labels:
             return torch.zeros(self.num_images, 0)
         return torch.from_numpy(label_vectors(self._set.labels[self._chosen], self.label_dim))
@@ -107,11 +107,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return [self._set.names[row] for row in self._chosen]
 
     def locate(self, name: str) -> str:
-        """Return the path of an image inside the zip or folder, as it is stored there."""
+        """Return the path of an image inside the zip or folder."""
         return self._set.locate(name)
 
     def named_groups(self) -> list[str | None]:
-        """Return the patient or lesion of each image; None where the data set names none."""
+        """Return the patient or lesion of each image; None if the data set does not name it."""
         groups = self._set.named_groups()
         return [groups[row] for row in self._chosen]
 
@@ -121,7 +121,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return [checksums[row] for row in self._chosen]
 
     def known_pixel_hashes(self) -> list[str] | None:
-        """Return the hashes of the images' pixels where they are known without decoding, else None."""
+        """Return the hashes of the images' pixels if they are known without decoding, else None."""
         if self._pixel_hashes is None:
             self._pixel_hashes = known_pixel_hashes(self._set, self._chosen)
         return self._pixel_hashes
@@ -129,18 +129,18 @@ class ImageDataset(torch.utils.data.Dataset):
     def pixel_hashes(self, *, workers: int = 1) -> list[str]:
         """Return a hash of the pixels of each image, see imagesets.pixel_hashes.
 
-        Where the data set does not record them all images are decoded, once, in `workers` processes.
+        If the data set does not record them, all images are decoded, once, in `workers` processes.
         """
         if self._pixel_hashes is None:
             self._pixel_hashes = read_pixel_hashes(self._set, self._chosen, workers=workers)
         return self._pixel_hashes
 
     def training_data(self) -> dict[str, Any]:
-        """Return what a network file records of the images that it is trained on, as plain JSON types.
+        """Return what a network snapshot records about its training images, as plain JSON types.
 
-        pixels_sha256:  the same whatever files, names, order, labels and mirroring are
-        num_groups:     patients or lesions, an image without one being its own; None where the data set names none
-        generated_from: of synthetic images among them only: what their networks were trained on, see history_of
+        pixels_sha256:  independent of file formats, names, order, labels and mirroring
+        num_groups:     patients or lesions, an image without one being its own group; None if the data set names none
+        generated_from: only if some images are synthetic: what their networks were trained on, see history_of
         """
         groups, names = self.named_groups(), self.image_names()
         found = {"pixels_sha256": hash_set(self.pixel_hashes()), "num_images": self.num_images, "num_groups": None}
@@ -152,12 +152,12 @@ class ImageDataset(torch.utils.data.Dataset):
         return found
 
     def facts(self) -> DatasetFacts:
-        """Return what the presets need to know; labels count whether used or not."""
+        """Return the facts that the presets need, including labels that are not used."""
         return DatasetFacts(name=self.name, resolution=self.resolution, channels=self.num_channels,
                             num_images=self.num_images, c_dim=self.label_dim)
 
     def content_hash(self) -> str:
-        """Return a sha256 of the images and labels in use, in order; file names, path and mirroring do not matter.
+        """Return a SHA-256 of the images and labels in use, in order, independent of file names, path and mirroring.
 
         Images enter by size and CRC-32, which a zip's directory holds, so that large sets need not be read.
         """
@@ -166,44 +166,44 @@ class ImageDataset(torch.utils.data.Dataset):
                                       self._chosen, (b"/" + label for label in labels))
 
     def close(self) -> None:
-        """Close what is open in this process; the next image opens it again."""
+        """Close files that are open in this process; the next access opens them again."""
         self._set.close()
 
     @cached_property
     def _class_vectors(self) -> np.ndarray:
-        """The label of each class: float32 [c_dim, c_dim]; made once, for speed."""
+        """The label vector of each class: float32 [c_dim, c_dim]; cached for speed."""
         return label_vectors(np.arange(self.label_dim), self.label_dim)
 
     def _check_labels(self) -> None:
         if self._set.labels is None:
-            raise UserError(f"{self.path} has no labels; expected them: convert it with dataset_tool.py --labels, or "
-                            "leave --cond out")
+            raise UserError(f"{self.path} has no labels; expected one for each image: convert it with dataset_tool.py "
+                            "--labels, or leave --cond out")
         labels = self._set.labels[self._chosen]
         missing = missing_labels(labels)
         if missing.any():
             first = self._set.names[self._chosen[int(missing.argmax())]]
             raise UserError(f"{self.path}: {int(missing.sum())} of {self.num_images} images have no label ({first}, "
-                            "...); expected one each: convert with dataset_tool.py --unlabelled=drop, or leave --cond "
-                            "out")
+                            "...); expected one for each image: convert with dataset_tool.py --unlabeled=drop, or "
+                            "leave --cond out")
 
     def _check_first_image(self) -> Shape:
         name = self._set.names[self._chosen[0]]
         shape = load_pixels(self._set, name).shape
         _, height, width = shape
         if height != width:
-            raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, grey or RGB: "
+            raise UserError(f"{self.path}: {name} is {describe_shape(shape)}; expected square images, gray or RGB: "
                             "convert it with dataset_tool.py --transform=center-crop --resolution=256x256")
         return shape
 
 
 def hash_content(dataset: ImageDataset, weights: np.ndarray | None) -> str:
-    """Return a sha256 of images and labels in use, and of weights from `training.sampling.image_weights`."""
+    """Return a SHA-256 of the images and labels in use, and of weights from `training.sampling.image_weights`."""
     content = dataset.content_hash()
     return content if weights is None else hashlib.sha256(content.encode() + weights.tobytes()).hexdigest()
 
 
 def history_of(info: Mapping[str, Any]) -> list[Any]:
-    """Return all that a network learned from, the newest first; "unknown" stands for what its file does not say.
+    """Return the data that a network was trained on, the newest first; "unknown" for data that its file lacks.
 
     info:  of its file, or `source` of a data set that it generated
     """
@@ -214,7 +214,7 @@ def history_of(info: Mapping[str, Any]) -> list[Any]:
 def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarray:
     """Return the rows of a random subset in ascending order, int64 [min(max_size, num_images)].
 
-    The same rows as the original chooses.
+    NVIDIA's code chooses the same rows.
     """
     rows = np.arange(num_images)
     if max_size is None or max_size >= num_images:
@@ -224,10 +224,10 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
 
 
 def _generated_parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what generated images among those of a data set say of their network, however often they were converted.
+    """Yield the `source` of each part of a data set that a network generated, also if it was converted later.
 
-    source:  of a data set; beneath, dataset_tool.py keeps that of what it converted as "origin", and of each --source
-             that it joined as "origin", "sources"
+    source:  of a data set; dataset_tool.py keeps that of the data it converted as "origin", and those of several
+             --source that it joined as "sources" in "origin"
     """
     if source.get("generated") is True:
         yield source

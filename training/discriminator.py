@@ -23,7 +23,7 @@ from training.layers import (
 
 
 class Discriminator(nn.Module):
-    """Judge images [N, C, R, R] with labels c [N, c_dim]: one logit each, positive for "real"."""
+    """Map images [N, C, R, R] and labels c [N, c_dim] to one logit each, positive for "real"."""
 
     def __init__(self, c_dim: int, img_resolution: int, img_channels: int, architecture: str = "resnet",
                  channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 0,
@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
                                         conv_clamp=conv_clamp, **epilogue_kwargs)
 
     def freezable_layers(self) -> list[str]:
-        """Return the names of the layers that `freeze_layers` counts, in its order: convolutions, from the image on."""
+        """Return the names of the layers that `freeze_layers` counts, in order: convolutions, starting at the image."""
         return [f"b{res}.{name}" for res in self.block_resolutions
                 for name, _ in getattr(self, f"b{res}").named_children()]
 
@@ -72,7 +72,7 @@ class Discriminator(nn.Module):
             raise ValueError(f"discriminator: images are {list(img.shape)}; expected [N, {channels}, {res}, {res}]")
         if self.mapping is not None and (c is None or len(c) != len(img)):
             raise ValueError(f"discriminator: labels are {'missing' if c is None else list(c.shape)}; expected "
-                             f"[{len(img)}, {self.c_dim}], one row an image")
+                             f"[{len(img)}, {self.c_dim}], one row per image")
         x = None
         for res in self.block_resolutions:
             x, img = getattr(self, f"b{res}")(x, img, force_fp32=force_fp32)
@@ -81,10 +81,10 @@ class Discriminator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """All layers of one resolution; halves it.
+    """All layers of one resolution; halves the resolution.
 
-    The convolutions are numbered from the image on, starting at `first_layer_idx`; those below `freeze_layers` are
-    not trainable (Mo et al. 2020). `num_layers` says how many this block has.
+    The convolutions of all blocks are numbered, starting at the image, in this block from `first_layer_idx`; those
+    below `freeze_layers` are not trainable (Mo et al. 2020). `num_layers` is the number of convolutions in this block.
     """
 
     def __init__(self, in_channels: int, tmp_channels: int, out_channels: int, img_channels: int,
@@ -130,7 +130,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """Judge activations [N, I, 4, 4]: logits [N, 1], or with labels the projection on cmap [N, cmap_dim].
+    """Map activations [N, I, 4, 4] to logits [N, 1]; with labels, by projection onto cmap [N, cmap_dim].
 
     The projection is that of Miyato and Koyama 2018, scaled by 1 / sqrt(cmap_dim).
     """
@@ -139,7 +139,7 @@ class DiscriminatorEpilogue(nn.Module):
 
     def __init__(self, in_channels: int, img_channels: int | None, cmap_dim: int, activation: str = "lrelu",
                  conv_clamp: float | None = None, mbstd_group_size: int | None = 4, mbstd_num_channels: int = 1):
-        """img_channels: channels of the image that is seen here too (`skip`), None for no image."""
+        """img_channels: channels of the image that is also an input here (`skip`); None for no image."""
         super().__init__()
         self.cmap_dim = cmap_dim
         self.fromrgb = None
@@ -152,7 +152,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = FullyConnectedLayer(in_channels, max(cmap_dim, 1))
 
     def forward(self, x: Tensor, img: Tensor | None, cmap: Tensor | None) -> Tensor:
-        dtype = self.conv.weight.dtype  # never half: it is cheap, and its statistics need the precision
+        dtype = self.conv.weight.dtype  # never half: this block is cheap, and its statistics need full precision
         x = x.to(dtype=dtype, memory_format=torch.contiguous_format)
         if self.fromrgb is not None:
             x = x + self.fromrgb(img.to(dtype=dtype, memory_format=torch.contiguous_format))

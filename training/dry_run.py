@@ -1,7 +1,7 @@
 """What --dry-run prints: a run's settings, sizes, memory and files, known before it starts.
 
-Memory is found by running the phases of an iteration as they are on PyTorch's meta device, where tensors have sizes but
-no contents, and adding up what is alive at a time, forward and backward.
+Memory is estimated by running the phases of an iteration on PyTorch's meta device, where tensors have shapes but no
+data, and tracking the peak of the bytes alive, forward and backward.
 """
 
 import math
@@ -30,21 +30,21 @@ from training.state import TrainingState
 from training.step import GradientSum
 from training.transfer import Transferred
 
-BASIS = ("tensors of one forward and backward pass of the phase that takes most, counted on the meta device; "
-         "augmentation measured on small images and scaled by area; not counted: PyTorch itself, workspace of "
-         "convolutions, data workers")
+BASIS = ("tensors of one forward and backward pass of the phase with the highest peak, counted on the meta device; "
+         "augmentation measured on small images and scaled by area; not counted: PyTorch itself, convolution "
+         "workspaces, data loading workers")
 
-_AUGMENT_SIZE = 64  # augmentations that pad by a fixed number of pixels would count for too much below
+_AUGMENT_SIZE = 64  # pixels; below, padding by a fixed number of pixels would distort the estimate
 _AUGMENT_BATCH = 4
 
 
 def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, device: DeviceChoice,
                  transferred: Transferred | None = None) -> dict[str, Any]:
-    """Return the settings under the names of `describe`, and beside them what is known before the start.
+    """Return the settings under the names of `describe_settings`, and everything else known before the start.
 
-    transferred:  what --resume gives
+    transferred:  what is taken from --resume
 
-    "warnings" are lines that the user should see. Raises UserError where the run would not start.
+    "warnings" are lines to show to the user. Raises UserError if the run would not start.
     """
     content = hash_content(dataset, image_weights(settings.balance, dataset))
     run = plan_run(settings.outdir, config, content, **settings.asked(), classes=dataset.label_names or [])
@@ -53,7 +53,7 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
     precision = choose_precision(settings.precision, device.name, config.precision)
     warnings = (precision.warning, run.left_alone, *run.not_continued)
     return {
-        **describe(config),
+        **describe_settings(config),
         "cfg": config.cfg,
         "gpus": config.gpus,
         "seed": config.seed,
@@ -87,8 +87,8 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
     }
 
 
-def describe(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a user compares between runs, under short names; plain JSON types."""
+def describe_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that a user compares between runs, under short names, as plain JSON types."""
     generator, discriminator, loss, ada = config.generator, config.discriminator, config.step.loss, config.step.ada
     idle_ada_kimg = ADA_KIMG if config.resume is None else ADA_KIMG_RESUMED
     is_fixed = bool(config.augment.strengths) and ada is None
@@ -102,7 +102,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "num_fp16_res": generator.num_fp16_res,
         "conv_clamp": generator.conv_clamp,
         "lr": config.g_adam.lr,
-        "r1_gamma": loss.gamma,  # its name in the original's files, which reports are compared with
+        "r1_gamma": loss.gamma,  # its name in NVIDIA's files, with which these settings are compared
         "ema_kimg": config.step.ema.kimg,
         "ema_rampup": config.step.ema.rampup,
         "map_layers": generator.mapping_layers,
@@ -132,7 +132,7 @@ def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, An
     return {
         "path": settings.data,
         "images": dataset.num_images,
-        "items": len(dataset),  # mirrored ones included
+        "items": len(dataset),  # including mirrored images
         "channels": dataset.num_channels,
         "resolution": dataset.resolution,
         "label_kind": dataset.label_kind,
@@ -144,27 +144,28 @@ def _describe_data(settings: RunSettings, dataset: ImageDataset) -> dict[str, An
 
 
 def _count_snapshots(config: TrainConfig, settings: RunSettings, size: int) -> dict[str, int]:
-    """Return how many network files a whole run writes and keeps, and how many bytes they take; size: of one."""
+    """Return the number and bytes of the network snapshots that a run writes and keeps; size: bytes of one."""
     end = math.ceil(config.kimg * 1000 / config.batch) * config.batch
-    tick = math.ceil(config.kimg_per_tick * 1000 / config.batch) * config.batch  # the first one is an iteration
+    tick = math.ceil(config.kimg_per_tick * 1000 / config.batch) * config.batch  # the first tick is one iteration
     at = (*range(config.batch, end, tick * config.network_snapshot_ticks), end)  # images seen
-    # Files of one thousand of images have one name, and replace each other.
+    # File names count thousands of images: snapshots in the same thousand replace each other.
     written = kept = len({nimg // 1000 for nimg in at})
-    if settings.num_newest is not None:  # the oldest goes once a newer one is written
+    if settings.num_newest is not None:  # the oldest is removed once a newer one is written
         kept = min(written, settings.num_newest + (settings.keep_best is not None) + 1)
     return {"written": written, "bytes_each": size, "bytes_written": written * size, "kept": kept,
             "bytes_kept": kept * size}
 
 
 def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str, int]) -> dict[str, str]:
-    """Return when each file of the run's folder is written; KKKKKK stands for thousands of images."""
+    """Return when each file of the run's folder is written; KKKKKK stands for a number of thousands of images."""
     snapshot, images = (f"every {ticks} ticks ({ticks * config.kimg_per_tick:g} kimg)" for ticks in (
         config.network_snapshot_ticks, config.image_snapshot_ticks))
-    state = f"with each network, and every {config.state_minutes:g} minutes; {_in_units(sizes['training-state'])}"
+    state = (f"with each network snapshot, and at least every {config.state_minutes:g} minutes; "
+             f"{_in_units(sizes['training-state'])}")
     tick = f"a line every {config.kimg_per_tick:g} kimg"
     run, states = RunFolder(""), CheckpointPair("")
     count = _count_snapshots(config, settings, sizes["network-snapshot"])
-    networks = f"{count['written']} in all, {_in_units(count['bytes_written'])}"
+    networks = f"{count['written']} in total, {_in_units(count['bytes_written'])}"
     if settings.num_newest is not None:
         networks += f"; {settings.keep_flags} keeps {count['kept']} at a time, {_in_units(count['bytes_kept'])}"
     return {
@@ -177,8 +178,8 @@ def _describe_files(config: TrainConfig, settings: RunSettings, sizes: dict[str,
         run.fakes(None).name: images,
         run.snapshot(None).name: f"{snapshot}; {_in_units(sizes['network-snapshot'])} each; {networks}",
         states.newest.name: state,
-        states.previous.name: "the state before",
-        **{run.metric(name).name: "a line with each network" for name in config.metrics},
+        states.previous.name: "the state before that",
+        **{run.metric(name).name: "a line for each network snapshot" for name in config.metrics},
     }
 
 
@@ -193,26 +194,26 @@ def _in_units(size: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one process at the moment it needs most."""
+    """Peak memory of one process, in bytes."""
 
     weights: int  # of G and D
     averaged_generator: int  # G_ema
     adam: int  # both moments of both networks
-    gradients: int  # of the network whose phase takes most
+    gradients: int  # of the network that `phase` trains
     activations: int
-    phase: str  # the phase that takes most
+    phase: str  # the phase with the highest peak
 
     @property
     def total(self) -> int:
         return self.weights + self.averaged_generator + self.adam + self.gradients + self.activations
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it with its total and what was counted, as plain JSON types."""
+        """Return the parts, their total and what was counted, as plain JSON types."""
         return {**asdict(self), "total": self.total, "unit": "bytes", "basis": BASIS}
 
 
 def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> MemoryEstimate:
-    """Return what a process of the run takes. state: from `meta_state`, to use it again."""
+    """Return the peak memory of one process of the run. state: from `meta_state`, if there is one already"""
     state = meta_state(config) if state is None else state
     peaks = {phase: _phase_peak(phase, state, config) for phase in active_phases(0, config.step.loss)}
     gradients = {phase: _parameter_bytes(phase.network(state)) for phase in peaks}
@@ -224,20 +225,20 @@ def estimate_memory(config: TrainConfig, state: TrainingState | None = None) -> 
 
 
 def meta_state(config: TrainConfig) -> TrainingState:
-    """Return the state of a run with shapes and no contents, made in a moment. It augments nothing."""
+    """Return the state of a run on the meta device, quickly: shapes without data, and no augmentation."""
     with torch.device("meta"):
         G, G_ema = (Generator(**config.generator.init_kwargs()) for _ in range(2))
         D = Discriminator(**config.discriminator.init_kwargs())
-    # Filters are made on the CPU whatever the device.
+    # Filters are always made on the CPU.
     return TrainingState.from_networks(G.to("meta"), D.to("meta"), G_ema.to("meta"), g_adam=config.g_adam,
                                        d_adam=config.d_adam, loss=config.step.loss)
 
 
 def _phase_peak(phase: Phase, state: TrainingState, config: TrainConfig) -> int:
-    """Return the most bytes alive in a micro-batch of a phase, beside weights and their gradients."""
+    """Return the peak bytes in a micro-batch of a phase, without weights and their gradients."""
     network = phase.network(state)
     gradients = GradientSum([*network.parameters()])
-    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # not the first micro-batch
+    gradients.sums = [torch.empty_like(parameter) for parameter in gradients.parameters]  # as after a first micro-batch
     network.requires_grad_(True)
     try:
         with LiveBytes() as tracker:
@@ -262,7 +263,7 @@ def _meta_micro_batch(state: TrainingState, config: TrainConfig) -> MicroBatch:
 
 
 def augment_bytes(config: TrainConfig) -> int:
-    """Return about how many bytes the augmentation of a micro-batch takes at p = 1, forward and backward."""
+    """Return the approximate bytes that augmenting a micro-batch takes at p = 1, forward and backward."""
     if not config.augment.strengths:
         return 0
     resolution, channels = config.dataset.resolution, config.dataset.channels
@@ -275,7 +276,7 @@ def augment_bytes(config: TrainConfig) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context that counts the bytes of the tensors that are made within: alive now, and at the most at a time."""
+    """Context manager that tracks the bytes of the tensors created inside: alive now, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +289,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # the same object for every view, until the last one is gone
+        storage = tensor.untyped_storage()  # all views share this object, until the last one is gone
         key, size = id(storage), storage.nbytes()
         if key not in self._known:
             self._known.add(key)
@@ -302,12 +303,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Return the number of weights that learn; frozen layers do not count."""
+    """Return the number of trainable weights."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def state_bytes(state: TrainingState) -> dict[str, int]:
-    """Return about how large the files of a run get: a network snapshot, a state to continue from."""
+    """Return the approximate sizes in bytes of a network snapshot and of a resumable state."""
     snapshot = _bytes(state.G) + _bytes(state.G_ema) + _bytes(state.D)
     return {"network-snapshot": snapshot,
             "training-state": snapshot + 2 * (_parameter_bytes(state.G) + _parameter_bytes(state.D))}

@@ -100,7 +100,7 @@ class MappingNetwork(nn.Module):
         if truncation_psi == 1:
             return ws
         if self.w_avg_beta is None:
-            raise ValueError(f"truncation_psi is {truncation_psi}; expected 1: this network keeps no average of w")
+            raise ValueError(f"truncation_psi is {truncation_psi}; expected 1: this network does not track w_avg")
         return truncate(ws, self.w_avg, truncation_psi, truncation_cutoff)
 
     def _input(self, z: Tensor | None, c: Tensor | None) -> Tensor:
@@ -120,7 +120,7 @@ class MappingNetwork(nn.Module):
 def truncate(ws: Tensor, center: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
     """Return center + psi * (ws - center) in the first `cutoff` layers (StyleGAN, appendix B).
 
-    ws:      [N, L, K];  center: [K], the mean style, or [N, 1, K], one for each
+    ws:      [N, L, K];  center: [K], the mean style, or [N, 1, K], one per image
     psi:     1 keeps ws, 0 gives the center
     cutoff:  None for all layers
     """
@@ -151,12 +151,12 @@ class SynthesisNetwork(nn.Module):
 
     def forward(self, ws: Tensor, noise_mode: str = "random", force_fp32: bool = False,
                 generator: torch.Generator | None = None, fused_modconv: bool | None = None) -> Tensor:
-        """Return images, [-1, 1] for what the network was trained on, of the parameters' dtype.
+        """Return images of the parameters' dtype; the range of the training images is [-1, 1].
 
-        noise_mode:  "random" draws noise per image (from `generator`, None for torch's default one), "const" takes
-                     the network's own noise maps, "none" takes no noise
-        force_fp32:  compute half precision blocks in float32
-        fused_modconv:  the form of all modulated convolutions; None chooses that of each (`choose_fused_modconv`)
+        noise_mode:  "random" draws noise per image (from `generator`, None for torch's default one), "const" uses
+                     the network's constant noise maps, "none" uses no noise
+        force_fp32:  compute half-precision blocks in float32
+        fused_modconv:  the form of all modulated convolutions; None chooses for each (`choose_fused_modconv`)
 
         Raises ValueError for ws of another shape, and for an unknown noise_mode.
         """
@@ -179,9 +179,9 @@ class SynthesisNetwork(nn.Module):
 class SynthesisBlock(nn.Module):
     """All layers of one resolution.
 
-    The first block (in_channels=0) starts from a learned constant [O, R, R] and has conv1 alone; the others double
+    The first block (in_channels=0) starts from a learned constant [O, R, R] and has only conv1; the others double
     the resolution in conv0. `skip` blocks add to the image of the lower resolutions; `orig` and `resnet` networks
-    have one ToRGB, in the last block.
+    have a single ToRGB layer, in the last block.
     """
 
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int,
@@ -307,9 +307,9 @@ class ToRGBLayer(nn.Module):
 
 def check_image_format(prefix: str, img_resolution: int, img_channels: int, architecture: str,
                        channel_base: int) -> None:
-    """Raise ValueError unless a network of this architecture can make or judge such images.
+    """Raise ValueError unless a network of this architecture can generate or classify such images.
 
-    prefix: stands before the argument's name in messages, such as "generator: "
+    prefix: put before the argument's name in messages, such as "generator: "
     """
     if not is_resolution(img_resolution):
         raise ValueError(f"{prefix}img_resolution is {img_resolution}; expected {RESOLUTIONS}")
@@ -317,7 +317,7 @@ def check_image_format(prefix: str, img_resolution: int, img_channels: int, arch
         raise ValueError(f"{prefix}img_channels is {img_channels}; expected at least 1")
     if channel_base < img_resolution:
         raise ValueError(f"{prefix}channel_base is {channel_base}; expected at least img_resolution, "
-                         f"{img_resolution}, or no channel is left")
+                         f"{img_resolution}, so that each layer has a channel")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{prefix}architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
 

@@ -1,7 +1,7 @@
-"""Layers that the generator and the discriminator are built from, and the number format that they compute in.
+"""Layers of the generator and the discriminator, and the precision in which they compute.
 
-Equalized learning rate (ProGAN: Karras et al. 2018, "Progressive Growing of GANs", section 4.1): weights start from
-N(0, 1), and a constant 1 / sqrt(fan-in) scales them in each pass; where outputs are demodulated, that takes its place.
+Equalized learning rate (ProGAN: Karras et al. 2018, "Progressive Growing of GANs", section 4.1): weights are drawn from
+N(0, 1) and scaled by the constant 1 / sqrt(fan-in) in each pass; demodulation, where used, replaces this scale.
 
 Legend: N batch, I O in/out channels, H W pixels, kh kw kernel, K w_dim. StyleGAN2: Karras et al. 2020,
 "Analyzing and Improving the Image Quality of StyleGAN".
@@ -34,7 +34,7 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
     noise:   broadcastable to the result, added after demodulation
     fused_modconv:  True builds one kernel per image and runs a grouped convolution; False scales the activations
                     before and after one shared convolution. Both are equal up to rounding; `choose_fused_modconv`
-                    tells which one suits
+                    chooses between them
 
     Returns [N, O, H * up / down, W * up / down] of x's dtype.
     """
@@ -61,15 +61,15 @@ def modulated_conv2d(x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | 
 
 
 def choose_fused_modconv(x: Tensor, weight: Tensor, up: int = 1, training: bool = False) -> bool:
-    """Return whether one kernel per image (True) or one shared convolution (False) suits these inputs.
+    """Return whether to use one kernel per image (True) or one shared convolution (False) for these inputs.
 
     Arguments are those of `modulated_conv2d`.
 
-    While training, gradients are cheaper with the shared kernel. In half precision the products of several kernels per
-    image could overflow. Otherwise a GPU takes one kernel per image, as the original does. A CPU takes it where the
-    kernels of an image are no larger than its activations, since scaling either takes time by its size, and never with
-    upsampling, since PyTorch's transposed convolutions are slow in groups (docs/performance.md). On a CPU in float32
-    the choice does not depend on the batch.
+    In training, gradients are cheaper with the shared kernel. In half precision with several images, per-image kernels
+    could overflow. Otherwise a GPU uses one kernel per image, like NVIDIA's code. A CPU does so if the kernels of an
+    image are no larger than its activations, since the cost of scaling grows with size, but never with upsampling, as
+    PyTorch's grouped transposed convolutions are slow (docs/performance.md). On a CPU in float32 the choice does not
+    depend on the batch size.
     """
     if training or (_is_half(x) and len(x) > 1):
         return False
@@ -84,7 +84,7 @@ def _is_half(x: Tensor) -> bool:
 
 
 def _per_channel(factors: Tensor, x: Tensor) -> Tensor:
-    """Let factors [N, C] broadcast against activations like x. -> [N, C, 1, 1]"""
+    """Reshape factors [N, C] to broadcast against activations like x. -> [N, C, 1, 1]"""
     return factors.to(x.dtype).reshape(*factors.shape, 1, 1)
 
 
@@ -96,7 +96,7 @@ def _demodulation(weight: Tensor, styles: Tensor) -> Tensor:
 class _KernelEnergy(torch.autograd.Function):
     """Sum the squares of each kernel: [O, I, kh, kw] -> [O, I]
 
-    PyTorch's own derivative of a square goes over all weights three times, this one once.
+    PyTorch's own derivative of a square passes over all weights three times, this one once.
     """
 
     @staticmethod
@@ -111,8 +111,8 @@ class _KernelEnergy(torch.autograd.Function):
 
 
 def _shrink(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
-    """Shrink weights and styles by factors that demodulation undoes."""
-    # The sum over I * kh * kw products of an activation with a weight stays below float16's 65504 this way.
+    """Scale down weights and styles by factors that demodulation cancels."""
+    # This keeps sums of I * kh * kw products of activations and weights below float16's 65504.
     fan_in = weight[0].numel()
     tiny = torch.finfo(weight.dtype).tiny  # all zeros stay zeros
     largest_weight = weight.abs().amax(dim=[1, 2, 3], keepdim=True).clamp_min(tiny)
@@ -136,7 +136,7 @@ class FullyConnectedLayer(nn.Module):
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init))) if bias else None
 
     def forward(self, x: Tensor, gain: float = 1) -> Tensor:
-        """gain: further factor of a layer without activation"""
+        """gain: additional factor, for layers without activation"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = _Linear.apply(x, self.weight.to(x.dtype), bias, self.weight_gain * gain, self.lr_multiplier * gain)
         return y if self.activation == "linear" else bias_act(y, act=self.activation)
@@ -145,7 +145,7 @@ class FullyConnectedLayer(nn.Module):
 class _Linear(torch.autograd.Function):
     """Compute weight_gain * x @ weight.T + bias_gain * bias. [N, I], [O, I], [O] or None -> [N, O]
 
-    PyTorch's own derivative applies the gains to each gradient by itself, and takes three times as many operators.
+    PyTorch's own derivative applies the gains to each gradient separately, with three times as many operators.
     """
 
     @staticmethod
@@ -172,7 +172,7 @@ class Conv2dLayer(nn.Module):
 
     [N, I, H, W] -> [N, O, H * up / down, W * up / down]. See the top for the equalized learning rate.
 
-    trainable=False keeps the weights as buffers, out of the optimizer's reach.
+    trainable=False keeps the weights as buffers, which the optimizer does not see.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True,
@@ -226,11 +226,11 @@ class MinibatchStdLayer(nn.Module):
         num, channels, height, width = x.shape
         members = max(num if self.group_size is None else min(self.group_size, num), 1)
         if channels % self.num_channels:
-            raise ValueError(f"minibatch standard deviation: there are {channels} channels; expected a multiple of "
+            raise ValueError(f"minibatch standard deviation: the input has {channels} channels; expected a multiple of "
                              f"num_channels, {self.num_channels}")
         if self.group_size is not None and not keeps_groups(num, self.group_size):
-            raise ValueError(f"minibatch standard deviation: the batch has {num} images; expected a multiple of the "
-                             f"group size {members}, or at most that many")
+            raise ValueError(f"minibatch standard deviation: the batch has {num} images; expected at most the group "
+                             f"size, {members}, or a multiple of it")
         grouped = x.reshape(members, num // members, self.num_channels, -1, height, width)
         spread = (grouped.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N / G, num_channels]
         extra = spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, height, width)
@@ -238,15 +238,15 @@ class MinibatchStdLayer(nn.Module):
 
 
 def keeps_groups(num_images: int, group_size: int) -> bool:
-    """Tell whether a pass is at most one group of the minibatch standard deviation, or whole groups."""
+    """Tell whether a pass is at most one minibatch standard deviation group, or whole groups."""
     return num_images <= group_size or num_images % group_size == 0
 
 
 def half_dtype_at(resolution: int, img_resolution: int, num_fp16_res: int, half_dtype: str) -> torch.dtype | None:
-    """Return the half format of the block at `resolution`, or None if it computes in full precision.
+    """Return the half-precision dtype of the block at `resolution`, or None if it computes in full precision.
 
-    The `num_fp16_res` highest resolutions take half precision, but never one below 8.
-    Raises ValueError for an unknown format.
+    The `num_fp16_res` highest resolutions use half precision, but none below 8.
+    Raises ValueError for an unknown dtype.
     """
     if half_dtype not in HALF_DTYPES:
         raise ValueError(f"half_dtype is {half_dtype!r}; expected one of {', '.join(HALF_DTYPES)}")
@@ -255,12 +255,12 @@ def half_dtype_at(resolution: int, img_resolution: int, num_fp16_res: int, half_
 
 
 def compute_dtype(parameter: torch.Tensor, half: torch.dtype | None, force_fp32: bool) -> torch.dtype:
-    """Return the dtype to compute in: `half` only where it is wanted and the parameters are float32."""
+    """Return the dtype to compute in: `half` if it is given, not overridden, and the parameters are float32."""
     if half is None or force_fp32 or parameter.dtype != torch.float32:
         return parameter.dtype
     return half
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """Return how to lay out activations: channels_last suits tensor cores."""
+    """Return the memory format of activations; channels-last is fast on tensor cores."""
     return torch.channels_last if channels_last else torch.contiguous_format

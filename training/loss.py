@@ -1,4 +1,4 @@
-"""The terms of the loss, each as its phase in `training.phases` computes it: per image, the phases take the mean E.
+"""The terms of the losses, one value per image; `training.phases` averages them.
 
 Legend: N batch, C image channels, R resolution, L num_ws, K w_dim.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def generator_losses(fake_logits: Tensor) -> Tensor:
-    """Return softplus(-D(G(z))) = -log sigmoid(D(G(z))), not saturating (Goodfellow et al. 2014, section 3). [N, 1]"""
+    """Return softplus(-D(G(z))) = -log sigmoid(D(G(z))), non-saturating (Goodfellow et al. 2014, section 3). [N, 1]"""
     return F.softplus(-fake_logits)
 
 
@@ -28,7 +28,7 @@ def squared_gradient(logits: Tensor, img: Tensor) -> Tensor:
 
     img: [N, C, R, R], what the logits [N, 1] were computed from, with requires_grad set
     """
-    # Minibatch statistics couple the images weakly; as in the original the gradient is that of the sum.
+    # The minibatch standard deviation couples the images weakly; as in NVIDIA's code the gradient is that of the sum.
     gradient, = torch.autograd.grad(logits.sum(), img, create_graph=True)
     return gradient.square().sum(dim=[1, 2, 3])
 
@@ -41,8 +41,8 @@ def r1_penalty(squared_norms: Tensor, gamma: float) -> Tensor:
 def path_lengths(G, ws: Tensor, noise: Tensor, **synthesis_kwargs) -> Tensor:
     """Return [N], ||J_w^T y||_2, the length of the generator's Jacobian product (StyleGAN2, section 3.2).
 
-    G:      generator, its `synthesis` is used
-    ws:     [N, L, K], mixed or not, with or without history
+    G:      generator, of which `synthesis` is used
+    ws:     [N, L, K], with or without style mixing, with or without gradient history
     noise:  [N, C, R, R], y ~ N(0, 1) / sqrt(R * R)
     """
     if not ws.requires_grad:
@@ -58,8 +58,8 @@ def path_length_mean(mean_length: Tensor, new_length: Tensor, decay: float) -> T
 
 
 def path_length_penalty(lengths: Tensor, mean_length: Tensor, decay: float) -> Tensor:
-    """Return [N], (||J_w^T y||_2 - a)^2 (StyleGAN2, eq. 4), with a after its update by these lengths, history included.
+    """Return [N], (||J_w^T y||_2 - a)^2 (StyleGAN2, eq. 4), with a after its update by these lengths, differentiable.
 
-    lengths:      [N], of `path_lengths`;  mean_length: scalar, the running mean before;  decay: its rate
+    lengths:      [N], of `path_lengths`;  mean_length: scalar, the running mean before;  decay: its update rate
     """
     return (lengths - path_length_mean(mean_length, lengths.mean(), decay)).square()

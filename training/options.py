@@ -1,8 +1,8 @@
-"""The flags of train.py: each with its name, type, help text, default and check, and what a run makes of them.
+"""The flags of train.py: name, type, help text, default and check of each, and the configuration that follows.
 
-`TrainOptions` are the flags that decide what is computed; it finds those that contradict each other. `resolve` makes
-the whole configuration of a run of them and the data set's facts, and finds what does not suit data or preset. It is
-pure: equal inputs give equal outputs, and nothing is read or drawn. `FLAGS` is the command line.
+`TrainOptions` holds the flags that decide what is computed, and rejects contradictions among them. `resolve` combines
+them with the facts of the data set into the full configuration of a run, and rejects what does not suit the data or
+the preset. It is pure: it reads nothing and draws no random numbers. `FLAGS` is the command line.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dnnlib.cli import Flag, UserPath, join_values
-from dnnlib.typed_config import Config, ConfigError
+from dnnlib.typed_config import ConfigError
 from torch_utils.device import DEVICE_HELP, PRECISION_NAMES, TUNE_MALLOC_HELP
 from training.augmentations.draws import AUGMENT_GROUPS
 from training.config import (
@@ -23,13 +23,14 @@ from training.config import (
     DatasetFacts,
     DiscriminatorConfig,
     EmaConfig,
+    FlagConfig,
     GeneratorConfig,
     LossConfig,
     RunSettings,
     StepConfig,
     TrainConfig,
 )
-from training.network_file import OTHER_NAMES
+from training.network_file import NETWORK_KINDS, OTHER_NAMES
 from training.presets import (
     ADA_KIMG,
     ADA_KIMG_RESUMED,
@@ -44,9 +45,9 @@ from training.presets import (
 )
 
 AUGMENT_MODES = ("noaug", "ada", "fixed")
-PRECISIONS = tuple(name for name in PRECISION_NAMES if name != "auto")  # auto is one of them by the time of a run
+PRECISIONS = tuple(name for name in PRECISION_NAMES if name != "auto")  # auto is replaced by one of them before a run
 
-# What holds where a flag is not given; help texts print it. The other flags' defaults depend on --cfg or the data.
+# Defaults of the flags, as help texts show them. The defaults of the other flags depend on --cfg or the data.
 DEFAULTS = {
     "cfg": "auto", "gpus": 1, "cond": False, "mirror": False, "seed": 0, "aug": "ada", "target": 0.6, "augpipe": "bgc",
     "resume_classes": TrainConfig.resume_classes, "resume_partial": TrainConfig.resume_partial, "nhwc": False,
@@ -57,14 +58,14 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Config):
-    """The flags of train.py by their names; None = not given.
+class TrainOptions(FlagConfig):
+    """The flags of train.py that decide what is computed, by name; None = not given.
 
-    A program that offers more ways of saying a thing (--precision=auto, --metrics=none) translates them first.
+    --precision=auto and --metrics=none are resolved before they get here.
     """
 
     cfg: str | None = None
-    gpus: int | None = None  # processes; on a machine without a GPU: 1
+    gpus: int | None = None  # processes
     cond: bool | None = None
     subset: int | None = None
     mirror: bool | None = None
@@ -92,25 +93,21 @@ class TrainOptions(Config):
     nobench: bool | None = None
     allow_tf32: bool | None = None
 
-    def label(self, name: str) -> str:
-        """Return the flag, since that is what the user wrote."""
-        return "--" + name.replace("_", "-")
-
     def check(self) -> None:
-        """Raise ConfigError on a value out of range and on flags that contradict each other."""
+        """Raise ConfigError for values out of range and for contradictory flags."""
         self._check_ranges()
         self._check_resume_and_metrics()
         self._check_augmentation()
         self._check_precision()
 
     def get(self, name: str) -> Any:
-        """Return what the user said, or the default where the flag was not given."""
+        """Return the value given by the user, or the default."""
         value = getattr(self, name)
         return DEFAULTS[name] if value is None else value
 
     @property
     def resumes(self) -> bool:
-        """Tell whether training starts from an existing network."""
+        """Whether training starts from an existing network."""
         return self.resume not in (None, "noresume")
 
     def _check_ranges(self) -> None:
@@ -132,7 +129,7 @@ class TrainOptions(Config):
             self.require(value is None or value in choices, name, f"one of {', '.join(choices)}")
 
     def _check_resume_and_metrics(self) -> None:
-        self.require(self.resume != "", "resume", "a network's name, path or URL, or noresume")
+        self.require(self.resume != "", "resume", "a network file, or noresume")
         self.require(self.resume_classes in (None, *RESUME_CLASSES), "resume_classes",
                      f"one of {', '.join(RESUME_CLASSES)}")
         for name in ("resume_classes", "resume_partial"):
@@ -140,23 +137,23 @@ class TrainOptions(Config):
             if value not in (None, "same", False) and not self.resumes:
                 flag = self.label(name)
                 raise ConfigError(f"{flag} is {_shown(value)} without --resume; expected a network to start from: "
-                                  f"add it, or leave {flag} out")
+                                  f"add --resume, or leave {flag} out")
         for metric in self.metrics or ():
             times = self.metrics.count(metric)
             if times > 1:
-                raise ConfigError(f"--metrics names {metric} {times} times; expected each metric once")
+                raise ConfigError(f"--metrics lists {metric} {times} times; expected each metric once")
 
     def _check_augmentation(self) -> None:
         mode = self.get("aug")
         if mode == "fixed" and self.p is None:
             raise ConfigError("--aug is fixed without --p; expected a probability: add --p=0.2, for example")
         if mode != "fixed" and self.p is not None:
-            raise ConfigError(f"--p is {self.p:g} with --aug={mode}; expected --aug=fixed: add it, or leave --p out")
+            raise ConfigError(f"--p is {self.p:g} with --aug={mode}; expected --aug=fixed: set it, or leave --p out")
         if mode != "ada" and self.target is not None:
-            raise ConfigError(f"--target is {self.target:g} with --aug={mode}; expected --aug=ada: change it, or leave "
+            raise ConfigError(f"--target is {self.target:g} with --aug={mode}; expected --aug=ada: set it, or leave "
                               "--target out")
         if mode == "noaug" and self.augpipe is not None:
-            raise ConfigError(f"--augpipe is {self.augpipe} with --aug=noaug; expected --aug=ada or fixed: change it, "
+            raise ConfigError(f"--augpipe is {self.augpipe} with --aug=noaug; expected --aug=ada or fixed: set it, "
                               "or leave --augpipe out")
 
     def _check_precision(self) -> None:
@@ -164,21 +161,21 @@ class TrainOptions(Config):
             raise ConfigError(f"--precision is {self.precision} with --fp32={_shown(self.fp32)}; expected the two to "
                               "agree: leave --fp32 out")
         if self.nhwc and (self.fp32 or self.precision == "fp32"):
-            raise ConfigError("--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
-                              "--precision=fp16, the standard on a GPU, or leave --nhwc out")
+            raise ConfigError("--nhwc is true in full precision; expected fp16 or bf16, as it affects half-precision "
+                              "layers only: use --precision=fp16, the default on a GPU, or leave --nhwc out")
 
 
 def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
-    """Return the configuration that the flags mean on this data set.
+    """Return the configuration of a run with these flags on this data set.
 
-    Raises ConfigError, one line that names the flag and what would do, where flags, preset and data do not fit.
+    Raises ConfigError, one line that names the flag and a value that works, where flags, preset and data do not fit.
     """
     cfg, gpus = options.get("cfg"), options.get("gpus")
     dataset = _dataset_config(options, facts)
     preset = choose_preset(cfg, facts.resolution, gpus)
     if facts.resolution > preset.channel_base:
-        raise ConfigError(f"--cfg is {cfg} for images of {facts.resolution}; expected at most {preset.channel_base}: "
-                          "try --cfg=auto")
+        raise ConfigError(f"--cfg is {cfg} for images of resolution {facts.resolution}; expected at most "
+                          f"{preset.channel_base}: try --cfg=auto")
     sizes = split_batch(cfg, preset, gpus, options.batch, options.batch_gpu)
     augment = _augment_config(options)
     generator, discriminator = network_configs(options, preset, dataset)
@@ -213,10 +210,10 @@ def resolve(options: TrainOptions, facts: DatasetFacts) -> TrainConfig:
 def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig:
     """Choose images and labels; raise ConfigError where the data set does not have them."""
     if options.cond and not facts.has_labels:
-        raise ConfigError(f"--cond is true; expected a data set with labels, and {facts.name} has none: add labels to "
+        raise ConfigError(f"--cond is true; expected a data set with labels, but {facts.name} has none: add labels to "
                           "its dataset.json, or leave --cond out")
     if options.subset is not None and options.subset > facts.num_images:
-        raise ConfigError(f"--subset is {options.subset}; expected at most {facts.num_images}, the images of "
+        raise ConfigError(f"--subset is {options.subset}; expected at most {facts.num_images}, the number of images in "
                           f"{facts.name}")
     return DatasetConfig(
         name=facts.name, resolution=facts.resolution, channels=facts.channels,
@@ -226,7 +223,7 @@ def _dataset_config(options: TrainOptions, facts: DatasetFacts) -> DatasetConfig
 
 def network_configs(options: TrainOptions, preset: Preset,
                     dataset: DatasetConfig) -> tuple[GeneratorConfig, DiscriminatorConfig]:
-    """Size both networks for the data set, in the precision asked for."""
+    """Return the configuration of both networks for this data set and the requested precision."""
     is_mixed = not options.fp32 and options.precision != "fp32"
     shared: dict[str, Any] = {
         "img_resolution": dataset.resolution,
@@ -246,20 +243,20 @@ def network_configs(options: TrainOptions, preset: Preset,
 
 
 def _step_config(options: TrainOptions, preset: Preset, sizes: BatchSplit) -> StepConfig:
-    """Join what an iteration needs."""
+    """Return the settings of a training iteration."""
     ada_kimg = ADA_KIMG_RESUMED if options.resumes else ADA_KIMG
     adapts = options.get("aug") == "ada"
     return StepConfig(
         batch=sizes.batch, micro_batch=sizes.micro_batch,
         loss=LossConfig(gamma=preset.gamma if options.gamma is None else options.gamma, pl_weight=preset.pl_weight,
                         style_mixing_prob=preset.style_mixing_prob),
-        # A generator that is trained already needs no short averages at the start.
+        # A generator that is already trained needs no ramp-up of the average.
         ema=EmaConfig(kimg=preset.ema_kimg, rampup=None if options.resumes else preset.ema_rampup),
         ada=AdaConfig(target=options.get("target"), kimg=ada_kimg) if adapts else None)
 
 
 def _augment_config(options: TrainOptions) -> AugmentConfig:
-    """Choose the augmentations and the probability that they begin with."""
+    """Choose the augmentations and their initial probability."""
     if options.aug == "noaug":
         return AugmentConfig(strengths={}, p=0)
     pipe = options.get("augpipe")
@@ -269,7 +266,7 @@ def _augment_config(options: TrainOptions) -> AugmentConfig:
 
 
 def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -> str:
-    """Name the run by its data set and by the flags that were given, in a fixed order."""
+    """Name the run after its data set and the given flags, in a fixed order."""
     parts = [facts.name]
     if options.cond:
         parts.append("cond")
@@ -292,7 +289,7 @@ def _run_name(options: TrainOptions, facts: DatasetFacts, cfg: str, gpus: int) -
 
 
 def _number(value: float) -> str:
-    """Write a flag's number without needless zeros."""
+    """Format a flag's number without trailing zeros."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -305,7 +302,7 @@ RUN, DATA, MODEL, AUGMENT, START, SPEED = (
 
 def _flag(names: str, kind: object, group: str, text: str, metavar: str | None = None, *, standard: str | None = None,
           **attributes) -> Flag:
-    """Declare an option; `standard` says in words what holds where it is not given and DEFAULTS does not tell."""
+    """Declare an option; `standard` describes a default that is not in DEFAULTS."""
     name = names.split()[-1].removeprefix("--").replace("-", "_")
     if isinstance(kind, click.Choice):
         metavar = "NAME"
@@ -313,13 +310,13 @@ def _flag(names: str, kind: object, group: str, text: str, metavar: str | None =
     if standard is None and name in DEFAULTS:
         standard = _shown(DEFAULTS[name])
     shown = text if standard is None else f"{text} [default: {standard}]"
-    if name not in TrainOptions.__dataclass_fields__:  # those know by None what was not given
+    if name not in TrainOptions.__dataclass_fields__:  # there, None marks a flag that was not given
         attributes.setdefault("default", DEFAULTS.get(name))
     return Flag(names.split(), group=group, type=kind, help=shown, metavar=metavar, **attributes)
 
 
 def _shown(value: Any) -> str:
-    """Write a default as a user would."""
+    """Format a value as on the command line."""
     if isinstance(value, tuple):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -329,91 +326,91 @@ _KIMG = "; ".join([str(Preset.kimg), *(f"{preset.kimg} with --cfg={cfg}" for cfg
                                        if preset.kimg != Preset.kimg)])
 
 FLAGS = [
-    _flag("--outdir", UserPath(), RUN, "Folder for the folders of runs; each run gets a numbered one. The same "
-          "command again continues its newest run there. Must be given.", metavar="DIR"),
-    _flag("--new", bool, RUN, "Start a new run, even where one could be continued: not for commands that are repeated "
-          "to continue their run.", is_flag=True, default=False),
-    _flag("--name", str, RUN, "Name of the run's folder after its number.", "TEXT",
+    _flag("--outdir", UserPath(), RUN, "Folder for all runs; each run gets a numbered subfolder. The same command "
+          "again continues its newest run there. Required.", metavar="DIR"),
+    _flag("--new", bool, RUN, "Start a new run, even if one could be continued. Leave this out of a command that you "
+          "repeat to continue its run.", is_flag=True, default=False),
+    _flag("--name", str, RUN, "Name of the run's folder, after its number.", "TEXT",
           standard="made from data and flags"),
-    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images. A larger one continues a finished "
-          "run.", "INT", standard=_KIMG),
-    _flag("--tick", float, RUN, "Thousands of images from one line of statistics (a tick) to the next.", "KIMG"),
-    _flag("--snap", int, RUN, "Ticks from one network file and sheet of examples to the next.", "TICKS"),
-    _flag("--keep", int, RUN, "Keep the N newest network files, and remove older ones once a newer one is written. "
-          "Those of the end of a run, those that another run in --outdir began from, and those whose metrics are still "
-          "to be computed stay.", "N", standard="all stay"),
-    _flag("--keep-best", str, RUN, "Keep the best network file by one of --metrics too; of pr name the value, such as "
-          "pr50k3_full_recall. Without --keep, the best and the newest stay.", "METRIC",
+    _flag("--kimg", int, RUN, "Length of the training, in thousands of real images. A larger value continues a "
+          "finished run.", "INT", standard=_KIMG),
+    _flag("--tick", float, RUN, "Report statistics every N thousand images (a tick).", "N"),
+    _flag("--snap", int, RUN, "Save a network snapshot and a grid of sample images every N ticks.", "N"),
+    _flag("--keep", int, RUN, "Keep only the N newest network snapshots. Older ones are removed once a newer one is "
+          "written, except those from the end of a run, those that another run in --outdir started from, and those "
+          "whose metrics are still to be computed.", "N", standard="all"),
+    _flag("--keep-best", str, RUN, "Also keep the best network snapshot by one of --metrics; for pr, name the value, "
+          "such as pr50k3_full_recall. Without --keep, only the best and the newest are kept.", "METRIC",
           standard="none"),
-    _flag("--state-minutes", float, RUN, "At most so long between two saved states to continue from.",
-          "MINUTES"),
-    _flag("--max-hours", float, RUN, "After that long, save the state and stop; the same command continues later. "
-          "Metrics that would take longer are left out, and computed with a later network file.", "HOURS",
+    _flag("--state-minutes", float, RUN, "Save a resumable state at least every N minutes.", "N"),
+    _flag("--max-hours", float, RUN, "Save a resumable state and stop after N hours; the same command continues later. "
+          "Metrics that would take longer are postponed, and computed with a later network snapshot.", "N",
           standard="no limit"),
-    _flag("--metrics", str, RUN, "Quality metrics to compute with each network file, separated by commas, or none. May "
-          "be given several times.", "LIST", multiple=True, callback=join_values,
-          standard=f"{_shown(DEFAULTS['metrics'])} where its detector is at hand, else none"),
-    _flag("--detector", str, RUN, "Network that metrics look through, in place of the usual ones; see calc_metrics.py "
+    _flag("--metrics", str, RUN, "Quality metrics to compute for each network snapshot, separated by commas, or none. "
+          "Can be repeated.", "LIST", multiple=True, callback=join_values,
+          standard=f"{_shown(DEFAULTS['metrics'])} if its feature detector is available, else none"),
+    _flag("--detector", str, RUN, "Feature detector of the metrics, in place of the usual ones; see calc_metrics.py "
           "--help.", "NAME", standard="inception-v3; vgg16 for pr"),
     _flag("--detector-weights", UserPath(named=True), RUN,
-          "File of its weights; NAME=FILE where several networks are needed, and "
-          "lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.", "FILE",
-          multiple=True, standard="downloaded ones"),
-    _flag("--seed", int, RUN, "Number that all random choices follow from.", "INT"),
-    _flag("-n --dry-run", bool, RUN, "Write nothing: print settings, sizes, memory and files as JSON, then stop.",
-          is_flag=True, default=False),
+          "File with the weights of the feature detector; NAME=FILE if several are needed, and "
+          "lpips-vgg16=FOLDER with the two files that ppl needs. Can be repeated.", "FILE",
+          multiple=True, standard="downloaded"),
+    _flag("--seed", int, RUN, "Random seed.", "INT"),
+    _flag("-n --dry-run", bool, RUN, "Print settings, sizes, memory and files as JSON and exit, without writing "
+          "anything.", is_flag=True, default=False),
 
-    _flag("--data", UserPath(), DATA, "Data set to learn from: a zip or folder from dataset_tool.py. Must be given.",
+    _flag("--data", UserPath(), DATA, "Training data: a zip or folder made by dataset_tool.py. Required.",
           metavar="PATH"),
-    _flag("--cond", bool, DATA, "Learn classes: the networks are told the label of each image, a class or a list of "
-          "numbers.", "BOOL"),
-    _flag("--subset", int, DATA, "Use so many images, drawn by --seed.", "INT", standard="all"),
-    _flag("--mirror", bool, DATA, "Use each image a second time, left and right exchanged.", "BOOL"),
+    _flag("--cond", bool, DATA, "Train conditional networks, on the data set's labels: one class or a list of numbers "
+          "for each image.", "BOOL"),
+    _flag("--subset", int, DATA, "Train on a random subset of N images (chosen by --seed).", "N", standard="all"),
+    _flag("--mirror", bool, DATA, "Add a horizontally flipped copy of each image.", "BOOL"),
     _flag("--balance", UserPath(), DATA,
           "How often images are seen: none (each equally often), classes (each class equally "
           "often), or a CSV file with the columns class,weight or file,weight.", "none|classes|FILE"),
     _flag("--valid", UserPath(), DATA,
-          "Data set that is never learned from: the discriminator's scores on it are reported "
-          "beside those on --data, which shows overfitting.", "PATH", standard="none"),
+          "Held-out data set: the discriminator's scores on it are reported beside those on --data, which shows "
+          "overfitting.", "PATH", standard="none"),
 
-    _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset that sizes and settings come from: auto fits resolution and "
-          "number of processes; tiny is for CPUs and first tries; the others are those of the papers."),
+    _flag("--cfg", click.Choice(CFG_NAMES), MODEL, "Preset of network sizes and hyperparameters: auto depends on the "
+          "resolution and the number of processes; tiny is for CPUs and first tries; the others are from the papers."),
     _flag("--gamma", float, MODEL, "Weight of the R1 penalty, which keeps the discriminator smooth.", "FLOAT",
           standard="from --cfg"),
-    _flag("--batch", int, MODEL, "Images of one iteration, over all processes.", "INT", standard="from --cfg"),
-    _flag("--batch-gpu", int, MODEL, "Images that a process takes in one pass; smaller values need less memory, and "
-          "continue a run that ran out of it.", "INT", standard="that of the run that is continued, else its share of "
-          "the batch, or from --cfg"),
+    _flag("--batch", int, MODEL, "Total batch size, over all processes.", "INT", standard="from --cfg"),
+    _flag("--batch-gpu", int, MODEL, "Images per forward pass of a process; smaller values need less memory, and let a "
+          "run that ran out of memory continue.", "INT", standard="that of the continued run, else the process's share "
+          "of the batch, or from --cfg"),
 
-    _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "What sets the probability of augmentations. ada: it follows "
-          "the overfitting; fixed: it is --p; noaug: there are none."),
-    _flag("--p", float, AUGMENT, "Probability of each augmentation with --aug=fixed, from 0 to 1; must be given there.",
+    _flag("--aug", click.Choice(AUGMENT_MODES), AUGMENT, "How the augmentation probability is set. ada: adapted to "
+          "the overfitting; fixed: set by --p; noaug: no augmentation."),
+    _flag("--p", float, AUGMENT, "Probability of each augmentation, from 0 to 1; required with --aug=fixed.",
           metavar="FLOAT"),
-    _flag("--target", float, AUGMENT, "Overfitting that --aug=ada allows: mean sign of the discriminator on reals.",
-          "FLOAT"),
+    _flag("--target", float, AUGMENT, "Overfitting that --aug=ada aims at: mean sign of the discriminator's output on "
+          "real images.", "FLOAT"),
     _flag("--augpipe", click.Choice(AUGPIPES), AUGMENT, "Kinds of augmentation: "
           + ", ".join(f"{name[0]}({name[1:]})" for name in AUGMENT_GROUPS) + "."),
 
-    _flag("--resume", UserPath(), START, "Network file whose weights training starts from: a .safetensors of a run, or "
-          f"a .pkl of the original; also {OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
+    _flag("--resume", UserPath(), START, f"Network file whose weights training starts from: {NETWORK_KINDS}; also "
+          f"{OTHER_NAMES}. To continue a stopped run, repeat its command instead.",
           "FILE|noresume", standard="noresume: random weights"),
-    _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network's classes are those of --data, "
-          "by name, in any order. new: the class embedding starts anew and all else is taken, for other classes, for "
-          "an unconditional network with --cond=1, or a conditional one without."),
-    _flag("--resume-partial", bool, START, "Where resolutions, mapping layers or numbers of channels differ, take the "
-          "layers that are the same, and let the others begin anew; without it such a network is refused.",
+    _flag("--resume-classes", click.Choice(RESUME_CLASSES), START, "same: the network must have the classes of --data, "
+          "matched by name, in any order. new: the class embedding starts from random weights and all else is taken; "
+          "for different classes, or if only one of the network and this run is conditional."),
+    _flag("--resume-partial", bool, START, "If resolutions, mapping layers or numbers of channels differ, take the "
+          "layers that match and start the others from random weights; without this flag such a network is rejected.",
           "BOOL"),
-    _flag("--freezed", int, START, "Number of the discriminator's layers, counted from the image, that do not learn; "
-          "for --resume.", "INT", standard="0"),
+    _flag("--freezed", int, START, "Freeze the first N layers of the discriminator, counted from the image; needs "
+          "--resume.", "N", standard="0"),
 
     _flag("--device", str, SPEED, DEVICE_HELP, "NAME"),
-    _flag("--gpus", int, SPEED, "Number of processes that share the work: one a GPU, or several on a CPU.", "INT"),
-    _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Number format of the highest resolutions. auto: fp16 "
-          "on a GPU, fp32 on a CPU; a run that is continued keeps what it began with."),
-    _flag("--fp32", bool, SPEED, "As --precision=fp32; false as --precision=fp16.", "BOOL", standard="not given"),
-    _flag("--nhwc", bool, SPEED, "Keep the channels of a pixel together in half precision.", "BOOL"),
-    _flag("--allow-tf32", bool, SPEED, "Let a GPU round the factors of float32 products to TF32.", "BOOL"),
-    _flag("--nobench", bool, SPEED, "Do not let cuDNN try which of its convolutions is fastest.", "BOOL"),
-    _flag("--workers", int, SPEED, "Processes that read images, for each process of the run.", "INT"),
+    _flag("--gpus", int, SPEED, "Number of processes: one per GPU, or several on a CPU.", "INT"),
+    _flag("--precision", click.Choice(PRECISION_NAMES), SPEED, "Precision of the layers at the highest resolutions. "
+          "auto: fp16 on a GPU, fp32 on a CPU; a continued run keeps its precision."),
+    _flag("--fp32", bool, SPEED, "Same as --precision=fp32; false is the same as --precision=fp16.", "BOOL",
+          standard="not given"),
+    _flag("--nhwc", bool, SPEED, "Use the channels-last memory format in half-precision layers.", "BOOL"),
+    _flag("--allow-tf32", bool, SPEED, "Allow TF32 in matrix products and convolutions on a GPU.", "BOOL"),
+    _flag("--nobench", bool, SPEED, "Disable cuDNN autotuning.", "BOOL"),
+    _flag("--workers", int, SPEED, "Data loading workers per training process.", "INT"),
     _flag("--tune-malloc", bool, SPEED, TUNE_MALLOC_HELP, "BOOL"),
 ]

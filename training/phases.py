@@ -1,6 +1,6 @@
-"""The four phases of a training iteration: what they draw, how they are cut into micro-batches, what they minimize.
+"""The four phases of a training iteration: their random inputs, micro-batches and losses.
 
-A step is a function of its state and of what is drawn here.
+A training step is a function of its state and of the random inputs drawn here.
 
 Legend: B images of this process, N of a micro-batch, C image channels, R resolution, Z z_dim, L num_ws, K w_dim.
 """
@@ -22,7 +22,7 @@ from training.state import TrainingState
 
 
 class Phase(StrEnum):
-    """A phase of an iteration. The members are in the order in which phases run; statistics and logs use the names."""
+    """A phase of an iteration. Members are in the order in which phases run; statistics and logs use their names."""
 
     Gmain = "Gmain"
     Greg = "Greg"
@@ -39,39 +39,39 @@ PHASES = tuple(Phase)
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseInputs:
-    """Everything random in one phase."""
+    """All random inputs of one phase."""
 
     z: Tensor | None = None  # [B, Z]; Dreg needs none
     c: Tensor | None = None  # [B, c_dim], labels of the fakes
-    mix_z: Tensor | None = None  # [B, Z], second latents of style mixing; None mixes nothing
-    mix_cutoffs: Sequence[int] = ()  # per micro-batch: ws from here on come from mix_z; L mixes nothing
-    pl_noise: Tensor | None = None  # Greg: N(0, 1), [N // pl_batch_shrink, C, R, R] of each micro-batch in turn
+    mix_z: Tensor | None = None  # [B, Z], second latents for style mixing; None = no mixing
+    mix_cutoffs: Sequence[int] = ()  # per micro-batch: first layer with ws from mix_z; L = no mixing
+    pl_noise: Tensor | None = None  # Greg: N(0, 1), [N // pl_batch_shrink, C, R, R] per micro-batch, concatenated
     seeds: Sequence[int] = ()  # per micro-batch: for layer noise and augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """One iteration's share of one process."""
+    """The inputs of one process in one iteration."""
 
     reals: Tensor  # [B, C, R, R], [-1, 1]
     labels: Tensor  # [B, c_dim]
-    phases: Mapping[str, PhaseInputs]  # by name of the phase
+    phases: Mapping[str, PhaseInputs]  # by phase name
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass takes."""
+    """The inputs of one forward and backward pass."""
 
     reals: Tensor  # [N, C, R, R]
     labels: Tensor  # [N, c_dim]
-    inputs: PhaseInputs  # its tensors cut to this micro-batch
-    cutoff: int  # ws from here on come from the second latents; L mixes nothing
-    rng: torch.Generator | None  # for layer noise and whatever has many numbers, on the training device
-    host_rng: torch.Generator | None  # for what augmentation decides about each image: `rng` itself where that will do
+    inputs: PhaseInputs  # its tensors are cut to this micro-batch
+    cutoff: int  # first layer with ws from the second latents; L = no mixing
+    rng: torch.Generator | None  # for layer noise and other large draws, on the training device
+    host_rng: torch.Generator | None  # on the host, for augmentation's decisions per image; on a CPU `rng` itself
 
 
 def active_phases(iteration: int, loss: LossConfig) -> list[Phase]:
-    """Return the phases of an iteration in their order: regularization is lazy (StyleGAN2, section 3.1)."""
+    """Return the phases of an iteration, in order: regularization is lazy (StyleGAN2, section 3.1)."""
     active = {Phase.Gmain: True,
               Phase.Greg: loss.pl_weight > 0 and iteration % loss.g_reg_interval == 0,
               Phase.Dmain: True,
@@ -80,7 +80,7 @@ def active_phases(iteration: int, loss: LossConfig) -> list[Phase]:
 
 
 def path_length_images(micro_batch: int, loss: LossConfig) -> int:
-    """Return the number of a micro-batch's latents that path lengths are taken on: at least one."""
+    """Return the number of latents in a micro-batch that are used for path lengths: at least one."""
     return max(micro_batch // loss.pl_batch_shrink, 1)
 
 
@@ -91,10 +91,10 @@ def draw_phases(config: StepConfig, *, seed: int, nimg: int, iteration: int, mic
 
     nimg:         images seen before the iteration
     microbatches: indices, over all processes, of the micro-batches that this process computes
-    label_law:    how often each label occurs among the images that the run sees; fakes follow it
+    label_law:    the distribution of the labels of training images, from which those of fakes are drawn
     image_shape:  (C, R, R)
 
-    Depends on nothing but the arguments: a micro-batch gets the same numbers on whichever process it runs.
+    Depends only on the arguments: a micro-batch gets the same numbers on any process.
     """
     loss, size = config.loss, config.micro_batch
 
@@ -123,7 +123,7 @@ def draw_phases(config: StepConfig, *, seed: int, nimg: int, iteration: int, mic
 
 
 def cut(phase: Phase, batch: StepInputs, config: StepConfig, state: TrainingState) -> list[MicroBatch]:
-    """Return the micro-batches of a phase. Raises ValueError for inputs that do not fit."""
+    """Return the micro-batches of a phase. Raises ValueError for inputs of the wrong size."""
     size, inputs, images, num_ws = config.micro_batch, batch.phases[phase], len(batch.reals), state.G.num_ws
     if images == 0 or images % size:
         raise ValueError(f"a step got {images} images; expected a multiple of micro_batch, {size}")
@@ -142,8 +142,8 @@ def cut(phase: Phase, batch: StepInputs, config: StepConfig, state: TrainingStat
         raise ValueError(f"{phase}: mix_cutoffs are {cutoffs}; expected {num} from 1 to {num_ws}")
     draws_noise = config.loss.noise_mode == "random" and phase is not Phase.Dreg
     if len(inputs.seeds) != num and (inputs.seeds or draws_noise or state.augment_pipe is not None):
-        raise ValueError(f"{phase}: there are {len(inputs.seeds)} seeds; expected {num}: layer noise and augmentation "
-                         "draw from them")
+        raise ValueError(f"{phase}: there are {len(inputs.seeds)} seeds; expected {num}, for layer noise and "
+                         "augmentation")
 
     columns = {name: [None] * num if getattr(inputs, name) is None else getattr(inputs, name).chunk(num)
                for name in rows}
@@ -156,10 +156,10 @@ def cut(phase: Phase, batch: StepInputs, config: StepConfig, state: TrainingStat
 
 
 def mix_styles(mapping: nn.Module, z: Tensor, c: Tensor, mix_z: Tensor | None, cutoff: int) -> tuple[Tensor, Tensor]:
-    """Map z to styles, and take those from layer `cutoff` on from mix_z (mixing regularization: StyleGAN, section 3.1).
+    """Map z to styles, with those of mix_z from layer `cutoff` on (mixing regularization: StyleGAN, section 3.1).
 
     z, mix_z:  [N, Z];  c: [N, c_dim], of both
-    cutoff:    1 to L; L mixes nothing, and mix_z is not used
+    cutoff:    1 to L; with L there is no mixing, and mix_z is not used
 
     Returns the mixed styles [N, L, K], and w [N, K] of z alone, which w_avg follows.
     """
@@ -171,7 +171,7 @@ def mix_styles(mapping: nn.Module, z: Tensor, c: Tensor, mix_z: Tensor | None, c
 
 
 class _RunningSum:
-    """The mean of values that come in parts."""
+    """The mean of values that are added batch by batch."""
 
     def __init__(self):
         self.total: Tensor | float = 0.0
@@ -183,21 +183,21 @@ class _RunningSum:
         self.count += len(values)
 
     def value(self, num_processes: int) -> Tensor:
-        """Return the mean; `total` is the sum over that many processes with equal counts."""
+        """Return the mean; `total` is the sum over `num_processes` processes with equal counts."""
         return self.total / (self.count * num_processes)
 
 
 class PhaseWork:
-    """The forward passes of a phase: `losses` yields what to differentiate, one after the other.
+    """The forward passes of a phase: `losses` yields the losses to differentiate, one at a time.
 
-    What else changes is gathered over all micro-batches, and changed by `commit`: running means move once a phase, so
-    that P micro-batches do what P processes do.
+    Updates of running means are collected over all micro-batches, and applied once per phase by `commit`, so that P
+    micro-batches are equivalent to P processes.
     """
 
     def __init__(self, phase: Phase, state: TrainingState, loss: LossConfig):
         self.phase, self.state, self.loss = phase, state, loss
         self.stats: dict[str, list[Tensor]] = defaultdict(list)
-        self.signs: Tensor | None = None  # of D's logits on reals, as `count_signs` returns them; None judges no reals
+        self.signs: Tensor | None = None  # of D's logits on reals, as `count_signs` returns them; None = no reals seen
         self._w, self._lengths = _RunningSum(), _RunningSum()
 
     def losses(self, part: MicroBatch) -> Iterator[Tensor]:
@@ -224,7 +224,7 @@ class PhaseWork:
         """E[softplus(D(G(z)))] + E[softplus(-D(x))]"""
         with torch.no_grad():
             fakes = self._generate(part)
-        # One graph at a time: half the memory.
+        # Keeping one graph at a time halves the memory.
         on_fakes = losses.fake_losses(self._judge(fakes, part.inputs.c, part, "fake"))
         yield on_fakes.mean()
         on_reals = losses.real_losses(self._judge_reals(part.reals, part))
@@ -240,14 +240,14 @@ class PhaseWork:
         yield self._report("Loss/D/reg", penalty).mean() * self.loss.d_reg_interval
 
     def sums(self) -> list[Tensor]:
-        """Return the sums that `commit` uses, to be replaced in place by those over all processes."""
+        """Return the sums that `commit` uses; the caller sums them over all processes in place."""
         return [*(running.total for running in (self._w, self._lengths) if running.count),
                 *([] if self.signs is None else [self.signs])]
 
     def commit(self, finite: Tensor, num_processes: int = 1) -> None:
-        """Move the running means of w and of path lengths, and add the signs of D's logits on reals to the state's.
+        """Update the running means of w and of path lengths, and add the signs of D's logits on reals to the state.
 
-        finite:  bool on the device; where it is not set, nothing moves
+        finite:  bool on the device; if False, nothing changes
         """
         mapping, pl_mean = self.state.G.mapping, self.state.pl_mean
         if self._w.count and mapping.w_avg_beta is not None:
@@ -261,7 +261,7 @@ class PhaseWork:
             self.state.ada_signs += torch.where(finite, self.signs, 0)
 
     def _styles(self, part: MicroBatch, num: int | None = None) -> Tensor:
-        """Map the first `num` latents of a micro-batch (None: all) to mixed styles. [num, L, K]"""
+        """Map the first `num` latents of a micro-batch (None: all) to styles, with mixing. [num, L, K]"""
         z, c, mix_z = (value if value is None else value[:num] for value in
                        (part.inputs.z, part.inputs.c, part.inputs.mix_z))
         ws, w = mix_styles(self.state.G.mapping, z, c, mix_z, part.cutoff)

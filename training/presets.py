@@ -1,10 +1,10 @@
-"""The presets that --cfg and --augpipe name, as tables, and how a preset's batch is shared out.
+"""The presets of --cfg and --augpipe, and how a batch is split into processes and micro-batches.
 
-They are those of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (ada), and `tiny`
-for machines without a GPU.
+The presets are those of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data" (ada), and
+`tiny` for machines without a GPU.
 
-An iteration takes `batch` images; each of `gpus` processes gets an equal share of them and works through it in
-micro-batches. The minibatch standard deviation wants at most one group of images, or whole groups, in a micro-batch.
+An iteration takes `batch` images; each of `gpus` processes gets an equal share and processes it in micro-batches. A
+micro-batch must be at most one minibatch standard deviation group, or consist of whole groups.
 """
 
 from collections.abc import Callable
@@ -18,29 +18,29 @@ from training.layers import keeps_groups
 
 
 def _first_groups(count: int) -> tuple[str, tuple[str, ...]]:
-    """Return the initials of the first groups of augmentations, and the names in these groups."""
+    """Return the initials of the first `count` groups of augmentations, and the names in these groups."""
     groups = [*AUGMENT_GROUPS][:count]
     return "".join(group[0] for group in groups), tuple(name for group in groups for name in AUGMENT_GROUPS[group])
 
 
-# --augpipe -> names of the augmentations, each at full strength: one group, or by their initials the first groups (bgc)
+# --augpipe -> names of the augmentations, each at full strength: one group, or the first groups by their initials (bgc)
 AUGPIPES = {**AUGMENT_GROUPS, **dict(_first_groups(count) for count in range(2, len(AUGMENT_GROUPS) + 1))}
 
-# Published networks that --resume knows by name; any other value is a path or URL and is called custom.
+# Names of NVIDIA's published networks; a run that starts from any other network is named "resumecustom".
 TRANSFER_NAMES = ("ffhq256", "ffhq512", "ffhq1024", "celebahq256", "lsundog256")
 
 ADA_KIMG = AdaConfig.kimg
-# A discriminator that is trained already overfits sooner, so that p has to move faster (ada, section 4).
+# A discriminator that is already trained overfits sooner, so that p has to move faster (ada, section 4).
 ADA_KIMG_RESUMED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a value of --cfg stands for; the fields are those of `training.config`."""
+    """The settings of a value of --cfg; the fields are those of `training.config`."""
 
     batch: int
-    reference_gpus: int  # the number that batch_gpu = batch / reference_gpus was chosen for
-    mbstd: int  # images of a group of the minibatch standard deviation
+    reference_gpus: int  # the preset's batch_gpu is batch / reference_gpus
+    mbstd: int  # images of a minibatch standard deviation group
     channel_base: int
     lr: float
     gamma: float
@@ -48,7 +48,7 @@ class Preset:
     ema_rampup: float | None = None
     mapping_layers: int = GeneratorConfig.mapping_layers
     channel_max: int = GeneratorConfig.channel_max
-    latent_dim: int = GeneratorConfig.z_dim  # of z and w
+    latent_dim: int = GeneratorConfig.z_dim  # length of z and w
     pl_weight: float = LossConfig.pl_weight
     style_mixing_prob: float = LossConfig.style_mixing_prob
     d_architecture: str = DiscriminatorConfig.architecture
@@ -78,9 +78,9 @@ CFG_NAMES = ("auto", *FIXED_PRESETS, "tiny")
 
 
 def choose_preset(cfg: str, resolution: int, gpus: int) -> Preset:
-    """Return the preset of that name; auto and tiny depend on the resolution and the number of processes.
+    """Return the preset named `cfg`; auto and tiny depend on the resolution and the number of processes.
 
-    Raises ConfigError where no preset has the name.
+    Raises ConfigError for an unknown name.
     """
     if cfg in FIXED_PRESETS:
         return FIXED_PRESETS[cfg]
@@ -94,7 +94,7 @@ def choose_preset(cfg: str, resolution: int, gpus: int) -> Preset:
 
 
 def _scaled_preset(resolution: int, gpus: int, *, batch: int) -> Preset:
-    """Return the settings that grow with resolution and batch."""
+    """Return the settings that depend on resolution and batch."""
     return Preset(
         batch=batch,
         reference_gpus=gpus,
@@ -110,28 +110,28 @@ def _scaled_preset(resolution: int, gpus: int, *, batch: int) -> Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSplit:
-    """The sizes that a run uses."""
+    """The batch sizes of a run."""
 
-    batch: int  # images of an iteration, over all processes
-    batch_gpu: int  # images of a pass as the preset or the user says it
-    micro_batch: int  # images of a pass as it will be: never more than a process has
+    batch: int  # total batch size, over all processes
+    batch_gpu: int  # images of a pass, by preset or user
+    micro_batch: int  # images of a pass that are used: never more than a process's share of the batch
 
 
 def largest_pass(share: int, group: int, most: int) -> int | None:
-    """Return the most images, up to `most`, of passes that a process's share of a batch can be cut into."""
+    """Return the largest pass size, up to `most`, that divides a process's share and keeps groups whole."""
     return next((size for size in range(min(most, share), 0, -1) if share % size == 0 and keeps_groups(size, group)),
                 None)
 
 
 def split_batch(cfg: str, preset: Preset, gpus: int, batch: int | None, batch_gpu: int | None) -> BatchSplit:
-    """Choose the sizes of a run.
+    """Choose the batch sizes of a run.
 
     cfg:       the preset's name, for messages
-    gpus:      processes; must be a power of two where the preset sets the batch, may be any divisor of a given batch
-    batch:     the user's batch, or None: the preset's
-    batch_gpu: the user's images of a pass, or None: the preset's, or all that a process has where `batch` is given
+    gpus:      processes; a power of two if the preset sets the batch, any divisor of a given batch
+    batch:     given by the user; None takes the preset's
+    batch_gpu: given by the user; None takes the preset's, or a process's whole share if `batch` is given
 
-    Raises ConfigError, with a size that would do, where the parts do not fit each other.
+    Raises ConfigError, with a value that works, if the sizes do not fit each other.
     """
     total = preset.batch if batch is None else batch
     if batch is None:
@@ -147,14 +147,14 @@ def split_batch(cfg: str, preset: Preset, gpus: int, batch: int | None, batch_gp
     micro_batch = min(described, share)
     if not keeps_groups(micro_batch, preset.mbstd):
         raise ConfigError(
-            f"--batch is {total}, which gives each of {gpus} gpus {micro_batch}; expected {_expected_pass(preset)}: "
+            f"--batch is {total}, or {micro_batch} on each of {gpus} gpus; expected {_expected_pass(preset)}: "
             f"try {_usable_batch(preset, gpus, total, None)}"
         )
     return BatchSplit(batch=total, batch_gpu=described, micro_batch=micro_batch)
 
 
 def _check_gpus(cfg: str, preset: Preset, gpus: int, batch_gpu: int | None) -> None:
-    """Refuse numbers of processes that the preset's own batch cannot be shared out to."""
+    """Raise ConfigError for a number of processes that the preset's own batch cannot be divided among."""
     usable = f"or --batch={_usable_batch(preset, gpus, preset.batch, batch_gpu)}"
     if not is_power_of_two(gpus):
         power = 1 << (min(gpus, preset.batch).bit_length() - 1)
@@ -169,7 +169,7 @@ def _check_gpus(cfg: str, preset: Preset, gpus: int, batch_gpu: int | None) -> N
 
 
 def _check_batch_gpu(cfg: str, preset: Preset, gpus: int, share: int, batch: int | None, batch_gpu: int) -> None:
-    """Refuse a size of a pass that breaks groups or does not divide what a process has."""
+    """Raise ConfigError for a pass size that splits a group or does not divide a process's share."""
     fitting = _nearest(batch_gpu, lambda size: keeps_groups(size, preset.mbstd) and share % size == 0, stop=share)
     if not keeps_groups(batch_gpu, preset.mbstd):
         usable = fitting or _nearest(batch_gpu, lambda size: keeps_groups(size, preset.mbstd))
@@ -199,7 +199,7 @@ def _usable_batch(preset: Preset, gpus: int, batch: int, batch_gpu: int | None) 
 
 
 def _nearest(wanted: int, is_usable: Callable[[int], bool], stop: int | None = None) -> int | None:
-    """Return the usable positive number nearest to `wanted`, the larger of two; None where none is up to `stop`."""
+    """Return the usable positive number nearest to `wanted`, the larger of two; None if there is none up to `stop`."""
     distance = 0
     while stop is None or distance <= max(stop, wanted):
         for candidate in (wanted + distance, wanted - distance):

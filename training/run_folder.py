@@ -1,10 +1,10 @@
-"""Choose the folder of a run: continue one, leave one alone that is finished, or make the next number.
+"""Choose the folder of a run: continue a run, leave a finished one alone, or create one with the next number.
 
     runs/00007-isic256-cond-auto1/
 
-`RunFolder` and `list_snapshots` are the home of the names of its files, but for those of states: see CheckpointPair.
-All choosing in one output folder happens under a lock, and so does each run's training: `ProcessLock` says when the
-lock of a process that is gone is taken over.
+`RunFolder` and `list_snapshots` define the names of its files, except for resumable states: see CheckpointPair. A lock
+in the output folder is held while a run is chosen, and a lock in the run's folder while it is trained; `ProcessLock`
+decides when a lock left by a dead process is taken over.
 """
 
 import os
@@ -39,35 +39,35 @@ from training.run_record import (
 LOCK_NAME = "lock.json"
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
-_SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # .pkl: in a run's folder of the original
-_CHOOSING_SECONDS = 30  # to wait for other programs that choose at the same time, each of which takes milliseconds
-_MOST_NOT_CONTINUED = 3  # runs that are named: an output folder may hold hundreds
+_SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # .pkl: in a folder of NVIDIA's code
+_CHOOSING_SECONDS = 30  # to wait for other programs that are choosing a run, which takes each of them milliseconds
+_MOST_NOT_CONTINUED = 3  # runs listed in messages: an output folder may hold hundreds
 _NUMBERED = re.compile(r"(\d{5})-")
-_NUMBERED_FURTHER = re.compile(r"([1-9]\d{5,})-")  # after 99999; a date looks the same
+_NUMBERED_FURTHER = re.compile(r"([1-9]\d{5,})-")  # above 99999; dates match too
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What a command asks for."""
+    """The run that a command asks for."""
 
     config: TrainConfig
     identity: dict[str, Any]  # of `config`
-    new: bool  # whatever is there
-    precision_given: bool  # by the user, and so not to be taken from a record
+    new: bool  # start a new run in any case
+    precision_given: bool  # by the user; otherwise a continued run keeps its own
     batch_gpu_given: bool
-    classes: tuple[str, ...] | None  # as RunRecord.classes; None = whatever a record says
+    classes: tuple[str, ...] | None  # as RunRecord.classes; None = not compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """Which folder a run would take."""
+    """The folder that a run would use."""
 
     path: Path
-    config: TrainConfig  # with which it would be trained: a run that goes on keeps some of its own
+    config: TrainConfig  # to train with: a continued run keeps some of its own settings
     record: RunRecord | None = None  # of the run that is continued or left alone; None = a new run
-    left_alone: str | None = None  # a line: the run did what is asked for, and nothing is to be done
+    left_alone: str | None = None  # a message: the run is already finished, and there is nothing to do
     notes: tuple[str, ...] = ()  # lines for the user
-    not_continued: tuple[str, ...] = ()  # of a new run: lines on unfinished runs that the user may have meant
+    not_continued: tuple[str, ...] = ()  # for a new run: lines on unfinished runs that the user may have meant
 
     @property
     def continues(self) -> bool:
@@ -75,9 +75,9 @@ class RunPlan:
 
 
 class RunFolder:
-    """The files of one run; a context manager that gives the run's lock back.
+    """The files of one run; a context manager that releases the run's lock.
 
-    Made by `choose_run` in the process that writes; RunFolder(path) alone gives others the names.
+    Returned by `choose_run` in the process that writes; RunFolder(path) gives other processes the names only.
     """
 
     def __init__(self, path: str | os.PathLike, *, record: RunRecord | None = None, lock: ProcessLock | None = None,
@@ -88,7 +88,7 @@ class RunFolder:
         self.log, self.stats = self.path / "log.txt", self.path / "stats.jsonl"
         self.reals, self.fakes_init = self.path / "reals.png", self.path / "fakes_init.png"
         self.record = record
-        self.continues = continues  # the run was begun before
+        self.continues = continues  # the run was started before
         self.left_alone = left_alone  # as in RunPlan; no lock is held then
         self.notes, self.not_continued = notes, not_continued  # lines for the user, as in RunPlan
         self._lock = lock
@@ -100,58 +100,58 @@ class RunFolder:
         self.release()
 
     def fakes(self, nimg: int | None) -> Path:
-        """Return the grid after `nimg` images; names count thousands, and None stands for any number."""
+        """Return the grid of fakes after `nimg` images; names count thousands, None gives a placeholder."""
         return self.path / f"fakes{_thousands(nimg)}.png"
 
     def snapshot(self, nimg: int | None) -> Path:
-        """Return the network file after `nimg` images, as `fakes`."""
+        """Return the network snapshot after `nimg` images; None as in `fakes`."""
         return self.path / f"network-snapshot-{_thousands(nimg)}.safetensors"
 
     def metric(self, name: str) -> Path:
-        """Return the lines of a metric; its curve lies beside them as metric-NAME.png."""
+        """Return the file of a metric's lines; its curve lies next to it as metric-NAME.png."""
         return self.path / f"metric-{name}.jsonl"
 
     def measured(self, name: str) -> Path:
-        """Return the curve of a metric that calc_metrics.py draws over the run's network files."""
+        """Return the curve of a metric that calc_metrics.py draws for the run's network snapshots."""
         return self.path / f"measured-{name}.png"
 
     def metrics(self) -> list[Path]:
-        """Return the files of lines of all metrics that are there."""
+        """Return the existing files of metrics' lines."""
         return sorted(self.path.glob(self.metric("*").name))
 
     def newest_snapshot(self) -> Path | None:
-        """Return the network file of the most images, None where there is none yet."""
+        """Return the network snapshot after the most images, None if there is none yet."""
         found = list_snapshots(self.path)
         return Path(found[-1]) if found else None
 
     def mark_finished(self) -> None:
-        """Note that the run reached its end: the same command then leaves it alone, one for longer continues it."""
+        """Record that the run reached its end: the same command leaves it alone, a larger --kimg continues it."""
         self.record = replace(self.record, finished=True)
         write_record(self.path, self.record)
 
     def note_pass(self, nimg: int, batch_gpu: int) -> None:
-        """Record that passes of that size were taken after `nimg` images, where it is not recorded."""
+        """Record the pass size that is used after `nimg` images, unless it is recorded already."""
         record = self.record.with_pass(nimg, batch_gpu)
         if record != self.record:
             write_record(self.path, record)
             self.record = record
 
     def require_held(self) -> None:
-        """Raise UserError when another process took the run over: call it before something is overwritten."""
+        """Raise UserError if another process has taken over the run: call this before overwriting files."""
         try:
             self._lock.require_held()
         except LockLost as error:
             raise UserError(f"{error}; expected the lock of this process, which stops here: "
-                            f"the run goes on where the lock is") from error
+                            "the process that holds the lock continues the run") from error
 
     def release(self) -> None:
-        """Let other processes train the run."""
+        """Release the run's lock, so that other processes can train it."""
         if self._lock is not None:
             self._lock.release()
 
 
 def list_snapshots(folder: str | os.PathLike) -> list[str]:
-    """Return the paths of the network files in a run's folder, by their number of images."""
+    """Return the paths of the network snapshots in a run's folder, sorted by number of images."""
     found = []
     for name in os.listdir(folder):
         match = _SNAPSHOT.fullmatch(name)
@@ -167,7 +167,7 @@ def _thousands(nimg: int | None) -> str:
 def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
              precision_given: bool = False, batch_gpu_given: bool = False,
              classes: Sequence[str] | None = None) -> RunPlan:
-    """Return which folder `choose_run` would take now, and change nothing.
+    """Return which folder `choose_run` would use now, without changing anything.
 
     Arguments and errors are those of `choose_run`.
     """
@@ -181,21 +181,21 @@ def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, 
 def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
                precision_given: bool = False, batch_gpu_given: bool = False,
                classes: Sequence[str] | None = None) -> RunFolder:
-    """Take the newest run of equal identity, or make the folder of a new one, and hold its lock.
+    """Return the newest run of equal identity, or a new one, with its lock held.
 
-    outdir:           is made when it does not exist
+    outdir:           is created if it does not exist
     content_hash:     of the images and labels in use, see ImageDataset.content_hash
-    new:              make a new one in any case
-    precision_given:  the user said which; else a run that goes on keeps its own, and so with
-    batch_gpu_given:  the images of a pass
-    classes:          names of the labels' numbers, [] without; None does not compare them
+    new:              start a new run in any case
+    precision_given:  the user gave --precision; otherwise a continued run keeps its own
+    batch_gpu_given:  the user gave --batch-gpu; otherwise a continued run keeps its own
+    classes:          names of the classes in the order of their numbers, [] without names; None does not compare them
 
-    An unfinished run is continued, to the largest config.kimg that was ever asked for. A finished one is continued by a
-    larger config.kimg, and else left alone: see RunFolder.left_alone. Files that a killed process left half written are
-    removed.
-    Raises UserError when the run is being trained by another process, was asked to become longer than this, gave the
-    numbers of its classes to the same names in another order, or is finished without a state to continue from, or when
-    outdir cannot be used; nothing was changed then.
+    An unfinished run is continued up to the largest config.kimg that was ever requested. A finished one is continued if
+    config.kimg is larger, and otherwise left alone: see RunFolder.left_alone. Half-written files of killed processes
+    are removed.
+    Raises UserError if the run is being trained by another process, has a larger config.kimg than this, has the same
+    class names in another order, or is finished without a resumable state, or if outdir cannot be used; nothing is
+    changed then.
     """
     outdir, name = Path(outdir), config.run_name
     if Path(name).name != name:
@@ -216,32 +216,32 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """A run in the output folder, and the network of --resume that it started from."""
+class StartedRun:
+    """A run in the output folder, and the network file of --resume that it started from."""
 
     run: Path
     network: str
 
 
-def began_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequence[str], *,
-               precision_given: bool = False, batch_gpu_given: bool = False) -> Beginning | None:
-    """Return the newest run of these settings that began from one of some network files; None where there is none.
+def find_run_started_from(outdir: str | os.PathLike, config: TrainConfig, networks: Sequence[str], *,
+                          precision_given: bool = False, batch_gpu_given: bool = False) -> StartedRun | None:
+    """Return the newest run with these settings that started from one of these network files, or None.
 
-    What config.resume names does not matter; precision_given and batch_gpu_given as in `choose_run`.
+    config.resume is ignored; precision_given and batch_gpu_given are as in `choose_run`.
     """
     paths = {os.path.abspath(network): network for network in networks}
     with _outdir_errors(Path(outdir)):
         for _, path in sorted(_numbered(Path(outdir)), reverse=True):
             try:
                 record = read_record(path)
-            except ConfigError:  # `choose_run` says what is wrong with it
+            except ConfigError:  # `choose_run` reports it
                 continue
             if record is None or record.config.resume is None or record.config.dataset.name != config.dataset.name:
                 continue
             network = paths.get(os.path.abspath(record.config.resume))
             settled = record.settle(config, precision_given=precision_given, batch_gpu_given=batch_gpu_given)
             if network is not None and comparable_options(record.config) == comparable_options(settled):
-                return Beginning(run=path, network=network)
+                return StartedRun(run=path, network=network)
     return None
 
 
@@ -266,9 +266,9 @@ def _plan(outdir: Path, request: RunRequest) -> RunPlan:
             names = f"{_named(record.classes)} there and {_named(request.classes)} here"
             others.append(f"{path} is not continued: its classes are {names}")
             if exchanged is None and class_order(record.classes, request.classes) is not None:
-                exchanged = (f"{path} learned the classes {_named(record.classes)}, and --data gives the same numbers "
-                             f"to {_named(request.classes)}; expected the same names: put the classes in its "
-                             "dataset.json right, or begin another run with --new")
+                exchanged = (f"{path} was trained on the classes {_named(record.classes)}, but --data has the classes "
+                             f"{_named(request.classes)}; expected the same order: correct the classes in its "
+                             "dataset.json, or start another run with --new")
             continue
         if there == here:
             return _plan_known(path, record, request, unreadable)
@@ -280,15 +280,15 @@ def _plan(outdir: Path, request: RunRequest) -> RunPlan:
     if len(others) > _MOST_NOT_CONTINUED:
         others[_MOST_NOT_CONTINUED:] = [f"{len(others) - _MOST_NOT_CONTINUED} older ones are not continued either"]
     number = runs[0][0] + 1 if runs else 0
-    while os.path.lexists(path := outdir / f"{number:05d}-{request.config.run_name}"):  # a file has the name
+    while os.path.lexists(path := outdir / f"{number:05d}-{request.config.run_name}"):  # a file with this name
         number += 1
     return RunPlan(path=path, config=request.config, not_continued=tuple(others))
 
 
 def _has_other_classes(record: RunRecord, request: RunRequest) -> bool:
-    """Tell whether a run of equal data gave its classes other names, so that it is not what is asked for.
+    """Tell whether a run on equal data has other class names, so that it is not the requested one.
 
-    Names that are added or lost change nothing that is computed, but which columns --resume takes.
+    Adding or removing names matters only with --resume, which matches classes by name.
     """
     if None in (record.classes, request.classes) or record.classes == request.classes:
         return False
@@ -306,30 +306,30 @@ def _settle(record: RunRecord, request: RunRequest) -> TrainConfig:
 
 
 def _plan_known(path: Path, record: RunRecord, request: RunRequest, notes: list[str]) -> RunPlan:
-    """Decide what becomes of a run that the command means. Raises UserError when the command can mean no good."""
+    """Decide whether a run of equal identity is continued or left alone. Raises UserError if neither is possible."""
     asked, longest, config = request.config.kimg, record.config.kimg, _settle(record, request)
     left_alone = None
     if record.finished and asked <= longest:
-        left_alone = f"already finished at {longest} kimg: {path}; --new starts another"
+        left_alone = f"already finished at {longest} kimg: {path}; --new starts another run"
     elif record.finished and _images_of_state(path) is None:
-        raise UserError(f"{path} is finished at {longest} kimg, but its state is gone; expected "
-                        f"{CheckpointPair(path).newest.name}, to go on to {asked} kimg: copy it back, or begin another "
-                        "run with --new")
+        raise UserError(f"{path} is finished at {longest} kimg, but its resumable state is missing; expected "
+                        f"{CheckpointPair(path).newest.name}, to continue to {asked} kimg: copy it back, or start "
+                        "another run with --new")
     elif asked < longest:
         nimg = _images_of_state(path) or 0
         if nimg < asked * 1000:
-            raise UserError(f"--kimg is {asked}, and {path}, at {nimg / 1000:g} kimg, was asked to reach {longest}; "
-                            f"expected --kimg={longest} or more to continue it, or --new to begin another run")
-        left_alone = (f"already finished at {nimg / 1000:g} kimg (of {longest} asked for before): {path}; --new "
-                      "starts another")
+            raise UserError(f"--kimg is {asked}, but {path}, now at {nimg / 1000:g} kimg, was started with {longest}; "
+                            f"expected --kimg={longest} or more to continue it, or --new to start another run")
+        left_alone = (f"already finished at {nimg / 1000:g} kimg (of {longest} requested before): {path}; --new "
+                      "starts another run")
     elif config.step.micro_batch != request.config.step.micro_batch:
-        notes = [*notes, f"{path}: passes of {config.step.micro_batch} images, as the run last had them "
-                         "(--batch-gpu changes them)"]
+        notes = [*notes, f"{path}: {config.step.micro_batch} images per pass, as the run had before "
+                         "(--batch-gpu changes this)"]
     return RunPlan(path=path, config=config, record=record, left_alone=left_alone, notes=tuple(notes))
 
 
 def _images_of_state(path: Path) -> int | None:
-    """Return how many images the newest state of a run has seen, None where it has no state."""
+    """Return the number of images seen at a run's newest state, None if it has none."""
     try:
         found = CheckpointPair(path).load()
     except DamagedCheckpoint as error:
@@ -338,19 +338,19 @@ def _images_of_state(path: Path) -> int | None:
 
 
 def _explain(old: TrainConfig, new: TrainConfig, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Return how two identities differ, first by the flags that several settings follow from."""
+    """Return how two identities differ, naming first the flags that decide several settings."""
     causes = []
     if old.precision != new.precision:
         causes.append(f"--precision is {old.precision} there and {new.precision} here")
         there, here = ({**part, "options": without_precision(part["options"])} for part in (there, here))
     if old.gpus != new.gpus and old.batch != new.batch:
-        causes.append(f"--gpus is {old.gpus} there and {new.gpus} here, from which --cfg={new.cfg} chooses")
+        causes.append(f"--gpus is {old.gpus} there and {new.gpus} here, which --cfg={new.cfg} depends on")
     rest = describe_difference(there, here)
     return "; ".join([*causes, rest] if rest else causes)
 
 
 def _numbered(outdir: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the folders that are named with a number of five digits and a hyphen; with more digits only runs."""
+    """Yield folders whose names start with five digits and a hyphen; with more digits, only runs."""
     try:
         names = os.listdir(outdir)
     except FileNotFoundError:
@@ -368,7 +368,7 @@ def _choosing(outdir: Path) -> Iterator[None]:
     try:
         lock.acquire(patience=_CHOOSING_SECONDS)
     except LockHeld as error:
-        raise UserError(f"a run in {outdir} is being chosen by {error}; expected it to take no time: try again, "
+        raise UserError(f"a run in {outdir} is being chosen by {error}; expected that to take a moment: try again, "
                         f"or remove {lock.path} if that process is gone") from error
     try:
         yield
@@ -377,9 +377,9 @@ def _choosing(outdir: Path) -> Iterator[None]:
 
 
 def _make(path: Path, record: RunRecord) -> None:
-    """Make a run's folder with its options in it, at once or not at all."""
+    """Create a run's folder with its options in it, atomically."""
     unnamed = path.with_name(_UNNAMED_RUN)
-    shutil.rmtree(unnamed, ignore_errors=True)  # of a process that was killed here
+    shutil.rmtree(unnamed, ignore_errors=True)  # left by a process that was killed here
     try:
         unnamed.mkdir()
         write_record(unnamed, record)
@@ -390,13 +390,13 @@ def _make(path: Path, record: RunRecord) -> None:
 
 
 def _take(plan: RunPlan, request: RunRequest) -> RunFolder:
-    """Lock a run's folder and bring it up to date."""
+    """Lock a run's folder and update its record."""
     lock = ProcessLock(plan.path / LOCK_NAME)
     try:
         taken_over = lock.acquire()
     except LockHeld as error:
         raise UserError(f"{plan.path} is being trained by {error}; expected no other process: wait for it, stop it, "
-                        "or begin another run with --new") from error
+                        "or start another run with --new") from error
     try:
         record = read_record(plan.path)
         if plan.continues and record != plan.record:  # another process trained it in between
@@ -411,9 +411,10 @@ def _take(plan: RunPlan, request: RunRequest) -> RunFolder:
             changed = [f"{name} {record.versions.get(name, 'unknown')} then and {version} now"
                        for name, version in software_versions().items() if record.versions.get(name) != version]
             if changed:
-                notes.append(f"{plan.path}: {', '.join(changed)}; the end may differ from that of an unbroken run")
-            remove_abandoned(plan.path)  # not those of a calc_metrics.py that is at work there
-            # What may differ, for example kimg, is now as the user says.
+                notes.append(f"{plan.path}: {', '.join(changed)}; results may differ from those of an uninterrupted "
+                             "run")
+            remove_abandoned(plan.path)  # temporary files, except those of a calc_metrics.py running there
+            # Options that may differ, such as kimg, take the new values.
             record = replace(record, config=plan.config, versions=software_versions(), finished=False,
                              classes=record.classes if request.classes is None else request.classes,
                              identity={**request.identity, "options": comparable_options(plan.config)})
@@ -427,11 +428,11 @@ def _take(plan: RunPlan, request: RunRequest) -> RunFolder:
 
 @contextmanager
 def _outdir_errors(outdir: Path) -> Iterator[None]:
-    """Turn what the system says about an output folder into a line for the user."""
+    """Turn the system's errors on an output folder into a UserError."""
     try:
         if outdir.exists() and not outdir.is_dir():
             raise UserError(f"--outdir={outdir} is a file; expected a folder: choose another name")
         yield
     except OSError as error:
         raise UserError(f"--outdir={outdir} cannot be used ({error.strerror or error}: {error.filename or outdir}); "
-                        "expected a folder that can be written: choose another, or change its permissions") from error
+                        "expected a writable folder: choose another, or change its permissions") from error

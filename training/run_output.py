@@ -1,8 +1,8 @@
-"""Write what a run leaves behind: log and statistics, grids of pictures, network files, metrics and states.
+"""Write the output of a run: log and statistics, sample grids, network snapshots, metrics and resumable states.
 
-The main process writes; the others make the same calls, which then do nothing. A grid shows some of the run's images,
-or what the generator makes of fixed latents. With classes, a row shows one class, and each class has as many rows as
-fit; reals and fakes of a cell share a label.
+The main process writes; the others make the same calls, which do nothing. A grid shows some of the training images, or
+samples of the generator for fixed latents. With classes, each row shows one class, and every class gets the same number
+of rows; the real and the generated image of a cell have the same label.
 """
 
 import math
@@ -33,17 +33,17 @@ from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.run_folder import RunFolder, list_snapshots
 from training.run_record import read_record
-from training.run_report import Reporter, Tick, TickClock, describe, process_memory, take_peak_gpu_memory
+from training.run_report import Reporter, Tick, TickClock, error_text, process_memory, take_peak_gpu_memory
 from training.snapshot import Networks, save_network
 from training.snapshot_metrics import Evaluate, SnapshotMetrics
 from training.state import TrainingState
 from training.transfer import read_history
 
-_EMPTY = -1  # the item of a cell that no image of the class is left for
+_EMPTY = -1  # marks a cell without an image, where a class has too few
 
 
 class RunOutput:
-    """The files of one run, as far as this process writes them."""
+    """Writes the files of one run, in the main process; the others take part in computing metrics only."""
 
     def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset, state: TrainingState,
                  processes: Processes, run: RunFolder, evaluate: Evaluate | None, stop: StopRequest):
@@ -55,24 +55,24 @@ class RunOutput:
         self.clock = TickClock(total_nimg=config.kimg * 1000)
         self._grid = None
         self._saved_at = time.monotonic()
-        self.saved_nimg: int | None = None  # images seen at the newest state; None where there is none
-        # Why the newest network file, or the newest state, could not be written; None where it was.
+        self.saved_nimg: int | None = None  # images seen at the newest state; None if there is none
+        # Why the newest network snapshot, or the newest state, could not be written; None if it was.
         self.network_failure: str | None = None
         self.state_failure: str | None = None
-        self._training: dict[str, Any] = {}  # what the networks learned from, and what was learned before --resume
+        self._training: dict[str, Any] = {}  # what the networks were trained on, including before --resume
         if self.is_main:
             self._training = {"training_data": dataset.training_data(),
                               "training_data_before": read_history(config.resume)}
-        self._network_sha256: str | None = None  # of the newest network file; None where it could not be written
+        self._network_sha256: str | None = None  # of the newest network snapshot; None if it could not be written
 
     def start(self, lines: list[str]) -> None:
-        """Begin a new run. lines: what was taken from --resume"""
+        """Start a new run. lines: on what was taken from --resume"""
         self.reporter.start(ticks=0, nimg=0)
         self._introduce(["starts at image 0", *lines])
         for line in self.run.not_continued:
             self.log(line, to_stderr=True)
         if self.is_main:
-            with self.reporter.surviving("a grid"):
+            with self.reporter.surviving("write a sample grid"):
                 save_reals(self.run.reals, self._samples(), self.dataset)
                 self._save_fakes(self.run.fakes_init)
         self.clock.begin(0)
@@ -81,19 +81,18 @@ class RunOutput:
         """Continue a run.
 
         ticks:     reported so far;  seconds: of training, in earlier processes
-        lines:     on damaged states that were passed over
-        operators: the implementation that the run used before; None where its state does not say
+        lines:     on damaged states that were skipped
+        operators: the implementation that the run used before; None if its state does not record it
         """
         lines, now = list(lines), auto_implementation(self.state.device.type)
         if operators not in (None, now):
-            lines.append(f"{self.run.path}: operators {operators} then and {now} now; the end may differ from that of "
-                         "an unbroken run")
+            lines.append(f"{self.run.path}: operators {operators} then and {now} now; results may differ from those of "
+                         "an uninterrupted run")
         lines.append(f"continues at image {self.state.nimg}")
         passes, size = self.run.record.passes if self.is_main else (), self.config.step.micro_batch
         if passes and passes[-1].batch_gpu != size:
-            lines.append(f"passes of {size} images from image {self.state.nimg} on, {passes[-1].batch_gpu} before: the "
-                         "same batch, in other groups of the minibatch standard deviation and other parts for path "
-                         "lengths")
+            lines.append(f"{size} images per pass from image {self.state.nimg} on, {passes[-1].batch_gpu} before: the "
+                         "same batch, but other minibatch standard deviation groups and other images for path lengths")
         self.clock.resume(seconds)
         self.saved_nimg = self.state.nimg
         self.reporter.start(ticks=ticks, nimg=self.state.nimg)
@@ -101,13 +100,13 @@ class RunOutput:
         self.clock.begin(self.state.nimg)
 
     def note_pass(self, nimg: int) -> None:
-        """Record the size of passes where it is another one after `nimg` images."""
+        """Record the pass size used after `nimg` images, if it changed."""
         if self.is_main:
-            with self.reporter.surviving(self.run.options.name):
+            with self.reporter.surviving(f"write {self.run.options.name}"):
                 self.run.note_pass(nimg, self.config.step.micro_batch)
 
     def log(self, text: str, *, to_stderr: bool = False) -> None:
-        """Print lines, and log them with the time."""
+        """Print lines, and write them to the log with date and time."""
         self.reporter.log(text, to_stderr=to_stderr)
 
     def report(self, tick: int, statistics: Mapping[str, Mapping[str, float]]) -> None:
@@ -119,17 +118,17 @@ class RunOutput:
             gpu_memory=take_peak_gpu_memory(self.state.device)), statistics)
 
     def begin_tick(self) -> None:
-        """Go on training: what passed since the last report was maintenance."""
+        """Start a tick: the time since the last report counts as maintenance."""
         self.clock.begin(self.state.nimg)
 
     def save_images(self) -> None:
         """Write a grid of fakes."""
         if self.is_main:
-            with self.reporter.surviving("a grid"):
+            with self.reporter.surviving("write a sample grid"):
                 self._save_fakes(self.run.fakes(self.state.nimg))
 
     def save_networks(self) -> None:
-        """Write a network file."""
+        """Write a network snapshot."""
         if not self.is_main:
             return
         classes, counts = self.dataset.class_indices() if self.dataset.use_labels else None, None
@@ -140,34 +139,34 @@ class RunOutput:
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution,
                 **self._training}
         path, self._network_sha256, self.network_failure = self.run.snapshot(self.state.nimg), None, None
-        with self.reporter.surviving("a network file"):
+        with self.reporter.surviving("write a network snapshot"):
             try:
                 save_network(path, Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema,
                                             config={"info": info}))
             except OSError as error:
-                self.network_failure = describe(error)
+                self.network_failure = error_text(error)
                 raise
             self._network_sha256 = sha256_of(path)
 
     def complete_networks(self) -> None:
-        """Write the last network file once more where it could not be written, or the run was ended before."""
+        """Write the last network snapshot again if that failed, or the run was killed before."""
         if self.is_main and (self.network_failure is not None or not self.run.snapshot(self.state.nimg).exists()):
             self.save_networks()
 
     def evaluate(self) -> None:
-        """Compute metrics of the network that was written last, and of others that are missing theirs."""
+        """Compute the metrics of the newest network snapshot, and missing ones of earlier snapshots."""
         self.metrics.compute(self.state.G_ema, self._network_sha256, self.network_failure)
 
     def remove_networks(self, ends: Collection[int]) -> None:
-        """Remove network files that --keep and --keep-best do not let stay, once a newer one and a state are written.
+        """Remove network snapshots by --keep and --keep-best, once a newer one and a state are written.
 
-        ends:  images seen at each end that the run reached: other runs and sets of images may have begun from these
+        ends:  images seen at each end that the run reached: other runs and image sets may depend on these snapshots
         """
         if not self.is_main or self.network_failure is not None or self.state_failure is not None:
             return
         best, removed = self.settings.keep_best, []
         needed = {self.run.snapshot(nimg) for nimg in (*ends, *(each.nimg for each in self.metrics.missing))}
-        with self.reporter.surviving("the removal of network files"):
+        with self.reporter.surviving("remove network snapshots"):
             values = {} if best is None else self.metrics.values(best)
             for path in snapshots_to_remove(self.run.snapshot(self.state.nimg), self.settings, values, needed):
                 self.run.require_held()
@@ -175,34 +174,34 @@ class RunOutput:
                 removed.append(path.name)
         if removed:
             names = removed if len(removed) < 3 else [removed[0], "...", removed[-1]]
-            self.log(f"removed {len(removed)} network files ({self.settings.keep_flags}): {', '.join(names)}"
+            self.log(f"removed {len(removed)} network snapshots ({self.settings.keep_flags}): {', '.join(names)}"
                      if len(removed) > 1 else f"removed {removed[0]} ({self.settings.keep_flags})")
 
     def state_is_due(self) -> bool:
-        """Tell the main process whether states were not saved for too long."""
+        """Tell, in the main process, whether it is time to save a state."""
         return self.is_main and time.monotonic() - self._saved_at >= self.config.state_minutes * 60
 
     def state_is_older(self) -> bool:
-        """Tell the main process whether the newest state on the disk does not know all of this moment."""
+        """Tell, in the main process, whether the newest saved state is out of date."""
         return self.is_main and (self.saved_nimg != self.state.nimg or self.metrics.has_given_up)
 
     def save_state(self, checkpoints: CheckpointPair, state: dict[str, Any]) -> None:
-        """Save a state; a disk that is full or fails gives a warning, and the one before stays."""
+        """Save a resumable state; if the disk is full or fails, log a warning and keep the previous state."""
         if not self.is_main:
             return
         self._saved_at, self.state_failure = time.monotonic(), None
-        with self.reporter.surviving("a state"):
+        with self.reporter.surviving("save a resumable state"):
             try:
                 self.run.require_held()
                 self.reporter.write_waiting()
                 checkpoints.save(state)
             except (OSError, DiskFailure) as error:
-                self.state_failure = describe(error)
+                self.state_failure = error_text(error)
                 raise
             self.saved_nimg = self.state.nimg
 
     def continuation(self) -> str:
-        """Return from where the same command goes on."""
+        """Return, for messages, where the same command continues."""
         command = self.settings.same_command
         if self.saved_nimg == self.state.nimg:
             return f"{command} continues"
@@ -212,7 +211,7 @@ class RunOutput:
         return f"{failure}{command} continues at image {self.saved_nimg}"
 
     def _introduce(self, lines: list[str]) -> None:
-        """Log what is trained, and on what."""
+        """Log what the run trains, on which data and with which settings."""
         precision = choose_precision(self.settings.precision, self.state.device.type, self.config.precision)
         dataset, networks = self.dataset, (self.state.G, self.state.D)
         sizes = " and ".join(f"{sum(value.numel() for value in network.parameters()):,}" for network in networks)
@@ -222,10 +221,10 @@ class RunOutput:
             f"run: {self.run.path}", *self.run.notes, *self.settings.notes,
             f"precision: {precision.name} ({precision.reason})",
             *([] if precision.warning is None else [precision.warning]),
-            f"data: {dataset.path}, {dataset.num_images} images{' and their mirror images' if dataset.xflip else ''}, "
+            f"data: {dataset.path}, {dataset.num_images} images{' and flipped copies' if dataset.xflip else ''}, "
             f"{describe_shape(dataset.image_shape)}, {labels}",
-            f"networks: {sizes} parameters in generator and discriminator; batch {self.config.batch}, "
-            f"{self.config.step.micro_batch} a pass, {self.config.gpus} processes",
+            f"networks: {sizes} parameters in generator and discriminator; batch size {self.config.batch}, "
+            f"{self.config.step.micro_batch} per pass, {self.config.gpus} processes",
             f"operators: {describe_operators(self.state.device.type)}", *lines]))
 
     def _samples(self) -> "SampleGrid":
@@ -240,13 +239,13 @@ class RunOutput:
 
 def snapshots_to_remove(newest: Path, settings: RunSettings, values: Mapping[str, float | None],
                         needed: Collection[Path]) -> list[Path]:
-    """Return the network files of a run that --keep and --keep-best do not let stay, the oldest first.
+    """Return the network snapshots of a run to remove by --keep and --keep-best, the oldest first.
 
-    newest:  that of the images seen so far; later ones are of a process that was killed, and written anew
+    newest:  snapshot at the images seen so far; later ones are from a killed process, and will be overwritten
     values:  of --keep-best by the name of the file
-    needed:  files that stay in any case
+    needed:  files to keep in any case
 
-    What stays follows from files and values alone, so that a run that was stopped ends with the files of another one.
+    The result depends on files and values only, so that an interrupted run ends with the same files.
     """
     if settings.num_newest is None:
         return []
@@ -254,20 +253,20 @@ def snapshots_to_remove(newest: Path, settings: RunSettings, values: Mapping[str
     found = found[:found.index(newest) + 1] if newest in found else []
     stay = {*found[-settings.num_newest:], *needed}
     if settings.keep_best is not None:
-        # One that was not measured could be the best.
+        # A snapshot without a value could be the best.
         stay.update(path for path in found if path.name not in values)
         sign = -1 if settings.keep_best.lower_is_better else 1
         finite = [(sign * values[path.name], index) for index, path in enumerate(found)
                   if values.get(path.name) is not None and math.isfinite(values[path.name])]
         if finite:
-            stay.add(found[max(finite)[1]])  # the newer one of equals
+            stay.add(found[max(finite)[1]])  # the newer of two equal ones
     others = [path for path in found if path not in stay]
     begun_from = _hashes_of_resume(newest.parent.parent) if others else set()
     return [path for path in others if not begun_from or sha256_of(path) not in begun_from]
 
 
 def _hashes_of_resume(outdir: Path) -> set[str]:
-    """Return the SHA-256 of the network files that runs in a folder began from: their commands name them.
+    """Return the SHA-256 of the network files that the runs in a folder started from with --resume.
 
     Not their paths, which may be relative to another working directory.
     """
@@ -282,16 +281,16 @@ def _hashes_of_resume(outdir: Path) -> set[str]:
     return found
 
 
-# Grids of pictures
+# Sample grids.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """How large a grid may be."""
+    """The size limits of a grid."""
 
     width: int  # pixels
     height: int
-    fewest: tuple[int, int]  # columns and rows, whatever the size of an image
+    fewest: tuple[int, int]  # columns and rows, for images of any size
     most: tuple[int, int]
 
     def cells(self, resolution: int) -> tuple[int, int]:
@@ -303,22 +302,22 @@ class Screen:
 
 # An 8K screen: 30 x 16 images of 256 pixels.
 LARGE_SCREEN = Screen(width=7680, height=4320, fewest=(7, 4), most=(32, 32))
-# Without a GPU a grid is to take seconds: 12 x 8 up to 64 pixels, 6 x 4 at 128, 4 x 2 from 256 on.
+# Without a GPU a grid should take seconds: 12 x 8 up to 64 pixels, 6 x 4 at 128, 4 x 2 from 256 on.
 SMALL_SCREEN = Screen(width=768, height=512, fewest=(4, 2), most=(12, 8))
 
 
 def screen_for(device: torch.device | str) -> Screen:
-    """Return the size of grid that a device makes in seconds."""
+    """Return the limits of a grid that the device can make in seconds."""
     return SMALL_SCREEN if torch.device(device).type == "cpu" else LARGE_SCREEN
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """What the cells of a run's grids show, row by row; the same whenever the run continues."""
+    """The contents of a run's grids, row by row; the same each time the run continues."""
 
     columns: int
     rows: int
-    items: np.ndarray  # int64 [cells], of the data set; _EMPTY leaves the cell white among the reals
+    items: np.ndarray  # int64 [cells], of the data set; _EMPTY leaves a cell of the reals white
     labels: Tensor  # float32 [cells, c_dim], of reals and fakes
     z: Tensor  # float32 [cells, Z]
     row_names: tuple[str, ...] | None  # the class of each row, or None
@@ -327,8 +326,8 @@ class SampleGrid:
 def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen) -> SampleGrid:
     """Choose images, labels and latents by the run's seed. Mirrored images are not shown.
 
-    With classes in use a row shows one class: classes get equally many rows, and where the screen has fewer rows than
-    there are classes, the largest classes are shown. Otherwise images are drawn from the whole set.
+    With classes each row shows one class, and every class gets the same number of rows; if there are more classes than
+    rows, the largest classes are shown. Otherwise images are drawn from the whole set.
     """
     columns, rows = screen.cells(dataset.resolution)
     rng = np.random.Generator(np.random.PCG64(seed_for(seed, 0, 0, "grid/images")))
@@ -338,7 +337,7 @@ def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen)
         names = None
         rows = min(rows, max(-(-len(order) // columns), 1))
         items = _fill(order, columns * rows)
-        sources = np.resize(order, columns * rows)  # labels go round where images do not suffice
+        sources = np.resize(order, columns * rows)  # labels repeat if there are too few images
         labels = dataset.label_table()[sources]
     else:
         shown = _largest(classes, rows)
@@ -354,17 +353,17 @@ def choose_grid(dataset: ImageDataset, *, z_dim: int, seed: int, screen: Screen)
 
 
 def save_reals(path: str | os.PathLike, grid: SampleGrid, dataset: ImageDataset) -> None:
-    """Write the images of a grid. Raises OSError, and UserError when an image cannot be read."""
+    """Write a grid of real images. Raises OSError, and UserError if an image cannot be read."""
     pixels = [None if item == _EMPTY else torch.from_numpy(dataset[item][0]) for item in grid.items]
     save_grid(path, pixels, columns=grid.columns, rows=grid.rows, labels=grid.row_names)
 
 
 @torch.no_grad()
 def save_fakes(path: str | os.PathLike, grid: SampleGrid, G: nn.Module, *, batch: int) -> None:
-    """Write what `G` makes of a grid's latents and labels, with its own noise maps. Raises OSError.
+    """Write the images that `G` generates for a grid's latents and labels, with constant noise. Raises OSError.
 
     G:      the averaged generator, in eval mode
-    batch:  images of a pass: as many as a training pass takes are sure to fit
+    batch:  images of a pass; those of a training pass fit into memory
     """
     device = next(G.parameters()).device
     parts = [to_pixels(G(z.to(device), c.to(device), noise_mode="const")).cpu()
@@ -373,13 +372,13 @@ def save_fakes(path: str | os.PathLike, grid: SampleGrid, G: nn.Module, *, batch
 
 
 def _fill(items: np.ndarray, cells: int) -> np.ndarray:
-    """Return the first `cells` items, with empty cells after them where there are fewer."""
+    """Return the first `cells` items, followed by empty cells if there are fewer."""
     filled = np.full(cells, _EMPTY, dtype=np.int64)
     filled[:min(len(items), cells)] = items[:cells]
     return filled
 
 
 def _largest(classes: np.ndarray, limit: int) -> np.ndarray:
-    """Return up to `limit` classes that have images, those with most images, in the order of their numbers."""
+    """Return up to `limit` classes, those with the most images, in the order of their numbers."""
     labels, counts = np.unique(classes[~missing_labels(classes)], return_counts=True)
     return np.sort(labels[np.argsort(-counts, kind="stable")[:limit]])

@@ -1,6 +1,6 @@
 """Record what a run computes: training_options.json, and the identity that decides what may continue it.
 
-Two commands mean the same run where their identities are equal: the data, the network of --resume and all options but
+Two commands mean the same run if their identities are equal: the data, the network of --resume and all options except
 FREE_OPTIONS.
 """
 
@@ -23,26 +23,26 @@ RECORD_FORMAT = "stylegan2-ada-run"
 RECORD_VERSION = 1
 IDENTITY_VERSION = 1
 
-# What a continuation may change, by its dotted name in TrainConfig.to_dict(): it decides how long, how often and on
-# what is trained, not what is computed. The size of a pass, `step.micro_batch`, does change groups of the minibatch
-# standard deviation and the share of images for path lengths; a run that ran out of memory must be able to go on all
-# the same, so `passes` records it instead. Nothing that is measured or found at a start may be in the rest.
+# Options that may change when a run continues, by their dotted names in TrainConfig.to_dict(): they decide how long,
+# how often and on which devices to train, not what is computed. The pass size, `step.micro_batch`, does change the
+# minibatch standard deviation groups and the images used for path lengths; but a run that ran out of memory must be
+# able to continue, so `passes` records it instead. All other options must not depend on what is measured at start-up.
 FREE_OPTIONS = frozenset({
     "run_name", "dataset.name",
     "kimg", "kimg_per_tick", "image_snapshot_ticks", "network_snapshot_ticks", "state_minutes", "metrics",
     "gpus", "batch_gpu", "step.micro_batch", "num_workers", "cudnn_benchmark",
-    "resume",  # where the network lies; its content is in the identity
-    "resume_partial",  # decides whether the run may begin; what it takes follows from the network
+    "resume",  # the path of the network; its content is in the identity
+    "resume_partial",  # decides whether the run may start; the layers taken follow from the network
 })  # fmt: skip
 
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")
-_NEW_FIELDS = ("precision_given", "passes", "classes")  # missing in records of earlier programs
+_NEW_FIELDS = ("precision_given", "passes", "classes")  # missing in records of earlier versions
 _PRECISION = ("num_fp16_res", "conv_clamp", "half_dtype")  # what --precision sets in both networks
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassSize:
-    """How many images a pass takes from some image of a run on."""
+    """The number of images per pass, from some image of a run on."""
 
     from_nimg: int
     batch_gpu: int
@@ -54,23 +54,23 @@ class RunRecord:
 
     config: TrainConfig
     identity: dict[str, Any]  # as `identify` returns it
-    versions: dict[str, str] = field(default_factory=lambda: software_versions())  # of what trained last
-    finished: bool = False  # the run reached config.kimg, and a larger one continues it
-    precision_given: bool = False  # by the user, when the run began; else --precision=auto follows this record
-    passes: tuple[PassSize, ...] = ()  # the images of a pass, and from which image on; what was computed, not asked for
-    classes: tuple[str, ...] | None = None  # names of the labels' numbers, () without; None in earlier records
+    versions: dict[str, str] = field(default_factory=lambda: software_versions())  # of the last process that trained
+    finished: bool = False  # the run reached config.kimg; only a larger one continues it
+    precision_given: bool = False  # by the user, when the run started; else --precision=auto keeps the recorded one
+    passes: tuple[PassSize, ...] = ()  # the pass sizes that were used, which may differ from the requested ones
+    classes: tuple[str, ...] | None = None  # names in the order of their numbers, () without; None in earlier records
 
     def with_pass(self, nimg: int, batch_gpu: int) -> Self:
-        """Return the record of a run that took passes of that size after `nimg` images; it may have been beyond."""
+        """Return the record with this pass size from image `nimg` on; entries from later images are dropped."""
         passes = tuple(size for size in self.passes if size.from_nimg < nimg)
         if not passes or passes[-1].batch_gpu != batch_gpu:
             passes += (PassSize(from_nimg=nimg, batch_gpu=batch_gpu),)
         return replace(self, passes=passes)
 
     def settle(self, config: TrainConfig, *, precision_given: bool, batch_gpu_given: bool) -> TrainConfig:
-        """Return the configuration with which `config` continues this run: what was not asked for is the run's.
+        """Return the configuration with which `config` continues this run: settings not given are the run's.
 
-        precision_given, batch_gpu_given:  whether the user said --precision, --batch-gpu
+        precision_given, batch_gpu_given:  whether the user gave --precision, --batch-gpu
         """
         if not (precision_given or self.precision_given):
             same = {name: getattr(self.config.generator, name) for name in _PRECISION}
@@ -85,11 +85,11 @@ class RunRecord:
 
 
 def identify(config: TrainConfig, content_hash: str) -> dict[str, Any]:
-    """Return everything that changes what a run computes, as JSON types: equal identities continue each other.
+    """Return everything that changes what a run computes, as JSON types: runs of equal identity continue each other.
 
     content_hash: of the images and labels in use, see ImageDataset.content_hash
 
-    Reads the file that config.resume names. Raises UserError when it cannot.
+    Reads the file config.resume. Raises UserError if that fails.
     """
     try:
         resume = None if config.resume is None else sha256_of(config.resume)
@@ -102,18 +102,18 @@ def identify(config: TrainConfig, content_hash: str) -> dict[str, Any]:
 def comparable_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options of a run's identity, by their dotted names.
 
-    Those of a record are made anew from its configuration, so that records from before an option still compare.
+    Derived from the configuration also for a recorded run, so that records older than an option still compare equal.
     """
     return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
 
 
 def without_precision(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an identity without what --precision sets."""
+    """Return the options of an identity without those that --precision sets."""
     return {name: value for name, value in options.items() if name.rpartition(".")[2] not in _PRECISION}
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested dicts by their dotted names; an empty dict is a leaf."""
+    """Yield the leaves of nested dicts with their dotted names; an empty dict is a leaf."""
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -122,9 +122,9 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return in a few words how two identities differ."""
+    """Describe briefly how two identities differ."""
     if there["version"] != here["version"]:
-        return "it was begun by another version of this program"
+        return "it was started by another version of this program"
     found = ["the data differ"] if there["data"] != here["data"] else []
     if there["resume"] != here["resume"]:
         found.append("the network of --resume differs")
@@ -137,12 +137,12 @@ def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of the libraries that compute."""
     return find_versions("torch", "torchvision", "numpy")
 
 
 def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
-    """Write training_options.json into a run's folder, at once or not at all."""
+    """Write training_options.json into a run's folder, atomically."""
     content = {"format": RECORD_FORMAT, "version": RECORD_VERSION, "finished": record.finished,
                "config": record.config.to_dict(), "identity": record.identity, "versions": record.versions,
                "precision_given": record.precision_given, "passes": [asdict(size) for size in record.passes],
@@ -152,10 +152,10 @@ def write_record(folder: str | os.PathLike, record: RunRecord) -> None:
 
 
 def read_record(folder: str | os.PathLike) -> RunRecord | None:
-    """Read training_options.json of a run's folder; None when there is none, or it is another program's.
+    """Read training_options.json of a run's folder; None if there is none, or it is another program's.
 
-    Raises ConfigError, one line that names the file, on anything that `write_record` does not write, and DiskFailure:
-    a record that cannot be read for a moment must not make its run one that is not there.
+    Raises ConfigError, one line that names the file, for any content that `write_record` does not write; and
+    DiskFailure, so that a run is not overlooked while its record is temporarily unreadable.
     """
     path = os.path.join(folder, RECORD_NAME)
     try:
@@ -205,4 +205,4 @@ def _check_fields(path: str, content: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: identity is {parts!r}; expected version, data, resume and options")
     versions = content["versions"]
     if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
-        raise ConfigError(f"{path}: versions is {versions!r}; expected names with texts")
+        raise ConfigError(f"{path}: versions is {versions!r}; expected names with strings")

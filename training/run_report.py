@@ -1,8 +1,7 @@
-"""Report how a run goes: on the screen and in the log, statistics, metric and TensorBoard files of its folder.
+"""Report the progress of a run: on the screen, and in its log, statistics, metric and TensorBoard files.
 
-A tick is the span between two lines of statistics. Records for TensorBoard are written here, in its own encoding, and
-not by torch's SummaryWriter: its thread dies with a traceback on the first full disk, and takes with it everything that
-comes later.
+A tick is the interval between two lines of statistics. TensorBoard records are encoded and written here rather than by
+torch's SummaryWriter, whose thread dies with a traceback on the first full disk and loses everything that follows.
 """
 
 import io
@@ -25,22 +24,22 @@ from dnnlib.progress import format_seconds
 from torch_utils.plots import save_curves
 from training.run_folder import RunFolder
 
-SKIPPED_PREFIX = "Trouble/skipped/"  # begins a statistic for each phase: 1 for a step that was left out, else 0
+SKIPPED_PREFIX = "Trouble/skipped/"  # prefix of a statistic for each phase: 1 for a skipped step, else 0
 _GB = 2**30
-_PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and how a progress line begins
-_PREFIX = "events.out.tfevents."  # TensorBoard finds files by it, and reads them in the order of their names
+_PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and the start of a progress line
+_PREFIX = "events.out.tfevents."  # TensorBoard finds files by this prefix, and reads them in the order of their names
 _NUMBERED = re.compile(re.escape(_PREFIX) + r"(\d{5,})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TickTimes:
-    """Seconds, and what they mean for the rest."""
+    """Times of a tick, in seconds."""
 
     total: float  # of the whole run
-    tick: float  # spent on training in this tick
-    maintenance: float  # between the tick before and this one: start, pictures, snapshots, metrics
-    images: int  # of this tick, as far as this process trained them
-    left: float | None  # expected until the end of training; None before anything is known
+    tick: float  # of training in this tick
+    maintenance: float  # between the previous tick and this one: start-up, sample grids, snapshots, metrics
+    images: int  # of this tick, since this process started
+    left: float | None  # estimate until the end of training; None without data
 
     @property
     def per_kimg(self) -> float:
@@ -48,7 +47,7 @@ class TickTimes:
 
 
 class TickClock:
-    """Measures ticks; made when the program starts.
+    """Measures ticks; created when the program starts.
 
     total_nimg:  images to train for
     now:         a clock in seconds
@@ -57,19 +56,19 @@ class TickClock:
     def __init__(self, *, total_nimg: int, now: Callable[[], float] = time.monotonic):
         self._now, self._total_nimg = now, total_nimg
         self._zero = self._ended = self._begun = now()
-        self._nimg = 0  # when the tick began
-        self._first: tuple[float, int] | None = None  # when training began in this process, and at which image
+        self._nimg = 0  # at the start of the tick
+        self._first: tuple[float, int] | None = None  # time and images seen when training began in this process
 
     def resume(self, seconds_before: float) -> None:
-        """Count on from what `total` returned where the run was left."""
+        """Add the time that `total` returned when the run stopped."""
         self._zero -= seconds_before
 
     def total(self) -> float:
-        """Return the seconds of the whole run, pauses between two processes left out."""
+        """Return the seconds of the whole run, without the pauses between two processes."""
         return self._now() - self._zero
 
     def begin(self, nimg: int) -> None:
-        """Start to train at `nimg` images: what passed since the tick before was maintenance."""
+        """Start training at `nimg` images: the time since the previous tick counts as maintenance."""
         self._begun, self._nimg = self._now(), nimg
         if self._first is None:
             self._first = (self._begun, nimg)
@@ -79,7 +78,7 @@ class TickClock:
         now = self._now()
         began, first_nimg = self._first or (self._begun, self._nimg)
         trained = nimg - first_nimg
-        # Maintenance after the first tick counts, as there will be more of it; the start of the program does not.
+        # The estimate includes maintenance after the first tick, since there will be more, but not the start-up.
         left = (now - began) / trained * max(self._total_nimg - nimg, 0) if trained > 0 else None
         times = TickTimes(total=now - self._zero, tick=now - self._begun, maintenance=self._begun - self._ended,
                           images=nimg - self._nimg, left=left)
@@ -93,13 +92,13 @@ class Tick:
 
     number: int
     nimg: int
-    augment_p: float  # 0 where nothing is augmented
+    augment_p: float  # 0 without augmentation
     times: TickTimes
-    cpu_memory: float  # bytes this process holds
-    gpu_memory: float  # bytes that tensors took at most on its GPU; 0 without one
+    cpu_memory: float  # bytes this process uses
+    gpu_memory: float  # peak bytes of tensors on its GPU; 0 without one
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers under the names that statistics and TensorBoard have for them."""
+        """Return the numbers under their names in statistics and TensorBoard."""
         times = self.times
         return {
             "Progress/tick": self.number, "Progress/kimg": self.nimg / 1000, "Progress/augment": self.augment_p,
@@ -110,7 +109,7 @@ class Tick:
         }  # fmt: skip
 
     def line(self, stats: Mapping[str, Mapping[str, float]]) -> str:
-        """Return the progress line; `stats` gives the losses and the skipped steps."""
+        """Return the progress line; `stats` has the losses and the skipped steps."""
         def mean(name: str) -> str:
             return f"{stats[name]['mean']:.3f}" if name in stats else "-"
 
@@ -136,13 +135,13 @@ class Tick:
 
 
 def process_memory() -> float:
-    """Return the bytes that this process holds; else the most it held so far, or 0 where the system does not say."""
+    """Return the bytes that this process uses; its peak so far or 0 on systems that do not report them."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         try:
-            import resource  # POSIX has it, and no other system
+            import resource  # POSIX only
         except ImportError:
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -150,7 +149,7 @@ def process_memory() -> float:
 
 
 def take_peak_gpu_memory(device: torch.device) -> float:
-    """Return the most bytes that tensors took on `device` since the last call; 0 on a CPU."""
+    """Return the peak bytes of tensors on `device` since the last call; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     peak = torch.cuda.max_memory_allocated(device)
@@ -159,11 +158,11 @@ def take_peak_gpu_memory(device: torch.device) -> float:
 
 
 class Reporter:
-    """Writes what a run reports. A full disk or a missing folder gives a warning, and training goes on.
+    """Writes the reports of a run. On a full disk or a missing folder it logs a warning, and training continues.
 
-    folder:       the run's, which exists
-    is_main:      False makes a reporter that does nothing, for all processes but one
-    tensorboard:  write event files as well
+    folder:       of the run; must exist
+    is_main:      False creates a reporter that does nothing, for all processes but one
+    tensorboard:  also write event files
     """
 
     def __init__(self, folder: str | os.PathLike, *, is_main: bool, tensorboard: bool = True):
@@ -173,28 +172,28 @@ class Reporter:
         self._stats = AppendFile(self.run.stats, durable=True)
         self._metrics: dict[str, AppendFile] = {}
         self._events = EventFile(self.run.path) if is_main and tensorboard else None
-        self._failures = 0  # writes that did not work
-        self._warned: set[str] = set()  # of what, since a tick could be written
+        self._failures = 0  # failed writes
+        self._warned: set[str] = set()  # keys of the warnings since the last tick that was written completely
 
     def start(self, *, ticks: int, nimg: int) -> None:
-        """Begin, or continue from a state, with `ticks` ticks reported so far and `nimg` images seen.
+        """Start, or continue from a resumable state, with `ticks` ticks reported so far and `nimg` images seen.
 
-        What the files say of later ticks goes, so that they end as those of an unbroken run. The log keeps all but the
-        progress lines of these ticks: warnings and errors tell why a run broke off.
-        Raises OSError when the files cannot be read or replaced.
+        Lines of later ticks are removed, so that the files end up as those of an uninterrupted run. From the log only
+        progress lines are removed: warnings and errors explain why a run was interrupted.
+        Raises OSError if the files cannot be read or replaced.
         """
         if not self._is_main:
             return
         _cut_log(self.run.log, ticks)
         cut_lines(self.run.stats, lambda record: _tick_of_statistics(record) < ticks)
         for path in self.run.metrics():
-            # Lines without a tick are none of the run's: somebody measured a snapshot.
+            # Lines without a tick are not the run's: they were written by calc_metrics.py.
             cut_lines(path, lambda record: record.get("tick", -1) < ticks)
         if self._events is not None:
             self._events = EventFile(self.run.path, purge_step=nimg + 1)
 
     def log(self, text: str, *, to_stderr: bool = False) -> None:
-        """Print lines, and log them with the time."""
+        """Print lines, and write them to the log with date and time."""
         if not self._is_main:
             return
         _print(text, sys.stderr if to_stderr else sys.stdout)
@@ -217,9 +216,9 @@ class Reporter:
 
     def metric(self, name: str, found: Mapping[str, Any], *, tick: int, nimg: int, num_gpus: int,
                snapshot: str | None) -> None:
-        """Report a metric: log its results, add a line to metric-NAME.jsonl, and draw metric-NAME.png anew.
+        """Report a metric: log its results, add a line to metric-NAME.jsonl, and redraw metric-NAME.png.
 
-        The line stands in front of those of later ticks, so that the file is that of a run that computed it in time.
+        The line is inserted before those of later ticks, as if the metric had been computed in time.
 
         found, num_gpus, snapshot:  as in `metric_record`
         tick:                       number of the tick that it belongs to
@@ -235,7 +234,7 @@ class Reporter:
         with self._surviving_lines(path):
             file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
             is_there = False
-            with suppress(OSError, DiskFailure):  # behind the others then, where it waits for room
+            with suppress(OSError, DiskFailure):  # then the line is appended below, and waits for space
                 is_there = insert_line(path, to_line(record), lambda other: other.get("tick", -1) > tick)
             if not is_there:
                 file.append(to_line(record))
@@ -243,47 +242,51 @@ class Reporter:
         self._show({f"Metrics/{key}": value for key, value in results.items()}, nimg, now)
 
     def write_waiting(self) -> None:
-        """Write lines that a full disk kept back: a state that counts their ticks must not be saved before them."""
+        """Write lines that a full disk held back: a state that counts their ticks must not be saved before them."""
         with self._surviving_lines(self.run.stats):
             for file in (self._log, self._stats, *self._metrics.values()):
                 file.retry()
 
     @contextmanager
-    def surviving(self, what: str) -> Iterator[None]:
-        """Run a block that writes `what`; when it cannot, warn (once until a tick is written whole) and go on."""
-        with self._warning_of(what, what, "training goes on without it"):
+    def surviving(self, action: str) -> Iterator[None]:
+        """Run a block; if it fails, warn (once until a tick is written completely) and continue.
+
+        action:  what the block does, such as "write the sample grid"
+        """
+        with self._warning_of(action, action, "training continues"):
             yield
 
     def _surviving_lines(self, path: Path) -> AbstractContextManager[None]:
         """As `surviving`; one warning for all files of lines, since they fail together."""
-        return self._warning_of("", path.name, "training goes on; missing lines follow once there is room again")
+        return self._warning_of("", f"write {path.name}",
+                                "training continues; missing lines are written once there is space again")
 
     @contextmanager
-    def _warning_of(self, key: str, what: str, consequence: str) -> Iterator[None]:
+    def _warning_of(self, key: str, action: str, consequence: str) -> Iterator[None]:
         try:
             yield
         except (OSError, DiskFailure) as error:
             self._failures += 1
             if self._is_main and key not in self._warned:
                 self._warned.add(key)
-                text = f"warning: {what} cannot be written ({describe(error)}); {consequence}"
+                text = f"warning: failed to {action} ({error_text(error)}); {consequence}"
                 _print(text, sys.stdout)
-                with suppress(OSError):  # The screen has it, and the log will, once it can be written.
+                with suppress(OSError):  # It is on the screen, and in the log once that can be written.
                     self._log.append(_dated(text))
 
     def _show(self, scalars: Mapping[str, float], nimg: int, now: float) -> None:
-        """Hand values to TensorBoard, with images as steps: short ticks stay apart, and kimg 200 reads "200k"."""
+        """Send values to TensorBoard, with images seen as steps: short ticks stay apart, and kimg 200 is "200k"."""
         if self._events is not None:
             with self._surviving_lines(self._events.path):
                 self._events.add_scalars(scalars, step=nimg, time=now)
 
 
 def metric_record(name: str, found: Mapping[str, Any], *, num_gpus: int, snapshot: str | None) -> dict[str, Any]:
-    """Return a line on a metric: the fields of the original's lines, and ours behind them.
+    """Return a line on a metric: the fields that NVIDIA's code writes, followed by ours.
 
-    found:     what was computed: results, by key such as pr50k3_full_precision, total_time in seconds, further fields
+    found:     results by key, such as pr50k3_full_precision, total_time in seconds, and further fields
     num_gpus:  processes that computed it
-    snapshot:  name of the network file in the run's folder; None where images were measured, or there is none
+    snapshot:  name of the network snapshot in the run's folder; None if images were measured, or the file is missing
     """
     usual = {"results": found["results"], "metric": name, "total_time": found["total_time"],
              "total_time_str": format_seconds(found["total_time"]), "num_gpus": num_gpus, "snapshot_pkl": snapshot,
@@ -291,29 +294,29 @@ def metric_record(name: str, found: Mapping[str, Any], *, num_gpus: int, snapsho
     return {**usual, **{key: value for key, value in found.items() if key not in usual}}
 
 
-def describe(error: OSError | DiskFailure) -> str:
-    """Return the system's words for what went wrong with a file."""
+def error_text(error: OSError | DiskFailure) -> str:
+    """Return the system's message for an error on a file."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _print(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
-    try:  # letters that the terminal does not have, as in the name of a class, must not end the run
+    try:  # characters that the terminal cannot show, as in a class name, must not end the run
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
-        # The terminal, or the program that read our output, is gone. Nothing more goes there, training goes on.
+        # The terminal, or the program that read our output, is gone. Write nothing more there, and keep training.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _dated(text: str) -> bytes:
-    """Return lines of the log: each with date and time in front."""
+    """Return lines of the log, each starting with date and time."""
     stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     return "".join(f"{stamp} {line}\n" for line in text.splitlines()).encode(errors="backslashreplace")
 
 
 def _cut_log(path: Path, ticks: int) -> None:
-    """Leave out the progress lines of ticks from `ticks` on, and end a line that was cut short."""
+    """Remove the progress lines of ticks from `ticks` on, and end a truncated last line."""
     try:
         lines = retrying(path.read_bytes, path).splitlines()
     except FileNotFoundError:
@@ -328,7 +331,7 @@ def _cut_log(path: Path, ticks: int) -> None:
 
 
 def _tick_of_statistics(record: Mapping[str, Any]) -> float:
-    """Return the number of a line's tick; infinity for a line that has none, which is not ours."""
+    """Return the tick of a line; infinity for a line without one, which is not ours."""
     try:
         return record["Progress/tick"]["mean"]
     except (KeyError, TypeError):
@@ -336,7 +339,7 @@ def _tick_of_statistics(record: Mapping[str, Any]) -> float:
 
 
 def _curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Return {key: [(kimg, value), ...]} of the lines that tell when they were measured."""
+    """Return {key: [(kimg, value), ...]} of the lines that record the number of images seen."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         if "nimg" in record:
@@ -346,13 +349,13 @@ def _curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 
 class EventFile:
-    """The events of one process; those of a continued run are in several files, whichever of them were removed.
+    """The TensorBoard events of one process; a continued run has several such files.
 
-    purge_step: steps from here on in files before this one no longer count; None keeps all
+    purge_step: TensorBoard ignores steps from here on in earlier files; None keeps all
     """
 
     def __init__(self, folder: str | os.PathLike, *, purge_step: int | None = None):
-        # One more than the last: a count would name a file that is there where an earlier one was removed.
+        # One more than the highest number: the number of files could be that of an existing one, if some were removed.
         found = (_NUMBERED.fullmatch(path.name) for path in Path(folder).glob(f"{_PREFIX}*"))
         number = max((int(match[1]) for match in found if match), default=-1) + 1
         self.path = Path(folder) / f"{_PREFIX}{number:05d}"
@@ -361,11 +364,11 @@ class EventFile:
         self._started = False
 
     def add_scalars(self, scalars: Mapping[str, float], *, step: int, time: float) -> None:
-        """Append values at `step`. Raises OSError when that is not possible; they are then written later.
+        """Append values at `step`. Raises OSError if that fails; they are then written later.
 
         time: seconds since 1970
         """
-        # Takes a moment, and only the main process writes.
+        # Imported here: it takes a moment, and only the main process writes.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter

@@ -1,7 +1,7 @@
-"""Which image a run sees when, which labels its fakes take, and the batches that a process reads ahead.
+"""The order of training images, the labels of generated images, and the batches that a process prefetches.
 
-The order and the labels are functions of the run's seed and the number of images seen: nothing is stored, a run
-continues anywhere, and any number of processes share one order.
+Order and labels are functions of the run's seed and the number of images seen: nothing is stored, a run can continue at
+any point, and the number of processes does not matter.
 """
 
 import csv
@@ -26,10 +26,10 @@ from training.dataset import ImageDataset
 
 
 class TrainingOrder:
-    """An endless sequence of item numbers, in rounds of as many as there are items.
+    """An endless sequence of item numbers, in rounds of length num_items.
 
-    Without weights each round is a random permutation. With weights an item of weight w comes floor(w * items) or one
-    more times a round, in random order; over many rounds its share is w.
+    Without weights each round is a random permutation. With weights (here of sum 1) an item of weight w occurs
+    floor(w * num_items) times per round or once more, in random order; over many rounds its share is w.
 
     num_items:  images, mirrored ones included
     seed:       the run's seed
@@ -43,10 +43,10 @@ class TrainingOrder:
         self.num_items = num_items
         self.seed = seed
         self.weights = None if weights is None else weights / weights.sum()
-        self._rounds: dict[int, np.ndarray] = {}  # the last two that were asked for, by number
+        self._rounds: dict[int, np.ndarray] = {}  # the last two that were used, by number
 
     def items(self, start: int, count: int) -> np.ndarray:
-        """Return what is seen at positions start, ..., start + count - 1: int64 [count]."""
+        """Return the items at positions start, ..., start + count - 1: int64 [count]."""
         parts = []
         while count > 0:
             number, offset = divmod(start, self.num_items)
@@ -62,7 +62,7 @@ class TrainingOrder:
         order = rng.permutation(self.num_items)
         if self.weights is None:
             return order
-        # Systematic sampling: evenly spaced points on the line of all weights, laid out in random order.
+        # Systematic sampling: evenly spaced points on the line of all weights, which are placed in random order.
         edges = np.cumsum(self.weights[order])
         points = (np.arange(self.num_items) + rng.random()) * (edges[-1] / self.num_items)
         drawn = order[np.searchsorted(edges, points, side="right").clip(max=self.num_items - 1)]
@@ -70,14 +70,14 @@ class TrainingOrder:
 
 
 class LabelDistribution:
-    """How often each label occurs among the images a run sees; fakes draw theirs from it.
+    """How often each label occurs among the training images; the labels of fakes are drawn from it.
 
-    labels:   float32 [N, c_dim], one row an image
-    weights:  as in TrainingOrder, one an image; None for equal ones
+    labels:   float32 [N, c_dim], one row per image
+    weights:  as in TrainingOrder, one per image; None for equal ones
     """
 
     def __init__(self, labels: Tensor, weights: np.ndarray | None = None):
-        if labels.shape[1] == 0:  # torch.unique refuses rows of nothing
+        if labels.shape[1] == 0:  # torch.unique rejects empty rows
             values, where = labels[:1], torch.zeros(len(labels), dtype=torch.long)
         else:
             values, where = torch.unique(labels, dim=0, return_inverse=True)
@@ -98,11 +98,11 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
                     num_workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (pixels uint8 [len(rows), C, R, R], labels float32 [len(rows), c_dim]) for each iteration from `nimg` on.
 
-    nimg:   images seen before the first one that is wanted
-    batch:  images of an iteration, over all processes
-    rows:   which of them this process computes
+    nimg:   images seen before the first batch
+    batch:  total batch size, over all processes
+    rows:   the part of each batch that this process trains on
 
-    Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, when an
+    Image i of a run is the same for any number of processes and workers. Raises UserError, naming the file, if an
     image cannot be read, and DiskFailure.
     """
     items = (order.items(start + rows.start, len(rows)).tolist() for start in itertools.count(nimg, batch))
@@ -111,7 +111,7 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
     try:
         yield from map(tuple, loader)
     except (UserError, DiskFailure) as error:
-        # A worker's exception arrives with its traceback in the message; the last line is what was raised.
+        # A worker's exception arrives with its traceback in the message; the last line is the original message.
         kind = type(error)
         text = str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
         raise kind(text) from None
@@ -120,30 +120,30 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
 def _leave_stopping_to_the_parent(_: int) -> None:
     """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
 
-    SIGTERM from the parent itself, which ends its workers in this way, is obeyed.
+    SIGTERM from the parent process, which terminates its workers in this way, is obeyed.
     """
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # LIMIT: elsewhere a SIGTERM to all processes ends the workers
+    if hasattr(signal, "sigwaitinfo"):  # LIMIT: on other systems a SIGTERM to all processes ends the workers
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _obey_the_parent(parent: int) -> None:
-    """Wait for SIGTERM, and end this process when the parent sent it."""
+    """Wait for a SIGTERM from the parent, then end this process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
 def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarray | None:
-    """Return weights float64 [len(dataset)], or None for equal ones.
+    """Return the sampling weights of all items, float64 [len(dataset)], or None for equal ones.
 
     balance:  "none"; "classes": every class that has images is seen equally often; or a CSV file with the columns
-              `class,weight` (the share in which a class is to be seen; its images are equal among themselves) or
-              `file,weight` (one an image, by its name in the data set). Classes and files that are not named get 0.
+              `class,weight` (the share of a class, divided equally among its images) or `file,weight` (one per image,
+              by its name in the data set). Classes and files that are not listed get 0.
 
-    Raises UserError when the file or the data set's labels do not allow it.
+    Raises UserError if the file or the data set's labels are not suitable.
     """
     if balance == "none":
         return None
@@ -155,7 +155,7 @@ def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarr
 
 
 def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: str) -> np.ndarray:
-    """Divide each class's share equally among its images; None gives every class the same share."""
+    """Return weights that divide each class's share equally among its images; None gives all classes equal shares."""
     classes = dataset.class_indices()
     if classes is None or (missing := missing_labels(classes)).all():
         raise UserError(f"{flag}: {dataset.path} has no classes; expected integer labels")
@@ -166,7 +166,7 @@ def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: st
     absent = {label: share for label, share in (shares or {}).items() if share > 0}
     if absent:
         name = class_name(min(absent), dataset.classes)
-        raise UserError(f"{flag}: class {name} has a weight but no image in {dataset.path}")
+        raise UserError(f"{flag}: class {name} has a weight, but no images in {dataset.path}")
     return weights
 
 
@@ -178,19 +178,19 @@ def _from_file(path: Path, dataset: ImageDataset) -> np.ndarray:
     known = labels if kind == "class" else dict.fromkeys(files)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise UserError(f"{flag} names the {kind} {unknown[0]}, which the data set has not; expected "
+        raise UserError(f"{flag} lists the {kind} {unknown[0]}, which is not in the data set; expected "
                         f"{shorten([*known], 5)}")
     if kind == "class":
         weights = _of_classes(dataset, {labels[name]: weight for name, weight in given.items()}, flag)
     else:
         weights = np.array([given.get(name, 0.0) for name in files])
     if weights.sum() <= 0:
-        raise UserError(f"{flag}: all weights are 0; expected one above 0")
+        raise UserError(f"{flag}: all weights are 0; expected at least one above 0")
     return weights
 
 
 def _read_weights(path: Path, flag: str) -> tuple[str, dict[str, float]]:
-    """Return what a CSV file names, "class" or "file", and {name: weight}."""
+    """Return the kind of names in a CSV file, "class" or "file", and {name: weight}."""
     def read() -> list[list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return list(csv.reader(file))
@@ -215,6 +215,6 @@ def _read_weights(path: Path, flag: str) -> tuple[str, dict[str, float]]:
             raise UserError(f"{flag}, line {number} is {','.join(row)}; expected {header[0]},weight with a number >= 0")
         name = name.strip()
         if name in weights:
-            raise UserError(f"{flag}, line {number} names {header[0]} {name} a second time")
+            raise UserError(f"{flag}, line {number} lists {header[0]} {name} a second time")
         weights[name] = weight
     return header[0], weights

@@ -1,12 +1,12 @@
-"""Keep trained networks in files: safetensors with the constructor arguments in the header.
+"""Save and load network snapshots: safetensors files with the constructor arguments in the header.
 
 The header's only metadata entry is one JSON text, so that equal networks give equal bytes:
 
     {"format": "stylegan2-ada-networks", "version": 1,
      "networks": {"G": {...} | null, "D": {...} | null, "G_ema": {...}},     constructor arguments by name
-     "info": {...}}                                                          free, kept as it is
+     "info": {...}}                                                          any JSON, kept as it is
 
-Tensors are named "ROLE.NAME", for example "G_ema.synthesis.b4.const". NVIDIA's pickles are read here as well, and
+Tensors are named "ROLE.NAME", for example "G_ema.synthesis.b4.const". NVIDIA's pickles are also read here, and
 converted by `python -m training.nvidia_pickle in.pkl out.safetensors`.
 """
 import json
@@ -33,13 +33,13 @@ from training.nvidia_pickle import NvidiaNetworks, PickledModule, UnknownSourceW
 FORMAT_NAME = "stylegan2-ada-networks"
 FORMAT_VERSION = 1
 
-# Role of a network in a file -> the one class that may be built for it.
+# Role of a network in a file -> the only class that may be built for it.
 NETWORK_CLASSES: dict[str, type[nn.Module]] = {"G": Generator, "D": Discriminator, "G_ema": Generator}
 
 _HEADER_KEY = "networks"  # of the metadata entry
 _HEADER_FIELDS = {"format", "version", "networks", "info"}
 _DTYPES = (torch.float32, torch.float64)
-_SHOWN_NAMES = 3  # of a list of missing or unknown tensors
+_SHOWN_NAMES = 3  # missing or unknown tensors that a message lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class Networks:
     """The networks of one snapshot."""
     G: nn.Module | None      # the generator that is being trained; None in generator-only files
     D: nn.Module | None
-    G_ema: nn.Module         # the averaged generator: what images are made with
-    # {"G": constructor arguments or None, "D": ..., "G_ema": ..., "info": free JSON}, complete after loading. Saving
-    # takes the arguments from the networks (`init_kwargs`); where config names them too, they must agree.
+    G_ema: nn.Module         # the averaged generator, which makes the images
+    # {"G": constructor arguments or None, "D": ..., "G_ema": ..., "info": any JSON}, complete after loading. Saving
+    # takes the arguments from the networks (`init_kwargs`); if config has them too, they must agree.
     config: dict[str, object] = field(default_factory=dict)
 
 
 def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") -> Networks:
-    """Read a snapshot, safetensors or NVIDIA pickle by content; nothing in the file is run.
+    """Read a snapshot, safetensors or NVIDIA pickle, recognized by content; no code in the file is run.
 
     The networks are in eval mode and need no gradients; dtypes are those in the file; the random state is untouched.
-    Raises FileNotFoundError, or ValueError with one line that names the file for anything but a readable snapshot, and
+    Raises FileNotFoundError, or ValueError with one line that names the file if it is not a readable snapshot, and
     DiskFailure.
     """
     kind = recognize(path)
@@ -72,7 +72,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
 
 
 def read_info(path: str | os.PathLike) -> dict[str, object]:
-    """Return the free part of a snapshot's header, without its tensors. Raises as `load_network` does."""
+    """Return "info" of a snapshot's header, without reading tensors. Raises as `load_network` does."""
     if recognize(path) is FileKind.PICKLE:
         return _pickle_info(read_nvidia_pickle(path))
     try:
@@ -83,9 +83,9 @@ def read_info(path: str | os.PathLike) -> dict[str, object]:
 
 
 def save_network(path: str | os.PathLike, networks: Networks) -> None:
-    """Write a snapshot at once or not at all; equal networks and info give equal bytes.
+    """Write a snapshot atomically; equal networks and info give equal bytes.
 
-    Raises ValueError when constructor arguments or info are not JSON, or config contradicts the networks.
+    Raises ValueError if constructor arguments or info are not JSON, or config contradicts the networks.
     """
     header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **_header_content(networks)}
     tensors: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def save_network(path: str | os.PathLike, networks: Networks) -> None:
         network = getattr(networks, role)
         if network is not None:
             for name, tensor in network.state_dict().items():
-                # A copy each: safetensors refuses tensors that share memory, as those of one network in two roles do.
+                # Copies, since safetensors rejects tensors that share memory, such as one network in two roles.
                 tensors[f"{role}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     data = safetensors.torch.save(tensors, metadata={_HEADER_KEY: text})
@@ -122,7 +122,7 @@ def _header_content(networks: Networks) -> dict[str, object]:
 
 
 def _as_json(where: str, value: object) -> object:
-    """Return `value` as it will come back from a file."""
+    """Return `value` as it will be read from a file."""
     def has_text_keys(value: object) -> bool:
         if isinstance(value, dict):
             return all(isinstance(key, str) and has_text_keys(item) for key, item in value.items())
@@ -131,31 +131,31 @@ def _as_json(where: str, value: object) -> object:
     try:
         result = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not plain JSON ({error}); expected numbers, texts, lists and dicts") from error
+        raise ValueError(f"{where} is not plain JSON ({error}); expected numbers, strings, lists and dicts") from error
     if not has_text_keys(value):
-        raise ValueError(f"{where} has a key that is not a text; JSON would change it: use text keys")
+        raise ValueError(f"{where} has a key that is not a string; expected string keys, as JSON changes others")
     return result
 
 
 def _read_safetensors(path: str | os.PathLike) -> Networks:
-    # Read through by ordinary means first, which tell a failing disk: safetensors maps the file into memory, where a
-    # page that cannot be read ends the process (SIGBUS).
+    # Read the file once by ordinary means, which report a failing disk: safetensors maps it into memory, where an
+    # unreadable page kills the process (SIGBUS).
     sha256_of(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _parse_header((file.metadata() or {}).get(_HEADER_KEY))
-            # Copies: the originals are views of the file, and would change when it is overwritten in place.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - file is no dict
+            # Copies: the originals are views of the file, and would change if it is overwritten in place.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a network snapshot: {error}") from error
     try:
         return _build_networks(header, tensors)
     except ValueError as error:
-        raise ValueError(f"{path} does not hold together: {error}") from error
+        raise ValueError(f"{path} is inconsistent: {error}") from error
 
 
 def _parse_header(text: str | None) -> dict[str, object]:
-    """Check name, version and shape of the header. Raises ValueError."""
+    """Parse the header, and check its format, version and structure. Raises ValueError."""
     if text is None:
         raise ValueError("it is a safetensors file of another project; expected one with constructor arguments")
     try:
@@ -166,7 +166,7 @@ def _parse_header(text: str | None) -> dict[str, object]:
         raise ValueError(f"its header does not name the format {FORMAT_NAME}")
     version = header.get("version")
     if type(version) is not int or version < 1:
-        raise ValueError(f"its header has version {version!a}; expected a count from 1")
+        raise ValueError(f"its header has version {version!a}; expected a whole number >= 1")
     if version > FORMAT_VERSION:
         raise ValueError(f"it has format version {version}; this program reads up to {FORMAT_VERSION}: update it")
     if set(header) != _HEADER_FIELDS or not isinstance(header["info"], dict):
@@ -190,7 +190,7 @@ def _build_networks(header: dict[str, object], tensors: dict[str, Tensor]) -> Ne
     for full_name, tensor in tensors.items():
         role, _, name = full_name.partition(".")
         if role not in by_role:
-            raise ValueError(f"the tensor {full_name!a} belongs to no network of the header")
+            raise ValueError(f"the tensor {full_name!a} does not belong to a network of the header")
         by_role[role][name] = tensor
     built = {role: build_network(role, header["networks"][role], by_role[role]) if role in by_role else None
              for role in NETWORK_CLASSES}
@@ -213,7 +213,7 @@ def _from_pickle(path: str | os.PathLike, content: NvidiaNetworks) -> Networks:
 
 
 def _pickle_info(content: NvidiaNetworks) -> dict[str, object]:
-    """Collect what is worth keeping of a pickle beside the networks."""
+    """Collect the rest of a pickle's content that is worth keeping."""
     modules = {name: getattr(content, name) for name in (*NETWORK_CLASSES, "augment_pipe")}
     present: dict[str, PickledModule] = {name: module for name, module in modules.items() if module is not None}
     augment = content.augment_pipe
@@ -228,7 +228,7 @@ def _pickle_info(content: NvidiaNetworks) -> dict[str, object]:
     }
 
 
-# Building a network of what a file holds.
+# Building a network from the content of a file.
 
 
 def build_network(
@@ -239,12 +239,12 @@ def build_network(
     role:      key of NETWORK_CLASSES
     arguments: constructor arguments by name
     tensors:   every parameter and buffer by name, float32 or float64
-    kinds:     name -> "parameter" or "buffer", where the file tells; None skips the comparison
-    Raises ValueError when the arguments, names, shapes, dtypes or kinds do not fit.
+    kinds:     name -> "parameter" or "buffer", if the file records it; None skips the comparison
+    Raises ValueError if the arguments, names, shapes, dtypes or kinds do not fit.
     """
     network = _construct(role, arguments, len(tensors))
     _check_tensors(role, network, tensors, kinds)
-    # The memory format is that of the constructor's arguments, whatever the file's is.
+    # The memory format follows from the constructor's arguments, not from the file.
     last = {name for name, tensor in network.state_dict().items() if tensor.ndim == 4
             and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()}
     arranged = {name: tensor.contiguous(memory_format=torch.channels_last) if name in last else tensor
@@ -257,13 +257,13 @@ def _construct(role: str, arguments: Mapping[str, object], num_tensors: int) -> 
     num_layers = [options["num_layers"] for options in arguments.values()
                   if isinstance(options, Mapping) and "num_layers" in options]
     if any(type(count) is not int or not 1 <= count <= num_tensors for count in num_layers):
-        # Before building: a count of a billion would be built for hours.
+        # Checked before building, since building a billion layers would take hours.
         raise ValueError(f"{role} asks for num_layers {num_layers} with {num_tensors} tensors; expected one per layer")
     try:
-        # On "meta" nothing is allocated or drawn: the file's tensors take the places, the random state stays.
+        # On "meta" no memory is allocated and no random numbers are drawn: the file's tensors replace the empty ones.
         with torch.device("meta"):
             return NETWORK_CLASSES[role](**arguments)
-    except Exception as error:  # any error: the arguments come from a file, and their types are unchecked so far
+    except Exception as error:  # any: the arguments come from a file, and their types are not checked yet
         reason = " ".join(str(error).split())  # one line
         raise ValueError(f"{role} cannot be built with the constructor arguments in the file: {reason}") from error
 
@@ -274,7 +274,7 @@ def _check_tensors(role: str, network: nn.Module, tensors: Mapping[str, Tensor],
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
-        raise ValueError(f"{role} does not fit its constructor arguments: missing tensors {_listed(missing)}; "
+        raise ValueError(f"{role} does not match its constructor arguments: missing tensors {_listed(missing)}; "
                          f"unknown tensors {_listed(unknown)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
@@ -300,16 +300,16 @@ def _listed(names: list[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m training.nvidia_pickle IN OUT`; return the exit code, 2 for errors of the user."""
+    """Run `python -m training.nvidia_pickle IN OUT`; return the exit code, 2 for a user's mistake."""
     return run(convert_command, argv)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]},
-               help="Read IN, an NVIDIA StyleGAN2-ADA pickle, running nothing in it; write its networks to OUT as "
+               help="Read IN, an NVIDIA StyleGAN2-ADA pickle, without running code in it; write its networks to OUT as "
                     f"safetensors. IN may also be {OTHER_NAMES}.")
 @click.argument("source", type=UserPath(), metavar="IN.pkl")
 @click.argument("target", type=UserPath(path_type=Path), metavar="OUT.safetensors")
-@click.option("--force", is_flag=True, help="Overwrite OUT when it exists.")
+@click.option("--force", is_flag=True, help="Overwrite OUT if it exists.")
 def convert_command(source: str, target: Path, force: bool) -> None:
     path = find_network(source, "IN")
     if path != source:
@@ -331,11 +331,11 @@ def _convert(source: Path, target: Path, *, force: bool) -> Networks:
     if target.suffix != ".safetensors":
         raise ValueError(f"the output is {target}; expected a name that ends in .safetensors")
     if not target.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent}; make it first")
+        raise ValueError(f"the folder {target.parent} does not exist; create it first")
     if target.exists() and not force:
-        raise ValueError(f"{target} exists already; expected a new name: choose another, or overwrite it with --force")
+        raise ValueError(f"{target} already exists; expected a new name: choose another, or overwrite it with --force")
     if recognize(source) is not FileKind.PICKLE:
-        raise ValueError(f"{source} is a safetensors file already; expected an NVIDIA pickle")
+        raise ValueError(f"{source} is already a safetensors file; expected an NVIDIA pickle")
     networks = load_network(source)
     save_network(target, networks)
     return networks

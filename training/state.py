@@ -1,4 +1,4 @@
-"""Everything that changes during training, in one place: what is missing here is lost when a run continues."""
+"""The training state: everything that changes during training, and so must be saved for a run to continue."""
 
 import copy
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def ema_beta(batch: int, nimg: int, ema_kimg: float, rampup: float | None) -> float:
-    """Return how much of the averaged generator stays when `batch` images follow after `nimg` (StyleGAN2-ADA's code).
+    """Return the decay of the averaged generator for a step of `batch` images after `nimg` (StyleGAN2-ADA's code).
 
         beta = 0.5^(batch / half_life),  half_life = min(1000 * ema_kimg, rampup * nimg) images
 
@@ -31,7 +31,7 @@ def ema_beta(batch: int, nimg: int, ema_kimg: float, rampup: float | None) -> fl
 
 
 def lazy_adam(adam: AdamConfig, interval: int) -> dict[str, Any]:
-    """Return Adam's arguments for a network that takes an extra regularization step every k = `interval` iterations.
+    """Return Adam's arguments for a network with an extra regularization step every k = `interval` iterations.
 
     With c = k / (k + 1): lr * c, beta1^c and beta2^c, so that the extra steps do not speed training up (StyleGAN2,
     appendix B).
@@ -49,9 +49,9 @@ class TrainingState:
     G_ema: nn.Module
     g_adam: torch.optim.Adam
     d_adam: torch.optim.Adam
-    augment_pipe: AugmentPipe | None  # its buffer p changes; None augments nothing
+    augment_pipe: AugmentPipe | None  # its buffer p changes; None = no augmentation
     pl_mean: Tensor  # scalar, running mean of path lengths
-    ada_signs: Tensor  # [2]: sum and number of D's signs on reals since p last moved
+    ada_signs: Tensor  # [2]: sum and number of D's signs on reals since p last changed
     iteration: int = 0
     nimg: int = 0  # images seen, over all processes
 
@@ -59,7 +59,7 @@ class TrainingState:
     def create(cls, config: TrainConfig, device: torch.device | str) -> "TrainingState":
         """Build networks with random weights, the same for the same config.seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # the CPU's alone: weights are drawn there
+            torch.default_generator.manual_seed(config.seed)  # only the CPU's: weights are drawn there
             G = Generator(**config.generator.init_kwargs())
             D = Discriminator(**config.discriminator.init_kwargs())
         pipe = AugmentPipe(**config.augment.strengths) if config.augment.strengths else None
@@ -72,9 +72,9 @@ class TrainingState:
     @classmethod
     def from_networks(cls, G: nn.Module, D: nn.Module, G_ema: nn.Module, *, g_adam: AdamConfig, d_adam: AdamConfig,
                       loss: LossConfig, augment_pipe: AugmentPipe | None = None) -> "TrainingState":
-        """Start training from given networks, at image 0. They are changed in place from then on."""
+        """Start training from given networks, at image 0. Training changes them in place."""
         if G is G_ema:
-            raise ValueError("G and G_ema are one network; expected two: the average needs weights of its own")
+            raise ValueError("G and G_ema are the same object; expected two: the average needs its own weights")
         G.train().requires_grad_(False)
         D.train().requires_grad_(False)
         G_ema.eval().requires_grad_(False)
@@ -91,9 +91,9 @@ class TrainingState:
         return self.pl_mean.device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors, numbers, strings and dicts only, so that it opens with weights_only=True.
+        """Return only tensors, numbers, strings and dicts, so that it loads with weights_only=True.
 
-        The tensors are the live ones: write or copy them before the next step.
+        The tensors are not copied: save or copy them before the next step.
         """
         return {
             "version": STATE_VERSION, "iteration": self.iteration, "nimg": self.nimg,
@@ -106,7 +106,7 @@ class TrainingState:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, on this state's device.
 
-        Raises ValueError, with this state as it was, when the version, a name or a shape differs.
+        Raises ValueError, with this state unchanged, if the version, a name or a shape differs.
         """
         version = saved.get("version") if isinstance(saved, Mapping) else None
         if version != STATE_VERSION:
@@ -136,14 +136,14 @@ def _set_moments(optimizer: torch.optim.Adam, network: nn.Module, saved: Mapping
     for name, parameter in network.named_parameters():
         if name in saved:
             step, *averages = (saved[name][key] for key in _MOMENTS)
-            # The fused step walks through memory: moments have to lie as their parameter does, and on its device.
+            # The fused step needs moments with their parameter's memory layout, on its device.
             averages = [torch.empty_like(parameter).copy_(average) for average in averages]
             step = step.detach().to(parameter.device, copy=True)
             optimizer.state[parameter] = dict(zip(_MOMENTS, [step, *averages]))
 
 
 def _check_moments(saved: Any, network: nn.Module, where: str) -> None:
-    """Raise ValueError unless these are moments of parameters of the network; some or all may have none yet."""
+    """Raise ValueError unless these are moments of the network's parameters; parameters may lack them."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{where} is {type(saved).__name__}; expected names with values")
     parameters = dict(network.named_parameters())
@@ -163,7 +163,7 @@ def _check_layout(saved: Any, mine: Any, where: str) -> None:
         odd = sorted(saved.keys() ^ mine.keys())
         if odd:
             raise ValueError(f"{where} differs in {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}; expected the "
-                             f"names that these networks have: continue with the options of the run that saved it")
+                             f"names of these networks: continue with the options of the run that saved it")
         for name in mine:
             _check_layout(saved[name], mine[name], f"{where}{'.' if ':' in where else ': '}{name}")
     elif isinstance(mine, int) and (type(saved) is not int or saved < 0):

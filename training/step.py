@@ -1,6 +1,6 @@
 """One training iteration: its phases, the moving average, and the adaptive augmentation.
 
-All randomness is in the inputs, all that changes is in the state. What each phase minimizes stands in phases.py.
+All randomness comes from the inputs, and everything that changes is in the state. The losses are in phases.py.
 """
 
 import math
@@ -18,11 +18,11 @@ from training.state import TrainingState, ema_beta
 
 @dataclass(kw_only=True)
 class StepResult:
-    """What an iteration has to report."""
+    """The statistics of an iteration, and its skipped steps."""
 
     # phase -> statistic (TensorBoard name) -> one value per image of this process, on the training device
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    # phase -> tensors whose loss or gradient was not finite; the phase's step was left out
+    # phase -> names of tensors whose gradient was not finite, or "loss"; the phase's step was skipped
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -30,18 +30,18 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
                processes: Processes | None = None) -> StepResult:
     """Run one iteration in place: the phases that are due, then the moving average, then the augmentation.
 
-        for Gmain, Greg, Dmain, Dreg:  one step of Adam on the gradients of all micro-batches of all processes
+        for Gmain, Greg, Dmain, Dreg:  one Adam step on the gradients of all micro-batches of all processes
         G_ema <- beta * G_ema + (1 - beta) * G,  beta as in `training.state.ema_beta`
         every ada.interval iterations:  p <- p +- batch * ada.interval / (1000 * ada.kimg) (ADA paper, section 3)
 
     batch:      this process's share of the images
-    processes:  those that take the step together, from equal states, and end with equal states; None for one alone
+    processes:  the processes that take the step together, with equal states before and after; None for a single one
 
-    Raises ValueError, before anything changes, when the inputs do not fit the state or the configuration.
+    Raises ValueError, before anything changes, if the inputs do not fit the state or the configuration.
     """
     if processes is not None and len(batch.reals) * processes.count != config.batch:
         raise ValueError(f"a step got {len(batch.reals)} images on each of {processes.count} processes; expected "
-                         f"{config.batch} in all")
+                         f"{config.batch} in total")
     plan: dict[Phase, list[MicroBatch]] = {}
     for phase in active_phases(state.iteration, config.loss):
         if phase not in batch.phases:
@@ -54,15 +54,15 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
     state.nimg += config.batch
     state.iteration += 1
     adapt_augmentation(state, config)
-    result.skipped = _name_non_finite(norms, state)  # last, since it waits for the device
+    result.skipped = _name_non_finite(norms, state)  # last, since it synchronizes with the device
     return result
 
 
 class GradientSum:
-    """Gradients of the parameters of a network, added up over losses.
+    """Accumulates the gradients of a network's parameters over losses.
 
-    As `backward` adds them up, in fewer operators, and without the gradients of what else the losses depend on: the
-    images of a gradient penalty have one, which takes a pass through the whole augmentation.
+    Equivalent to `backward`, with fewer operators, and without the gradients of other inputs: that of the images of a
+    gradient penalty would take a pass through the whole augmentation.
     """
 
     def __init__(self, parameters: list[Tensor]):
@@ -70,8 +70,8 @@ class GradientSum:
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
     def add(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, and let go of its graph."""
-        seen = set()  # two parameters may get one tensor, e.g. two biases of a sum
+        """Add the gradients of a loss, and free its graph."""
+        seen = set()  # two parameters may share one gradient tensor, e.g. two biases of a sum
         places, values = [], []
         for i, gradient in enumerate(torch.autograd.grad(loss, self.parameters, allow_unused=True)):
             if gradient is None:
@@ -88,18 +88,19 @@ class GradientSum:
             torch._foreach_add_(places, values)
 
     def hand_over(self) -> None:
-        """Let each parameter have its sum as its `grad`."""
+        """Set the `grad` of each parameter to its sum."""
         for parameter, total in zip(self.parameters, self.sums):
-            # None for e.g. the last bias in a gradient penalty: its second moment decays all the same
+            # None e.g. for the last bias in a gradient penalty: with zeros its second moment still decays
             parameter.grad = torch.zeros_like(parameter) if total is None else total
 
 
 def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
                processes: Processes | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Accumulate the gradients of all micro-batches, of all processes, then take the step if all is finite.
+    """Accumulate the gradients of all micro-batches and processes, then take the step if all values are finite.
 
-    Whether it is, stays on the device until the iteration is at its end: nothing here waits for it. Returns the
-    statistics of the phase, and the norm of each gradient, and last the magnitude of the loss.
+    The result of that check stays on the device until the end of the iteration, so that nothing here synchronizes.
+    Returns the statistics of the phase, and a tensor of the norm of each gradient, followed by the magnitude of the
+    loss.
     """
     network = phase.network(state)
     optimizer = state.g_adam if network is state.G else state.d_adam
@@ -119,16 +120,16 @@ def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, conf
     total = torch.stack(losses).sum()
     sums = [parameter.grad for parameter in gradients.parameters]
     if processes is not None:
-        # Gradients add up over processes as they do over micro-batches. Dividing by the number of processes, as the
-        # original does, would be another run: Adam is blind to the scale of gradients except where they come near its
-        # eps. A value that is not finite in one process is not finite in the sum: all leave the step out together.
+        # Gradients are summed over processes as over micro-batches, so that both give the same results. NVIDIA's code
+        # divides by the number of processes, which matters only where gradients come near Adam's eps. A value that is
+        # not finite in one process is not finite in the sum, so all processes skip the step together.
         processes.sum([*sums, total, *work.sums()])
-    # Norms are finite where gradients and the sums of their squares, which Adam averages, are. The largest magnitude
-    # would tell as much, and takes CPUs 13 times as long.
+    # Norms are finite if gradients and the sums of their squares, which Adam averages, are. The largest magnitude
+    # would do too, but takes 13 times as long on CPUs.
     norms = torch.stack([*torch._foreach_norm(sums), total.abs()])
-    finite = norms.amax() < math.inf  # not so for NaN
-    # The fused Adam leaves its step out where this is 1, without waiting for the device. torch.amp.GradScaler uses it,
-    # and no documentation promises it: test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam.
+    finite = norms.amax() < math.inf  # False for NaN
+    # The fused Adam skips its step if this is 1, without synchronizing. torch.amp.GradScaler uses it, but it is not
+    # documented: see test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam.
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     work.commit(finite, 1 if processes is None else processes.count)
@@ -137,9 +138,9 @@ def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, conf
 
 
 def _name_non_finite(norms: dict[Phase, Tensor], state: TrainingState) -> dict[str, list[str]]:
-    """Return, by phase, the names of gradients that were not finite; "loss" when only the loss was not.
+    """Return, by phase, the names of gradients that were not finite; "loss" if only the loss was not.
 
-    norms: what `_run_phase` returned, by phase. Reads one flag back to the host, and more only when it says so.
+    norms: returned by `_run_phase`, by phase. One flag is copied to the host, and more only if it is set.
     """
     if torch.cat(list(norms.values())).amax().item() < math.inf:
         return {}
@@ -156,7 +157,7 @@ def _name_non_finite(norms: dict[Phase, Tensor], state: TrainingState) -> dict[s
 def _update_average(state: TrainingState, beta: float) -> None:
     """G_ema <- beta * G_ema + (1 - beta) * G (Progressive GAN: Karras et al. 2018, appendix A).
 
-    Buffers are copied, so that its w_avg is the generator's.
+    Buffers are copied, so that G_ema has the w_avg of G.
     """
     averaged, current = ([*network.parameters()] for network in (state.G_ema, state.G))
     torch._foreach_lerp_(averaged, current, 1 - beta)

@@ -1,7 +1,7 @@
 """Start a run from the weights of a trained network: --resume.
 
-Classes are compared by name. A class is a column of the embeddings mapping.embed.weight, [E, c_dim], of G, D and G_ema.
-A layer is taken as a whole, where the file has its tensors under the same names and in the same shapes.
+Classes are matched by name. A class is a column of the embeddings mapping.embed.weight, [E, c_dim], of G, D and G_ema.
+A layer is taken as a whole, if the file has all its tensors with the same names and shapes.
 """
 
 import os
@@ -28,22 +28,22 @@ from training.state import TrainingState
 
 _EMBED, _FIRST = "mapping.embed.", "mapping.fc0.weight"  # the first layer takes z beside the embedded class
 _FIRST_Z, _FIRST_CLASSES = f"{_FIRST}[z]", f"{_FIRST}[classes]"  # its columns
-_W_AVG = "mapping.w_avg"  # the mean of what the whole mapping network gives
-_ALONE = ("const", "w_avg")  # tensors that belong to no layer
-_FILTER = "resample_filter"  # a constant, which is not worth a name in messages
+_W_AVG = "mapping.w_avg"  # the mean output of the mapping network
+_ALONE = ("const", "w_avg")  # tensors that do not belong to a layer
+_FILTER = "resample_filter"  # a constant, which messages leave out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What a network is told of an image."""
+    """The labels that condition a network."""
 
-    c_dim: int  # 0 = nothing
+    c_dim: int  # 0 = unconditional
     names: Sequence[str] | None = None  # of the classes, or of the numbers of a vector
-    kind: str | None = None  # as imagesets.classes.label_kind_of; None = not known
+    kind: str | None = None  # as imagesets.classes.label_kind_of; None = unknown
 
     @classmethod
     def of_network(cls, c_dim: int, info: Mapping[str, Any]) -> "Labels":
-        """Take what a network file says; names that are not as many as its classes count as not given."""
+        """Read the labels from a network file's info; names are ignored if their number is not c_dim."""
         return cls(c_dim=c_dim, names=named_classes(info, c_dim), kind=label_kind_of(info, c_dim))
 
     def __str__(self) -> str:
@@ -57,12 +57,13 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Which tensors of a network in the file go into the run's network, by name."""
+    """Which tensors of a network in the file are copied to the run's network, by name."""
 
     taken: list[str]
-    anew: list[str]  # of the run: they keep their random start
+    random: list[str]  # of the run: they keep their random weights
     ignored: list[str]  # of the file: the run's network does not have them
-    # Tensors of layers that differ -> their shapes there and here, None where they are not; classes do not count.
+    # Tensors of layers that differ -> shapes in the file and in the run, None if missing; tensors of classes are left
+    # out.
     differing: dict[str, tuple[list[int] | None, list[int] | None]]
 
     @property
@@ -70,8 +71,8 @@ class Comparison:
         return not self.differing
 
     def layers(self, names: Sequence[str]) -> list[str]:
-        """Name the largest modules that lie within `names` as a whole; constants are left out."""
-        every = [name for name in (*self.taken, *self.anew, *self.ignored) if not name.endswith(_FILTER)]
+        """Return the largest modules whose tensors are all in `names`; constants are left out."""
+        every = [name for name in (*self.taken, *self.random, *self.ignored) if not name.endswith(_FILTER)]
         split = {module for name in set(every) - set(names) for module in _modules_of(name)}
         found = [next((module for module in _modules_of(name) if module not in split), name)
                  for name in every if name in names]
@@ -80,11 +81,11 @@ class Comparison:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return numbers of tensors and names of layers, as plain JSON types."""
         return {what: {"tensors": len(names), "layers": self.layers(names)}
-                for what, names in (("taken", self.taken), ("begun_anew", self.anew), ("ignored", self.ignored))}
+                for what, names in (("taken", self.taken), ("begun_anew", self.random), ("ignored", self.ignored))}
 
     def __str__(self) -> str:
         parts = [f"{len(self.taken)} tensors taken"]
-        for names, what in ((self.anew, "begin anew"), (self.ignored, "of the file are not used")):
+        for names, what in ((self.random, "start from random weights"), (self.ignored, "of the file are not used")):
             if names:
                 parts.append(f"{len(names)} {what} ({', '.join(self.layers(names))})")
         return "; ".join(parts)
@@ -98,7 +99,7 @@ class Transferred:
     notes: tuple[str, ...] = ()  # on classes, and on networks that the file does not have
 
     def lines(self) -> list[str]:
-        """Return the notes, and a line a network."""
+        """Return the notes, and one line for each network."""
         return [*self.notes, *(f"{role}: {comparison}" for role, comparison in self.networks.items())]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -106,7 +107,7 @@ class Transferred:
 
 
 def transfer_for(state: TrainingState, config: TrainConfig, dataset: ImageDataset) -> Transferred:
-    """Do what `transfer_weights` does for a run, and name the settings that would fit. Raises UserError."""
+    """Call `transfer_weights` for a run, with advice on settings that would fit in its errors. Raises UserError."""
     labels = Labels(c_dim=config.dataset.c_dim, names=dataset.label_names, kind=dataset.label_kind)
     return transfer_weights(state, config.resume, labels, new_classes=config.resume_classes == "new",
                             partial=config.resume_partial, advise=lambda networks: _settings_for(networks, config))
@@ -115,16 +116,16 @@ def transfer_for(state: TrainingState, config: TrainConfig, dataset: ImageDatase
 def transfer_weights(state: TrainingState, path: str | os.PathLike, labels: Labels | None = None, *,
                      new_classes: bool = False, partial: bool = False,
                      advise: Callable[[Networks], str | None] = lambda networks: None) -> Transferred:
-    """Copy parameters and buffers of equal names into the networks of `state`: weights only, from image 0 on.
+    """Copy parameters and buffers of equal names into the networks of `state`: weights only, starting at image 0.
 
-    labels:       of the run; classes of the same names keep their weights, whatever their numbers. None: by number
-    new_classes:  let what belongs to classes keep its random start, however many there are here and in the file
-    partial:      let layers keep their random start that are not in the file, or have other shapes there
-    advise:       names the settings with which all layers of a network file would fit, for messages
+    labels:       of the run; classes are matched by name, with None by number
+    new_classes:  keep random weights for everything that belongs to classes; their numbers may differ
+    partial:      keep random weights for layers that are missing or have other shapes in the file
+    advise:       returns the settings with which all layers of a network file would fit, for messages
 
-    A file without G gives its G_ema to G.
-    Raises UserError, with the state as it was, when the file cannot be read, its classes are others, frozen layers of
-    the discriminator would keep their random start, or, unless `partial`, a layer is missing on one side.
+    If the file has no G, its G_ema is used for G.
+    Raises UserError, with the state unchanged, if the file cannot be read, its classes differ, frozen layers of the
+    discriminator would keep random weights, or, unless `partial`, the layers differ.
     """
     _check_frozen(state.D)
     try:
@@ -135,8 +136,8 @@ def transfer_weights(state: TrainingState, path: str | os.PathLike, labels: Labe
     mine = Labels(c_dim=state.G_ema.c_dim) if labels is None else labels
     order = None if new_classes else class_order(theirs.names, mine.names)
     notes = [_note(theirs, mine, new=new_classes, compared=labels is not None),
-             "G: the file has none, and gives its G_ema in its place" if networks.G is None else None,
-             "D: the file has none, and it begins anew" if networks.D is None else None]
+             "G: the file has none, so its G_ema is used" if networks.G is None else None,
+             "D: the file has none, so it starts from random weights" if networks.D is None else None]
     sources = {"G": networks.G_ema if networks.G is None else networks.G, "D": networks.D, "G_ema": networks.G_ema}
     comparisons: dict[str, Comparison] = {}
     copies: list[tuple[Tensor, Tensor]] = []
@@ -159,7 +160,7 @@ def transfer_weights(state: TrainingState, path: str | os.PathLike, labels: Labe
 
 
 def read_history(path: str | os.PathLike | None) -> list[Any]:
-    """Return what the network of --resume learned from, as `training.dataset.history_of`; [] without one."""
+    """Return what the network of --resume was trained on, as `training.dataset.history_of`; [] without one."""
     if path is None:
         return []
     try:
@@ -169,12 +170,11 @@ def read_history(path: str | os.PathLike | None) -> list[Any]:
 
 
 def _tensors_of(network: nn.Module | None, *, splits: bool) -> dict[str, Tensor]:
-    """Return a network's tensors by name; with `splits` the first layer's columns of z and of classes as two."""
+    """Return a network's tensors by name; with `splits` the first layer's columns of z and of classes separately."""
     tensors = {} if network is None else network.state_dict()
     if splits and _FIRST in tensors:
         weight = tensors.pop(_FIRST)
-        # The columns of z come first. With classes the sum has twice as many terms and half their weight, so that it
-        # keeps its spread.
+        # The columns of z come first. With classes the sum has twice as many terms, each with half the variance.
         tensors[_FIRST_Z] = weight[:, :network.z_dim]
         if weight.shape[1] > network.z_dim:
             tensors[_FIRST_CLASSES] = weight[:, network.z_dim:]
@@ -182,7 +182,7 @@ def _tensors_of(network: nn.Module | None, *, splits: bool) -> dict[str, Tensor]
 
 
 def _class_tensors(role: str, theirs: Labels, mine: Labels, *, new: bool) -> tuple[str, ...]:
-    """Return how the names of tensors begin that are not taken since they belong to classes."""
+    """Return the prefixes of tensors that are not taken since they depend on the classes."""
     if not new and theirs.c_dim == mine.c_dim:
         return ()
     if (theirs.c_dim == 0) == (mine.c_dim == 0):
@@ -191,7 +191,7 @@ def _class_tensors(role: str, theirs: Labels, mine: Labels, *, new: bool) -> tup
 
 
 def _compare(given: Mapping[str, Tensor], target: Mapping[str, Tensor], of_classes: tuple[str, ...]) -> Comparison:
-    """Tell what goes from the tensors of a file into those of a run; a layer is taken as a whole or not at all."""
+    """Compare the tensors of a file with those of a run; a layer is taken as a whole or not at all."""
     def shapes_by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, torch.Size]]:
         layers: dict[str, dict[str, torch.Size]] = {}
         for name, tensor in tensors.items():
@@ -207,21 +207,21 @@ def _compare(given: Mapping[str, Tensor], target: Mapping[str, Tensor], of_class
     if any(layer.startswith("mapping.") for layer in odd):
         odd.add(_W_AVG)
     taken = [name for name in target if not name.startswith(of_classes) and _layer_of(name) not in odd]
-    return Comparison(taken=taken, anew=[name for name in target if name not in taken],
+    return Comparison(taken=taken, random=[name for name in target if name not in taken],
                       ignored=[name for name in given if name not in target], differing=differing)
 
 
 def _layer_of(name: str) -> str:
-    """Return the layer that a tensor belongs to, with the affine map of its styles; its own name where there is none.
+    """Return the layer that a tensor belongs to, including the affine map of its styles; its own name if it has none.
 
-    Constants of a whole block count as such a layer.
+    Constants of a whole block count as a layer.
     """
     module, _, tensor = name.rpartition(".")
     return name if tensor in _ALONE else module.removesuffix(".affine")
 
 
 def _modules_of(name: str) -> list[str]:
-    """Return the modules that a tensor is in, the largest first."""
+    """Return the modules that contain a tensor, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
@@ -229,7 +229,7 @@ def _modules_of(name: str) -> list[str]:
 def _check_fits(path: str | os.PathLike, networks: Networks, state: TrainingState,
                 comparisons: Mapping[str, Comparison], *, partial: bool,
                 advise: Callable[[Networks], str | None]) -> None:
-    """Raise UserError where layers are missing on one side and are not to be, or where no layer fits."""
+    """Raise UserError if layers differ without `partial`, or if no layer fits."""
     if all(comparison.fits for comparison in comparisons.values()):
         return
     takes_none = not any(comparison.layers(comparison.taken) for comparison in comparisons.values())
@@ -239,17 +239,17 @@ def _check_fits(path: str | os.PathLike, networks: Networks, state: TrainingStat
     settings = advise(networks)
     ways = [f"{settings} fits"] if settings is not None else []
     if not takes_none:
-        ways.append("--resume-partial=1 takes the layers that are the same and lets the others begin anew")
-    result = ", so that no layer of it fits" if takes_none else ""
-    raise UserError(f"--resume={path}: the network has {', '.join(there)}, and this run {', '.join(here)}{result}; "
-                    f"expected the same: {'; or '.join(ways) or 'give another network'}")
+        ways.append("--resume-partial=1 takes the layers that match and starts the others from random weights")
+    result = ", so that no layer fits" if takes_none else ""
+    raise UserError(f"--resume={path}: the network has {', '.join(there)}, but this run has {', '.join(here)}{result}; "
+                    f"expected the same: {'; or '.join(ways) or 'use another network'}")
 
 
 def _differences(networks: Networks, state: TrainingState,
                  comparisons: Mapping[str, Comparison]) -> list[tuple[str, str]]:
-    """Describe how the networks of a file and of a run differ: (there, here) for each difference, at least one."""
+    """Describe how the networks of a file and of a run differ: (file, run) for each difference, at least one."""
     theirs, mine = networks.G_ema, state.G_ema
-    pairs = [tuple(describe(network) for network in (theirs, mine)) for describe in (
+    pairs = [tuple(text(network) for network in (theirs, mine)) for text in (
         lambda G: f"{describe_shape((G.img_channels, G.img_resolution, G.img_resolution))} images",
         lambda G: f"{G.mapping.num_layers} mapping layers",
         lambda G: f"latents of {G.z_dim} and styles of {G.w_dim} numbers")]
@@ -269,7 +269,7 @@ def _differences(networks: Networks, state: TrainingState,
 
 
 def _settings_for(networks: Networks, config: TrainConfig) -> str | None:
-    """Name the settings with which a run of `config` would have networks of these shapes; None where none would."""
+    """Return the settings with which a run of `config` would have networks of these shapes; None if there are none."""
     G, D = networks.G_ema, networks.D
     images = replace(config.dataset, resolution=G.img_resolution, channels=G.img_channels, c_dim=G.c_dim,
                      use_labels=G.c_dim > 0)
@@ -278,7 +278,7 @@ def _settings_for(networks: Networks, config: TrainConfig) -> str | None:
         try:
             preset = choose_preset(cfg, images.resolution, config.gpus)
             generator, discriminator = network_configs(TrainOptions(precision="fp32"), preset, images)
-        except ConfigError:  # the preset does not reach up to the resolution
+        except ConfigError:  # the preset does not support the resolution
             continue
         with torch.device("meta"):
             pairs = [(G, Generator(**generator.init_kwargs()))]
@@ -300,20 +300,20 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def _check_frozen(D: nn.Module, comparison: Comparison | None = None) -> None:
-    """Raise UserError where more layers are frozen than there are, or, given what is taken, ones that begin anew."""
+    """Raise UserError if more layers are frozen than there are, or, given `comparison`, one with random weights is."""
     frozen, layers = D.init_kwargs["block_kwargs"].get("freeze_layers") or 0, D.freezable_layers()
     if frozen > len(layers):
-        raise UserError(f"--freezed is {frozen}; expected at most {len(layers)}, the layers of this run's "
+        raise UserError(f"--freezed is {frozen}; expected at most {len(layers)}, the number of layers of this run's "
                         "discriminator that can be frozen")
     for index, layer in enumerate(layers[:frozen] if comparison is not None else []):
         if f"{layer}.weight" not in comparison.taken:
-            raise UserError(f"--freezed is {frozen}, but layer {index + 1} of the discriminator, {layer}, begins anew "
-                            "and would never learn; expected layers that the network of --resume gives: "
+            raise UserError(f"--freezed is {frozen}, but layer {index + 1} of the discriminator, {layer}, has random "
+                            "weights and would never learn; expected layers that are taken from --resume: "
                             + (f"--freezed={index}" if index else "leave --freezed out"))
 
 
 def _check_classes(path: str | os.PathLike, theirs: Labels, mine: Labels, new_classes: bool) -> None:
-    """Raise UserError where classes are to be taken from the network and are others there."""
+    """Raise UserError if classes are to be taken from the network but differ there."""
     if new_classes:
         if theirs.c_dim == mine.c_dim == 0:
             raise UserError(f"--resume-classes is new, but neither {path} nor this run has classes; leave it out")
@@ -321,19 +321,20 @@ def _check_classes(path: str | os.PathLike, theirs: Labels, mine: Labels, new_cl
     kinds_differ = None not in (theirs.kind, mine.kind) and theirs.kind != mine.kind
     names_differ = None not in (theirs.names, mine.names) and class_order(theirs.names, mine.names) is None
     if theirs.c_dim != mine.c_dim or kinds_differ or names_differ:
-        raise UserError(f"--resume={path}: the network was trained {theirs}, and this run trains {mine}; expected the "
-                        "same: --resume-classes=new lets the class embedding start anew and takes all else")
+        raise UserError(f"--resume={path}: the network was trained {theirs}, but this run trains {mine}; expected the "
+                        "same: --resume-classes=new starts the class embedding from random weights and takes all else")
 
 
 def _note(theirs: Labels, mine: Labels, *, new: bool, compared: bool) -> str | None:
-    """Return a line on how the classes of network and run go together; None where they are simply the same."""
+    """Return a note on how the classes of network and run are matched; None if they are the same."""
     if new:
-        return f"classes: the embedding starts anew; the network was trained {theirs}, and this run trains {mine}"
+        return (f"classes: the embedding starts from random weights; the network was trained {theirs}, and this run "
+                f"trains {mine}")
     if not compared or theirs.c_dim == 0 or mine.c_dim == 0:
         return None
     if None in (theirs.names, mine.names):
         who = "the network file" if theirs.names is None else "the data set"
-        return f"classes: taken by number, since {who} does not name its own; make sure that their order is the same"
+        return f"classes: matched by number, since {who} does not name them; make sure that their order is the same"
     if list(theirs.names) != list(mine.names):
-        return f"classes: taken by name; {listed(mine.names)} are {listed(theirs.names)} in the network file"
+        return f"classes: matched by name; {listed(mine.names)} are {listed(theirs.names)} in the network file"
     return None

@@ -1,9 +1,9 @@
-"""Kill a training process a hundred times, and compare what it leaves with an unbroken run.
+"""Kill a training process a hundred times, and compare its files with those of an uninterrupted run.
 
     python -m tests.end_to_end.soak [--kills N] [--seed N]
 
-Each kill is a SIGKILL at a random moment, every second one while a file is being written; the same command then goes
-on. A run that came to its end is compared bit for bit, and another one begins. The exit code is 1 on a difference.
+Each kill is a SIGKILL at a random moment, every second one while a file is being written; the same command then
+continues. A finished run is compared bit for bit, and the next one starts. The exit code is 1 on a difference.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
 
 
 def unbroken_run(folder: Path) -> Path:
-    """Make a run that nothing happens to, and return its folder."""
+    """Make an uninterrupted run, and return its folder."""
     folder.mkdir()
     make_phantoms(folder / "phantom.zip")
     finish(folder)
@@ -33,14 +33,14 @@ def unbroken_run(folder: Path) -> Path:
 
 
 def finish(folder: Path) -> None:
-    """Let the run in a folder come to its end."""
+    """Let the run in a folder finish."""
     done = run(folder, OFTEN)
     if done.returncode != 0:
         sys.exit(f"the run ended with code {done.returncode}: {done.stderr}")
 
 
 def broken_run(folder: Path, kills: int, moments: random.Random, seconds: float) -> list[bool]:
-    """Make a run that is killed up to that many times; return for each kill whether it left a half-written file."""
+    """Make a run that is killed up to `kills` times; return for each kill whether it left a half-written file."""
     folder.mkdir()
     make_phantoms(folder / "phantom.zip")
     left = []
@@ -57,9 +57,9 @@ def broken_run(folder: Path, kills: int, moments: random.Random, seconds: float)
 
 
 def soak(folder: Path, options: argparse.Namespace) -> bool:
-    """Return whether all runs ended as an unbroken one."""
+    """Return whether all runs ended like an uninterrupted one."""
     moments, kills, halves, broken, started = random.Random(options.seed), 0, 0, [], time.monotonic()
-    print("an unbroken run", flush=True)
+    print("an uninterrupted run", flush=True)
     expected = unbroken_run(folder / "unbroken")
     number = 0
     while kills < options.kills:
@@ -72,7 +72,7 @@ def soak(folder: Path, options: argparse.Namespace) -> bool:
         print(f"run {number}, killed {len(left)} times: {'differs in ' + ', '.join(found) if found else 'equal'}; "
               f"{kills} of {options.kills} kills, {time.monotonic() - started:.0f} s", flush=True)
     print(f"{kills} kills, {halves} of them in a write, in {number} runs: "
-          f"{f'{len(broken)} differ' if broken else 'all end bit for bit as an unbroken one'}")
+          f"{f'{len(broken)} differ' if broken else 'all end bit for bit like an uninterrupted one'}")
     return not broken
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_tests_import_what_the_extra_dev_lists_and_everything_listed_is_needed()
 def test_each_dependency_has_its_reason_above_it():
     text = (ROOT / "pyproject.toml").read_text()
     lines = text[text.index("dependencies = ["):text.index("[tool.setuptools]")].splitlines()
-    for above, line in zip(lines, lines[1:]):
+    for above, line in pairwise(lines):
         if (match := re.match(r'\s*(?:\w+ = \[)?"([\w-]+)', line)) and match[1] not in SELF_EVIDENT | {
                 PROJECT["project"]["name"]}:
             assert above.strip().startswith("#"), f"{match[1]} is listed without a reason"

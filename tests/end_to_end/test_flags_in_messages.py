@@ -1,7 +1,7 @@
-"""Messages and help texts name only flags that the program at hand has, or name the other program beside the flag.
+"""Messages and help texts mention only flags of the running program, or name the other program beside the flag.
 
-A text counts for each program whose code can come to it: from the program's module on, along the names that functions,
-methods and constants refer to. A method counts where its class does and something that is reached asks for its name.
+A text counts for each program whose code can reach it: from the program's module, along the names that functions,
+methods and constants refer to. A method counts if its class does and reached code uses its name.
 """
 
 import ast
@@ -17,23 +17,23 @@ from tests.end_to_end.test_command_lines import PROGRAMS, ROOT
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")
          if not {".venv", "tests"} & set(path.relative_to(ROOT).parts) and path.stem != "__init__"}
-SETS = "dataset_tool.py"  # what converts
-# Some texts there are arguments of other programs, not messages: of compilers, and what the demonstration runs.
+SETS = "dataset_tool.py"  # the program that converts
+# Some texts there are arguments of other programs, not messages: of compilers, and the demonstration's commands.
 ARGUMENTS = {"torch_utils.ops.build", "scripts.demo"}
-# Texts that a program's code refers to and never comes to, with the reason.
+# Texts that a program's code refers to but never reaches, with the reason.
 UNREACHED = {
     ("train.py", "--class"): {  # it chooses no class for its metrics
         "imagesets.classes:find_class", "metrics.image_sources:Reference.labels_of_fakes",
         "metrics.image_sources:SetImages._class_indices"},
     ("projector.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},  # it gives both sizes
     ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit
-    ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; it says --outdir
-    ("generate.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # it says --zip
+    ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; its messages name --outdir
+    ("generate.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # its messages name --zip
 }
 
 
 def flags_of(command):
-    """Return the flags of a command, and of those behind it."""
+    """Return the flags of a command and of its subcommands."""
     options = [option for option in command.params if isinstance(option, click.Option)]
     return {"--help", *(form for option in options for form in (*option.opts, *option.secondary_opts)),
             *(flag for behind in getattr(command, "commands", {}).values() for flag in flags_of(behind))}
@@ -85,7 +85,7 @@ class Module:
                 self.parts[""].append(node)
 
     def references(self, part):
-        """Return the (module, part) that a part refers to by name, and the names of attributes that it asks for."""
+        """Return the (module, part) that a part refers to by name, and the names of attributes that it uses."""
         found, attributes = set(), set()
         for node in (inner for outer in self.parts[part] for inner in ast.walk(outer)):
             if isinstance(node, ast.Attribute):
@@ -101,7 +101,7 @@ SOURCES = {name: Module(name, path) for name, path in FILES.items()}
 
 
 def reached_by(program):
-    """Return the (module, part) that a program's code can come to."""
+    """Return the (module, part) that a program's code can reach."""
     reached, asked, waiting, todo = set(), set(), defaultdict(set), []
 
     def reach(module, part):
@@ -135,7 +135,7 @@ def reached_by(program):
 
 
 def texts_of(module, part):
-    """Yield the texts in a part but for docstrings, with {} for what is put in."""
+    """Yield the strings in a part except docstrings, with {} for placeholders."""
     nodes = [inner for outer in SOURCES[module].parts[part] for inner in ast.walk(outer)]
     skipped = {node.body[0].value for node in nodes
                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
@@ -149,10 +149,10 @@ def texts_of(module, part):
 
 
 def named_flags(text, program):
-    """Yield (program, flag) for each flag in a text; program is None where the text does not tell.
+    """Yield (program, flag) for each flag in a text; program is None if the text does not name one.
 
-    A flag belongs to the program whose name it follows in its clause, else to the one at hand. What is to be converted
-    is converted by dataset_tool.py, some of whose flags have the names of others.
+    A flag belongs to the program whose name it follows in its clause, else to the running one. Conversion is done by
+    dataset_tool.py, some of whose flags have the same names as those of other programs.
     """
     for clause in re.split(r"[;,()\n]|: |\bor\b", text):
         owner = None if "convert" in clause and program != SETS else program

@@ -1,4 +1,4 @@
-"""What networks and synthetic sets say of the images that they come from, and that none of those is in --valid."""
+"""What networks and synthetic sets record about their source images, and that none of these is in --valid."""
 
 import json
 import zipfile
@@ -20,14 +20,14 @@ STOPPED = 75
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with a cache of its own."""
+    """Working folder with its own cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 
 
 def train_one_step(outdir, data, *flags):
-    """Train one iteration; return the network file of it."""
+    """Train one iteration; return its network snapshot."""
     command = [f"--outdir={outdir}", f"--data={data}", "--cfg=tiny", "--batch=4", "--metrics=none", "--workers=0",
                "--precision=fp32", "--device=cpu", "--tune-malloc=0", "--max-hours=1e-9", "--snap=1", *flags]
     assert run(train.main, command) == STOPPED
@@ -80,7 +80,7 @@ def test_resume_on_classes_in_another_order_says_so_in_the_log(inside):
     make_set("other.zip", labels=[1, 0] * 3, classes=["mel", "nv"], images=range(6, 12))
     path = train_one_step(inside / "runs", "set.zip", "--cond=1")
     resumed = train_one_step(inside / "again", "other.zip", "--cond=1", f"--resume={path}")
-    assert "classes: taken by name; mel, nv are nv, mel in the network file" in (
+    assert "classes: matched by name; mel, nv are nv, mel in the network file" in (
         resumed.parent / "log.txt").read_text()
     assert read_info(resumed)["classes"] == ["mel", "nv"]
 
@@ -104,7 +104,7 @@ def test_set_without_hashes_is_hashed_once_and_not_by_a_dry_run(inside, capsys):
 
 
 def test_run_continues_and_a_run_is_the_same_with_and_without_recorded_hashes(inside):
-    """A data set that was made again by a newer dataset_tool.py continues the run."""
+    """A data set that was converted again by a newer dataset_tool.py continues the run."""
     make_set("set.zip", hashes=False)
     train_one_step(inside / "runs", "set.zip")
     make_set("set.zip")
@@ -148,16 +148,16 @@ def test_copy_of_the_training_images_is_refused_as_valid(inside, capsys, hashes)
     make_set("copy.zip", images=[9, 3, 1], labels=[1, 1, 0], classes=["nv", "mel"], mirror=True, hashes=hashes)
     for flags in (["--cond=1"], []):
         assert refused(capsys, "--valid=copy.zip", *flags) == (
-            "error: --valid=copy.zip: 2 of 3 images are in --data=set.zip too, such as 00000/img00000001.png, which is "
-            "00000/img00000003.png there (order, labels and mirroring aside); expected images that are not learned "
-            "from: keep a part of one data set out of the training with dataset_tool.py split\n")
+            "error: --valid=copy.zip: 2 of 3 images are also in --data=set.zip, such as 00000/img00000001.png, which "
+            "is 00000/img00000003.png there (apart from order, labels and mirroring); expected images that are not "
+            "trained on: hold out part of one data set with dataset_tool.py split\n")
     assert not (inside / "runs").exists()
 
 
 def test_copied_file_is_refused_as_valid_by_a_dry_run_of_sets_without_hashes(inside, capsys):
     make_set("set.zip", hashes=False)
     make_set("copy.zip", images=[9, 3], hashes=False)
-    assert "1 of 2 images are in --data=set.zip too" in refused(capsys, "--valid=copy.zip", "-n")
+    assert "1 of 2 images are also in --data=set.zip" in refused(capsys, "--valid=copy.zip", "-n")
     assert not (inside / "cache" / "pixel_hashes").exists()
 
 
@@ -166,11 +166,11 @@ def test_dry_run_says_where_it_compares_valid_by_files_alone(inside, capsys):
     make_set("copy.zip", images=[9, 3], mirror=True)
     command = ["--outdir=runs", "--data=set.zip", "--cfg=tiny", "--metrics=none", "--valid=copy.zip", "-n"]
     assert run(train.main, command) == 0
-    line = ("--valid=copy.zip is compared with --data by its files only, for their pixels are not recorded; training "
-            "decodes all, and refuses equal images in files that differ\n")
+    line = ("--valid=copy.zip is compared with --data file by file only, since pixel hashes are not recorded; training "
+            "decodes all images, and rejects equal images in different files\n")
     assert line in capsys.readouterr().err
-    assert "1 of 2 images are in --data=set.zip too" in refused(capsys, "--valid=copy.zip")  # decodes them
-    assert "1 of 2 images are in --data=set.zip too" in refused(capsys, "--valid=copy.zip", "-n")  # from the cache
+    assert "1 of 2 images are also in --data=set.zip" in refused(capsys, "--valid=copy.zip")  # decodes them
+    assert "1 of 2 images are also in --data=set.zip" in refused(capsys, "--valid=copy.zip", "-n")  # from the cache
 
 
 def test_images_outside_of_the_subset_serve_as_valid(inside, capsys):
@@ -187,15 +187,15 @@ def test_groups_in_data_and_valid_are_counted_in_a_warning(inside, capsys):
     make_set("set.zip", groups=["HAM_1", "HAM_1", "HAM_2", None, "HAM_3", "HAM_4"])
     make_set("valid.zip", images=range(10, 15), groups=["HAM_3", "HAM_9", "HAM_1", "HAM_1", None])
     path = train_one_step(inside / "runs", "set.zip", "--valid=valid.zip")
-    line = ("warning: 2 groups (patients or lesions) of --valid=valid.zip are in --data=set.zip too (HAM_3, HAM_1), "
-            "with 3 of 5 images; their scores hide overfitting: keep a part of one data set out of the training with "
-            "dataset_tool.py split")
+    line = ("warning: 2 groups (patients or lesions) of --valid=valid.zip are also in --data=set.zip (HAM_3, HAM_1), "
+            "with 3 of 5 images; their scores hide overfitting: hold out part of one data set with dataset_tool.py "
+            "split")
     assert capsys.readouterr().err == line + "\n"
     assert line in (path.parent / "log.txt").read_text()
 
 
 def test_names_of_images_are_no_groups_in_common(inside, capsys):
-    """Two sets call their images alike, and a set of duplicates names their group by an image."""
+    """Two sets use the same image names, and a group of duplicates is named after an image."""
     make_set("set.zip", groups=["00000/img00000007.png"] * 2 + [None] * 4)
     make_set("valid.zip", images=[10, 11], groups=["00000/img00000007.png"] * 2)
     train_one_step(inside / "runs", "set.zip", "--valid=valid.zip")

@@ -37,7 +37,7 @@ KILLS = 10
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run that nothing happened to: (its working folder, its run folder)."""
+    """An uninterrupted run: (its working folder, its run folder)."""
     folder = tmp_path_factory.mktemp("unbroken")
     make_phantoms(folder / "phantom.zip")
     done = run(folder)
@@ -102,14 +102,14 @@ def test_finished_run_is_left_alone_by_its_command_in_one_line(unbroken, workpla
     before = {path.name: path.read_bytes() for path in same.iterdir()}
     done = run(here, *flags)
     assert (done.returncode, done.stdout, done.stderr) == (
-        0, f"already finished at 1 kimg: runs/{RUN_NAME}; --new starts another\n", "")
+        0, f"already finished at 1 kimg: runs/{RUN_NAME}; --new starts another run\n", "")
     assert {path.name: path.read_bytes() for path in same.iterdir()} == before
     assert [path.name for path in same.parent.iterdir()] == [RUN_NAME]
 
 
 @pytest.mark.slow
 def test_finished_run_is_continued_by_two_processes_and_by_one(unbroken, workplace):
-    """A share of the batch each, in the same passes: metrics, snapshots and ticks go on, and all processes end."""
+    """With a share of the batch each, in equal passes: metrics, snapshots and ticks continue, and all processes end."""
     here, same = workplace
     assert run(here, "--batch-gpu=4").returncode == 0
     done = run(here, "--kimg=2", "--gpus=2")
@@ -118,7 +118,7 @@ def test_finished_run_is_continued_by_two_processes_and_by_one(unbroken, workpla
     assert state(same)["training/nimg"] == 2000
     done = run(here, "--kimg=3")
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"runs/{RUN_NAME}: passes of 4 images, as the run last had them" in done.stdout
+    assert f"runs/{RUN_NAME}: 4 images per pass, as the run had before" in done.stdout
     assert state(same)["training/nimg"] == 3000
     assert [path.name for path in same.parent.iterdir()] == [RUN_NAME]
     options = json.loads((same / "training_options.json").read_text())
@@ -180,8 +180,8 @@ def test_full_disk_leaves_the_state_before_and_the_run_goes_on(unbroken, workpla
                            sys.executable], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert found["warning"] == ("warning: a state cannot be written (No space left on device); training goes on "
-                                "without it\n")
+    assert found["warning"] == ("warning: failed to save a resumable state (No space left on device); training "
+                                "continues\n")
     assert found["full"] == found["still full"]
     assert found["full"]["nimg"] in (8, 208, 408)  # that of a tick before
     assert found["freed"]["nimg"] in (608, 808)

@@ -1,4 +1,4 @@
-"""Labels that are lists of numbers: learned, kept apart from classes, and given to every program that makes images."""
+"""Labels that are lists of numbers: trained on, distinguished from classes, and accepted by programs that generate."""
 
 import json
 import os
@@ -38,7 +38,7 @@ VECTORS_HERE = "and this network's labels are not classes but vectors; expected"
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder with a network that learned vectors, two of classes, and data sets for them."""
+    """A folder with a network for vectors, two for classes, and data sets for them."""
     with working_in(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", None)
         save_generator("vectors.safetensors", INFO, c_dim=3)
@@ -56,7 +56,7 @@ def make(capsys, *arguments, network="vectors.safetensors", err=""):
 
 
 def mistake(capsys, program, *arguments):
-    """Return the one line of a mistake; nothing may be left."""
+    """Return the error message of a command; it must not leave files."""
     before = sorted(os.listdir())
     code = run(program, [*arguments])
     captured = capsys.readouterr()
@@ -79,7 +79,7 @@ def images_of(seeds, label, network="vectors.safetensors", **settings):
 
 
 def train_once(folder, monkeypatch, **data):
-    """Train an iteration, with an error for each warning; return what the network file says, and the log."""
+    """Train one iteration, with warnings as errors; return the info of the network snapshot, and the log."""
     make_set(folder / "set.zip", 8, size=16, **data)
     dataset = ImageDataset(folder / "set.zip", use_labels=True)
     config = resolve(TrainOptions(cfg="tiny", cond=True, batch=4, kimg=1, tick=0.004, snap=1, workers=0,
@@ -333,5 +333,5 @@ def test_validation_set_of_classes_is_refused_beside_vectors(inside):
     make_set("more.zip", 6, labels=[0, 1, 2, 0, 0, 1], classes=["a", "b", "c"])
     sets = [ImageDataset(name, use_labels=True) for name in ("more.zip", "vectors.zip")]
     with pytest.raises(UserError, match=r"^--valid=more\.zip has numbers of classes as labels; expected lists of "
-                                        r"numbers as labels, as --data$"):
+                                        r"numbers as labels, as in --data$"):
         check_valid(*sets)

@@ -309,7 +309,7 @@ def test_set_of_a_network_without_classes(inside, capsys):
     assert ImageSet("set.zip").labels is None
 
 
-NETWORK = "a .safetensors of a run, or a .pkl of the original"
+NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -386,7 +386,7 @@ def test_mistake_gives_one_line(inside, capsys, flags, message):
                  "--network=run/network-snapshot-001000.safetensors, or see --help"),
     ("gone.pkl", None, f"--network is gone.pkl, which does not exist; expected a network file: {NETWORK}"),
     (".", None, "--network is ., a folder without network-snapshot-*.safetensors; expected a network file (a "
-                ".safetensors of a run, or a .pkl of the original), or the folder of a run"),
+                ".safetensors of a run, or a .pkl of NVIDIA's code), or the folder of a run"),
     ("text.pkl", b"hello, network", "--network: text.pkl is of an unknown kind (it starts with 68 65 6c 6c 6f 2c 20 "
      "6e); expected a network file (.safetensors or NVIDIA .pkl)"),
     ("set.zip", b"PK\x03\x04", "--network: set.zip is a zip archive (a data set, or a checkpoint of torch.save); "
@@ -501,8 +501,8 @@ def test_network_takes_a_pattern_or_a_run_and_says_the_file(text, number, inside
 
 def test_network_that_matches_several_files_lists_them(inside, capsys):
     assert refuse(capsys, "--seeds=0", "--outdir=o", network="*.safetensors") == (
-        "--network is *.safetensors, which matches 3: grey.safetensors, net.safetensors, plain.safetensors; expected a "
-        "pattern that matches one, a network file or the folder of a run")
+        "--network is *.safetensors, which matches 3 paths: grey.safetensors, net.safetensors, plain.safetensors; "
+        "expected a pattern that matches one, a network file or the folder of a run")
 
 
 def test_processes_that_opened_different_networks_are_refused(inside, monkeypatch):

@@ -1,8 +1,8 @@
 """A training run whose disk fills up: `python -m tests.helpers.full_disk_program FOLDER`, with a small disk at
 FOLDER/runs.
 
-The disk is filled during the run and freed again; the run is killed then, and continued. FOLDER/ended gets what it
-leaves, standard output a JSON object of what was seen on the way.
+The disk is filled during the run and freed again; then the run is killed, and continued. Its files are copied to
+FOLDER/ended, and observations are printed as a JSON object.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOM = 100_000  # bytes that stay free: enough to begin the file of a state
 
 
 def fill(path: Path) -> None:
-    """Take all room but a little, whatever the run takes at the same time."""
+    """Fill the disk almost completely, also while the run writes to it."""
     with open(path, "wb", buffering=0) as file:
         try:
             while True:
@@ -29,7 +29,7 @@ def fill(path: Path) -> None:
 
 
 def newest(folder: Path) -> dict:
-    """Return how far the newest state is, and what is said of a damaged one."""
+    """Return the images seen at the newest state, and the message on a damaged one."""
     saved, message = CheckpointPair(folder).load()
     return {"nimg": saved["training"]["nimg"], "message": message}
 
@@ -40,7 +40,8 @@ def main() -> None:
     process = start(folder)
     wait_for_line(process, "tick 1 ")
     fill(filler)
-    found = {"warning": wait_for_line(process, "warning: a state "), "full": newest(run_folder)}
+    warning = wait_for_line(process, "warning: failed to save a resumable state ")
+    found = {"warning": warning, "full": newest(run_folder)}
     wait_for_line(process, "tick 3 ")
     found["still full"] = newest(run_folder)
     filler.unlink()

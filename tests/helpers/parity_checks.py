@@ -27,7 +27,7 @@ from training.augment import AugmentPipe
 from training.config import AdamConfig, DatasetFacts, EmaConfig, LossConfig, StepConfig
 from training.dataset import choose_subset
 from training.discriminator import Discriminator
-from training.dry_run import describe
+from training.dry_run import describe_settings
 from training.generator import Generator
 from training.layers import modulated_conv2d
 from training.nvidia_pickle import read_nvidia_pickle
@@ -439,7 +439,7 @@ def presets(folder: Path) -> Iterator[Measurement]:
         if "metrics" in flags:
             flags["metrics"] = tuple(flags["metrics"])
         try:
-            found = describe(resolve(TrainOptions(**flags), facts))
+            found = describe_settings(resolve(TrainOptions(**flags), facts))
         except ConfigError:
             found = {"error": True}
         yield Measurement(f"row {index}", float(found != row["resolved"]), 0)
@@ -451,7 +451,7 @@ def auto_presets(folder: Path) -> Iterator[Measurement]:
              "lr": "lr", "r1_gamma": "r1_gamma", "ema_kimg": "ema_kimg"}
     for row in json.loads((folder / "auto_config_table.json").read_text()):
         facts = DatasetFacts(name="ds", resolution=row["res"], channels=3, num_images=2, c_dim=2)
-        found = describe(resolve(TrainOptions(cfg="auto", gpus=row["gpus"], cond=True), facts))
+        found = describe_settings(resolve(TrainOptions(cfg="auto", gpus=row["gpus"], cond=True), facts))
         different = [name for name, ours in names.items() if found[ours] != row[name]]
         yield Measurement(f"{row['res']} on {row['gpus']}", len(different), 0)
 

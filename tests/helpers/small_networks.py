@@ -44,7 +44,7 @@ def small_state(config, augment=None, dtype=torch.float32, **networks):
 
 
 def small_inputs(state, config, seed=0, microbatches=None, c_dim=CLASSES):
-    """Draw what the next iteration of `state` takes, for all micro-batches or a range of them."""
+    """Draw the inputs of the next iteration of `state`, for all micro-batches or a range of them."""
     total = config.batch // config.micro_batch
     microbatches = range(total) if microbatches is None else microbatches
     G, dtype = state.G, state.pl_mean.dtype

@@ -1,4 +1,4 @@
-"""The smallest networks that can be, for tests of the files that hold them."""
+"""The smallest possible networks, for tests of their files."""
 
 import torch
 

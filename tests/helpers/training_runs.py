@@ -1,4 +1,4 @@
-"""Run train.py as a user does, on small phantoms, and compare what runs leave behind."""
+"""Run train.py as a user does, on small phantoms, and compare the files of runs."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def command(folder, *flags, data="phantom.zip"):
 
 
 def replaced(usual, flags):
-    """Return usual flags and others, the last of each name: programs refuse those that are given twice."""
+    """Return usual flags and others, the last of each name, since programs reject repeated flags."""
     last = {flag.partition("=")[0]: flag for flag in flags}
     return [flag for flag in usual if flag.partition("=")[0] not in last] + [
         flag for flag in flags if flag.startswith(SEVERAL) or flag is last[flag.partition("=")[0]]]
@@ -53,7 +53,7 @@ def run(folder, *flags, **kwargs):
 
 
 def start(folder, *flags):
-    """Start a run, with pipes for what it says."""
+    """Start a run, with pipes for its output."""
     return subprocess.Popen(command(folder, *flags), cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True)
 
@@ -66,11 +66,11 @@ def wait_for_line(process, beginning):
 
 
 def kill_run(folder, seconds, *, in_a_write=False):
-    """Start or continue a run, and kill -9 it so many seconds after it took its folder.
+    """Start or continue a run, and kill -9 it some seconds after it locked its folder.
 
     in_a_write:  wait from then on for a moment in which some file is half written
 
-    Returns None when the run came to its end before, else whether a half-written file was left.
+    Returns None if the run finished before, else whether a half-written file was left.
     """
     process = start(folder, OFTEN)
     try:
@@ -113,7 +113,7 @@ def state(run_folder):
 
 
 def seconds(run_folder):
-    """Return how long a run has trained."""
+    """Return the seconds that a run has trained."""
     return torch.load(run_folder / "training-state.pt", weights_only=True)["seconds"]
 
 

@@ -31,7 +31,7 @@ def inside(tmp_path, monkeypatch):
 
 
 CLASSES_KNOWN = "expected one of nv, mel, or a number from 0 to 1"
-NETWORK = "a .safetensors of a run, or a .pkl of the original"
+NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -115,7 +115,7 @@ def test_mistake_gives_one_line_and_no_file(inside, capsys, flags, message):
     (None, "--network is missing; expected one, such as --network=network-snapshot-001000.safetensors, or see --help"),
     ("no.safetensors", f"--network is no.safetensors, which does not exist; expected a network file: {NETWORK}"),
     (".", "--network is ., a folder without network-snapshot-*.safetensors; expected a network file (a .safetensors of "
-          "a run, or a .pkl of the original), or the folder of a run")])
+          "a run, or a .pkl of NVIDIA's code), or the folder of a run")])
 @pytest.mark.parametrize("what", [["--target=target.png"], ["--data=set.zip"]])
 def test_mistake_of_network_gives_one_line_and_no_file(inside, capsys, network, message, what):
     assert refuse(capsys, *what, "--class=nv", "--outdir=o", network=network) == message

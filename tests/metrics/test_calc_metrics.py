@@ -231,8 +231,8 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
      "none of --network, --generated and --run is given; expected one of them: what to measure"),
     (["--network=a.pkl", "--run=b"], "--network and --run are given; expected one of them: what to measure"),
     (["--network=none.pkl", "--metrics=is20", "--detector=inception-v3"],
-     "--network is none.pkl, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of the "
-     "original"),
+     "--network is none.pkl, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
+     "NVIDIA's code"),
     (["--run=none"], "--run is none, which is no folder; expected the folder of a run, such as "
                      "runs/00007-isic256-cond-auto1"),
     (["--generated=none.zip"], "none.zip does not exist; expected a data set: a zip or a folder of images"),

@@ -1,4 +1,4 @@
-"""Settings: what they refuse, what constructors get from them, and their JSON form."""
+"""Settings: rejected values, constructor arguments, and their JSON form."""
 
 import copy
 import dataclasses
@@ -71,8 +71,8 @@ REFUSED = [
     (AdamConfig, {"lr": 1, "beta2": -0.1}, "AdamConfig.beta2 is -0.1; expected a number >= 0 and < 1"),
     (AdamConfig, {"lr": 1, "eps": 0}, "AdamConfig.eps is 0; expected a number > 0"),
     (AugmentConfig, {"strengths": {"flip": 1}, "p": 0},
-     ("AugmentConfig.strengths names 'flip'; expected augmentations among xflip, rotate90, xint, scale, rotate, aniso, "
-     "xfrac, brightness, contrast, lumaflip, hue, saturation, imgfilter, noise, cutout")),
+     ("AugmentConfig.strengths has 'flip'; expected names among xflip, rotate90, xint, scale, rotate, aniso, xfrac, "
+     "brightness, contrast, lumaflip, hue, saturation, imgfilter, noise, cutout")),
     (AugmentConfig, {"strengths": {"xflip": -1}, "p": 0},
      "AugmentConfig.strengths['xflip'] is -1; expected a number >= 0"),
     (AugmentConfig, {"strengths": {"xflip": "1"}, "p": 0},
@@ -80,7 +80,7 @@ REFUSED = [
     (AugmentConfig, {"strengths": {"xflip": 1}, "p": 1.5},
      "AugmentConfig.p is 1.5; expected a number from 0 to 1"),
     (AugmentConfig, {"strengths": {}, "p": 0.5},
-     "AugmentConfig.p is 0.5; expected 0 where no augmentation is on"),
+     "AugmentConfig.p is 0.5; expected 0 without augmentations"),
     (StepConfig, {"batch": 0, "micro_batch": 1, "loss": LOSS, "ema": EMA},
      "StepConfig.batch is 0; expected a number >= 1"),
     (StepConfig, {"batch": 9, "micro_batch": 4, "loss": LOSS, "ema": EMA},
@@ -116,7 +116,8 @@ def test_config_unusable_value_raises_exact_message(cls, values, message):
         ({"img_channels": 0}, "img_channels is 0; expected at least 1"),
         ({"c_dim": -1}, "c_dim is -1; expected a number >= 0"),
         ({"num_fp16_res": -1}, "num_fp16_res is -1; expected a number >= 0"),
-        ({"channel_base": 4}, "channel_base is 4; expected at least img_resolution, 8, or no channel is left"),
+        ({"channel_base": 4}, "channel_base is 4; expected at least img_resolution, 8, so that each layer has a "
+                              "channel"),
         ({"channel_max": 0}, "channel_max is 0; expected a number >= 1"),
         ({"conv_clamp": 0}, "conv_clamp is 0; expected a number > 0, or none"),
         ({"architecture": "flat"}, "architecture is 'flat'; expected one of orig, skip, resnet"),
@@ -313,13 +314,13 @@ def test_train_config_from_dict_missing_default_takes_it(run):
         ("discriminator.mbstd_group_size", 3,
          "StepConfig.micro_batch is 32; expected at most mbstd_group_size (3) or a multiple of it"),
         ("generator.img_channels", 1,
-         ("TrainConfig.generator takes resolution, channels, c_dim (64, 1, 2); expected those of the data set, "
-          "(64, 3, 2)")),
+         ("TrainConfig.generator has resolution, channels, c_dim (64, 1, 2); expected those of the data set, (64, 3, "
+          "2)")),
         ("augment.strengths", {},
-         "StepConfig.ada is AdaConfig(target=0.6, kimg=100, interval=4); expected none where no augmentation is on"),
+         "StepConfig.ada is AdaConfig(target=0.6, kimg=100, interval=4); expected none without augmentations"),
         ("discriminator.c_dim", 3,
-         ("TrainConfig.discriminator takes resolution, channels, c_dim (64, 3, 3); expected those of the data set, "
-         "(64, 3, 2)")),
+         ("TrainConfig.discriminator has resolution, channels, c_dim (64, 3, 3); expected those of the data set, (64, "
+         "3, 2)")),
     ],
 )  # fmt: skip
 def test_train_config_contradicting_parts_raise_exact_message(run, path, value, message):

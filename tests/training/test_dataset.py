@@ -1,4 +1,4 @@
-"""training.dataset: what it reads, and what it says when it cannot."""
+"""training.dataset: reading data sets, and its error messages."""
 
 import pickle
 import shutil
@@ -196,8 +196,8 @@ def folder_with(tmp_path, **files):
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"a_png": png(np.zeros((8, 6, 3)))},
-     "a.png is 6x8 RGB; expected square images, grey or RGB: convert it with dataset_tool.py "
-     "--transform=center-crop --resolution=256x256"),
+     "a.png is 6x8 RGB; expected square images, gray or RGB: convert it with dataset_tool.py --transform=center-crop "
+     "--resolution=256x256"),
     ({"a_png": png(np.zeros((8, 8, 4)))},
      "a.png has mode RGBA; expected 8-bit gray or RGB: convert it with dataset_tool.py"),
     ({"a_png": b"nothing"}, "a.png cannot be decoded (it is not an image); make or copy it again"),
@@ -220,10 +220,11 @@ def test_dataset_labels_that_are_missing_are_counted(tmp_path):
     some = make_set(tmp_path / "some.zip", 3, labels=[0, None, None])
     none = make_set(tmp_path / "none.zip", 3)
     assert refused(lambda: ImageDataset(some, use_labels=True)) == (
-        f"{some}: 2 of 3 images have no label (00000/img00000001.png, ...); expected one each: convert with "
-        "dataset_tool.py --unlabelled=drop, or leave --cond out")
+        f"{some}: 2 of 3 images have no label (00000/img00000001.png, ...); expected one for each image: convert with "
+        "dataset_tool.py --unlabeled=drop, or leave --cond out")
     assert refused(lambda: ImageDataset(none, use_labels=True)) == (
-        f"{none} has no labels; expected them: convert it with dataset_tool.py --labels, or leave --cond out")
+        f"{none} has no labels; expected one for each image: convert it with dataset_tool.py --labels, or leave --cond "
+        "out")
     assert len(ImageDataset(some)) == 3
 
 

@@ -1,4 +1,4 @@
-"""The geometric augmentations: their matrices, their margins, their resampling."""
+"""The geometric augmentations: matrices, margins and resampling."""
 
 import math
 

@@ -88,7 +88,7 @@ def test_modulated_conv2d_chosen_form_equals_either_form(num_out, size, num, res
     ("cpu", 2, 64, torch.float32, {"training": True}, False),
     ("cpu", 1, 64, torch.bfloat16, {}, True),
     ("cpu", 2, 64, torch.bfloat16, {}, False),
-    ("meta", 1, 4, torch.float32, {"up": 2}, True),  # as on a GPU: whatever the shape
+    ("meta", 1, 4, torch.float32, {"up": 2}, True),  # as on a GPU: for any shape
     ("meta", 16, 4, torch.float32, {}, True),
     ("meta", 1, 4, torch.float16, {}, True),
     ("meta", 2, 64, torch.float16, {}, False),
@@ -183,8 +183,8 @@ def exact_with_bound(x, weight, styles, dtype):
     """Return the demodulated 3x3 convolution with padding 1 in float64, and how far half precision may be from it.
 
     The sum has n = I * kh * kw products. The weight, the style, their products with x, each addition, the demodulation
-    factor and the last product are rounded, which makes ((1 + u)^(n + 8) - 1) of the sum of magnitudes, whatever sums
-    are accumulated in. Tamed weights are at most 1: those below the normal range lose half a step of it, together less
+    factor and the last product are rounded, which makes ((1 + u)^(n + 8) - 1) of the sum of magnitudes, for any
+    accumulation dtype. Tamed weights are at most 1: those below the normal range lose half a step of it, together less
     than one smallest normal number here. The 1e-8 beside the energy is left out: it weighs 1e-8 of a tamed energy of
     more than 0.005, so less than 2e-6 of the result.
     """
@@ -392,8 +392,8 @@ def test_minibatch_std_layer_derivatives_pass_numerical_checks():
 
 @pytest.mark.parametrize(("num", "group_size"), [(6, 4), (5, 2), (9, 8)])
 def test_minibatch_std_layer_group_that_does_not_divide_the_batch_raises(num, group_size):
-    message = (f"minibatch standard deviation: the batch has {num} images; expected a multiple of the group size "
-               f"{group_size}, or at most that many")
+    message = (f"minibatch standard deviation: the batch has {num} images; expected at most the group size, "
+               f"{group_size}, or a multiple of it")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         MinibatchStdLayer(group_size)(torch.zeros(num, 2, 2, 2))
 
@@ -415,8 +415,8 @@ def test_modulated_conv2d_of_no_images_gives_none(fused):
 
 
 def test_minibatch_std_channels_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"^minibatch standard deviation: there are 6 channels; expected a multiple of "
-                                         r"num_channels, 4$"):
+    with pytest.raises(ValueError, match=r"^minibatch standard deviation: the input has 6 channels; expected a "
+                                         r"multiple of num_channels, 4$"):
         MinibatchStdLayer(4, num_channels=4)(torch.zeros(4, 6, 4, 4))
 
 

@@ -1,4 +1,4 @@
-"""The training loop itself, in this process: the golden run, what it asks other processes, and how runs go on."""
+"""The training loop itself, in this process: the golden run, exchange with other processes, and continued runs."""
 
 import dataclasses
 import errno
@@ -43,7 +43,7 @@ def prepared(folder, size=16, **options):
 
 
 def stop_after(monkeypatch, iterations, saves_at=None):
-    """Let another process wish to stop after so many iterations, and a state at one; return what the loop asked."""
+    """Let another process ask to stop after some iterations, and to save a state at one; return what the loop asked."""
     asked = []
 
     def answer(flags):
@@ -93,7 +93,7 @@ def test_loop_replays_the_golden_run(tmp_path, monkeypatch):
 
 
 def golden_statistics(arrays, iteration):
-    """Return the mean of each statistic over the phases that report it; each does so for 8 images, or it is alone."""
+    """Return the mean of each statistic over the phases that report it, each of them for 8 images."""
     means = {}
     for key in arrays.files:
         if key.startswith("loss/") and not np.isnan(arrays[key][iteration]):
@@ -116,7 +116,7 @@ def test_run_that_goes_on_with_other_operators_says_so_in_its_log(tmp_path, monk
             assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
         folder, = (tmp_path / "runs").glob("0*")
         logs.append((folder / "log.txt").read_text())
-    line = f"{folder}: operators composed then and cpp now; the end may differ from that of an unbroken run"
+    line = f"{folder}: operators composed then and cpp now; results may differ from those of an uninterrupted run"
     assert [line in log for log in logs] == [False, False, True]
     assert "operators composed then" not in logs[1]
 
@@ -132,7 +132,7 @@ def test_loop_asks_the_others_once_an_iteration_and_saves_when_one_wishes(tmp_pa
 
 
 def test_run_whose_classes_exchanged_their_names_is_not_continued(tmp_path, monkeypatch):
-    """The numbers are the same, and so is what is computed; but "melanoma" would be another class from here on."""
+    """The class numbers and the computation are the same, but "melanoma" would be another class from here on."""
     config, settings, dataset = prepared(tmp_path)
     stop_after(monkeypatch, iterations=1)
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
@@ -140,9 +140,9 @@ def test_run_whose_classes_exchanged_their_names_is_not_continued(tmp_path, monk
     with pytest.raises(UserError) as caught:
         loop.train(config, settings, ImageDataset(dataset.path, use_labels=True))
     assert str(caught.value) == (
-        f"{tmp_path}/runs/00000-set-cond-tiny-kimg1-batch8 learned the classes benign, melanoma, and --data gives the "
-        "same numbers to melanoma, benign; expected the same names: put the classes in its dataset.json right, or "
-        "begin another run with --new")
+        f"{tmp_path}/runs/00000-set-cond-tiny-kimg1-batch8 was trained on the classes benign, melanoma, but --data has "
+        "the classes melanoma, benign; expected the same order: correct the classes in its dataset.json, or start "
+        "another run with --new")
 
 
 def test_loop_tells_the_others_what_it_wishes(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_loop_refuses_to_start_with_another_number_of_processes_than_configured(
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     config, settings, dataset = prepared(tmp_path, gpus=2)
-    message = ("1 processes are in the run, and gpus is 2; expected the same number: start it with train.py --gpus or "
+    message = ("the run has 1 processes, but gpus is 2; expected the same number: start it with train.py --gpus or "
                "torchrun")
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         loop.train(config, settings, dataset)
@@ -177,7 +177,7 @@ def num_ticks(outdir):
 
 
 def stop_at(monkeypatch, outdir, ticks):
-    """Let another process wish to stop after so many ticks of the run, each of one iteration."""
+    """Let another process ask to stop after some ticks of the run, each of one iteration."""
     monkeypatch.setattr(loop, "any_process_each", lambda flags: [num_ticks(outdir) == ticks, *flags[1:]])
 
 
@@ -191,7 +191,7 @@ def saved_in(outdir):
 
 
 def refuse(monkeypatch, part, number=errno.ENOSPC, *, when=lambda: True):
-    """Let files whose name holds `part` not come into their place."""
+    """Let renaming files to names with `part` fail."""
     replace = os.replace
 
     def refusing(source, target):
@@ -265,13 +265,13 @@ def test_loop_goes_on_without_scores_of_held_out_images_that_a_disk_cannot_read(
     FailingDisk(tmp_path / "valid.zip", fails=lambda: bool(list(tmp_path.glob("runs/0*/reals.png")))).install(
         monkeypatch.setattr)
     assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED
-    assert "warning: --valid is not scored: " in capsys.readouterr().out
+    assert "warning: failed to score --valid: " in capsys.readouterr().out
     assert "Loss/scores/valid" not in lines_of(tmp_path / "runs")[0]
 
 
 @pytest.mark.parametrize("options", [{"batch": 16}, {"batch": 24}, {"batch_gpu": 4}, {"batch": 12, "batch_gpu": 12}])
 def test_scores_of_held_out_images_are_the_same_for_each_batch(tmp_path, monkeypatch, options):
-    """Of the same images in the same groups: a discriminator that learns nothing gives the same scores, bit for bit."""
+    """The same images in the same groups: a discriminator that does not learn gives the same scores, bit for bit."""
     found = []
     for name, changes in (("a", {}), ("b", options)):
         (folder := tmp_path / name).mkdir()
@@ -289,7 +289,7 @@ def test_scores_of_held_out_images_are_the_same_for_each_batch(tmp_path, monkeyp
 
 
 def nearly_done(monkeypatch):
-    """Let runs begin one iteration before the end of --kimg=1."""
+    """Let runs start one iteration before the end of --kimg=1."""
     create = loop.TrainingState.create
 
     def created(*arguments):
@@ -320,8 +320,8 @@ def test_metric_line_names_no_network_file_that_could_not_be_written(tmp_path, m
     assert not (run_in(tmp_path / "runs") / snapshot).exists()
     # A run is not finished without its last network file: the same command writes it, and ends the run.
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "not finished after 1000 images: its last network file could not be written (No space left on device); once "
-        "it can be, the same command continues at image 1000")
+        "not finished after 1000 images: its last network snapshot could not be written (No space left on device); "
+        "once that is fixed, the same command continues at image 1000")
     assert not read_record(run_in(tmp_path / "runs")).finished
     assert loop.train(*prepared(tmp_path, metrics=("kid20_full",)), measured) == loop.EXIT_DONE
     assert (run_in(tmp_path / "runs") / snapshot).exists()
@@ -344,8 +344,8 @@ def test_run_whose_last_state_cannot_be_saved_is_not_finished(tmp_path, monkeypa
         refuse(patch, "training-state")
         assert loop.train(*prepared(tmp_path)) == 75
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "not finished after 1000 images: its last state could not be written (No space left on device); once it can "
-        "be, the same command continues at image 0")
+        "not finished after 1000 images: its last state could not be written (No space left on device); once that is "
+        "fixed, the same command continues at image 0")
     assert not read_record(run_in(tmp_path / "runs")).finished
     assert loop.train(*prepared(tmp_path)) == loop.EXIT_DONE
     assert read_record(run_in(tmp_path / "runs")).finished
@@ -366,11 +366,11 @@ def test_stop_says_that_the_state_could_not_be_saved(tmp_path, monkeypatch, caps
     refuse(monkeypatch, "training-state", when=lambda: num_ticks(outdir) >= 2)
     assert loop.train(*prepared(tmp_path)) == 75
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "stopped after 16 images (another process was asked to); the state could not be saved (No space left on "
+        "stopped after 16 images (another process was asked to stop); the state could not be saved (No space left on "
         "device): the same command continues at image 8")
 
 
-# ---- runs that go on: 200 images an iteration, so that a thousand are five, and networks of four channels
+# ---- continued runs: 200 images per iteration, so that a thousand are five iterations; networks of four channels
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def small_presets(monkeypatch):
 
 
 def train_for(folder, kimg, **options):
-    """Train to `kimg`, ticks of 600 images after the first iteration, a network file every second tick."""
+    """Train to `kimg`, with ticks of 600 images after the first iteration, and a network snapshot every second tick."""
     config, settings, dataset = prepared(folder, size=8, **{"batch": 200, "tick": 0.6, "snap": 2, "kimg": kimg,
                                                             "augpipe": "blit", **options})
     return loop.train(config, settings, dataset)
@@ -425,7 +425,7 @@ def test_loop_finished_run_continued_by_larger_kimg_is_bit_for_bit_one_run_of_th
     before = files_of(tmp_path / "chain")
     for kimg in (3, 2):
         assert train_for(tmp_path / "chain", kimg) == loop.EXIT_DONE
-        assert capsys.readouterr() == (f"already finished at 3 kimg: {chain}; --new starts another\n", "")
+        assert capsys.readouterr() == (f"already finished at 3 kimg: {chain}; --new starts another run\n", "")
     assert files_of(tmp_path / "chain") == before
     assert json.loads((chain / "training_options.json").read_text())["config"]["kimg"] == 3
 
@@ -464,8 +464,9 @@ def test_loop_run_without_the_state_that_it_had_is_not_begun_anew(tmp_path, smal
     before = files_of(tmp_path / "runs")
     with pytest.raises(UserError) as error:
         train_for(tmp_path, 9)
-    assert str(error.value) == (f"{folder} has trained 2 ticks, and its state is gone; expected training-state.pt or "
-                                "training-state.prev.pt: copy one back, or begin another run with --new")
+    assert str(error.value) == (f"{folder} has trained 2 ticks, but its resumable state is missing; expected "
+                                "training-state.pt or training-state.prev.pt: copy one back, or start another run "
+                                "with --new")
     assert {name: content for name, content in files_of(tmp_path / "runs").items() if "options" not in name} == {
         name: content for name, content in before.items() if "options" not in name}
 
@@ -495,7 +496,7 @@ def test_loop_new_run_says_on_standard_error_and_in_its_log_what_it_does_not_con
 
 @pytest.fixture
 def command(tmp_path, small_presets, monkeypatch):
-    """The arguments of a command for train.py; the allocator of the tests' process is left alone."""
+    """The arguments of a command for train.py; the allocator of the test process is not changed."""
     monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=False, reason="a test"))
     make_set(tmp_path / "set.zip", size=8)
     return [f"--outdir={tmp_path / 'runs'}", f"--data={tmp_path / 'set.zip'}", "--cfg=tiny", "--batch=200", "--kimg=1",
@@ -532,15 +533,15 @@ def test_out_of_memory_advice_continues_the_run_from_its_last_state(command, tmp
     found = json.loads((folder / "training_options.json").read_text())
     assert found["passes"] == [{"from_nimg": 0, "batch_gpu": 200}, {"from_nimg": 600, "batch_gpu": 100}]
     output = capsys.readouterr().out
-    line = ("passes of 100 images from image 600 on, 200 before: the same batch, in other groups of the minibatch "
-            "standard deviation and other parts for path lengths\n")
+    line = ("100 images per pass from image 600 on, 200 before: the same batch, but other minibatch standard deviation "
+            "groups and other images for path lengths\n")
     assert line in output
     assert line in (folder / "log.txt").read_text()
 
     # The command of before, as the next job of a chain holds it, keeps to what fits.
     assert run(train.main, [argument.replace("kimg=1", "kimg=2") for argument in command]) == 0
     assert calls == [100] * 7
-    assert f"{folder}: passes of 100 images, as the run last had them (--batch-gpu changes them)" in \
+    assert f"{folder}: 100 images per pass, as the run had before (--batch-gpu changes this)" in \
         capsys.readouterr().out
 
 
@@ -562,13 +563,13 @@ def test_out_of_memory_before_the_first_image_has_the_same_exit_code(command, mo
 def test_steps_that_keep_failing_advise_what_loses_nothing(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop.SkippedSteps, "add", lambda self, result: "Gmain had a loss that is not finite")
     assert run(train.main, command) == loop.EXIT_DIVERGED
-    assert "; a larger --gamma or --precision=fp32 begins another run\n" in capsys.readouterr().out
+    assert "; a larger --gamma or --precision=fp32 starts another run\n" in capsys.readouterr().out
     failures = iter([None])
     monkeypatch.setattr(loop.SkippedSteps, "add", lambda self, result: next(failures, "Gmain had a loss"))
     assert run(train.main, command) == loop.EXIT_DIVERGED
     folder, = (tmp_path / "runs").iterdir()
-    found = re.search(r"stopped: Gmain had a loss; the last state is that of before, and the same command tries again "
-                      r"from there; a larger --gamma or --precision=fp32 begins another run; (--resume=\S+) lets it "
-                      "start from the weights learned here\n", capsys.readouterr().out)
+    found = re.search(r"stopped: Gmain had a loss; the last state was saved before that, and the same command tries "
+                      r"again from there; a larger --gamma or --precision=fp32 starts another run; (--resume=\S+) "
+                      "starts it from the weights learned here\n", capsys.readouterr().out)
     assert found[1] == f"--resume={folder}/network-snapshot-000000.safetensors"
     assert run(train.main, [*command, "--gamma=100", found[1], "--dry-run"]) == 0

@@ -18,8 +18,8 @@ def test_skipped_steps_stop_after_ten_in_a_row_of_one_phase():
     steps = SkippedSteps()
     assert [steps.add(result) for result in results(*[["Gmain"]] * 9, [], *[["Gmain"]] * 9)] == [None] * 19
     message = steps.add(results(["Gmain"])[0])
-    assert message == ("Gmain had a loss or gradient that is not finite 10 times in a row (a, b, c and 1 more); look "
-                       "at the data")
+    assert message == ("the loss or a gradient of Gmain was not finite 10 times in a row (a, b, c and 1 more); check "
+                       "the data")
 
 
 def test_skipped_steps_of_a_lazy_phase_count_when_it_runs():
@@ -49,7 +49,7 @@ def config_with(**options):
 def test_smaller_batch_gpu_is_one_that_the_run_takes(options, smaller):
     config = config_with(**options)
     assert smaller_batch_gpu(config) == smaller
-    found = describe_out_of_memory(config, torch.OutOfMemoryError(), "the same command", has_begun=True)
+    found = describe_out_of_memory(config, torch.OutOfMemoryError(), "the same command", has_started=True)
     if smaller is not None:
         assert config_with(**{**options, "batch_gpu": smaller}).step.micro_batch == smaller
         assert found == (
@@ -57,15 +57,15 @@ def test_smaller_batch_gpu_is_one_that_the_run_takes(options, smaller):
             "continues the run from its last state: the same batch in smaller passes")
     else:
         assert found == (
-            "out of memory with one image a pass (--batch-gpu=1); free memory on the device or take one that has more, "
-            "and the same command continues the run (a smaller --cfg or resolution begins another one)")
+            "out of memory with one image per pass (--batch-gpu=1); free memory on the device or use one that has "
+            "more, and the same command continues the run (a smaller --cfg or resolution starts another one)")
 
 
 def test_out_of_memory_before_the_first_image_advises_nothing_about_passes():
-    found = describe_out_of_memory(config_with(batch=32), MemoryError(), "the same command", has_begun=False)
+    found = describe_out_of_memory(config_with(batch=32), MemoryError(), "the same command", has_started=False)
     assert found == (
-        "out of memory before the first image, where networks and optimizers have to fit; free memory on the device or "
-        "take one that has more, and the same command continues the run (a smaller --cfg or resolution begins another "
+        "out of memory before the first image, while creating networks and optimizers; free memory on the device or "
+        "use one that has more, and the same command continues the run (a smaller --cfg or resolution starts another "
         "one)")
 
 
@@ -74,6 +74,6 @@ KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
 
 def test_out_of_memory_of_a_reader_advises_fewer_readers():
     found = describe_out_of_memory(config_with(), RuntimeError(KILLED), "the same command (without --new)",
-                                   has_begun=True)
-    assert found == ("a process that reads images was killed, as the system does when memory runs out; the same "
-                     "command (without --new) with --workers=1 continues the run")
+                                   has_started=True)
+    assert found == ("a data loading worker was killed, probably because memory ran out; the same command (without "
+                     "--new) with --workers=1 continues the run")

@@ -1,4 +1,4 @@
-"""training.loop: scores of images that are never learned from."""
+"""training.loop: scores on held-out images."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_validation_of_fewer_images_than_a_group_repeats_them_and_counts_each_on
 
 
 def test_validation_labels_are_those_of_the_training_classes_by_name(tmp_path):
-    """"mel" is told the discriminator as the training tells it, whatever its number is in the set."""
+    """The discriminator gets the label of "mel" as in training, whatever its number is in this set."""
     train, D = ["nv", "mel", "bcc"], small_discriminator(c_dim=3)
     labels = [0, 1, 2, 0, 1, 2]
     same = make_set(tmp_path / "same.zip", 6, size=16, labels=labels, classes=train)

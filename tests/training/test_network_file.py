@@ -1,4 +1,4 @@
-"""training.network_file: which network file a path, a pattern or a run's folder stands for."""
+"""training.network_file: the network file that a path, a pattern or a run's folder names."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,13 @@ from dnnlib.cli import UserError
 from training.network_file import find_network
 
 RUN = "runs/00000-lesions-cond-tiny"
-NONE = ("without network-snapshot-*.safetensors; expected a network file (a .safetensors of a run, or a .pkl of the "
-        "original), or the folder of a run")
+NONE = ("without network-snapshot-*.safetensors; expected a network file (a .safetensors of a run, or a .pkl of "
+        "NVIDIA's code), or the folder of a run")
 
 
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):
-    """Two runs, the first with three network files and what else a run writes."""
+    """Two runs, the first with three network snapshots and a run's other files."""
     monkeypatch.chdir(tmp_path)
     for name in (f"{RUN}/network-snapshot-000200.safetensors", f"{RUN}/network-snapshot-001000.safetensors",
                  f"{RUN}/network-snapshot-1200000.safetensors", f"{RUN}/network-snapshot-9000000.safetensors.part",
@@ -41,14 +41,14 @@ def test_text_stands_for_a_network_file(text, path):
 
 @pytest.mark.parametrize(("text", "message"), [
     *((gone, f"--network is {gone}, which does not exist; expected a network file: a .safetensors of a run, or a .pkl "
-             "of the original") for gone in ("gone.pkl", "runs/gone/n.pkl", "odd1.pkl/n.pkl")),
+             "of NVIDIA's code") for gone in ("gone.pkl", "runs/gone/n.pkl", "odd1.pkl/n.pkl")),
     ("runs/00009-*", "--network is runs/00009-*, which matches nothing; expected a pattern that matches a network file "
                      "or the folder of a run"),
     ("runs/*/network-snapshot-000200.safetensors",
-     f"--network is runs/*/network-snapshot-000200.safetensors, which matches 2: {RUN}/network-snapshot-000200."
-     "safetensors, runs/00001-b/network-snapshot-000200.safetensors; expected a pattern that matches one, a network "
-     "file or the folder of a run"),
-    (f"{RUN}/*", f"--network is {RUN}/*, which matches 5: {RUN}/network-snapshot-000200.safetensors, "
+     "--network is runs/*/network-snapshot-000200.safetensors, which matches 2 paths: "
+     f"{RUN}/network-snapshot-000200.safetensors, runs/00001-b/network-snapshot-000200.safetensors; expected a pattern "
+     "that matches one, a network file or the folder of a run"),
+    (f"{RUN}/*", f"--network is {RUN}/*, which matches 5 paths: {RUN}/network-snapshot-000200.safetensors, "
                  f"{RUN}/network-snapshot-001000.safetensors, {RUN}/network-snapshot-1200000.safetensors, "
                  f"{RUN}/network-snapshot-9000000.safetensors.part, {RUN}/training-state.pt; expected a pattern that "
                  "matches one, a network file or the folder of a run"),

@@ -105,7 +105,7 @@ def test_generator_forms_of_the_modulated_convolutions_agree(num, architecture):
 
 
 class Convolutions(TorchDispatchMode):
-    """A context that lists the groups of convolutions: as many as images where each has a kernel of its own."""
+    """Context manager that lists the groups of convolutions: the number of images if each has its own kernel."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ def test_generator_copies_and_pickles_nothing_shared():
     (lambda: small_discriminator(architecture="unet"),
      "discriminator: architecture is 'unet'; expected one of orig, skip, resnet"),
     (lambda: small_generator(resolution=256, channel_base=128),
-     "generator: channel_base is 128; expected at least img_resolution, 256, or no channel is left"),
+     "generator: channel_base is 128; expected at least img_resolution, 256, so that each layer has a channel"),
     (lambda: small_generator(half_dtype="float8"), "half_dtype is 'float8'; expected one of float16, bfloat16"),
     (lambda: MappingNetwork(0, 0, 8, None),
      "mapping network: z_dim and c_dim are both 0; expected at least one input"),
@@ -248,14 +248,13 @@ def test_constructors_refuse_what_cannot_work(build, message):
     (lambda G, D: G.synthesis(torch.zeros(1, 6, 12), noise_mode="zero"),
      "noise_mode is 'zero'; expected one of random, const, none"),
     (lambda G, D: D(torch.zeros(4, 3, 16, 16), random_labels(1)),
-     "discriminator: labels are [1, 2]; expected [4, 2], one row an image"),
+     "discriminator: labels are [1, 2]; expected [4, 2], one row per image"),
     (lambda G, D: D(torch.zeros(4, 3, 16, 16), None),
-     "discriminator: labels are missing; expected [4, 2], one row an image"),
+     "discriminator: labels are missing; expected [4, 2], one row per image"),
     (lambda G, D: D(torch.zeros(1, 3, 32, 32), random_labels(1)),
      "discriminator: images are [1, 3, 32, 32]; expected [N, 3, 16, 16]"),
     (lambda G, D: D(torch.zeros(6, 3, 16, 16), random_labels(6)),
-     "minibatch standard deviation: the batch has 6 images; expected a multiple of the group size 4, or at most that "
-     "many"),
+     "minibatch standard deviation: the batch has 6 images; expected at most the group size, 4, or a multiple of it"),
 ])
 def test_calls_refuse_inputs_of_another_shape(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

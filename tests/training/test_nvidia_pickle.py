@@ -533,11 +533,11 @@ def test_convert_takes_a_pattern_or_a_folder_of_the_original_and_says_the_file(t
 
 @pytest.mark.parametrize(("name", "message"), [
     ("gone.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
-                 "the original"),
+                 "NVIDIA's code"),
     ("file.txt/in.pkl", "IN is {path}, which does not exist; expected a network file: a .safetensors of a run, or a "
-                        ".pkl of the original"),
+                        ".pkl of NVIDIA's code"),
     ("folder", "IN is {path}, a folder without network-snapshot-*.safetensors; expected a network file (a .safetensors "
-               "of a run, or a .pkl of the original), or the folder of a run"),
+               "of a run, or a .pkl of NVIDIA's code), or the folder of a run"),
     ("file.txt", "{path} is of an unknown kind (it starts with 74 65 78 74); expected a network file (.safetensors or "
                  "NVIDIA .pkl)")])
 def test_convert_of_what_is_no_network_file_gives_a_sentence(tmp_path, capsys, name, message):
@@ -552,7 +552,7 @@ def test_convert_existing_output_needs_force(tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     target.write_bytes(b"precious")
     assert failure(capsys, SAMPLE, target) == (
-        f"{target} exists already; expected a new name: choose another, or overwrite it with --force")
+        f"{target} already exists; expected a new name: choose another, or overwrite it with --force")
     assert target.read_bytes() == b"precious"
     assert main([str(SAMPLE), str(target), "--force"]) == 0
     assert load_network(target).G_ema.img_resolution == 32
@@ -587,9 +587,9 @@ def test_convert_safetensors_input_is_refused(tmp_path, capsys):
     source = tmp_path / "in.safetensors"
     save_network(source, Networks(G=None, D=None, G_ema=generator()))
     assert failure(capsys, source, tmp_path / "out.safetensors") == (
-        f"{source} is a safetensors file already; expected an NVIDIA pickle")
+        f"{source} is already a safetensors file; expected an NVIDIA pickle")
 
 
 def test_convert_into_a_missing_folder_names_the_folder(tmp_path, capsys):
     message = failure(capsys, SAMPLE, tmp_path / "missing" / "out.safetensors")
-    assert message == f"there is no folder {tmp_path / 'missing'}; make it first"
+    assert message == f"the folder {tmp_path / 'missing'} does not exist; create it first"

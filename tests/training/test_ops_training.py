@@ -1,4 +1,4 @@
-"""Training with compiled operators is training with the reference: equal at first, alike after."""
+"""Training with compiled operators equals training with the reference: exactly at first, closely after."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def is_real(value):
 
 
 def apart(weights, others):
-    """Return how far each weight is from its other after the 4th iteration, largest last."""
+    """Return the difference of each weight from its counterpart after the 4th iteration, largest last."""
     return torch.cat([(a.double() - b.double()).abs().flatten() for a, b in zip(weights[3], others[3])]).sort().values
 
 
@@ -74,7 +74,7 @@ def test_four_iterations_with_any_implementation_are_those_of_the_reference(impl
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("impl", CPU_IMPLEMENTATIONS[1:])
 def test_four_iterations_in_float32_stay_as_near_the_reference_as_after_a_rounding(impl, reference, rounded):
-    # Float32 training is chaotic: Adam moves a weight by up to the learning rate, 2e-3, whatever the size of its
+    # Float32 training is chaotic: Adam moves a weight by up to the learning rate, 2e-3, for any size of its
     # gradient, so that rounding decides where gradients are near 0. Another implementation or number of threads moves
     # 999 of 1000 weights by 2e-7 to 7e-5 at most, depending on the CPU. A start of G that is one rounding larger or
     # smaller moves them by 3e-5 to 7e-5, so that twice what that does in the same run is allowed.
@@ -93,7 +93,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def rounded(reference):
-    """How far the reference comes from itself when all weights of G are one rounding larger, or smaller."""
+    """How far the reference deviates from itself if all weights of G are one rounding larger or smaller."""
     return [apart(reference, train("ref", 4, scale=1 + sign * torch.finfo(torch.float32).eps)[0]) for sign in (1, -1)]
 
 

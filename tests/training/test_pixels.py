@@ -1,4 +1,4 @@
-"""Colors against the matrices of the paper, the band filters, and the wavelets they come from."""
+"""Colors against the matrices of the paper, the band filters, and the wavelets behind them."""
 
 import math
 
@@ -72,8 +72,8 @@ def test_gray_image_has_no_hue_and_no_saturation():
 def test_color_other_number_of_channels_raises():
     with pytest.raises(ValueError) as error:
         AugmentPipe(brightness=1)(torch.zeros(1, 4, 8, 8))
-    assert str(error.value) == ("images have 4 channels; colour augmentation expects 1 or 3: "
-                                "set its strengths to 0")
+    assert str(error.value) == ("images have 4 channels; expected 1 or 3 for color augmentation: set its strengths to "
+                                "0")
 
 
 @pytest.mark.parametrize(("taps", "moments"), [(SYM2, 2), (SYM6, 6)])

@@ -1,4 +1,4 @@
-"""Presets and flags: equal to the published tables, every flag's effect, every refusal."""
+"""Presets and flags: the published tables, every flag's effect, every error."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import pytest
 from dnnlib.typed_config import ConfigError
 from training.augmentations.draws import AUGMENTATIONS
 from training.config import AdaConfig, DatasetFacts, TrainConfig
-from training.dry_run import describe
+from training.dry_run import describe_settings
 from training.options import TrainOptions, resolve
 from training.presets import AUGPIPES, CFG_NAMES, choose_preset, split_batch
 
@@ -20,7 +20,7 @@ PRESET_ROWS = json.loads((DATA / "preset_table.json").read_text())
 AUTO_ROWS = json.loads((DATA / "auto_config_table.json").read_text())
 
 REFUSED_ROWS = {
-    (("p", 0.3),): "--p is 0.3 with --aug=ada; expected --aug=fixed: add it, or leave --p out",
+    (("p", 0.3),): "--p is 0.3 with --aug=ada; expected --aug=fixed: set it, or leave --p out",
     (("aug", "fixed"),): "--aug is fixed without --p; expected a probability: add --p=0.2, for example",
     (("batch", 7),): "--batch is 7; expected a multiple of gpus (2): try 8",
     (("gpus", 3),): (
@@ -64,7 +64,7 @@ BAD_ROWS = [row for row in PRESET_ROWS if "error" in row["resolved"]]
 @pytest.mark.parametrize("row", GOOD_ROWS, ids=row_name)
 def test_resolve_preset_table_row_equals_it_to_the_letter(row):
     # As text, so that order and 10 against 10.0 count too.
-    assert json.dumps(describe(resolve(*table_inputs(row["flags"])))) == json.dumps(row["resolved"])
+    assert json.dumps(describe_settings(resolve(*table_inputs(row["flags"])))) == json.dumps(row["resolved"])
 
 
 @pytest.mark.parametrize("row", BAD_ROWS, ids=row_name)
@@ -82,7 +82,7 @@ def test_preset_table_has_the_rows_that_are_expected():
 @pytest.mark.parametrize("row", AUTO_ROWS, ids=lambda row: f"{row['res']}-{row['gpus']}gpus")
 def test_resolve_auto_table_row_equals_it_to_the_letter(row):
     config = config_of(row["res"], gpus=row["gpus"])
-    found = describe(config)
+    found = describe_settings(config)
     names = {"batch": "batch", "batch_gpu": "batch_gpu", "mbstd": "mbstd_group", "channel_base": "channel_base",
              "lr": "lr", "r1_gamma": "r1_gamma", "ema_kimg": "ema_kimg"}  # fmt: skip
     values = {"res": row["res"], "gpus": config.gpus} | {key: found[name] for key, name in names.items()}
@@ -96,7 +96,8 @@ def test_resolve_table_row_round_trips_through_json(row):
     config = resolve(*table_inputs(row["flags"]))
     text = json.dumps(config.to_dict(), allow_nan=False)
     assert TrainConfig.from_dict(json.loads(text)) == config
-    assert json.dumps(describe(TrainConfig.from_dict(json.loads(text)))) == json.dumps(describe(config))
+    found = TrainConfig.from_dict(json.loads(text))
+    assert json.dumps(describe_settings(found)) == json.dumps(describe_settings(config))
 
 
 @pytest.mark.parametrize("row", GOOD_ROWS, ids=row_name)
@@ -104,7 +105,7 @@ def test_resolve_is_pure(row):
     options, facts = table_inputs(row["flags"])
     before = copy.deepcopy((options, facts))
     first = resolve(options, facts)
-    describe(first)["augment"].clear()
+    describe_settings(first)["augment"].clear()
     assert (options, facts) == before
     assert resolve(options, facts) == first
     assert resolve(*before) == first
@@ -229,8 +230,8 @@ def test_resolve_published_network_appears_in_the_run_name(name):
 
 @pytest.mark.parametrize("flags", [{"aug": "noaug"}, {"aug": "fixed", "p": 0.5}])
 def test_describe_resume_without_ada_still_says_the_shorter_ada_kimg(flags):
-    assert describe(config_of(**flags))["ada_kimg"] == 500
-    assert describe(config_of(**flags, resume="ffhq256"))["ada_kimg"] == 100
+    assert describe_settings(config_of(**flags))["ada_kimg"] == 500
+    assert describe_settings(config_of(**flags, resume="ffhq256"))["ada_kimg"] == 100
 
 
 def test_resolve_noaug_has_no_strengths():
@@ -345,7 +346,7 @@ REFUSED_FLAGS = [
     ({"gpus": 0}, "--gpus is 0; expected a number >= 1"),
     ({"gpus": "2"}, "--gpus is '2'; expected a whole number or null"),
     ({"subset": 0}, "--subset is 0; expected a number >= 1"),
-    ({"subset": 301}, "--subset is 301; expected at most 300, the images of ds256"),
+    ({"subset": 301}, "--subset is 301; expected at most 300, the number of images in ds256"),
     ({"gamma": -1}, "--gamma is -1; expected a number >= 0"),
     ({"kimg": 0}, "--kimg is 0; expected a number >= 1"),
     ({"batch": 0}, "--batch is 0; expected a number >= 1"),
@@ -359,26 +360,26 @@ REFUSED_FLAGS = [
     ({"aug": "fixed", "p": 1.5}, "--p is 1.5; expected a number from 0 to 1"),
     ({"target": -0.1}, "--target is -0.1; expected a number from 0 to 1"),
     ({"target": 1.1}, "--target is 1.1; expected a number from 0 to 1"),
-    ({"resume": ""}, "--resume is ''; expected a network's name, path or URL, or noresume"),
-    ({"metrics": ("a", "b", "a")}, "--metrics names a 2 times; expected each metric once"),
-    ({"aug": "noaug", "p": 0.2}, "--p is 0.2 with --aug=noaug; expected --aug=fixed: add it, or leave --p out"),
-    ({"aug": "ada", "p": 0.2}, "--p is 0.2 with --aug=ada; expected --aug=fixed: add it, or leave --p out"),
+    ({"resume": ""}, "--resume is ''; expected a network file, or noresume"),
+    ({"metrics": ("a", "b", "a")}, "--metrics lists a 2 times; expected each metric once"),
+    ({"aug": "noaug", "p": 0.2}, "--p is 0.2 with --aug=noaug; expected --aug=fixed: set it, or leave --p out"),
+    ({"aug": "ada", "p": 0.2}, "--p is 0.2 with --aug=ada; expected --aug=fixed: set it, or leave --p out"),
     ({"aug": "noaug", "target": 0.5},
-     "--target is 0.5 with --aug=noaug; expected --aug=ada: change it, or leave --target out"),
+     "--target is 0.5 with --aug=noaug; expected --aug=ada: set it, or leave --target out"),
     ({"aug": "fixed", "p": 0.2, "target": 0.5},
-     "--target is 0.5 with --aug=fixed; expected --aug=ada: change it, or leave --target out"),
+     "--target is 0.5 with --aug=fixed; expected --aug=ada: set it, or leave --target out"),
     ({"aug": "noaug", "augpipe": "bgc"},
-     "--augpipe is bgc with --aug=noaug; expected --aug=ada or fixed: change it, or leave --augpipe out"),
+     "--augpipe is bgc with --aug=noaug; expected --aug=ada or fixed: set it, or leave --augpipe out"),
     ({"fp32": True, "precision": "bf16"},
      "--precision is bf16 with --fp32=true; expected the two to agree: leave --fp32 out"),
     ({"fp32": False, "precision": "fp32"},
      "--precision is fp32 with --fp32=false; expected the two to agree: leave --fp32 out"),
     ({"fp32": True, "nhwc": True},
-     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
-     "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
+     "--nhwc is true in full precision; expected fp16 or bf16, as it affects half-precision layers only: use "
+     "--precision=fp16, the default on a GPU, or leave --nhwc out"),
     ({"precision": "fp32", "nhwc": True},
-     "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
-     "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
+     "--nhwc is true in full precision; expected fp16 or bf16, as it affects half-precision layers only: use "
+     "--precision=fp16, the default on a GPU, or leave --nhwc out"),
     # sizes
     ({"gpus": 12}, "--gpus is 12; expected a power of two, because --cfg=auto sets the batch: try 8, or --batch=48"),
     ({"gpus": 3, "batch_gpu": 8},
@@ -394,10 +395,9 @@ REFUSED_FLAGS = [
      "--batch is 30; expected a multiple of gpus * batch_gpu (2 * 8): try 32"),
     ({"gpus": 4, "batch": 30}, "--batch is 30; expected a multiple of gpus (4): try 32"),
     ({"gpus": 4, "batch": 24},
-     ("--batch is 24, which gives each of 4 gpus 6; expected at most 4 images in a pass, or a multiple of 4: try 32")),
+     ("--batch is 24, or 6 on each of 4 gpus; expected at most 4 images in a pass, or a multiple of 4: try 32")),
     ({"cfg": "cifar", "batch": 48},
-     ("--batch is 48, which gives each of 1 gpus 48; expected at most 32 images in a pass, or a multiple of 32: "
-      "try 64")),
+     ("--batch is 48, or 48 on each of 1 gpus; expected at most 32 images in a pass, or a multiple of 32: try 64")),
     ({"batch_gpu": 6}, "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
     ({"batch": 7, "batch_gpu": 7}, "--batch-gpu is 7; expected at most 4 images in a pass, or a multiple of 4: try 1"),
     ({"batch_gpu": 12},
@@ -422,7 +422,7 @@ def test_resolve_unusable_flags_raise_exact_message(flags, message):
         ({"resolution": 4096},
          "data set ds has resolution 4096; expected a power of two from 8 to 2048: convert it with dataset_tool.py"),
         ({"channels": 4},
-         "data set ds has 4 channels; expected 1 (grey) or 3 (RGB): convert it with dataset_tool.py"),
+         "data set ds has 4 channels; expected 1 (gray) or 3 (RGB): convert it with dataset_tool.py"),
         ({"num_images": 0}, "data set ds has 0 images; expected at least 1"),
         ({"c_dim": -1}, "data set ds has labels of length -1; expected a length >= 0"),
         ({"name": ""}, "the data set's name is ''; expected a name without path separators"),
@@ -437,14 +437,14 @@ def test_dataset_facts_unusable_value_raises_exact_message(changes, message):
 
 def test_resolve_cond_without_labels_raises_exact_message():
     assert message_of(resolve, TrainOptions(cond=True), facts_of(c_dim=0)) == (
-        "--cond is true; expected a data set with labels, and ds256 has none: add labels to its dataset.json, or leave "
+        "--cond is true; expected a data set with labels, but ds256 has none: add labels to its dataset.json, or leave "
         "--cond out"
     )
 
 
 def test_resolve_tiny_at_a_resolution_without_channels_raises_exact_message():
     assert message_of(config_of, 2048, cfg="tiny") == (
-        "--cfg is tiny for images of 2048; expected at most 1024: try --cfg=auto"
+        "--cfg is tiny for images of resolution 2048; expected at most 1024: try --cfg=auto"
     )
 
 

@@ -34,7 +34,7 @@ def config_of(**options) -> TrainConfig:
 
 
 def start(outdir, *, finish=False, content=CONTENT, new=False, nimg=None, **options):
-    """Choose a run, and end it at once, with a state after `nimg` images; return its folder's name."""
+    """Choose a run, and end it at once with a state after `nimg` images; return its folder's name."""
     with choose_run(outdir, config_of(**options), content, new=new) as run:
         if nimg is not None:
             save_state(run.path, nimg)
@@ -162,7 +162,7 @@ def test_choose_run_finished_run_is_left_alone_by_an_equal_or_smaller_kimg(tmp_p
     name = start(tmp_path, finish=True, nimg=2000, kimg=2)
     before = everything(tmp_path)
     run = choose_run(tmp_path, config_of(kimg=kimg), CONTENT)
-    assert run.left_alone == f"already finished at 2 kimg: {tmp_path}/{name}; --new starts another"
+    assert run.left_alone == f"already finished at 2 kimg: {tmp_path}/{name}; --new starts another run"
     assert (run.path.name, run.continues) == (name, False)
     plan = plan_run(tmp_path, config_of(kimg=kimg), CONTENT)
     assert (plan.path.name, plan.continues, plan.left_alone) == (name, False, run.left_alone)
@@ -191,8 +191,8 @@ def test_choose_run_the_largest_kimg_asked_for_is_kept(tmp_path):
     for function in (choose_run, plan_run):
         with pytest.raises(UserError) as error:
             function(tmp_path, config_of(kimg=5), CONTENT)
-        assert str(error.value) == (f"--kimg is 5, and {tmp_path}/{name}, at 0.5 kimg, was asked to reach 9; expected "
-                                    "--kimg=9 or more to continue it, or --new to begin another run")
+        assert str(error.value) == (f"--kimg is 5, but {tmp_path}/{name}, now at 0.5 kimg, was started with 9; "
+                                    "expected --kimg=9 or more to continue it, or --new to start another run")
     assert everything(tmp_path) == before
     assert start(tmp_path, kimg=5, new=True) == f"00001-{NAME}-kimg5"
 
@@ -201,8 +201,8 @@ def test_choose_run_smaller_kimg_that_an_unfinished_run_has_reached_leaves_it_al
     name = start(tmp_path, kimg=9, nimg=6008)
     before = everything(tmp_path)
     run = choose_run(tmp_path, config_of(kimg=6), CONTENT)
-    assert run.left_alone == (f"already finished at 6.008 kimg (of 9 asked for before): {tmp_path}/{name}; --new "
-                              "starts another")
+    assert run.left_alone == (f"already finished at 6.008 kimg (of 9 requested before): {tmp_path}/{name}; --new "
+                              "starts another run")
     assert everything(tmp_path) == before
 
 
@@ -212,8 +212,8 @@ def test_choose_run_finished_run_without_its_state_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         choose_run(tmp_path, config_of(kimg=2), CONTENT)
     assert str(error.value) == (
-        f"{tmp_path}/{name} is finished at 1 kimg, but its state is gone; expected training-state.pt, to go on to 2 "
-        "kimg: copy it back, or begin another run with --new")
+        f"{tmp_path}/{name} is finished at 1 kimg, but its resumable state is missing; expected training-state.pt, to "
+        "continue to 2 kimg: copy it back, or start another run with --new")
     assert everything(tmp_path) == before
     state = tmp_path / name / "training-state.pt"
     state.write_bytes(b"half a state")
@@ -235,7 +235,7 @@ def test_choose_run_newest_of_several_equal_ones_decides(tmp_path):
     assert start(tmp_path) == f"00001-{NAME}"
     start(tmp_path, new=True, finish=True)
     left_alone = choose_run(tmp_path, config_of(), CONTENT).left_alone  # not 00001, which the user gave up
-    assert left_alone == f"already finished at 25000 kimg: {tmp_path}/00003-{NAME}; --new starts another"
+    assert left_alone == f"already finished at 25000 kimg: {tmp_path}/00003-{NAME}; --new starts another run"
 
 
 def test_choose_run_other_data_or_options_begin_anew_and_say_why(tmp_path):
@@ -259,7 +259,7 @@ def test_choose_run_changed_flag_that_makes_another_name_says_which_run_is_not_c
         assert found.path.name == "00001-lesions-auto2"
         line, = found.not_continued
         assert line.startswith(f"{tmp_path}/00000-lesions-auto1 is unfinished and not continued: --gpus is 1 there and "
-                               "2 here, from which --cfg=auto chooses; step.batch is 16 there and 32 here; ")
+                               "2 here, which --cfg=auto depends on; step.batch is 16 there and 32 here; ")
     assert choose_run(tmp_path, auto(2), "1" * 64, new=True).not_continued == ()  # as the user said
 
 
@@ -278,7 +278,7 @@ def test_choose_run_of_many_unfinished_runs_the_newest_are_named(tmp_path):
 
 
 def test_choose_run_auto_precision_of_another_device_continues_with_the_recorded_one(tmp_path):
-    """Begun with --precision=auto on a GPU, continued on a CPU, and the other way round."""
+    """Started with --precision=auto on a GPU, continued on a CPU, and vice versa."""
     for first, second in (("fp16", "fp32"), ("fp32", "fp16"), ("bf16", "fp32")):
         outdir = tmp_path / first
         start(outdir, precision=first)
@@ -314,8 +314,7 @@ def test_choose_run_pass_size_continues_and_is_kept(tmp_path):
     assert content["passes"] == [{"from_nimg": 0, "batch_gpu": 16}, {"from_nimg": 320, "batch_gpu": 4}]
     with choose_run(tmp_path, config_of(batch=16), CONTENT) as run:  # the command of before does not fill memory again
         assert run.record.config.step.micro_batch == 4
-        assert run.notes == (f"{tmp_path}/{name}: passes of 4 images, as the run last had them (--batch-gpu changes "
-                             "them)",)
+        assert run.notes == (f"{tmp_path}/{name}: 4 images per pass, as the run had before (--batch-gpu changes this)",)
         run.note_pass(480, 4)
     assert len(read_record(tmp_path / name).passes) == 2
     with choose_run(tmp_path, config_of(batch=16, batch_gpu=8), CONTENT, batch_gpu_given=True) as run:
@@ -326,7 +325,7 @@ def test_choose_run_pass_size_continues_and_is_kept(tmp_path):
 
 
 def test_choose_run_pass_size_that_never_fitted_is_not_kept(tmp_path):
-    """It is recorded once an iteration was done."""
+    """It is recorded after the first iteration."""
     with choose_run(tmp_path, config_of(batch=16, batch_gpu=4), CONTENT) as run:
         run.note_pass(0, 4)
     start(tmp_path, batch=16, batch_gpu=16)
@@ -336,7 +335,7 @@ def test_choose_run_pass_size_that_never_fitted_is_not_kept(tmp_path):
 
 @pytest.mark.parametrize(("then", "now", "kept"), [(2, 1, 8), (1, 2, 8), (1, 4, 4), (4, 1, 4)])
 def test_choose_run_number_of_processes_keeps_the_pass_size_as_far_as_shares_go(tmp_path, then, now, kept):
-    """Two processes of one pass each are one process of two passes; see training.step."""
+    """Two processes with one pass each are equivalent to one process with two passes; see training.step."""
     with choose_run(tmp_path, config_of(batch=16, gpus=then, cfg="stylegan2"), CONTENT) as run:
         run.note_pass(0, {1: 16, 2: 8, 4: 4}[then])
     expected = {(1, 2): 8, (1, 4): 4}.get((then, now), kept)
@@ -345,7 +344,7 @@ def test_choose_run_number_of_processes_keeps_the_pass_size_as_far_as_shares_go(
 
 
 def test_records_of_before_open_and_continue(tmp_path):
-    """They hold no passes, no classes and no precision_given, and the size of a pass is in their identity."""
+    """They have no passes, classes or precision_given, and their identity contains the pass size."""
     start(tmp_path, precision="bf16", batch=16)
     path = tmp_path / f"00000-{NAME}-batch16" / "training_options.json"
     content = json.loads(path.read_text())
@@ -361,20 +360,20 @@ def test_records_of_before_open_and_continue(tmp_path):
 
 
 def test_choose_run_finished_run_whose_classes_exchanged_their_names_is_refused(tmp_path):
-    """It would be left alone as if it were what is asked for, and its network calls "mel" what is now "nv"."""
+    """It would be left alone as the requested run, but its network calls "mel" what is now "nv"."""
     with choose_run(tmp_path, config_of(kimg=1), CONTENT, classes=["nv", "mel"]) as run:
         run.mark_finished()
     for choose in (plan_run, choose_run):
         with pytest.raises(UserError) as caught:
             choose(tmp_path, config_of(kimg=1), CONTENT, classes=["mel", "nv"])
         assert str(caught.value) == (
-            f"{run.path} learned the classes nv, mel, and --data gives the same numbers to mel, nv; expected the same "
-            "names: put the classes in its dataset.json right, or begin another run with --new")
+            f"{run.path} was trained on the classes nv, mel, but --data has the classes mel, nv; expected the same "
+            "order: correct the classes in its dataset.json, or start another run with --new")
     assert choose_run(tmp_path, config_of(kimg=1), CONTENT, classes=["nevus", "mel"]).left_alone is not None
 
 
 def test_choose_run_resume_by_name_and_by_number_are_different_runs(tmp_path):
-    """Which classes of --resume are taken for which follows from their names."""
+    """The names decide how classes of --resume are matched."""
     network = tmp_path / "net.safetensors"
     network.write_bytes(b"1")
     named, unnamed = config_of(resume=str(network)), []
@@ -398,8 +397,8 @@ def test_choose_run_other_software_is_said(tmp_path):
     write_record(folder, replace(record, versions={**record.versions, "torch": "1.7.1"}))
     with choose_run(tmp_path, config_of(), CONTENT) as run:
         now = software_versions()["torch"]
-        assert run.notes == (f"{folder}: torch 1.7.1 then and {now} now; "
-                             "the end may differ from that of an unbroken run",)
+        assert run.notes == (f"{folder}: torch 1.7.1 then and {now} now; results may differ from those of an "
+                             "uninterrupted run",)
     assert read_record(folder).versions == software_versions()
 
 
@@ -486,7 +485,7 @@ def test_choose_run_live_run_is_refused_and_a_killed_one_taken_over(tmp_path):
     with pytest.raises(UserError) as error:
         choose_run(tmp_path, config_of(), CONTENT)
     assert str(error.value) == (f"{tmp_path}/00000-{NAME} is being trained by {who}; expected no other process: wait "
-                                "for it, stop it, or begin another run with --new")
+                                "for it, stop it, or start another run with --new")
     assert start(tmp_path, new=True) == f"00001-{NAME}"
     assert sorted(os.listdir(tmp_path)) == [f"00000-{NAME}", f"00001-{NAME}"]
     shutil.rmtree(tmp_path / f"00001-{NAME}")
@@ -561,7 +560,7 @@ def die_at(call):
         setattr(os, name, counted(getattr(os, name)))
 
 
-# Begins to write a file, says so, and goes on when it is told to.
+# Starts to write a file, prints a line, and continues when it reads one.
 WRITER = """
 import sys
 from dnnlib.files import atomic_write
@@ -632,7 +631,8 @@ def test_require_held_after_a_takeover_is_a_line(tmp_path):
         with pytest.raises(UserError) as error:
             run.require_held()
         message = (rf"{re.escape(str(lock))} was taken over by process 3 on gpu07 \(last heartbeat \d s ago\); "
-                   "expected the lock of this process, which stops here: the run goes on where the lock is")
+                   "expected the lock of this process, which stops here: the process that holds the lock continues the "
+                   "run")
         assert re.fullmatch(message, str(error.value))
 
 
@@ -664,8 +664,8 @@ def test_choose_run_outdir_that_cannot_be_written_is_a_line(tmp_path, monkeypatc
     with pytest.raises(UserError) as error:
         choose_run(outdir, config_of(), CONTENT)
     at = outdir / ".choosing-a-run.json" if existing else outdir
-    assert str(error.value) == (f"--outdir={outdir} cannot be used (Permission denied: {at}); expected a folder that "
-                                "can be written: choose another, or change its permissions")
+    assert str(error.value) == (f"--outdir={outdir} cannot be used (Permission denied: {at}); expected a writable "
+                                "folder: choose another, or change its permissions")
 
 
 def test_choose_run_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
@@ -683,5 +683,5 @@ def test_choose_run_a_choosing_program_that_hangs_is_named(tmp_path, monkeypatch
     with ProcessLock(tmp_path / ".choosing-a-run.json"), pytest.raises(UserError) as error:
         choose_run(tmp_path, config_of(), CONTENT)
     assert re.fullmatch(re.escape(f"a run in {tmp_path} is being chosen by process {os.getpid()} on ") + ".*"
-                        + re.escape("; expected it to take no time: try again, or remove "
+                        + re.escape("; expected that to take a moment: try again, or remove "
                                     f"{tmp_path}/.choosing-a-run.json if that process is gone"), str(error.value))

@@ -1,4 +1,4 @@
-"""training.run_output: which images and latents a run shows, and that every cell is where it belongs."""
+"""training.run_output: which images and latents a run shows, and that every cell is in its place."""
 
 import numpy as np
 import PIL.Image

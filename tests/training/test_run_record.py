@@ -102,7 +102,7 @@ def test_describe_difference_names_what_changed():
         f"step.loss.gamma is {base['options']['step.loss.gamma']} there and 3 here"
     assert describe_difference(base, identify(config_of(), "1" * 64)) == "the data differ"
     assert describe_difference(base, {**base, "resume": "ab"}) == "the network of --resume differs"
-    assert describe_difference({**base, "version": 0}, base) == "it was begun by another version of this program"
+    assert describe_difference({**base, "version": 0}, base) == "it was started by another version of this program"
     many = describe_difference(base, identify(config_of(aug="noaug", seed=1), CONTENT))
     assert many.startswith("augment.strengths is not set there and {} here; "
                            "augment.strengths.aniso is 1 there and not set here; ")
@@ -140,7 +140,7 @@ def test_read_record_gives_back_what_was_written(folder):
     (lambda content: content.update(passes=[{"from_nimg": 0}]),
      ": passes is [{'from_nimg': 0}]; expected a list of from_nimg and batch_gpu"),
     (lambda content: content.update(identity=[]), ": identity is []; expected version, data, resume and options"),
-    (lambda content: content.update(versions={"torch": 2}), ": versions is {'torch': 2}; expected names with texts"),
+    (lambda content: content.update(versions={"torch": 2}), ": versions is {'torch': 2}; expected names with strings"),
     (lambda content: content["config"].pop("seed"), ": config.seed is missing; expected a whole number"),
     (lambda content: content["config"]["step"].update(batch="16"),
      ": config.step.batch is '16'; expected a whole number"),

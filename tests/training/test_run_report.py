@@ -1,4 +1,4 @@
-"""training.run_report: what a run says of itself, cut where it continues, and training that outlives a full disk."""
+"""training.run_report: the reports of a run, truncated when it continues, and training on a full disk."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def test_reporter_of_another_process_does_nothing(tmp_path, capsys):
     reporter.log("words")
     reporter.tick(a_tick(0), STATISTICS)
     reporter.metric("fid", {"results": {"fid": 1.0}, "total_time": 1}, tick=0, nimg=0, num_gpus=2, snapshot=None)
-    with reporter.surviving("a file"):
+    with reporter.surviving("write a file"):
         raise OSError
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
@@ -273,7 +273,7 @@ def test_event_file_is_a_new_one_whichever_was_removed(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A disk that takes 10 more bytes of each piece, until it is set to True."""
+    """A disk that writes only 10 bytes of each block, until it is set to True."""
     state = {"has_room": False}
     write = os.write
 
@@ -292,13 +292,13 @@ def test_full_disk_warns_once_and_loses_nothing(tmp_path, capsys, full_disk):
     reporter = Reporter(tmp_path, is_main=True)
     for number in range(3):
         reporter.tick(a_tick(number), STATISTICS)
-        with reporter.surviving("fakes000000.png"):
+        with reporter.surviving("write fakes000000.png"):
             raise OSError(28, "No space left on device")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("tick")] == [
-        "warning: log.txt cannot be written (No space left on device); training goes on; "
-        "missing lines follow once there is room again",
-        "warning: fakes000000.png cannot be written (No space left on device); training goes on without it"]
+        "warning: failed to write log.txt (No space left on device); training continues; missing lines are written "
+        "once there is space again",
+        "warning: failed to write fakes000000.png (No space left on device); training continues"]
     assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())  # no half lines
     full_disk["has_room"] = True
     reporter.tick(a_tick(3), STATISTICS)
@@ -306,9 +306,9 @@ def test_full_disk_warns_once_and_loses_nothing(tmp_path, capsys, full_disk):
     assert events(tmp_path)["Progress/tick"] == [(8, 0.0), (1008, 1.0), (2008, 2.0), (3008, 3.0)]
     assert [line[20:26] for line in (tmp_path / "log.txt").read_text(encoding="ascii").splitlines()] == [
         "tick 0", "warnin", "warnin", "tick 1", "tick 2", "tick 3"]
-    with reporter.surviving("fakes000000.png"):
+    with reporter.surviving("write fakes000000.png"):
         raise OSError(28, "No space left on device")
-    assert "warning: fakes000000.png cannot be written" in capsys.readouterr().out  # a new trouble, a new warning
+    assert "warning: failed to write fakes000000.png" in capsys.readouterr().out  # a new trouble, a new warning
 
 
 def test_vanished_folder_warns_once_and_comes_back(tmp_path, capsys):
@@ -319,7 +319,7 @@ def test_vanished_folder_warns_once_and_comes_back(tmp_path, capsys):
         reporter.tick(a_tick(number), STATISTICS)
         report_metric(reporter, number)
     out = capsys.readouterr().out
-    assert out.count("warning: log.txt cannot be written (No such file or directory); training goes on") == 1
+    assert out.count("warning: failed to write log.txt (No such file or directory); training continues") == 1
     assert out.count("warning") == 1
     (tmp_path / "gone").rename(folder)
     reporter.tick(a_tick(3), STATISTICS)
@@ -327,7 +327,7 @@ def test_vanished_folder_warns_once_and_comes_back(tmp_path, capsys):
 
 
 def test_surviving_lets_other_errors_through(tmp_path):
-    with pytest.raises(KeyError), Reporter(tmp_path, is_main=True).surviving("a file"):
+    with pytest.raises(KeyError), Reporter(tmp_path, is_main=True).surviving("write a file"):
         raise KeyError
 
 

@@ -152,14 +152,14 @@ def test_balance_file_of_images_is_taken_as_it_is(dataset, tmp_path):
     ("name,weight\n", "has the columns name, weight; expected class,weight or file,weight"),
     ("", "has the columns none; expected class,weight or file,weight"),
     ("class,weight\nnevus,1\n",
-     "names the class nevus, which the data set has not; expected benign, melanoma, other"),
-    ("file,weight\nx.png,1\n", "names the file x.png, which the data set has not; expected 00000/img00000000.png, "
+     "lists the class nevus, which is not in the data set; expected benign, melanoma, other"),
+    ("file,weight\nx.png,1\n", "lists the file x.png, which is not in the data set; expected 00000/img00000000.png, "
      "00000/img00000001.png, 00000/img00000002.png, 00000/img00000003.png, 00000/img00000004.png, ..."),
     ("class,weight\nbenign,-1\n", ", line 2 is benign,-1; expected class,weight with a number >= 0"),
     ("class,weight\nbenign,many\n", ", line 2 is benign,many; expected class,weight with a number >= 0"),
     ("class,weight\nbenign,1,2\n", ", line 2 is benign,1,2; expected class,weight with a number >= 0"),
-    ("class,weight\nbenign,1\nbenign,2\n", ", line 3 names class benign a second time"),
-    ("class,weight\nbenign,0\n", ": all weights are 0; expected one above 0"),
+    ("class,weight\nbenign,1\nbenign,2\n", ", line 3 lists class benign a second time"),
+    ("class,weight\nbenign,0\n", ": all weights are 0; expected at least one above 0"),
 ])
 def test_balance_file_that_does_not_fit_is_refused(dataset, tmp_path, text, message):
     path = tmp_path / "w.csv"
@@ -173,7 +173,7 @@ def test_balance_errors_name_what_is_missing(dataset, tmp_path):
     (tmp_path / "w.csv").write_text("class,weight\nother,1\n")
     with pytest.raises(UserError) as caught:
         image_weights(tmp_path / "w.csv", dataset)
-    expected = f"class other has a weight but no image in {dataset.path}"
+    expected = f"class other has a weight, but no images in {dataset.path}"
     assert str(caught.value) == f"--balance={tmp_path / 'w.csv'}: {expected}"
     with pytest.raises(UserError, match=r"expected none, classes, or a CSV file$"):
         image_weights(tmp_path / "absent.csv", dataset)

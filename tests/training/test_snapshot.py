@@ -1,4 +1,4 @@
-"""training.snapshot: what is saved comes back bit for bit; anything else is refused in one line."""
+"""training.snapshot: saved networks load bit for bit; other files are rejected with one line."""
 import json
 import os
 from pathlib import Path
@@ -107,9 +107,9 @@ def test_load_network_pickle_of_every_architecture_equals_what_was_pickled(tmp_p
 def pickle_changes():
     weight = torch.zeros(4, 4, 4)
     return {
-        "G_ema does not fit its constructor arguments: missing tensors 'synthesis.b4.const'; unknown tensors none":
+        "G_ema does not match its constructor arguments: missing tensors 'synthesis.b4.const'; unknown tensors none":
             lambda b4: b4["_parameters"].pop("const"),
-        "G_ema does not fit its constructor arguments: missing tensors none; unknown tensors 'synthesis.b4.extra'":
+        "G_ema does not match its constructor arguments: missing tensors none; unknown tensors 'synthesis.b4.extra'":
             lambda b4: b4["_parameters"].update(extra=writer.parameter(weight)),
         "G_ema.synthesis.b4.const has shape [4, 4, 3]; expected [4, 4, 4]":
             lambda b4: b4["_parameters"].update(const=writer.parameter(weight[:, :, :3])),
@@ -212,7 +212,7 @@ def test_load_network_tensors_outlive_a_change_of_the_file(tmp_path):
 @pytest.mark.parametrize(("config", "expected"), [
     ({"info": {"path": Path("x")}}, "config['info'] is not plain JSON"),
     ({"info": {"x": float("nan")}}, "config['info'] is not plain JSON"),
-    ({"info": {1: "x"}}, "config['info'] has a key that is not a text; JSON would change it: use text keys"),
+    ({"info": {1: "x"}}, "config['info'] has a key that is not a string; expected string keys, as JSON changes others"),
     ({"info": [1]}, "config['info'] is [1]; expected a dict"),
     ({"seed": 1}, "config has the entries ['seed']; expected G, D, G_ema and info: put others into info"),
     ({"G": {"z_dim": 9}}, "config['G'] differs from the constructor arguments of G; expected the same"),
@@ -235,8 +235,8 @@ def test_save_network_without_averaged_generator_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("content", "expected"), [
     (b"", "is empty"),
-    (b"<!DOCTYPE html><html>", "is a web page (an HTML or XML text), perhaps a failed download"),
-    (b"\n  <html>", "is a web page (an HTML or XML text), perhaps a failed download"),
+    (b"<!DOCTYPE html><html>", "is a web page (HTML or XML), perhaps from a failed download"),
+    (b"\n  <html>", "is a web page (HTML or XML), perhaps from a failed download"),
     (b"PK\x03\x04" + bytes(60), "is a zip archive (a data set, or a checkpoint of torch.save)"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
      "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`"),
@@ -288,8 +288,8 @@ HEADER_CHANGES = {
     f"its header does not name the format {FORMAT_NAME}": lambda h: h.update(format="other"),
     f"it has format version {FORMAT_VERSION + 1}; this program reads up to {FORMAT_VERSION}: update it":
         lambda h: h.update(version=FORMAT_VERSION + 1),
-    "its header has version '1'; expected a count from 1": lambda h: h.update(version="1"),
-    "its header has version True; expected a count from 1": lambda h: h.update(version=True),
+    "its header has version '1'; expected a whole number >= 1": lambda h: h.update(version="1"),
+    "its header has version True; expected a whole number >= 1": lambda h: h.update(version=True),
     "its header has the fields ['extra', 'format', 'info', 'networks', 'version']; "
     "expected ['format', 'info', 'networks', 'version']": lambda h: h.update(extra=1),
     "its header does not describe exactly G, D and G_ema": lambda h: h["networks"].pop("D"),
@@ -305,14 +305,14 @@ def test_load_network_malformed_header_is_refused(tmp_path, expected):
 
 
 CONTENT_CHANGES = {
-    "the tensor 'D.b8.conv0.bias' belongs to no network of the header":
+    "the tensor 'D.b8.conv0.bias' does not belong to a network of the header":
         (lambda h: h["networks"].update(D=None), lambda t: [t.pop(n) for n in list(t) if n[0] == "D" and
                                                             n != "D.b8.conv0.bias"]),
-    "the tensor 'H.weight' belongs to no network of the header":
+    "the tensor 'H.weight' does not belong to a network of the header":
         (None, lambda t: t.update({"H.weight": torch.zeros(1)})),
-    "D does not fit its constructor arguments: missing tensors 'b4.out.bias'; unknown tensors none":
+    "D does not match its constructor arguments: missing tensors 'b4.out.bias'; unknown tensors none":
         (None, lambda t: t.pop("D.b4.out.bias")),
-    "G does not fit its constructor arguments: missing tensors none; unknown tensors 'x'":
+    "G does not match its constructor arguments: missing tensors none; unknown tensors 'x'":
         (None, lambda t: t.update({"G.x": torch.zeros(1)})),
     "G.mapping.w_avg has shape [7]; expected [8]": (None, lambda t: t.update({"G.mapping.w_avg": torch.zeros(7)})),
     "G.mapping.w_avg is torch.int64; expected float32 or float64":
@@ -328,7 +328,7 @@ CONTENT_CHANGES = {
 def test_load_network_content_that_does_not_fit_is_refused(tmp_path, expected):
     change_header, change_tensors = CONTENT_CHANGES[expected]
     rewrite(tmp_path / "a.safetensors", change_header, change_tensors)
-    assert refused(tmp_path / "a.safetensors").startswith(f"does not hold together: {expected}")
+    assert refused(tmp_path / "a.safetensors").startswith(f"is inconsistent: {expected}")
 
 
 def test_load_network_keeps_the_layout_that_the_arguments_ask_for(tmp_path):

@@ -1,4 +1,4 @@
-"""Metrics within the time of a run: given up, left out, made up for, and failing with or without the GPU."""
+"""Metrics within the time limit of a run: aborted, postponed, caught up on, and failing with or without the GPU."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ NIMG = [200, 800, 1400, 2000, 2600, 3000]  # of the networks that `train` writes
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Networks of four channels, and a step that learns nothing but gives the generator other weights each time."""
+    """Networks of four channels, and a step that does not learn but changes the generator's weights each time."""
     def step(state, inputs, config, processes):
         with torch.no_grad():
             for parameter in state.G_ema.parameters():
@@ -52,7 +52,7 @@ def quick(monkeypatch):
 
 
 def train(folder, evaluate, kimg=3, snap=1, **settings):
-    """Train or continue a run of 200 images an iteration, with a network file every 600."""
+    """Train or continue a run with 200 images per iteration, and a network snapshot every 600."""
     folder.mkdir(exist_ok=True)
     if not (folder / "set.zip").exists():
         make_set(folder / "set.zip", labels=[0, 1] * 3)
@@ -64,7 +64,7 @@ def train(folder, evaluate, kimg=3, snap=1, **settings):
 
 
 class Metric:
-    """Finds a number that follows from the weights; `at` says what happens, by the number of the call from 1 on."""
+    """Computes a number from the weights; `at` decides what happens in a call, by its number from 1 on."""
 
     def __init__(self, at=None, seconds=1.0):
         self.at, self.seconds, self.calls = at or {}, seconds, 0
@@ -102,7 +102,7 @@ def state_in(folder):
 
 @pytest.fixture
 def whole(tmp_path):
-    """A run that nothing happened to."""
+    """An uninterrupted run."""
     assert train(tmp_path / "whole", Metric()) == loop.EXIT_DONE
     assert [line["nimg"] for line in lines(tmp_path / "whole")] == NIMG
     return tmp_path / "whole"
@@ -127,8 +127,8 @@ def test_signal_during_metrics_gives_them_up_with_a_state_and_they_are_made_up(w
     capsys.readouterr()
     assert train(here, Metric({number: signal.SIGUSR1})) == loop.EXIT_STOPPED
     out = capsys.readouterr().out.splitlines()
-    assert out[-2] == (f"metrics at kimg {nimg / 1000:.1f} are left out (SIGUSR1 received); they are computed with the "
-                       f"next network file, or by calc_metrics.py --run={run_in(here)}")
+    assert out[-2] == (f"metrics at kimg {nimg / 1000:.1f} are postponed (SIGUSR1 received): they are computed with "
+                       f"the next network snapshot, or by calc_metrics.py --run={run_in(here)}")
     assert out[-1] == (f"stopped after {nimg} images (SIGUSR1 received); the same command " + (
         "computes the metrics at kimg 3.0" if nimg == 3000 else "continues"))
     assert state_in(here)["training/nimg"] == nimg
@@ -156,19 +156,19 @@ def test_metrics_that_would_not_end_in_time_are_left_out_with_a_line(tmp_path, c
     assert metric.calls == 1  # how long it takes is not known before
     out = capsys.readouterr().out
     for nimg in NIMG[1:]:
-        assert (f"metrics at kimg {nimg / 1000:.1f} are left out (they took 2:00:00 or more the last time, and 1:00:00 "
-                "of --max-hours are left); they are computed with the next network file, or by calc_metrics.py "
-                f"--run={run_in(here)}\n") in out
+        assert (f"metrics at kimg {nimg / 1000:.1f} are postponed (metrics took at least 2:00:00 the last time, and "
+                "1:00:00 of --max-hours is left): they are computed with the next network snapshot, or by "
+                f"calc_metrics.py --run={run_in(here)}\n") in out
     assert out.splitlines()[-1].endswith("; the same command computes the metrics at kimg 0.8, 1.4, 2.6, 3.0")
-    assert ("metrics at kimg 2.000 are not computed (they took 2:00:00 or more the last time, and 1:00:00 of "
-            "--max-hours are left): another network takes the place of network-snapshot-000002.safetensors\n") in out
+    assert ("metrics at kimg 2.000 were not computed (metrics took at least 2:00:00 the last time, and 1:00:00 of "
+            "--max-hours is left): another network overwrites network-snapshot-000002.safetensors\n") in out
     assert not read_record(run_in(here)).finished
 
     # A command that has no more time than they take leaves them, and the run is over.
     assert train(here, metric, max_hours=1) == loop.EXIT_DONE
     assert capsys.readouterr().out.splitlines()[-2] == (
-        "warning: the metrics at kimg 0.8, 1.4, 2.6, 3.0 are not computed; calc_metrics.py "
-        f"--run={run_in(here)} computes them")
+        "warning: the metrics at kimg 0.8, 1.4, 2.6, 3.0 were not computed; compute them with calc_metrics.py "
+        f"--run={run_in(here)}")
     assert metric.calls == 1
     assert read_record(run_in(here)).finished
 
@@ -206,8 +206,8 @@ def test_metrics_that_did_not_end_in_a_commands_time_do_not_take_that_of_the_nex
     metric = Long()
     assert train(here, metric) == loop.EXIT_STOPPED
     assert metric.calls == 0
-    assert ("metrics at kimg 0.8 are left out (they took 0:40 or more the last time, and 0:30 of --max-hours are "
-            "left); ") in capsys.readouterr().out
+    assert ("metrics at kimg 0.8 are postponed (metrics took at least 0:40 the last time, and 0:30 of --max-hours is "
+            "left): ") in capsys.readouterr().out
     assert train(here, metric) == loop.EXIT_DONE  # nothing else was done, and there is no time
     assert metric.calls == 0
     left = itertools.repeat(50.0)
@@ -234,7 +234,7 @@ def test_metrics_that_calc_metrics_computed_are_not_made_up(tmp_path):
 def test_metric_that_fails_is_a_line_and_training_goes_on(tmp_path, capsys, error):
     assert train(tmp_path / "here", Metric({2: error})) == loop.EXIT_DONE
     text = " ".join(str(error).split())
-    assert f"warning: metrics failed ({type(error).__name__}: {text}); training goes on\n" in capsys.readouterr().out
+    assert f"warning: metrics failed ({type(error).__name__}: {text}); training continues\n" in capsys.readouterr().out
     assert [line["nimg"] for line in lines(tmp_path / "here")] == [200, *NIMG[2:]]
 
 
@@ -243,8 +243,8 @@ def test_gpu_that_fails_in_metrics_ends_the_run_and_the_same_command_continues(w
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(torch.AcceleratorError):
         train(here, Metric({2: error}), new=True)
-    line = ("stopped: the GPU fails since metrics were computed (AcceleratorError: CUDA error: an illegal memory "
-            "access was encountered); the same command (without --new) continues")
+    line = ("stopped: the GPU failed while computing metrics (AcceleratorError: CUDA error: an illegal memory access "
+            "was encountered); the same command (without --new) continues")
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert line in (run_in(here) / "log.txt").read_text()
     assert state_in(here)["training/nimg"] == 800
@@ -266,8 +266,8 @@ def test_network_that_cannot_be_loaded_to_make_up_metrics_ends_the_run_where_the
         else:
             assert train(here, Metric()) == loop.EXIT_DONE
     said, what = capsys.readouterr().out, f"({type(error).__name__}: {error}); "
-    assert (f"stopped: the GPU fails since metrics were computed {what}the same command continues\n" if lost else
-            f"warning: metrics at kimg 0.8 cannot be computed {what}training goes on\n") in said
+    assert (f"stopped: the GPU failed while computing metrics {what}the same command continues\n" if lost else
+            f"warning: failed to compute metrics at kimg 0.8 {what}training continues\n") in said
     if lost:
         assert train(here, Metric()) == loop.EXIT_DONE
     assert [line["nimg"] for line in lines(here)] == (NIMG if lost else [NIMG[0], *NIMG[2:]])
@@ -280,7 +280,7 @@ def test_network_that_is_gone_or_damaged_before_metrics_are_made_up_is_named(tmp
     path = sorted(run_in(here).glob("network-snapshot-*"))[-1]
     damage(path)
     assert train(here, Metric()) == loop.EXIT_DONE
-    assert (f"warning: metrics at kimg 0.8 are not computed: {path.name} is missing, damaged, or another network\n"
+    assert (f"warning: metrics at kimg 0.8 were not computed: {path.name} is missing, damaged, or another network\n"
             in capsys.readouterr().out)
     assert [line["nimg"] for line in lines(here)] == [NIMG[0], *NIMG[2:]]
 
@@ -320,7 +320,7 @@ BEST = BestValue(metric=METRIC, key=METRIC, lower_is_better=True)
 
 
 class Values(Metric):
-    """Finds given values, one after the other."""
+    """Computes the given values, one after the other."""
 
     def __init__(self, *values, at=None):
         super().__init__(at)
@@ -408,7 +408,7 @@ def test_metrics_of_a_replaced_network_that_fail_are_not_tried_again(tmp_path, c
     here = tmp_path / "here"
     assert train(here, Metric({1: signal.SIGTERM})) == loop.EXIT_STOPPED
     assert train(here, Metric({1: RuntimeError("no luck")})) == loop.EXIT_DONE  # at 0.8 kimg, before its network
-    assert "warning: metrics failed (RuntimeError: no luck); training goes on\n" in capsys.readouterr().out
+    assert "warning: metrics failed (RuntimeError: no luck); training continues\n" in capsys.readouterr().out
     assert [line["nimg"] for line in lines(here)] == NIMG[1:]
 
 
@@ -424,7 +424,7 @@ def test_metrics_without_a_network_file_are_not_made_up(tmp_path, monkeypatch, c
 
         patch.setattr(os, "replace", refusing)
         assert train(here, Metric({1: signal.SIGTERM})) == loop.EXIT_STOPPED
-    assert ("metrics at kimg 0.200 are not computed (SIGTERM received): its network file could not be written\n"
+    assert ("metrics at kimg 0.200 were not computed (SIGTERM received): its network snapshot could not be written\n"
             ) in capsys.readouterr().out
     assert train(here, Metric()) == loop.EXIT_DONE
     assert [line["nimg"] for line in lines(here)] == NIMG[1:]

@@ -1,4 +1,4 @@
-"""The training state: schedules, and that nothing is missing from what is saved."""
+"""The training state: schedules, and that saved states are complete."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def run(state, config, iterations):
 
 
 def saved_and_opened(state):
-    """Return what a file brings back, opened in the way that runs no code."""
+    """Return the content of a file, loaded without running code."""
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
     file.seek(0)
@@ -111,18 +111,18 @@ def without(key):
 
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda saved: saved.update(version=7), "training state has version 7; expected 1"),
-    (lambda saved: saved.pop("pl_mean"), "training state differs in pl_mean; expected the names that these networks "
-     "have: continue with the options of the run that saved it"),
-    (without("mapping.w_avg"), "training state: G differs in mapping.w_avg; expected the names that these networks "
-     "have: continue with the options of the run that saved it"),
+    (lambda saved: saved.pop("pl_mean"), "training state differs in pl_mean; expected the names of these networks: "
+     "continue with the options of the run that saved it"),
+    (without("mapping.w_avg"), "training state: G differs in mapping.w_avg; expected the names of these networks: "
+     "continue with the options of the run that saved it"),
     (lambda saved: saved["D"].update({"b4.out.bias": torch.zeros(3)}),
      "training state: D.b4.out.bias is [3]; expected a tensor [16]"),
     (lambda saved: saved.update(iteration=None), "training state: iteration is None; expected a whole number >= 0"),
     (lambda saved: saved.update(nimg=-1), "training state: nimg is -1; expected a whole number >= 0"),
     (lambda saved: saved.update(G=4), "training state: G is int; expected names with values"),
     (lambda saved: saved["g_adam"]["mapping.fc0.weight"].pop("step"),
-     "training state: g_adam.mapping.fc0.weight differs in step; expected the names that these networks have: continue "
-     "with the options of the run that saved it"),
+     "training state: g_adam.mapping.fc0.weight differs in step; expected the names of these networks: continue with "
+     "the options of the run that saved it"),
     (lambda saved: saved["g_adam"].update(other=saved["g_adam"]["mapping.fc0.weight"]),
      "training state: g_adam has moments of other; expected parameters of the network"),
     (lambda saved: saved["d_adam"]["b4.out.bias"].update(exp_avg=torch.zeros(2)),

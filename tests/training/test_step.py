@@ -1,4 +1,4 @@
-"""One training iteration: what moves when, and what must not."""
+"""One training iteration: what changes when, and what must not."""
 
 import copy
 import dataclasses
@@ -154,7 +154,7 @@ def adam_of(values, device, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam(device, dtype):
-    """`train_step` leaves steps out by it. Where this fails, a new PyTorch needs another way before it can be used."""
+    """`train_step` skips steps with it. If this fails, a new PyTorch needs another way."""
     rng = torch.Generator().manual_seed(0)
     values, *gradients = ([torch.randn(5, 3, generator=rng), torch.randn(7, generator=rng)] for _ in range(4))
     adam, parameters = adam_of(values, device, dtype)
@@ -182,7 +182,7 @@ def test_pytorch_still_honors_the_undocumented_found_inf_of_a_fused_adam(device,
     step(gradients[2], 0.0)
     after = everything()
 
-    adam, parameters = adam_of(values, device, dtype)  # the steps that were left out never were, nor their number
+    adam, parameters = adam_of(values, device, dtype)  # as if the skipped steps had never been, nor been counted
     step(gradients[0], None)
     step(gradients[2], None)
     for now, then in zip(after, everything()):
@@ -334,7 +334,7 @@ def test_step_frozen_layers_stay():
     (lambda inputs: only(inputs, mix_cutoffs=[0]), "Gmain: mix_cutoffs are [0]; expected 1 from 1 to 6"),
     (lambda inputs: only(inputs, mix_cutoffs=[]), "Gmain: mix_cutoffs are []; expected 1 from 1 to 6"),
     (lambda inputs: only(inputs, seeds=()),
-     "Gmain: there are 0 seeds; expected 1: layer noise and augmentation draw from them"),
+     "Gmain: there are 0 seeds; expected 1, for layer noise and augmentation"),
 ])
 def test_step_refuses_inputs_that_do_not_fit(change, message):
     config = small_config()

@@ -1,8 +1,8 @@
-"""A training step does not wait for its device, but where it says so.
+"""A training step synchronizes with its device only in documented places.
 
-A device works behind the program that feeds it. Whoever reads a value of it waits until all of that work is done, and
-then the device waits for new work. These tests run whole iterations and find every such reading. They need no device:
-on "meta" tensors have no values, so that whatever wants one is seen, and gets a value made up.
+A device works asynchronously. Reading a value from it waits until all its work is done, and then the device waits for
+new work. These tests run whole iterations and find every such read. They need no device: "meta" tensors have no values,
+so that every read is detected, and gets an invented value.
 """
 
 import argparse
@@ -42,7 +42,7 @@ DOCUMENTED = {
 
 
 class Readings(TorchDispatchMode):
-    """A context that counts, by place in the project's code, what reads values of the device."""
+    """Context manager that counts reads of values from the device, by place in the project's code."""
 
     def __init__(self, device):
         super().__init__()
@@ -62,7 +62,7 @@ class Readings(TorchDispatchMode):
 
 
 def waits(name, args, kwargs, device):
-    """Tell whether an operator with these arguments waits for the device."""
+    """Tell whether an operator with these arguments synchronizes with the device."""
     if name == aten._to_copy:
         return copy_waits(args[0].device, kwargs.get("device", args[0].device), kwargs.get("non_blocking"), device)
     if name == aten.copy_:
@@ -73,7 +73,7 @@ def waits(name, args, kwargs, device):
 
 
 def copy_waits(source, target, non_blocking, device):
-    """A copy to the device returns at once if asked to; after a copy from it, the values are wanted."""
+    """A copy to the device can return at once; a copy from it is made for its values."""
     arrives = target.type == device
     return source.type != target.type and not (arrives and non_blocking)
 
@@ -83,7 +83,7 @@ def on(value, device):
 
 
 def place():
-    """Return the innermost function of the project that is at work, as "file:function"."""
+    """Return the innermost running function of the project, as "file:function"."""
     frame = sys._getframe(2)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
@@ -138,7 +138,7 @@ def test_step_on_the_host_has_no_other_operators_that_wait():
     inputs = inputs_on("cpu", state, config)
     with Readings("cpu") as readings:
         train_step(state, inputs, config)
-    # p is kept on the host, whatever the device. 2 micro-batches: Gmain 1, Dmain 2, Dreg 1 of each.
+    # p is always on the host. 2 micro-batches: Gmain 1, Dmain 2, Dreg 1 of each.
     assert readings.places == {"training/step.py:_name_non_finite": 1, "training/augment.py:_augment": 8}
 
 

@@ -24,7 +24,7 @@ from torch_utils.ops import compiled
 from training.command import make_command
 from training.config import DatasetFacts
 from training.dataset import hash_content
-from training.dry_run import describe
+from training.dry_run import describe_settings
 from training.options import TrainOptions, resolve
 from training.run_folder import choose_run
 from training.sampling import image_weights
@@ -37,9 +37,9 @@ BASE = ("--outdir=runs", "--data=set.zip", "--metrics=none")
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with a data set of six labeled images of 16x16; bf16 is slow here, and no GPU is seen.
+    """Working folder with a data set of six labeled images of 16x16; bf16 counts as slow, and there is no GPU.
 
-    The allocator of the tests' process is left alone.
+    The allocator of the test process is not changed.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.command.tune_malloc",
@@ -55,7 +55,7 @@ def inside(tmp_path, monkeypatch):
 
 
 class Trainer:
-    """Takes the place of the training: keeps what it would get."""
+    """Replaces the training: records its arguments."""
 
     def __call__(self, config, settings, dataset):
         self.config, self.settings, self.dataset = config, settings, dataset
@@ -63,7 +63,7 @@ class Trainer:
 
 
 def start(capsys, *arguments):
-    """Return what the training gets, and standard error."""
+    """Return the arguments of the training, and standard error."""
     trainer = Trainer()
     code = run(make_command(trainer, choose_metrics), replaced(BASE, arguments))
     captured = capsys.readouterr()
@@ -80,7 +80,7 @@ def dry_run(capsys, *arguments):
 
 
 def refuse(capsys, *arguments):
-    """Return the one line of a mistake, without "error: "; nothing may be left."""
+    """Return the error message of a command, without "error: "; it must not leave files."""
     before = sorted(os.listdir())
     code = run(make_command(None, choose_metrics), list(arguments))
     captured = capsys.readouterr()
@@ -211,12 +211,12 @@ def test_dry_run_counts_network_files_and_their_bytes(inside, capsys):
     assert snapshots["bytes_each"] == pytest.approx(size, rel=0.02)
     assert snapshots["bytes_written"] == snapshots["bytes_kept"] == 6 * snapshots["bytes_each"]
     assert found["files"]["network-snapshot-KKKKKK.safetensors"] == (
-        "every 4 ticks (2 kimg); 2.9 MB each; 6 in all, 17 MB")
+        "every 4 ticks (2 kimg); 2.9 MB each; 6 in total, 17 MB")
     found, _ = dry_run(capsys, *flags, "--metrics=kid5", "--keep=2", "--keep-best=kid5")
     assert (found["keep"], found["keep_best"], found["snapshots"]["kept"]) == (2, "kid5", 4)
     assert found["snapshots"]["bytes_kept"] == 4 * snapshots["bytes_each"]
     assert found["files"]["network-snapshot-KKKKKK.safetensors"] == (
-        "every 4 ticks (2 kimg); 2.9 MB each; 6 in all, 17 MB; --keep=2 --keep-best=kid5 keeps 4 at a time, 11 MB")
+        "every 4 ticks (2 kimg); 2.9 MB each; 6 in total, 17 MB; --keep=2 --keep-best=kid5 keeps 4 at a time, 11 MB")
     found, _ = dry_run(capsys, *flags, "--metrics=kid5", "--keep-best=kid5")
     assert (found["keep"], found["snapshots"]["kept"]) == (1, 3)
 
@@ -261,7 +261,7 @@ def test_resume_takes_a_file(inside, capsys):
 
 
 def save_snapshots(folder, *numbers):
-    """Make what a run of this number of network files leaves behind; the newest is another network."""
+    """Create the folder of a run with this number of network snapshots; the newest is another network."""
     Path(folder).mkdir(parents=True)
     for number in numbers:
         save_tiny_network(f"{folder}/network-snapshot-{number:06d}.safetensors", seed=number)
@@ -283,9 +283,9 @@ def test_resume_takes_a_pattern_or_a_run_and_says_the_file(resume, path, inside,
 def test_resume_that_matches_several_files_lists_them(inside, capsys):
     save_snapshots("bases/00000-a", 8, 12)
     assert refuse(capsys, *BASE, "--cfg=tiny", "--resume=bases/*/network-snapshot-*") == (
-        "--resume is bases/*/network-snapshot-*, which matches 2: bases/00000-a/network-snapshot-000008.safetensors, "
-        "bases/00000-a/network-snapshot-000012.safetensors; expected a pattern that matches one, a network file or the "
-        "folder of a run")
+        "--resume is bases/*/network-snapshot-*, which matches 2 paths: "
+        "bases/00000-a/network-snapshot-000008.safetensors, bases/00000-a/network-snapshot-000012.safetensors; "
+        "expected a pattern that matches one, a network file or the folder of a run")
 
 
 @pytest.mark.parametrize("resume", ["bases/00000-a", "*/0000?-*/network-snapshot-000008.safetensors"])
@@ -301,10 +301,10 @@ def test_same_command_continues_its_run_when_resume_could_mean_a_newer_file(resu
     save_tiny_network(run_folder.path / "network-snapshot-000008.safetensors", seed=21)
     again, _ = start(capsys, *flags)
     assert again.config.resume == path
-    assert again.settings.notes[-1] == f"--resume: {path}, which {run_folder.path} began from"
+    assert again.settings.notes[-1] == f"--resume: {path}, which {run_folder.path} started from"
     found, _ = dry_run(capsys, *flags)
     assert (found["run_folder"], found["continues"]) == (str(run_folder.path), True)
-    if resume == "bases/00000-a":  # a run of other settings, or a new one, begins from the newest
+    if resume == "bases/00000-a":  # a run with other settings, or a new one, starts from the newest
         newest = "bases/00000-a/network-snapshot-000020.safetensors"
         assert start(capsys, *flags, "--seed=1")[0].config.resume == newest
         assert start(capsys, *flags, "--new")[0].config.resume == newest
@@ -314,15 +314,15 @@ def test_resume_of_other_classes_names_both_and_new_classes_start_anew(inside, c
     save_tiny_network("network.safetensors", cond=True, classes=["nv", "mel", "bkl"])
     flags = ["--cfg=tiny", "--resume=network.safetensors", "--cond=1"]
     assert refuse(capsys, *BASE, *flags) == (
-        "--resume=network.safetensors: the network was trained with the classes nv, mel, bkl, and this run trains with "
-        "the classes nv, mel, bcc; expected the same: --resume-classes=new lets the class embedding start anew and "
-        "takes all else")
+        "--resume=network.safetensors: the network was trained with the classes nv, mel, bkl, but this run trains with "
+        "the classes nv, mel, bcc; expected the same: --resume-classes=new starts the class embedding from random "
+        "weights and takes all else")
     found, _ = dry_run(capsys, *flags, "--resume-classes=new")
     assert found["resume_classes"] == "new"
     assert found["resume_takes"][0] == (
-        "classes: the embedding starts anew; the network was trained with the classes nv, mel, bkl, and this run "
-        "trains with the classes nv, mel, bcc")
-    assert found["resume_takes"][1].endswith("; 2 begin anew (mapping.embed)")
+        "classes: the embedding starts from random weights; the network was trained with the classes nv, mel, bkl, and "
+        "this run trains with the classes nv, mel, bcc")
+    assert found["resume_takes"][1].endswith("; 2 start from random weights (mapping.embed)")
     assert start(capsys, *flags, "--resume-classes=new")[0].config.resume_classes == "new"
     unconditional, _ = dry_run(capsys, *flags[:2], "--resume-classes=new")
     assert "this run trains without classes" in unconditional["resume_takes"][0]
@@ -332,11 +332,10 @@ def test_dry_run_says_that_classes_are_taken_by_name_or_number(inside, capsys):
     flags = ["--cfg=tiny", "--resume=network.safetensors", "--cond=1"]
     save_tiny_network("network.safetensors", cond=True, classes=["bcc", "nv", "mel"])
     assert dry_run(capsys, *flags)[0]["resume_takes"][0] == (
-        "classes: taken by name; nv, mel, bcc are bcc, nv, mel in the network file")
+        "classes: matched by name; nv, mel, bcc are bcc, nv, mel in the network file")
     save_tiny_network("network.safetensors", cond=True)
     assert dry_run(capsys, *flags)[0]["resume_takes"][0] == (
-        "classes: taken by number, since the network file does not name its own; make sure that their order is the "
-        "same")
+        "classes: matched by number, since the network file does not name them; make sure that their order is the same")
 
 
 def test_valid_with_other_classes_is_refused_and_with_others_numbers_is_not(inside, capsys):
@@ -350,7 +349,7 @@ def test_valid_with_other_classes_is_refused_and_with_others_numbers_is_not(insi
 
 def test_valid_without_names_of_classes_is_taken_by_number_and_says_so(inside, capsys):
     make_set("valid.zip", images=[8, 9], size=16, labels=[0, 2])
-    line = "--valid=valid.zip does not name its classes; those of --valid are taken by number"
+    line = "--valid=valid.zip does not name its classes; those of --valid are matched by number"
     assert line in dry_run(capsys, "--cond=1", "--valid=valid.zip")[1].splitlines()
     assert line in start(capsys, "--cond=1", "--valid=valid.zip")[0].settings.notes
     assert line not in start(capsys, "--cond=0", "--valid=valid.zip")[0].settings.notes
@@ -433,7 +432,7 @@ def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
     line = ("metrics: none, since fid50k_full needs weights of inception-v3 that are not at hand "
             "(--metrics=fid50k_full fetches them, --metrics=kid5k_full --detector=efficientnet-lite0 needs no network, "
             "--metrics=none omits this line)")
-    assert capsys.readouterr() == ("", "")  # the run says its notes
+    assert capsys.readouterr() == ("", "")  # the run logs its notes
     assert trainer.config.metrics == ()
     assert trainer.settings.notes == (
         "device: cpu (no CUDA device is available)",
@@ -495,7 +494,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(inside, capsys):
     found, err = dry_run(capsys, "--cfg=tiny", "--cond=1", "--mirror=1", "--kimg=10", "--balance=classes")
     config = resolve(TrainOptions(cfg="tiny", cond=True, mirror=True, kimg=10, metrics=(), precision="fp32"),
                      DatasetFacts(name="set", resolution=16, channels=3, num_images=6, c_dim=3))
-    described = json.loads(json.dumps(describe(config)))
+    described = json.loads(json.dumps(describe_settings(config)))
     assert {name: found[name] for name in described} == described
     assert found["data"] == {"path": "set.zip", "images": 6, "items": 12, "channels": 3, "resolution": 16,
                              "label_kind": "class", "label_length": 3, "classes": ["nv", "mel", "bcc"],
@@ -558,15 +557,15 @@ def test_dry_run_tells_what_a_finished_run_would_do(inside, capsys):
     found, err = dry_run(capsys, "--cfg=tiny", "--kimg=2")
     assert (found["run_folder"], found["continues"], found["already_finished"]) == (
         "runs/00000-set-tiny-kimg2", False, True)
-    assert err == "already finished at 2 kimg: runs/00000-set-tiny-kimg2; --new starts another\n"
+    assert err == "already finished at 2 kimg: runs/00000-set-tiny-kimg2; --new starts another run\n"
     found, err = dry_run(capsys, "--cfg=tiny", "--kimg=3")
     assert (found["run_folder"], found["continues"], found["already_finished"], found["kimg"], err) == (
         "runs/00000-set-tiny-kimg2", True, False, 3, "")
     with choose_run("runs", dataclasses.replace(trainer.config, kimg=9), hash_content(trainer.dataset, None)):
         pass
     assert refuse(capsys, *BASE, "--cfg=tiny", "--kimg=3", "--dry-run") == (
-        "--kimg is 3, and runs/00000-set-tiny-kimg2, at 2 kimg, was asked to reach 9; expected --kimg=9 or more to "
-        "continue it, or --new to begin another run")
+        "--kimg is 3, but runs/00000-set-tiny-kimg2, now at 2 kimg, was started with 9; expected --kimg=9 or more to "
+        "continue it, or --new to start another run")
 
 
 def test_dry_run_shows_flags_that_are_not_among_the_compared_settings(inside, capsys):
@@ -599,23 +598,25 @@ def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
     assert [line for line in text.splitlines() if line in groups] == groups
     for parameter in make_command(None, choose_metrics).params:
         assert f" {parameter.opts[-1]} " in text
-        assert "[default: " in parameter.help or parameter.is_flag or "ust be given" in parameter.help
+        assert "[default: " in parameter.help or parameter.is_flag or "equired" in parameter.help
     assert max(map(len, text.splitlines())) <= 110
 
 
 # Mistakes
 
-NETWORK = "a network file: a .safetensors of a run, or a .pkl of the original"
+NETWORK = "a network file: a .safetensors of a run, or a .pkl of NVIDIA's code"
 LICENCE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
-           "file: fetch it from NVIDIA under that licence, and give its path, such as --resume={}.pkl")
+           "file: download it from NVIDIA under that license, and give its path, such as --resume={}.pkl")
 METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, "
            "kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, "
            "ppl_wend")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("--data=set.zip", "--outdir is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
-    ("--outdir=runs", "--data is missing; give both, such as --outdir=runs --data=isic256.zip, or see --help"),
+    ("--data=set.zip", "--outdir is missing; expected both --outdir and --data, such as --outdir=runs "
+                       "--data=isic256.zip: see --help"),
+    ("--outdir=runs", "--data is missing; expected both --outdir and --data, such as --outdir=runs --data=isic256.zip: "
+                      "see --help"),
     ("--data=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
     ("--data=cut.zip", "cut.zip cannot be read as a zip (File is not a zip file): it is truncated or not a zip; make "
                        "or copy it again"),
@@ -625,16 +626,16 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                      "convert it with dataset_tool.py"),
     ("--data=odd.zip", "data set odd has resolution 24; expected a power of two from 8 to 2048: convert it with "
                        "dataset_tool.py"),
-    ("--data=plain.zip --cond=1", "--cond is true; expected a data set with labels, and plain has none: add labels to "
+    ("--data=plain.zip --cond=1", "--cond is true; expected a data set with labels, but plain has none: add labels to "
                                   "its dataset.json, or leave --cond out"),
-    ("--subset=7", "--subset is 7; expected at most 6, the images of set"),
+    ("--subset=7", "--subset is 7; expected at most 6, the number of images in set"),
     ("--cfg=huge", "Invalid value for '--cfg': 'huge' is not one of 'auto', 'stylegan2', 'paper256', 'paper512', "
                    "'paper1024', 'cifar', 'tiny'."),
     ("--gpus=2 --batch=7", "--batch is 7; expected a multiple of gpus (2): try 8"),
     ("--gpus=3", "--gpus is 3; expected a power of two, because --cfg=auto sets the batch: try 2, or --batch=60"),
     ("--batch=30 --batch-gpu=8", "--batch is 30; expected a multiple of gpus * batch_gpu (1 * 8): try 32"),
-    ("--batch=6", "--batch is 6, which gives each of 1 gpus 6; expected at most 4 images in a pass, or a multiple of "
-                  "4: try 8"),
+    ("--batch=6", "--batch is 6, or 6 on each of 1 gpus; expected at most 4 images in a pass, or a multiple of 4: try "
+                  "8"),
     ("--batch-gpu=6", "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
     ("--metrics=fid", f"metric 'fid' is not known; expected {METRICS}"),
     ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, "
@@ -650,15 +651,14 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                       "--device=cpu"),
     ("--augpipe=bgx", "Invalid value for '--augpipe': 'bgx' is not one of 'blit', 'geom', 'color', 'filter', 'noise', "
                       "'cutout', 'bg', 'bgc', 'bgcf', 'bgcfn', 'bgcfnc'."),
-    ("--p=0.2", "--p is 0.2 with --aug=ada; expected --aug=fixed: add it, or leave --p out"),
+    ("--p=0.2", "--p is 0.2 with --aug=ada; expected --aug=fixed: set it, or leave --p out"),
     ("--aug=fixed --p=1.5", "--p is 1.5; expected a number from 0 to 1"),
     ("--aug=fixed --p=-0.1", "--p is -0.1; expected a number from 0 to 1"),
     ("--aug=fixed", "--aug is fixed without --p; expected a probability: add --p=0.2, for example"),
-    ("--aug=noaug --target=0.5", "--target is 0.5 with --aug=noaug; expected --aug=ada: change it, or leave --target "
-                                 "out"),
+    ("--aug=noaug --target=0.5", "--target is 0.5 with --aug=noaug; expected --aug=ada: set it, or leave --target out"),
     ("--precision=bf16 --fp32=1", "--precision is bf16 with --fp32=true; expected the two to agree: leave --fp32 out"),
-    ("--nhwc=1", "--nhwc is true in float32; expected fp16 or bf16, whose layers it arranges: give "
-                 "--precision=fp16, the standard on a GPU, or leave --nhwc out"),
+    ("--nhwc=1", "--nhwc is true in full precision; expected fp16 or bf16, as it affects half-precision layers only: "
+                 "use --precision=fp16, the default on a GPU, or leave --nhwc out"),
     ("--kimg=0", "--kimg is 0; expected a number >= 1"),
     ("--tick=0", "--tick is 0.0; expected a number > 0"),
     ("--max-hours=-1", "--max-hours is -1.0; expected a number > 0"),
@@ -670,7 +670,7 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
      "too"),
     ("--metrics=pr5k3_full --keep-best=pr5k3_full", "--keep-best is pr5k3_full, which gives 2 values; expected one of "
      "them: pr5k3_full_precision or pr5k3_full_recall"),
-    ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', a letter or digit first"),
+    ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', starting with a letter or digit"),
     ("--balance=gone.csv", "--balance=gone.csv cannot be read ([Errno 2] No such file or directory: 'gone.csv'); "
                            "expected none, classes, or a CSV file"),
     ("--balance=set.zip/w.csv", "--balance=set.zip/w.csv cannot be read ([Errno 20] Not a directory: 'set.zip/w.csv'); "
@@ -678,10 +678,9 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--resume=set.zip/net.pkl", f"--resume is set.zip/net.pkl, which does not exist; expected {NETWORK}"),
     ("--data=plain.zip --balance=classes", "--balance=classes: plain.zip has no classes; expected integer labels"),
     ("--valid=gone.zip", "gone.zip does not exist; expected a data set: a zip or a folder of images"),
-    ("--valid=./set.zip", "--valid=set.zip is the data set of --data itself; expected images that are not learned "
-                          "from"),
-    ("--valid=odd.zip", "--valid=odd.zip is 24x24 RGB; expected 16x16 RGB, as --data"),
-    ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as --data: convert both with "
+    ("--valid=./set.zip", "--valid=set.zip is the data set of --data itself; expected images that are not trained on"),
+    ("--valid=odd.zip", "--valid=odd.zip is 24x24 RGB; expected 16x16 RGB, as in --data"),
+    ("--valid=two.zip --cond=1", "--valid=two.zip has labels of length 2; expected 3, as in --data: convert both with "
                                  "dataset_tool.py and the same --classes"),
     ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is not a folder; choose a new or existing folder"),
     ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is not a folder; choose a new or existing "
@@ -691,15 +690,15 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                             + LICENCE.format("lsundog256")),
     ("--resume=https://host/net.pkl", "--resume is https://host/net.pkl; expected a file: download it first, and give "
                                       "its path"),
-    ("--resume-classes=new", "--resume-classes is new without --resume; expected a network to start from: add it, or "
-                             "leave --resume-classes out"),
-    ("--resume-partial=1", "--resume-partial is true without --resume; expected a network to start from: add it, or "
-                           "leave --resume-partial out"),
-    ("--freezed=3 --resume=noresume", "--freezed is 3 without --resume; expected a network to start from: add it, or "
-                                      "leave --freezed out"),
+    ("--resume-classes=new", "--resume-classes is new without --resume; expected a network to start from: add "
+                             "--resume, or leave --resume-classes out"),
+    ("--resume-partial=1", "--resume-partial is true without --resume; expected a network to start from: add --resume, "
+                           "or leave --resume-partial out"),
+    ("--freezed=3 --resume=noresume", "--freezed is 3 without --resume; expected a network to start from: add "
+                                      "--resume, or leave --freezed out"),
     ("--resume=gone.pkl", f"--resume is gone.pkl, which does not exist; expected {NETWORK}"),
     ("--resume=mixed", "--resume is mixed, a folder without network-snapshot-*.safetensors; expected a network file (a "
-                       ".safetensors of a run, or a .pkl of the original), or the folder of a run"),
+                       ".safetensors of a run, or a .pkl of NVIDIA's code), or the folder of a run"),
     ("set.zip", "Got unexpected extra argument (set.zip)")])
 def test_mistake_gives_one_line_and_leaves_nothing(arguments, message, inside, capsys):
     make_set("plain.zip", size=16)
@@ -725,24 +724,24 @@ def test_mistyped_flag_gives_one_line(argument, message, inside, capsys):
     assert refuse(capsys, *BASE, argument).startswith(message)
 
 
-PARTIAL = "--resume-partial=1 takes the layers that are the same and lets the others begin anew"
+PARTIAL = "--resume-partial=1 takes the layers that match and starts the others from random weights"
 
 
 @pytest.mark.parametrize(("made", "flags", "message"), [
     ({"resolution": 32}, "--cfg=tiny",
-     "32x32 RGB images, and this run 16x16 RGB images; expected the same: a data set of 32x32 RGB images "
+     "32x32 RGB images, but this run has 16x16 RGB images; expected the same: a data set of 32x32 RGB images "
      f"(dataset_tool.py --resolution=32x32) fits; or {PARTIAL}"),
     ({"cfg": "stylegan2"}, "--cfg=auto",
-     "8 mapping layers, and this run 2 mapping layers; expected the same: --cfg=stylegan2 or --cfg=paper256 or "
+     "8 mapping layers, but this run has 2 mapping layers; expected the same: --cfg=stylegan2 or --cfg=paper256 or "
      f"--cfg=paper512 or --cfg=paper1024 fits; or {PARTIAL}"),
     ({"cfg": "auto"}, "--cfg=paper256",
-     "2 mapping layers, and this run 8 mapping layers; expected the same: --cfg=auto fits; or " + PARTIAL),
+     "2 mapping layers, but this run has 8 mapping layers; expected the same: --cfg=auto fits; or " + PARTIAL),
     ({"cfg": "cifar"}, "--cfg=auto",
-     "a discriminator of the orig architecture, and this run a discriminator of the resnet architecture; expected the "
-     f"same: --cfg=cifar fits; or {PARTIAL}"),
+     "a discriminator of the orig architecture, but this run has a discriminator of the resnet architecture; expected "
+     f"the same: --cfg=cifar fits; or {PARTIAL}"),
     ({"resolution": 32}, "--cfg=auto",
-     "32x32 RGB images, latents of 64 and styles of 64 numbers, 64 channels at 4x4, and this run 16x16 RGB images, "
-     "latents of 512 and styles of 512 numbers, 512 channels at 4x4, so that no layer of it fits; expected the same: "
+     "32x32 RGB images, latents of 64 and styles of 64 numbers, 64 channels at 4x4, but this run has 16x16 RGB images, "
+     "latents of 512 and styles of 512 numbers, 512 channels at 4x4, so that no layer fits; expected the same: "
      "--cfg=tiny with a data set of 32x32 RGB images (dataset_tool.py --resolution=32x32) fits")])
 def test_resume_of_networks_that_do_not_fit_names_the_setting_that_does(made, flags, message, inside, capsys):
     save_tiny_network("network.safetensors", **made)
@@ -760,8 +759,8 @@ def test_resume_of_gray_images_names_the_data(inside, capsys):
     make_set("grey.zip", size=16, channels=1)
     save_tiny_network("network.safetensors")
     assert refuse(capsys, *replaced(BASE, ["--data=grey.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (
-        "--resume=network.safetensors: the network has 16x16 RGB images, and this run 16x16 gray images; expected the "
-        f"same: a data set of 16x16 RGB images fits; or {PARTIAL}")
+        "--resume=network.safetensors: the network has 16x16 RGB images, but this run has 16x16 gray images; expected "
+        f"the same: a data set of 16x16 RGB images fits; or {PARTIAL}")
 
 
 def test_partial_resume_says_what_is_taken(inside, capsys):
@@ -778,8 +777,8 @@ def test_partial_resume_says_what_is_taken(inside, capsys):
     assert layers["D"]["ignored"]["layers"] == ["b32"]
     counts = {what: part["tensors"] for what, part in layers["D"].items()}
     assert found["resume_takes"][1] == (
-        f"D: {counts['taken']} tensors taken; 3 begin anew (b16.fromrgb); {counts['ignored']} of the file are not used "
-        "(b32)")
+        f"D: {counts['taken']} tensors taken; 3 start from random weights (b16.fromrgb); {counts['ignored']} of the "
+        "file are not used (b32)")
     without, _ = dry_run(capsys, "--cfg=tiny")
     assert (without["resume_partial"], without["resume_layers"], without["resume_takes"]) == (False, None, [])
 
@@ -788,7 +787,7 @@ def test_more_frozen_layers_than_the_discriminator_has_are_refused(inside, capsy
     save_tiny_network("network.safetensors")
     flags = ["--cfg=tiny", "--resume=network.safetensors"]
     assert refuse(capsys, *BASE, *flags, "--freezed=8") == (
-        "--freezed is 8; expected at most 7, the layers of this run's discriminator that can be frozen")
+        "--freezed is 8; expected at most 7, the number of layers of this run's discriminator that can be frozen")
     start(capsys, *flags, "--freezed=7")
 
 
@@ -812,7 +811,7 @@ def test_damaged_header_of_an_image_is_named(inside, capsys):
 
 
 def test_subset_is_checked_alone(inside, capsys):
-    """An odd image that is not drawn does no harm."""
+    """A bad image that is not chosen does no harm."""
     pixels = {f"{index}.png": png(pixels_of(index, 16)) for index in range(8)}
     make_zip(Path("bad.zip"), {**pixels, "9.png": png(pixels_of(9, 32))})
     trainer, _ = start(capsys, "--data=bad.zip", "--subset=1", "--seed=0")

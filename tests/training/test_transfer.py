@@ -1,4 +1,4 @@
-"""--resume: which weights are taken, and which networks are refused."""
+"""--resume: which weights are taken, and which networks are rejected."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def saved(tmp_path):
     return tmp_path / "net.safetensors", networks
 
 
-PARTIAL = "--resume-partial=1 takes the layers that are the same and lets the others begin anew"
+PARTIAL = "--resume-partial=1 takes the layers that match and starts the others from random weights"
 
 
 def copies_of(network):
@@ -45,15 +45,15 @@ def test_transfer_of_a_generator_alone_is_refused_or_starts_the_discriminator_at
     before = copies_of(state.D)
     with pytest.raises(UserError) as caught:
         transfer_weights(state, path)
-    assert str(caught.value) == (f"--resume={path}: the network has no discriminator, and this run one; expected the "
-                                 f"same: {PARTIAL}")
+    assert str(caught.value) == (f"--resume={path}: the network has no discriminator, but this run has one; expected "
+                                 f"the same: {PARTIAL}")
     lines = transfer_weights(state, path, partial=True).lines()
     assert same(G_ema, state.G)
     assert same(G_ema, state.G_ema)
     assert all(torch.equal(before[name], value) for name, value in state.D.state_dict().items())
-    assert lines[:2] == ["G: the file has none, and gives its G_ema in its place",
-                         "D: the file has none, and it begins anew"]
-    assert lines[3] == f"D: 0 tensors taken; {len(before)} begin anew (b16, b8, mapping, b4)"
+    assert lines[:2] == ["G: the file has none, so its G_ema is used",
+                         "D: the file has none, so it starts from random weights"]
+    assert lines[3] == f"D: 0 tensors taken; {len(before)} start from random weights (b16, b8, mapping, b4)"
 
 
 def test_transfer_into_frozen_layers_takes_their_weights(saved):
@@ -67,7 +67,7 @@ def test_transfer_into_frozen_layers_takes_their_weights(saved):
 # Layers that are missing on one side, or of other shapes
 
 def small_networks(path, **sizes):
-    """Save networks, of other sizes where asked for; return them."""
+    """Save networks, optionally of other sizes; return them."""
     networks = Networks(G=small_generator(seed=5, **sizes), D=small_discriminator(seed=6, **sizes),
                         G_ema=small_generator(seed=7, **sizes))
     save_network(path, networks)
@@ -75,7 +75,7 @@ def small_networks(path, **sizes):
 
 
 def refused(state, path, **options):
-    """Return the message of a transfer that is refused, and changes nothing."""
+    """Return the error message of a transfer; it must not change the state."""
     before = {role: copies_of(getattr(state, role)) for role in ("G", "D", "G_ema")}
     with pytest.raises(UserError) as caught:
         transfer_weights(state, path, **options)
@@ -96,7 +96,7 @@ def test_transfer_of_other_sizes_is_refused_in_a_line_that_names_them(tmp_path, 
     small_networks(path, **there)
     theirs, mine = described
     assert refused(small_state(small_config(), **here), path) == (
-        f"--resume={path}: the network has {theirs}, and this run {mine}; expected the same: {PARTIAL}")
+        f"--resume={path}: the network has {theirs}, but this run has {mine}; expected the same: {PARTIAL}")
 
 
 def test_transfer_to_another_number_of_mapping_layers_is_refused_or_takes_those_that_are_there(saved):
@@ -104,16 +104,16 @@ def test_transfer_to_another_number_of_mapping_layers_is_refused_or_takes_those_
     state = small_state(small_config())
     for G in (state.G, state.G_ema):
         G.mapping.fc2, G.mapping.num_layers = torch.nn.Linear(12, 12), 3
-    assert refused(state, path) == (f"--resume={path}: the network has 2 mapping layers, and this run 3 mapping "
+    assert refused(state, path) == (f"--resume={path}: the network has 2 mapping layers, but this run has 3 mapping "
                                     f"layers; expected the same: {PARTIAL}")
     found = transfer_weights(state, path, partial=True)
     assert found.networks["D"].fits
     assert found.to_dict()["G"] == {
         "taken": {"tensors": len(networks.G.state_dict()) - 1,
                   "layers": ["synthesis", "mapping.embed", "mapping.fc0", "mapping.fc1"]},
-        "begun_anew": {"tensors": 3, "layers": ["mapping.w_avg", "mapping.fc2"]},  # no mean of what it makes now
+        "begun_anew": {"tensors": 3, "layers": ["mapping.w_avg", "mapping.fc2"]},  # not the mean of its output now
         "ignored": {"tensors": 0, "layers": []}}
-    assert found.lines()[0].endswith("; 3 begin anew (mapping.w_avg, mapping.fc2)")
+    assert found.lines()[0].endswith("; 3 start from random weights (mapping.w_avg, mapping.fc2)")
 
 
 def test_partial_transfer_to_a_larger_resolution_takes_all_smaller_ones(saved):
@@ -136,7 +136,7 @@ def test_partial_transfer_to_a_larger_resolution_takes_all_smaller_ones(saved):
 
 
 def test_partial_transfer_takes_a_layer_as_a_whole_or_not_at_all(tmp_path):
-    """The biases of the outer layers have equal shapes on both sides, and belong to other weights."""
+    """The biases of the outer layers have equal shapes on both sides, but belong to other weights."""
     path = tmp_path / "net.safetensors"
     networks = small_networks(path, channels=1)
     state = small_state(small_config())
@@ -165,8 +165,8 @@ def test_partial_transfer_that_takes_nothing_is_refused(tmp_path):
         G.mapping = torch.nn.Module()
         G.mapping.num_layers = 2
     assert refused(state, path, partial=True) == (
-        f"--resume={path}: the network has 16 channels at 4x4, and this run 64 channels at 4x4, so that no layer of it "
-        "fits; expected the same: give another network")
+        f"--resume={path}: the network has 16 channels at 4x4, but this run has 64 channels at 4x4, so that no layer "
+        "fits; expected the same: use another network")
 
 
 def test_transfer_of_layers_that_nothing_else_tells_apart_names_a_tensor(tmp_path):
@@ -175,7 +175,7 @@ def test_transfer_of_layers_that_nothing_else_tells_apart_names_a_tensor(tmp_pat
         G=small_generator(), G_ema=small_generator(),
         D=small_discriminator(epilogue_kwargs={"mbstd_num_channels": 0})))
     assert refused(small_state(small_config()), path) == (
-        f"--resume={path}: the network has D.b4.conv.weight of [16, 16, 3, 3], and this run D.b4.conv.weight of "
+        f"--resume={path}: the network has D.b4.conv.weight of [16, 16, 3, 3], but this run has D.b4.conv.weight of "
         f"[16, 17, 3, 3]; expected the same: {PARTIAL}")
 
 
@@ -193,8 +193,8 @@ def test_more_frozen_layers_than_there_are_are_refused_by_their_number(tmp_path,
             transfer_weights(state, path)
             assert not [name for name, _ in state.D.named_parameters() if not name.startswith(("b4.", "mapping."))]
         else:
-            assert refused(state, path) == (f"--freezed is {frozen}; expected at most {most}, the layers of this run's "
-                                            "discriminator that can be frozen")
+            assert refused(state, path) == (f"--freezed is {frozen}; expected at most {most}, the number of layers of "
+                                            "this run's discriminator that can be frozen")
 
 
 def test_frozen_layers_that_begin_anew_are_refused(tmp_path):
@@ -203,12 +203,12 @@ def test_frozen_layers_that_begin_anew_are_refused(tmp_path):
     state = small_state(small_config(), resolution=32)
     state.D = small_discriminator(32, block_kwargs={"freeze_layers": 2})
     assert refused(state, path, partial=True) == (
-        "--freezed is 2, but layer 1 of the discriminator, b32.fromrgb, begins anew and would never learn; expected "
-        "layers that the network of --resume gives: leave --freezed out")
+        "--freezed is 2, but layer 1 of the discriminator, b32.fromrgb, has random weights and would never learn; "
+        "expected layers that are taken from --resume: leave --freezed out")
     small_networks(path, channel_max=8)  # 4x4 and 8x8 have fewer
     state = small_state(small_config())
     state.D = small_discriminator(block_kwargs={"freeze_layers": 3})
-    assert refused(state, path, partial=True).endswith("layers that the network of --resume gives: --freezed=2")
+    assert refused(state, path, partial=True).endswith("layers that are taken from --resume: --freezed=2")
 
 
 def test_transfer_of_a_cut_file_is_refused(saved, tmp_path):
@@ -250,7 +250,7 @@ def test_transfer_of_classes_in_another_order_keeps_what_each_of_them_means(tmp_
             images = G(z, new, noise_mode="const"), getattr(networks, role).eval()(z, old, noise_mode="const")
             assert torch.equal(*images), (role, name)
         assert torch.equal(state.D(img, new), networks.D(img, old)), name
-    assert found.lines()[0] == f"classes: taken by name; {', '.join(names)} are nv, mel, bcc in the network file"
+    assert found.lines()[0] == f"classes: matched by name; {', '.join(names)} are nv, mel, bcc in the network file"
 
 
 @pytest.mark.parametrize(("mine", "described"), [
@@ -268,8 +268,8 @@ def test_transfer_of_other_classes_is_refused_in_a_line_that_names_both_and_chan
     with pytest.raises(UserError) as caught:
         transfer_weights(state, path, mine)
     assert str(caught.value) == (
-        f"--resume={path}: the network was trained with the classes nv, mel, and this run trains {described}; expected "
-        "the same: --resume-classes=new lets the class embedding start anew and takes all else")
+        f"--resume={path}: the network was trained with the classes nv, mel, but this run trains {described}; expected "
+        "the same: --resume-classes=new starts the class embedding from random weights and takes all else")
     assert all(torch.equal(before[name], value) for name, value in state.G.state_dict().items())
 
 
@@ -279,7 +279,7 @@ def test_transfer_without_names_says_that_classes_are_taken_by_number(tmp_path, 
     networks = save_named(tmp_path / "net.safetensors", theirs)
     state = small_state(small_config())
     found = transfer_weights(state, tmp_path / "net.safetensors", Labels(c_dim=2, names=mine, kind="class"))
-    assert found.lines()[0] == (f"classes: taken by number, since {who} does not name its own; make sure that their "
+    assert found.lines()[0] == (f"classes: matched by number, since {who} does not name them; make sure that their "
                                 "order is the same")
     assert same(networks.D, state.D)
 
@@ -292,7 +292,7 @@ def test_transfer_of_equal_classes_has_nothing_to_say_of_them(tmp_path):
 
 
 def started_anew(tmp_path, c_dim, target_c_dim):
-    """Return for G and D {name: value} of the file, at the random start, and after the transfer; and its lines."""
+    """Return {name: value} of G and D in the file, at random initialization and after the transfer; and its lines."""
     path = tmp_path / "net.safetensors"
     networks = save_named(path, ["nv", "mel"][:c_dim], c_dim=c_dim)
     state = small_state(small_config(), c_dim=target_c_dim)
@@ -304,7 +304,7 @@ def started_anew(tmp_path, c_dim, target_c_dim):
 
 
 def taken(given, start, after):
-    """Return the names of tensors that were taken, and of those that kept their start; all are one of these."""
+    """Return the names of tensors that were taken, and of those that kept random weights: together all of them."""
     found = {name for name in after if name in given and torch.equal(given[name], after[name])}
     kept = {name for name in after if name not in found and torch.equal(start[name], after[name])}
     return found, kept, set(after) - found - kept
@@ -320,9 +320,9 @@ def test_new_classes_start_anew_and_all_else_is_taken(tmp_path, c_dim):
         _, kept, mixed = taken(given, start, after)
         # a bias of the embedding is 0 in all of them
         assert (kept | {"mapping.embed.bias"}, mixed) == (EMBED, set())
-    assert lines[0] == ("classes: the embedding starts anew; the network was trained with the classes nv, mel, and "
-                        f"this run trains with {c_dim} classes")
-    assert lines[1].endswith("; 2 begin anew (mapping.embed)")
+    assert lines[0] == ("classes: the embedding starts from random weights; the network was trained with the classes "
+                        f"nv, mel, and this run trains with {c_dim} classes")
+    assert lines[1].endswith("; 2 start from random weights (mapping.embed)")
 
 
 def test_unconditional_network_gives_a_conditional_one_all_but_classes(tmp_path):
@@ -336,7 +336,7 @@ def test_unconditional_network_gives_a_conditional_one_all_but_classes(tmp_path)
     assert {name for name in kept if not name.startswith("mapping.")} == {"b4.out.weight", "b4.out.bias"}
     assert found >= {name for name in D[0] if not name.startswith("b4.out.")}
     assert mixed == set()
-    assert lines[1].endswith(" tensors taken; 3 begin anew (mapping.embed, mapping.fc0.weight[classes])")
+    assert lines[1].endswith(" tensors taken; 3 start from random weights (mapping.embed, mapping.fc0.weight[classes])")
 
 
 def test_conditional_network_gives_an_unconditional_one_all_but_classes(tmp_path):

@@ -1,12 +1,12 @@
-"""What the augmentation pipeline may do, by name and strength, and the random numbers that decide what it does.
+"""The augmentations by name and strength, and the random numbers that decide how each image is augmented.
 
-The names of the augmentations, their groups, spreads and ranges stand here alone: presets, --augpipe and the settings
-of a run derive from them. They are those of the ADA paper: Karras et al. 2020, "Training Generative Adversarial
-Networks with Limited Data", appendix B.
+The names of the augmentations, their groups and ranges are defined only here: presets, --augpipe and the settings of a
+run derive from them. They are those of the ADA paper: Karras et al. 2020, "Training Generative Adversarial Networks
+with Limited Data", appendix B.
 
-Every number that decides about an image is drawn up front, in tables with one row an image, whatever is switched on:
-neither a strength nor p ever shifts the other draws. The tables are on the host, where what is decided about a few
-images costs less than a device takes to start, and where it can be looked at without waiting for the device.
+All random numbers are drawn in advance, in tables with one row per image, including those of augmentations that are
+off: changing a strength or p does not shift the other draws. The tables are on the host, where computing with a few
+numbers is faster than launching kernels, and where they can be read without synchronizing.
 """
 
 import math
@@ -27,10 +27,10 @@ def _strength_in(group: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentStrengths:
-    """What the pipeline may do and how far; augmentations are in the order in which they are applied.
+    """Strengths and ranges of the augmentations, in the order in which they are applied.
 
     A strength multiplies the overall probability p: 0 switches the augmentation off, 1 applies it with probability p.
-    `_std` of a factor is in octaves.
+    The `_std` of a factor is in octaves.
     """
 
     # Pixel blitting
@@ -106,7 +106,7 @@ def parse_strengths(given: Mapping[str, float]) -> AugmentStrengths:
 
 
 _TWO_ROTATIONS = 2  # before and after the anisotropic scaling
-# Numbers an image needs of each kind; the order is that of the columns drawn, and decides what a seed gives.
+# Numbers of each kind per image; they are drawn in this order of columns, so changing it changes what a seed gives.
 _GATES = {**dict.fromkeys(AUGMENTATIONS, 1), "rotate": _TWO_ROTATIONS, "imgfilter": BANDS}
 _UNIFORM = {"xflip": 1, "rotate90": 1, "xint": 2, "rotate": _TWO_ROTATIONS, "lumaflip": 1, "hue": 1, "cutout": 2}
 _NORMAL = {"scale": 1, "aniso": 1, "xfrac": 2, "brightness": 1, "contrast": 1, "saturation": 1, "imgfilter": BANDS}
@@ -117,8 +117,8 @@ _HALF_NORMAL = {"noise": 1}
 class Draws:
     """The numbers of N images, each [N, k] float64 under the name of its augmentation.
 
-    An augmentation takes place where its gate, in [0, 1), lies below its probability. Each method returns the drawn
-    amount there and 0 elsewhere; `probability` is a number, or an array that broadcasts against [N, k].
+    An augmentation is applied if its gate, in [0, 1), is below its probability. Each method returns the drawn amount if
+    so and 0 otherwise; `probability` is a number, or an array that broadcasts against [N, k].
     """
 
     gates: dict[str, np.ndarray]
@@ -148,9 +148,9 @@ class Draws:
 
 
 def draw_random(count: int, generator: torch.Generator | None) -> Draws:
-    """Draw for `count` images. generator: None takes PyTorch's own, of the host; one of another device is waited for
+    """Draw the numbers of `count` images, in float32.
 
-    The draws themselves are float32, as those of an image are.
+    generator:  None takes PyTorch's own on the host; one on another device has to be synchronized with
     """
     source = "cpu" if generator is None else generator.device
 
@@ -164,10 +164,10 @@ def draw_random(count: int, generator: torch.Generator | None) -> Draws:
 
 
 def draw_quantile(count: int, quantile: float) -> Draws:
-    """Replace every draw of `count` images by one quantile of its distribution, and let every gate fire.
+    """Replace every draw of `count` images by a quantile of its distribution, and apply every augmentation.
 
-    As in the reference vectors, erfinv stands for the normal quantile without its factor sqrt(2), and the rotation
-    after the anisotropic scaling is none. Raises ValueError unless 0 < quantile < 1.
+    As in the reference vectors, erfinv replaces the normal quantile, without its factor sqrt(2), and there is no
+    rotation after the anisotropic scaling. Raises ValueError unless 0 < quantile < 1.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"debug_percentile is {quantile!r}; expected a number between 0 and 1, both excluded")
@@ -185,7 +185,7 @@ def draw_quantile(count: int, quantile: float) -> Draws:
 
 
 def rotation_probability(strength: float, p: float) -> float:
-    """Return 1 - sqrt(1 - strength * p): either of two rotations then happens with strength * p (appendix B.1)."""
+    """Return 1 - sqrt(1 - strength * p): at least one of two rotations then has probability strength * p (B.1)."""
     return 1 - math.sqrt(max(1 - strength * p, 0))
 
 
@@ -195,6 +195,6 @@ def _named_columns(table: np.ndarray, widths: dict[str, int]) -> dict[str, np.nd
 
 
 def on_device_of(images: Tensor, values: np.ndarray) -> Tensor:
-    """Return `values`, floating point ones in the dtype of the images, on their device, without waiting for it."""
+    """Return `values` on the images' device, floating point ones in their dtype, without synchronizing."""
     dtype = images.dtype if values.dtype.kind == "f" else None
     return torch.from_numpy(values).to(images.device, dtype, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Move images about: flips, turns, translations and scalings, in one resampling (ADA paper, appendix B.1).
+"""Transform images geometrically: flips, rotations, translations and scalings, in one resampling (ADA, appendix B.1).
 
 Coordinates are (x, y) in pixels from the center of the image, y downwards.
 """
@@ -15,20 +15,20 @@ from torch_utils.ops.grid_sample import sample_bilinear
 from torch_utils.ops.upfirdn2d import downsample2d, upsample2d
 from training.augmentations.draws import AugmentStrengths, Draws, on_device_of, rotation_probability
 
-# The sym6 low-pass has its center of gravity 0.4 samples in front of the middle of its taps: that is how far the
-# content of the doubled image is displaced. The transform turns about the displaced center, to the nearest half.
+# The center of gravity of the sym6 low-pass lies 0.4 samples before the middle of its taps, which shifts the content of
+# the doubled image by that much. The transform rotates about the shifted center, rounded to the nearest half.
 _FILTER_DELAY = -0.5
-# Source pixels that an output pixel reads around its own place: bilinear neighbors, and the taps of the upsampling.
+# Source pixels around its position that an output pixel reads: bilinear neighbors, and the taps of the upsampling.
 _READING_REACH = 4
 
 
 @dataclass(frozen=True)
 class SourceMap:
-    """Where the pixels of the result come from: source = linear @ place + shift, one map an image.
+    """Where the pixels of the result come from: source = linear @ position + shift, one map per image.
 
     linear: [N, 2, 2] float64;  shift: [N, 2] float64
 
-    Transforming the image further composes the inverse of the new transform on the side of `place`.
+    A further transform of the image composes its inverse on the side of `position`.
     """
 
     linear: np.ndarray
@@ -39,16 +39,16 @@ class SourceMap:
         return cls(np.tile(np.eye(2), (count, 1, 1)), np.zeros((count, 2)))
 
     def scaled(self, x: np.ndarray, y: np.ndarray) -> "SourceMap":
-        """Enlarge the image by the factors x and y, each [N]."""
+        """Scale the image by the factors x and y, each [N]."""
         return SourceMap(self.linear / np.stack([x, y], axis=1)[:, None, :], self.shift)
 
     def turned(self, angle: np.ndarray) -> "SourceMap":
-        """Turn the image by `angle` [N] radians, from y to x."""
+        """Rotate the image by `angle` [N] radians, from y to x."""
         cos, sin = np.cos(angle), np.sin(angle)
         return SourceMap(self.linear @ np.moveaxis(np.array([[cos, -sin], [sin, cos]]), 2, 0), self.shift)
 
     def moved(self, x: np.ndarray, y: np.ndarray) -> "SourceMap":
-        """Move the image by x and y pixels, each [N]."""
+        """Translate the image by x and y pixels, each [N]."""
         return SourceMap(self.linear, self.shift - (self.linear @ np.stack([x, y], axis=1)[:, :, None])[:, :, 0])
 
     def differs(self) -> np.ndarray:
@@ -56,7 +56,7 @@ class SourceMap:
         return (self.linear != np.eye(2)).any(axis=(1, 2)) | (self.shift != 0).any(axis=1)
 
     def of(self, images: np.ndarray) -> "SourceMap":
-        """Return the maps of some of the images, given by their numbers [M]."""
+        """Return the maps of the images with these indices [M]."""
         return SourceMap(self.linear[images], self.shift[images])
 
 
@@ -83,12 +83,12 @@ def draw_source_map(strengths: AugmentStrengths, draws: Draws, p: float, images:
 
 
 def resample(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
-    """Fill images from their source places, at twice the resolution in between (ADA paper, appendix B.1).
+    """Resample images by their source maps, at twice the resolution in between (ADA paper, appendix B.1).
 
     images: [N, C, H, W] float32 or float64, H and W at least 2
-    taps:   [k] low-pass for the doubling and, mirrored, the halving
+    taps:   [k] low-pass for upsampling and, mirrored, for downsampling
 
-    Images that the map leaves in place come back bit for bit, and cost nothing.
+    Images with an identity map are returned bit for bit, at no cost.
     """
     changed = np.flatnonzero(source.differs())
     if len(changed) == 0:
@@ -101,7 +101,7 @@ def resample(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
 
 
 def _resample_all(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
-    edge = len(taps) // 4  # result pixels outside the image that the halving reads
+    edge = len(taps) // 4  # result pixels outside the image that downsampling reads
     left, right, top, bottom = _margins(source, edge, images.shape)
     doubled = upsample2d(reflect_pad(images, left, right, top, bottom), taps, up=2)
     offset = (left - right) / 2, (top - bottom) / 2  # of the old center in the padded image
@@ -110,7 +110,7 @@ def _resample_all(images: Tensor, source: SourceMap, taps: Tensor) -> Tensor:
 
 
 def _margins(source: SourceMap, edge: int, shape) -> list[int]:
-    """Return the padding that these maps need, at most the image's size less one: left, right, top, bottom."""
+    """Return the padding that these maps need, at most the image's size minus 1: left, right, top, bottom."""
     most = np.array([shape[3] - 1, shape[2] - 1])
     reach = abs(source.linear) @ (most / 2 + edge)  # of any point of the result, along x and y: [N, 2]
     beyond = np.stack([reach - source.shift, reach + source.shift], axis=2) + _READING_REACH - most[:, None] / 2
@@ -118,10 +118,10 @@ def _margins(source: SourceMap, edge: int, shape) -> list[int]:
 
 
 def _sampling_grid(source: SourceMap, offset: tuple[float, float], images: Tensor, doubled_shape, edge: int) -> Tensor:
-    """Return where to read in the doubled image: [N, 2 (H + 2 edge), 2 (W + 2 edge), 2], -1 to 1 from side to side.
+    """Return the grid of positions to sample in the doubled image: [N, 2 (H + 2 edge), 2 (W + 2 edge), 2], in [-1, 1].
 
-    A sample of the result at `place` (half pixels from the center) shows the content of place - delay, and the doubled
-    image shows that of `source` at source + delay.
+    A sample of the result at `position` (in half pixels from the center) shows the content of position - delay, and the
+    doubled image shows that of `source` at source + delay.
     """
     like = {"dtype": images.dtype, "device": images.device}
     columns, rows = 2 * (images.shape[3] + 2 * edge), 2 * (images.shape[2] + 2 * edge)
@@ -136,13 +136,13 @@ def _sampling_grid(source: SourceMap, offset: tuple[float, float], images: Tenso
 
 
 def reflect_pad(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
-    """Pad by mirroring about the centers of the border pixels, again and again where an image is small.
+    """Pad by reflection about the centers of the border pixels, repeatedly if an image is small.
 
     images: [N, C, H, W], H and W at least 2;  left, right, top, bottom: pixels to add, 0 or more
     """
     while max(left, right, top, bottom) > 0:
-        # Reflection reaches size - 1 pixels. A mirror of the whole image there lies on a mirror of its period again, so
-        # the next round goes on with the same pattern; a smaller step would not.
+        # One reflection adds at most size - 1 pixels. After a full step the border is again an axis of symmetry of the
+        # periodic pattern, so that the next round continues it; after a smaller step it would not be.
         height, width = images.shape[2:]
         step = [min(left, width - 1), min(right, width - 1), min(top, height - 1), min(bottom, height - 1)]
         images = F.pad(images, step, mode="reflect")

@@ -21,19 +21,19 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
 _BAND_POWER = np.array([10, 1, 1, 1]) / 13
 
 
-# Colors. Seen from the gray axis, the line of equal red, green and blue, all five are simple: brightness moves along
-# the axis, the luma flip mirrors along it, hue turns about it, saturation scales away from it, and contrast scales
-# everything. Applied one after the other they are this one affine map of a color, with `mean` its gray part:
+# Colors. Relative to the gray axis, the line of equal red, green and blue, all five changes are simple: brightness
+# moves along the axis, the luma flip mirrors along it, hue rotates about it, saturation scales the distance from it,
+# and contrast scales everything. Together they are one affine map of a color, with `mean` its gray part:
 #
-#     contrast * (flip * (mean + brightness) + saturation * turn(color - mean))
+#     contrast * (flip * (mean + brightness) + saturation * rotate(color - mean))
 #
-# The map favors none of the three: red becomes of red, green and blue what green becomes of green, blue and red. So it
-# takes three factors, of a channel itself and of the two after it, and one shift.
+# The map treats all channels alike: red depends on red, green and blue as green does on green, blue and red. So it has
+# three factors, for a channel itself and for the two after it, and one shift.
 
 
 @dataclass(frozen=True)
 class ColorMap:
-    """The five changes of N images, each [N]."""
+    """The five color changes of N images, each [N]."""
 
     brightness: np.ndarray
     contrast: np.ndarray  # factor
@@ -43,7 +43,7 @@ class ColorMap:
 
 
 def draw_color_map(strengths: AugmentStrengths, draws: Draws, p: float) -> ColorMap:
-    """Turn the draws into one map an image."""
+    """Turn the draws into one map per image."""
     changes = ColorMap(
         brightness=draws.normal("brightness", strengths.brightness * p) * strengths.brightness_std,
         contrast=np.exp2(draws.normal("contrast", strengths.contrast * p) * strengths.contrast_std),
@@ -54,16 +54,16 @@ def draw_color_map(strengths: AugmentStrengths, draws: Draws, p: float) -> Color
 
 
 def recolor(images: Tensor, changes: ColorMap) -> Tensor:
-    """Apply the changes; an image without any comes back bit for bit.
+    """Apply the changes; an image without any is returned bit for bit.
 
-    images: [N, C, H, W] float32 or float64; 3 channels, or 1, which have no hue and no saturation
+    images: [N, C, H, W] float32 or float64; 3 channels, or 1, where hue and saturation do nothing
 
     Raises ValueError for another number of channels.
     """
     along = changes.contrast * changes.flip
     shift = along * changes.brightness
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"images have {images.shape[1]} channels; colour augmentation expects 1 or 3: "
+        raise ValueError(f"images have {images.shape[1]} channels; expected 1 or 3 for color augmentation: "
                          "set its strengths to 0")
     if images.shape[1] == 1:
         factors = [along]
@@ -87,10 +87,10 @@ def recolor(images: Tensor, changes: ColorMap) -> Tensor:
 
 
 def draw_band_gains(strengths: AugmentStrengths, draws: Draws, p: float) -> np.ndarray:
-    """Draw the amplification of each band and keep the power of a typical image. -> [N, 4]
+    """Draw the gain of each band, normalized to keep the power of a typical image. -> [N, 4]
 
-    Band after band is amplified by t and the whole then divided by the root of the power that a typical image would
-    have; the divisors are multiplied up. Exactly 1 where no band is changed.
+    Each band in turn is multiplied by its factor, and all bands are divided by the square root of the power that a
+    typical image then has. Exactly 1 if no band is changed.
     """
     probability = np.array(strengths.imgfilter_bands) * strengths.imgfilter * p
     factors = np.exp2(draws.normal("imgfilter", probability) * strengths.imgfilter_std)
@@ -104,13 +104,13 @@ def filter_bands(images: Tensor, gains: np.ndarray, bank: Tensor) -> Tensor:
     images: [N, C, H, W] float32 or float64, H and W at least 2
     gains:  [N, B];  bank: [B, k], k odd, its rows adding up to the identity
 
-    Images whose gains are all 1 come back bit for bit.
+    Images whose gains are all 1 are returned bit for bit.
     """
     changed = (gains != 1).any(axis=1)
     if not changed.any():
         return images
     count, channels, height = images.shape[:3]
-    taps = (on_device_of(images, gains)[:, :, None] * bank).sum(1)  # [N, k]; no matmul, it may round to TF32
+    taps = (on_device_of(images, gains)[:, :, None] * bank).sum(1)  # [N, k]; not a matmul, which may use TF32
     taps = taps.repeat_interleave(channels, dim=0)[:, None, None]  # [N C, 1, 1, k]
     reach = bank.shape[1] // 2
     rows = reflect_pad(images, reach, reach, reach, reach).reshape(1, count * channels, height + 2 * reach, -1)
@@ -121,9 +121,9 @@ def filter_bands(images: Tensor, gains: np.ndarray, bank: Tensor) -> Tensor:
 def octave_bank() -> np.ndarray:
     """Split the spectrum into octaves by symmetric filters that add up to the identity.
 
-    The power response of an orthonormal filter and that of its mirrored high-pass add up to 2, which makes
-    low = |H|^2 / 2 and high = 1 - low two symmetric filters. Stage k of the cascade uses them stretched 2^k times:
-    what its high-pass takes is a band, what is left goes on (ADA paper, appendix B.2).
+    The power responses of an orthonormal filter and of its mirrored high-pass add up to 2, so that low = |H|^2 / 2 and
+    high = 1 - low are two symmetric filters. Stage k of the cascade uses them stretched 2^k times: its high-pass gives
+    a band, and its low-pass the input of the next stage (ADA paper, appendix B.2).
 
     Returns [BANDS, taps] float64, low frequencies first; 4 bands of 4 taps give 43.
     """
@@ -148,19 +148,19 @@ def octave_bank() -> np.ndarray:
 
 
 def draw_noise_level(strengths: AugmentStrengths, draws: Draws, p: float) -> np.ndarray:
-    """Draw the standard deviation of each image's noise. -> [N, 1, 1, 1]"""
+    """Return the standard deviation of each image's noise. -> [N, 1, 1, 1]"""
     return draws.half_normal("noise", strengths.noise * p)[:, :, None, None] * strengths.noise_std
 
 
 def add_noise(images: Tensor, level: np.ndarray, generator: torch.Generator | None) -> Tensor:
-    """Add normal noise, fresh for each pixel and channel. images: [N, C, H, W];  level: [N, 1, 1, 1]"""
+    """Add normal noise, independent for each pixel and channel. images: [N, C, H, W];  level: [N, 1, 1, 1]"""
     source = images.device if generator is None else generator.device
     noise = torch.randn(images.shape, dtype=torch.float32, device=source, generator=generator)
     return torch.addcmul(images, noise.to(images.device, images.dtype), on_device_of(images, level))
 
 
 def cut_out(images: Tensor, strengths: AugmentStrengths, draws: Draws, p: float) -> Tensor:
-    """Set a rectangle of cutout_size times width and height to 0, its center anywhere in the image.
+    """Set a rectangle of cutout_size times width and height to 0, with a random center.
 
     images: [N, C, H, W]
     """
@@ -173,5 +173,5 @@ def cut_out(images: Tensor, strengths: AugmentStrengths, draws: Draws, p: float)
 
 
 def _covered(size: int, center: np.ndarray, extent: float) -> np.ndarray:
-    """Tell which of `size` pixel centers lie within a stretch of the unit interval. center: [N, 1] -> [N, size]"""
+    """Tell which of `size` pixel centers lie in a part of the unit interval. center: [N, 1] -> [N, size]"""
     return abs((np.arange(size) + 0.5) / size - center) < extent / 2
