@@ -183,10 +183,8 @@ def test_set_that_was_begun_without_compiled_operators_goes_on_without(network, 
     assert used == ["composed"] * 3
     assert ImageSet(dest).source["operators"] == "composed"
     assert capsys.readouterr().err == (
-        f"{dest}.parts: 2 of 7 images are already done; continuing
-the work in {dest}.parts was started with "
-        "PyTorch's own operators and continues with them, for consistent results
-")
+        f"{dest}.parts: 2 of 7 images are already done; continuing\nthe work in {dest}.parts was started with "
+        "PyTorch's own operators and continues with them, for consistent results\n")
 
 
 def test_set_whose_operators_are_gone_is_refused_and_the_pieces_stay(network, tmp_path, monkeypatch):
