@@ -1,4 +1,4 @@
-"""Make images with a trained network: from seeds or saved styles, as files, sheets or labelled data sets."""
+"""Make images with a trained network: from seeds or saved styles, as files, sheets or labeled data sets."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Find the latents of real images: one, or those of a set."""
+"""Project real images into the latent space of a network: one image, or a set."""
 
 import sys
 

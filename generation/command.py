@@ -1,6 +1,6 @@
-"""The command generate.py: its options, which of them go together, and the work that they ask for.
+"""The command line of generate.py: its options, which of them go together, and what each mode does.
 
-Images of seeds or of saved styles, as files and sheets; mixed styles; a labeled data set.
+The modes are: images from seeds, images from saved styles, style mixing, and a labeled data set.
 """
 
 import sys
@@ -30,7 +30,7 @@ from generation.image_generator import (
     read_projected_w,
 )
 from generation.labeled_set import SetContents, check_centers, choose_piece_size, draw_labels, write_labeled_set
-from generation.network import OpenNetwork, open_network, require_same
+from generation.network import NETWORK_HELP, OpenNetwork, open_network, require_same
 from generation.pictures import (
     COARSE_LAYERS,
     GRID,
@@ -52,22 +52,21 @@ from torch_utils.device import (
 from torch_utils.distributed import Place, join
 from torch_utils.launch import launch
 from training.generator import NOISE_MODES
-from training.network_file import OTHER_NAMES
 
-_LARGEST_TRUNC = 1000  # far beyond where images are any; much larger ones pass what float32 holds
+_LARGEST_TRUNC = 1000  # far beyond any useful value; much larger ones overflow float32
 
 
 def flag(group: str, metavar: str | None, text: str, *, default: Any = None, shown: str | None = None,
          only: Sequence[Any] = (), neutral: Any = None, **attributes) -> Any:
-    """Return a field of a request that is an option as well, of the field's name and type, see `flags_of`.
+    """Return a dataclass field that also declares a command-line option of its name and type, see `flags_of`.
 
-    group:       where the help shows it
-    metavar:     what stands for its value in the help; None for a switch
-    text:        of the help, without the default
-    default:     None tells that it is not given
-    shown:       what holds without it, for the help; None for the default itself
-    only:        what it belongs to, where it does not go with everything
-    neutral:     a value that asks for nothing, and goes with everything
+    group:       heading of the option in the help
+    metavar:     placeholder for its value in the help; None for a switch
+    text:        help text, without the default
+    default:     None = not given
+    shown:       the default that the help shows; None shows `default`
+    only:        the modes that it works with; empty = all
+    neutral:     a value that has no effect and is accepted in every mode
     attributes:  of click.Option
     """
     if shown is None and default not in (None, False):
@@ -78,12 +77,12 @@ def flag(group: str, metavar: str | None, text: str, *, default: Any = None, sho
 
 
 def flag_name(name: str) -> str:
-    """Return the option of a field: --class of class_, --num-steps of num_steps."""
+    """Return the option of a field: --class for class_, --num-steps for num_steps."""
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def flags_of(request: type) -> list[Flag]:
-    """Return the options that the fields of a request declare by `flag`."""
+    """Return the options that the fields of a request declare with `flag`."""
     flags = []
     for one in fields(request):
         kind = next(kind for kind in (*get_args(one.type), one.type) if kind is not NoneType)
@@ -93,7 +92,7 @@ def flags_of(request: type) -> list[Flag]:
 
 
 class Mode(Enum):
-    """What generate.py can do; the value is the option that asks for it."""
+    """What generate.py can do; the value is the option that selects it."""
 
     IMAGES = "--seeds"
     PROJECTED = "--projected-w"
@@ -103,11 +102,11 @@ class Mode(Enum):
 
 _OF_SEEDS, _IN_OUTDIR = (Mode.IMAGES, Mode.MIX), (Mode.IMAGES, Mode.PROJECTED, Mode.MIX)
 _TRUNCATED = (Mode.IMAGES, Mode.SET, Mode.MIX)
-_HINTS = {"class_": " (--classes says how many images each class has)",
-          "label": " (--labels-from draws labels from a data set)"}  # with --zip
+_HINTS = {"class_": " (--classes sets the number of images of each class)",
+          "label": " (--labels-from takes labels from a data set)"}  # with --zip
 
-IMAGES, FILES, SET, MIX, SPEED = ("Which images", "Where they go", "A labelled data set", "Mixed styles",
-                                  "Speed and devices")  # the groups of the help
+# The headings of the help.
+IMAGES, FILES, SET, MIX, SPEED = "Images", "Output", "Labeled data set", "Style mixing", "Speed and devices"
 BESIDE_FILES = ""  # the value of --grid without a name
 
 
@@ -115,78 +114,77 @@ BESIDE_FILES = ""  # the value of --grid without a name
 class GenerateRequest:
     """The options of generate.py.
 
-    Raises UserError where they contradict each other, one is missing, or a number is out of its range.
+    Raises UserError if they contradict each other, one is missing, or a number is out of range.
     """
 
     network: str | None = flag(
-        IMAGES, "FILE", f"Network file: a .safetensors of a run, or a .pkl of the original; also {OTHER_NAMES}. Must "
-        "be given.", type=UserPath())
+        IMAGES, "FILE", f"{NETWORK_HELP} Required.", type=UserPath())
     seeds: str | None = flag(
-        IMAGES, "LIST", "Numbers that images follow from, such as 0,1,5-9. With --zip the first one [default: 0].",
+        IMAGES, "LIST", "Random seeds, one per image, such as 0,1,5-9. With --zip, the first seed [default: 0].",
         only=(Mode.IMAGES, Mode.SET))
     class_: str | None = flag(
-        IMAGES, "NAME", "Class of the images, by name or number, where the network knows classes. For --grid several, "
-        "such as melanoma,nevus, or all.", only=_OF_SEEDS)
+        IMAGES, "NAME", "Class of the images, by name or number, if the network is class-conditional. --grid also "
+        "takes several, such as melanoma,nevus, or all.", only=_OF_SEEDS)
     label: str | None = flag(
-        IMAGES, "LIST", "Label of the images as the numbers that the network is told, such as 0,1,0.5: where it "
-        "learned labels that are no classes. Of classes it is a mix, such as 0.5,0.5 of two, which the network never "
-        "learned from.", only=_OF_SEEDS)
+        IMAGES, "LIST", "Label vector of the images, such as 0,1,0.5, if the network was trained with vectors as "
+        "labels. A network trained with classes takes a mix of them, such as 0.5,0.5 for two classes, which it never "
+        "saw in training.", only=_OF_SEEDS)
     trunc: float | None = flag(
-        IMAGES, "PSI", "Truncation: smaller values give more usual and less varied images; 0 gives the mean image.",
+        IMAGES, "PSI", "Truncation: smaller values give more typical, less varied images; 0 gives the mean image.",
         shown=f"{SynthesisSettings.truncation:g}", only=_TRUNCATED)
     trunc_center: str | None = flag(
-        IMAGES, "NAME", "What --trunc pulls towards: global, the mean style of all images, in which frequent classes "
-        "weigh most; class, that of the image's own class, or of its label, over "
-        f"{MEAN_LATENTS} latents: right for a class that is rare in the training set.",
+        IMAGES, "NAME", "Mean style that --trunc pulls towards: global, that of all images, in which frequent "
+        f"classes weigh most; class, that of the image's own class or label, from {MEAN_LATENTS} latents, which is "
+        "better for classes that are rare in the training set.",
         type=click.Choice(TRUNC_CENTERS), shown=SynthesisSettings.center, only=_TRUNCATED)
     noise_mode: str | None = flag(
-        IMAGES, "NAME", "Noise that fine detail follows from: const, the network's own; random, drawn by the seed of "
-        "each image; none.", type=click.Choice(NOISE_MODES), shown=SynthesisSettings.noise_mode)
+        IMAGES, "NAME", "Noise inputs, which add fine detail: const, the network's own; random, drawn from each "
+        "image's seed; none.", type=click.Choice(NOISE_MODES), shown=SynthesisSettings.noise_mode)
     projected_w: str | None = flag(
-        IMAGES, "FILE", "Make images of the styles in an .npz file, instead of seeds.", type=UserPath(),
+        IMAGES, "FILE", "Make images from the styles (w) in an .npz file, not from seeds.", type=UserPath(),
         only=(Mode.PROJECTED,))
 
     outdir: str | None = flag(
-        FILES, "DIR", "Folder for seedNNNN.png (or projNN.png). Files of these names are replaced.", type=UserPath(),
-        only=_IN_OUTDIR)
+        FILES, "DIR", "Folder for the images, seedNNNN.png or projNN.png. Existing files are replaced.",
+        type=UserPath(), only=_IN_OUTDIR)
     grid: str | None = flag(
-        FILES, "[FILE]", "Show all images on one sheet, a row for each of several classes; without a name it is "
+        FILES, "[FILE]", "Put all images on one sheet, each class in rows of its own; without FILE, the sheet is "
         f"{GRID} in --outdir.", is_flag=False, flag_value=BESIDE_FILES, type=UserPath(),
         only=(Mode.IMAGES, Mode.PROJECTED))
 
     zip: str | None = flag(
-        SET, "FILE", "Write a data set with labels, as dataset_tool.py does. Image i is that of seed FIRST + i. The "
-        "same command continues where it was stopped; a file that is there is never replaced.", type=UserPath(),
-        only=(Mode.SET,))
+        SET, "FILE", "Write a labeled data set, in the format of dataset_tool.py. Image i has seed FIRST + i, where "
+        "FIRST is --seeds. After an interruption, the same command continues; an existing file is never replaced.",
+        type=UserPath(), only=(Mode.SET,))
     count: int | None = flag(
-        SET, "INT", "Number of images; of classes in the shares that the network was trained with, or those of "
-        "--classes.", only=(Mode.SET,))
+        SET, "INT", "Number of images. Without --classes, each class has the same share as in the training set.",
+        only=(Mode.SET,))
     classes: str | None = flag(
-        SET, "LIST", "Number of images of each class, such as benign:5000,melanoma:5000, in the order of the network's "
-        "classes.", only=(Mode.SET,))
+        SET, "LIST", "Number of images of each class, such as benign:5000,melanoma:5000. The set has them in the order "
+        "of the network's classes.", only=(Mode.SET,))
     labels_from: str | None = flag(
-        SET, "PATH", "Data set to draw labels from, in place of numbers of each class: in random order, by the first "
-        "seed, each once before one comes again. Classes are matched by name. [default of --count: the number of its "
-        "images]", type=UserPath(), only=(Mode.SET,))
+        SET, "PATH", "Data set to take labels from, instead of --classes: shuffled (by the first seed), each used once "
+        "before any is repeated. Classes are matched by name. [default of --count: the number of its images]",
+        type=UserPath(), only=(Mode.SET,))
 
     style_mix: bool | None = flag(
-        MIX, None, "Write ROW-COLUMN.png for all pairs of seeds: the row's image with layers of the column's style; "
-        f"and {GRID}.", only=(Mode.MIX,))
+        MIX, None, "Write ROW-COLUMN.png for each pair of seeds, the row's image with some layers of the column's "
+        f"style, and all of them in {GRID}.", only=(Mode.MIX,))
     rows: str | None = flag(MIX, "LIST", "Seeds of the rows, such as 85,100,75.", only=(Mode.MIX,))
     cols: str | None = flag(MIX, "LIST", "Seeds of the columns.", only=(Mode.MIX,))
     styles: str | None = flag(
-        MIX, "LIST", "Layers taken from the column; from 0, the coarsest.",
-        shown=f"0-{COARSE_LAYERS - 1}; the first half where there are no more", only=(Mode.MIX,))
+        MIX, "LIST", "Layers taken from the column's style; 0 is the coarsest.",
+        shown=f"0-{COARSE_LAYERS - 1}, or the first half if the network has at most {COARSE_LAYERS}", only=(Mode.MIX,))
 
     device: str = flag(SPEED, "NAME", DEVICE_HELP, default="auto")
     gpus: int | None = flag(
-        SPEED, "INT", "Processes that share the work of --zip: one a GPU, or several on a CPU.", shown="1",
+        SPEED, "INT", "Number of processes for --zip: one per GPU, or several on a CPU.", shown="1",
         only=(Mode.SET,), neutral=1)
     batch: int | None = flag(
-        SPEED, "INT", "Images of one pass. Larger batches are faster; they move some pixels by one level.",
-        shown="1 on a CPU, by resolution on a GPU")
+        SPEED, "INT", "Batch size. Larger batches are faster, and change a few pixel values by 1.",
+        shown="1 on a CPU, chosen by resolution on a GPU")
     fp32: bool | None = flag(
-        SPEED, None, "Compute all in float32, also what the network computes in half precision on a GPU.")
+        SPEED, None, "Compute everything in float32, also the layers that use float16 on a GPU.")
     tune_malloc: bool = flag(SPEED, "BOOL", TUNE_MALLOC_HELP, default=True)
 
     def __post_init__(self) -> None:
@@ -195,7 +193,7 @@ class GenerateRequest:
                             "--network=run/network-snapshot-001000.safetensors, or see --help")
         self._check_together()
         self._check_complete()
-        if self.trunc is not None and not abs(self.trunc) <= _LARGEST_TRUNC:  # so that nan is none
+        if self.trunc is not None and not abs(self.trunc) <= _LARGEST_TRUNC:  # also refuses nan
             raise UserError(f"--trunc is {self.trunc:g}; expected a number, usually from 0 to 1, at most "
                             f"{_LARGEST_TRUNC}")
         if self.trunc_center == CLASS_CENTER and self.trunc is None:
@@ -227,25 +225,25 @@ class GenerateRequest:
                 continue
             name = flag_name(one.name)
             if len(only) == 1 and name != only[0].value:
-                raise UserError(f"{name} is given, which belongs to {only[0].value}; add that, or leave {name} out")
+                raise UserError(f"{name} is given, but only works with {only[0].value}; add that, or leave {name} out")
             hint = _HINTS.get(one.name, "") if mode is Mode.SET else ""
             raise UserError(f"{name} is given with {mode.value}; expected one of them{hint}")
 
     def _check_complete(self) -> None:
         mode = self.mode
         if mode is Mode.IMAGES and self.seeds is None:
-            raise UserError("--seeds is missing; expected what to make: --seeds=0-9, --projected-w=FILE, --zip=FILE or "
-                            "--style-mix, see --help")
+            raise UserError("--seeds is missing; expected --seeds=0-9, --projected-w=FILE, --zip=FILE or --style-mix: "
+                            "see --help")
         if mode is Mode.MIX and None in (self.rows, self.cols):
             missing = "rows" if self.rows is None else "cols"
             raise UserError(f"--{missing} is missing; expected seeds for --style-mix, such as --rows=85,100 "
                             "--cols=55,821")
         if mode is not Mode.SET and not self.outdir and (mode is Mode.MIX or not self.grid):
-            other = "" if mode is Mode.MIX else ", or --grid=FILE for a sheet alone"
+            other = "" if mode is Mode.MIX else ", or --grid=FILE for only a sheet"
             raise UserError(f"--outdir is missing; expected a folder for the images{other}")
 
 
-HELP = """Make images with a trained network: files, a sheet, a labelled data set, or mixed styles.
+HELP = """Make images with a trained network: image files, a sheet, a labeled data set, or style mixing.
 
 \b
 python generate.py --network=network-snapshot-001000.safetensors --seeds=0-63 --class=melanoma --outdir=out
@@ -256,7 +254,8 @@ python generate.py --network=N.safetensors --zip=drawn.zip --labels-from=set.zip
 python generate.py --network=N.safetensors --projected-w=projected_w.npz --outdir=out
 python generate.py --network=N.safetensors --style-mix --rows=85,100 --cols=55,821 --outdir=out
 
-A seed gives the same image each time: that of the original's generate.py, for its networks.
+A seed always gives the same image. With a network of the original StyleGAN2-ADA it is the image that the original's
+generate.py makes.
 """
 
 
@@ -267,23 +266,23 @@ def make_command() -> click.Command:
 
 
 def _generate(**flags: Any) -> int:
-    """Do what is asked for, and return the exit code. Nothing is written where inputs do not fit."""
+    """Run the mode that the options select; return the exit code. If the inputs do not fit, nothing is written."""
     request = GenerateRequest(**flags)
     work = {Mode.IMAGES: make_images, Mode.PROJECTED: make_projected, Mode.SET: make_set, Mode.MIX: make_style_mix}
     return work[request.mode](request)
 
 
 def make_images(request: GenerateRequest) -> int:
-    """Write an image a seed, and a sheet of them."""
+    """Write an image for each seed, and a sheet of them."""
     named = parse_seeds("--seeds", request.seeds)
-    seeds = list(dict.fromkeys(named))  # a seed has one file, and one image
+    seeds = list(dict.fromkeys(named))  # each seed has one file
     if len(seeds) < len(named):
         print(f"--seeds names {len(named)} seeds, {len(seeds)} of them different; each is made once", file=sys.stderr)
     with _open(request) as (network, generator):
         classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1 and request.outdir and request.grid != BESIDE_FILES:
-            raise UserError(f"--class names {len(classes)} classes, and files in --outdir are of one; expected one "
-                            "class, or --grid=FILE without --outdir for a sheet of several")
+            raise UserError(f"--class names {len(classes)} classes, but the files in --outdir are of one class; "
+                            "expected one, or --grid=FILE without --outdir for a sheet of several")
         names = None if len(classes) == 1 else [network.classes.name(index) for index in classes]
         sheet = None if request.grid is None else Sheet(names, len(seeds), resolution=generator.G.img_resolution)
         files = [] if len(classes) > 1 else [f"seed{seed:04d}.png" for seed in seeds]
@@ -311,7 +310,7 @@ def make_style_mix(request: GenerateRequest) -> int:
     with _open(request) as (network, generator):
         classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1:
-            raise UserError(f"--class names {len(classes)} classes; with --style-mix expected one")
+            raise UserError(f"--class names {len(classes)} classes; expected one with --style-mix")
         layers = choose_layers(request.styles, generator.G.num_ws)
         count = write_style_mix(request.outdir, generator, rows, columns, layers=layers,
                                 label=network.classes.labels(classes))
@@ -320,7 +319,7 @@ def make_style_mix(request: GenerateRequest) -> int:
 
 
 def make_set(request: GenerateRequest) -> int:
-    """Write a labeled set, in as many processes as asked for."""
+    """Write a labeled data set, in --gpus processes."""
     check_file("--zip", request.zip, ".zip")
     place = Place.from_environment()
     processes = count_processes(place, request.gpus, shared=None)
@@ -330,7 +329,7 @@ def make_set(request: GenerateRequest) -> int:
     batch = request.batch or choose_batch(network.G.img_resolution, device)
     contents = _choose_contents(request, network, batch)
     if processes > 1 and not place.is_started:
-        del network  # each of the processes has one
+        del network  # each process opens its own
         return launch(processes)
     with join(device) as joined, memory_advice(batch):
         require_same(network, joined)
@@ -342,13 +341,13 @@ def make_set(request: GenerateRequest) -> int:
         is_new = write_labeled_set(request.zip, network, generator, contents, joined)
         if joined.rank == 0:
             click.echo(_describe_set(request.zip, network, contents) if is_new else
-                       f"{request.zip} holds these images already")
+                       f"{request.zip} already holds these images")
     return 0
 
 
 @contextmanager
 def _open(request: GenerateRequest) -> Iterator[tuple[OpenNetwork, ImageGenerator]]:
-    """Open the network and its device for images that are files of their own, once their places were checked."""
+    """Check the output paths, then open the network on its device; for the modes that write image files."""
     place = Place.from_environment()
     processes = count_processes(place, request.gpus, shared=Mode.SET.value)
     if request.outdir:
@@ -367,7 +366,7 @@ def _open(request: GenerateRequest) -> Iterator[tuple[OpenNetwork, ImageGenerato
 
 def _print_center(settings: SynthesisSettings) -> None:
     if settings.center != GLOBAL_CENTER and settings.truncation != 1:
-        print(f"--trunc={settings.truncation:g} towards the mean style of each image's own class or label, over "
+        print(f"--trunc={settings.truncation:g} pulls towards the mean style of each image's own class or label, from "
               f"{MEAN_LATENTS} latents (--trunc-center={settings.center})", file=sys.stderr)
 
 
@@ -402,14 +401,14 @@ def _write_images(request: GenerateRequest, batches: Iterable[Tensor], files: Se
     """Write images, uint8 [n, C, R, R], into --outdir under their names, then the sheet; print what was written."""
     outdir, names = None, iter(files)
     for pixels in batches:
-        if request.outdir and outdir is None:  # not before there is something to put into it
+        if request.outdir and outdir is None:  # only once there is an image to write
             outdir = make_outdir(request.outdir)
         if sheet is not None:
             sheet.add(pixels)
-        for image, name in zip(pixels, names) if outdir is not None else ():  # a sheet alone has no names
+        for image, name in zip(pixels, names) if outdir is not None else ():  # no names without --outdir
             save_picture(outdir / name, image)
     if outdir is not None and files:
-        named = sorted(files, key=lambda name: (len(name), name))  # 70000 has a digit more than 0005
+        named = sorted(files, key=lambda name: (len(name), name))  # 70000 has more digits than 0005
         click.echo(f"{request.outdir}: " + (f"{len(named)} images, {named[0]} to {named[-1]}" if len(named) > 1 else
                                             f"1 image, {named[0]}"))
     if sheet is not None:

@@ -1,6 +1,6 @@
-"""Turn seeds and labels into styles, and styles into pixels: the same image for a seed whoever asks for it.
+"""Turn seeds and labels into styles, and styles into pixels: a seed gives the same image in every program.
 
-Seeds are given as lists such as 0,1,5-9; styles come from seeds, or from a file that a projector saved.
+Seeds are lists such as 0,1,5-9; styles come from seeds, or from a file that projector.py saved.
 """
 
 import os
@@ -22,45 +22,45 @@ from training.generator import truncate
 
 GLOBAL_CENTER, CLASS_CENTER = "global", "class"
 TRUNC_CENTERS = (GLOBAL_CENTER, CLASS_CENTER)
-MEAN_LATENTS = 10_000  # of the mean style of a class, as in the original's projector
+MEAN_LATENTS = 10_000  # that the mean style of a class is computed from, as in the original's projector
 
-LARGEST_SEED = 2**32 - 1  # numpy's RandomState takes no larger one
+LARGEST_SEED = 2**32 - 1  # the largest that numpy's RandomState takes
 MOST_SEEDS = 1_000_000
 
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _MEAN_SEED, _MEAN_BATCH = 123, 1000
-_GPU_PIXELS, _GPU_BATCH = 1 << 21, 64  # of a batch: 32 images of 256x256, and 64 of the smallest
+_GPU_PIXELS, _GPU_BATCH = 1 << 21, 64  # per batch: 32 images of 256x256, at most 64 smaller ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisSettings:
-    """How images are made, beside latent and class."""
+    """How images are made from latents and labels."""
 
     truncation: float = 1.0  # psi: 1 keeps the variety, 0 gives the mean image
-    center: str = GLOBAL_CENTER  # of truncation: the network's mean style of all classes, or that of each image's own
+    center: str = GLOBAL_CENTER  # of truncation: the mean style of all classes, or of each image's own
     noise_mode: str = "const"
     fp32: bool = False  # compute half precision blocks in float32
 
     def require_support(self, G: nn.Module) -> None:
-        """Raise UserError where a network cannot make images with these settings."""
+        """Raise UserError if a network cannot make images with these settings."""
         if self.center == CLASS_CENTER:
             if G.c_dim == 0:
                 raise UserError("--trunc-center is class, but this network was trained without classes; expected "
                                 "global: leave --trunc-center out")
         elif self.truncation != 1 and G.mapping.w_avg_beta is None:
-            raise UserError(f"--trunc is {self.truncation:g}, but this network keeps no mean style to truncate "
-                            "towards; leave --trunc out")
+            raise UserError(f"--trunc is {self.truncation:g}, but this network has no mean style to truncate towards; "
+                            "leave --trunc out")
 
 
 class ImageGenerator:
-    """Makes images with a network. Nothing random is left: equal arguments give equal images.
+    """Makes images with a network, deterministically: equal arguments give equal images.
 
-    G:          the averaged generator, in eval mode, on the device that is to compute
-    batch:      images of a pass
-    fp32_flag:  the program's option for `SynthesisSettings.fp32`, for messages; None where it has none
+    G:          the averaged generator (G_ema), in eval mode, on the device to use
+    batch:      batch size
+    fp32_flag:  the program's option for `SynthesisSettings.fp32`, for messages; None if it has none
 
-    An image is the same in batches of any size, and with any number of threads, up to the order of sums: in float32
-    one value in some 10,000 moves by one level.
+    Batch size and number of threads change only the order of sums: in float32, about one pixel value in 10,000
+    changes by 1.
     """
 
     def __init__(self, G: nn.Module, settings: SynthesisSettings, *, batch: int, fp32_flag: str | None = None):
@@ -68,14 +68,14 @@ class ImageGenerator:
         self.device = next(G.parameters()).device
         # Half precision is what makes a GPU fast; most CPUs are slower with it.
         self.fp32 = settings.fp32 or self.device.type == "cpu"
-        self._centers: dict[tuple[float, ...], Tensor] = {}  # label -> mean style, [K]
+        self._centers: dict[tuple[float, ...], Tensor] = {}  # label -> mean style [K]
 
     def generate(self, seeds: Sequence[int], labels: Tensor,
                  on_images: Callable[[int], None] = lambda count: None) -> Iterator[Tensor]:
         """Yield the images of seeds in batches, uint8 [n, C, R, R] on the CPU.
 
-        labels:     float32 [N, c_dim], one row a seed
-        on_images:  is told how many images were made, after each batch
+        labels:     float32 [N, c_dim], one row per seed
+        on_images:  called after each batch with its number of images
         """
         for start in range(0, len(seeds), self.batch):
             some = seeds[start:start + self.batch]
@@ -104,19 +104,19 @@ class ImageGenerator:
         """Return the images of styles in one pass: uint8 [N, C, R, R] on the CPU.
 
         ws:           [N, L, K]
-        noise_seeds:  what the noise of each image follows from with the noise mode "random"
+        noise_seeds:  the seed of each image's noise in noise mode "random"
 
-        Raises UserError where the network makes something else than finite numbers.
+        Raises UserError if the images are not finite.
         """
         if self.settings.noise_mode != "random":
             return to_pixels(self._synthesize(ws)).cpu()
-        # LIMIT: one image a pass, since a batch draws the noise of all its images from one stream.
+        # LIMIT: one image at a time, since a batch draws the noise of all its images from one random stream.
         streams = (generator_for(seed_for(seed, 0, 0, "generate/noise"), self.device) for seed in noise_seeds)
         return torch.cat([to_pixels(self._synthesize(w, generator=stream)).cpu()
                           for w, stream in zip(ws.split(1), streams, strict=True)])
 
     def _center(self, label: Tensor) -> Tensor:
-        """Return the mean style of a label, [K] float32 on the device; each is computed once."""
+        """Return the mean style of a label, [K] float32 on the device; each is computed only once."""
         key = tuple(label.tolist())
         if key not in self._centers:
             self._centers[key] = styles_of_label(self.G, label).mean(dim=0).float().to(self.device)
@@ -125,24 +125,24 @@ class ImageGenerator:
     def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
         images = self.G.synthesis(ws.to(self.device), noise_mode=self.settings.noise_mode, force_fp32=self.fp32,
                                   generator=generator)
-        if not images.isfinite().all():  # they would become pixels all the same
+        if not images.isfinite().all():  # converting to pixels would hide this
             other = "" if self.fp32 or self.fp32_flag is None else f", or {self.fp32_flag}"
-            raise UserError("the network of --network makes images that are no finite numbers, perhaps since its "
-                            f"training diverged; expected a sound one: try an earlier snapshot{other}")
+            raise UserError("the network of --network makes images that are not finite, perhaps because its training "
+                            f"diverged; expected a network that works: try an earlier snapshot{other}")
         return images
 
 
 def choose_batch(resolution: int, device: torch.device | str) -> int:
-    """Return how many images a pass takes: on a GPU what fits into a few GB for usual networks, on a CPU one.
+    """Return the batch size: on a GPU what fits into a few GB for the usual networks, on a CPU 1.
 
-    On a CPU larger batches are faster, but with one image a pass it is the same one, bit for bit, in a file, on a sheet
-    and in a set.
+    Larger batches would be faster on a CPU too, but with 1 an image is the same, bit for bit, in a file, on a sheet and
+    in a data set.
     """
     return 1 if torch.device(device).type == "cpu" else min(max(_GPU_PIXELS // resolution**2, 1), _GPU_BATCH)
 
 
 def latents_of(seeds: Sequence[int], z_dim: int) -> Tensor:
-    """Return the latents of seeds, each as the original draws it: float64 [N, Z]."""
+    """Return the latents of seeds, drawn as in the original: float64 [N, Z]."""
     return torch.from_numpy(np.concatenate([np.random.RandomState(seed).randn(1, z_dim) for seed in seeds]))
 
 
@@ -160,11 +160,11 @@ def styles_of_label(G: nn.Module, label: Tensor) -> Tensor:
 
 
 def parse_ranges(flag: str, text: str, *, largest: int, what: str) -> list[range]:
-    """Return what "0,1,5-9" names, in its order.
+    """Return the ranges of a list such as "0,1,5-9", in its order.
 
     flag:     the name of the option, for messages
-    largest:  the largest number there is
-    what:     one of the things that are numbered, for messages
+    largest:  the largest number allowed
+    what:     what the numbers stand for, in the singular, for messages
 
     Raises UserError for anything else.
     """
@@ -183,25 +183,25 @@ def parse_ranges(flag: str, text: str, *, largest: int, what: str) -> list[range
 
 
 def parse_seeds(flag: str, text: str) -> list[int]:
-    """Return the seeds that "0,1,5-9" names, in its order. Raises UserError."""
+    """Return the seeds of a list such as "0,1,5-9", in its order. Raises UserError."""
     ranges = parse_ranges(flag, text, largest=LARGEST_SEED, what="seed")
     if (count := sum(map(len, ranges))) > MOST_SEEDS:
-        raise UserError(f"{flag} names {count} seeds; expected at most {MOST_SEEDS}: for many images use --zip and "
+        raise UserError(f"{flag} names {count} seeds; expected at most {MOST_SEEDS}: for more images use --zip and "
                         "--count")
     return [seed for some in ranges for seed in some]
 
 
 def parse_first_seed(flag: str, text: str) -> int:
-    """Return the one seed that a labeled set starts from. Raises UserError."""
+    """Return the seed of the first image of a labeled data set. Raises UserError."""
     ranges = parse_ranges(flag, text, largest=LARGEST_SEED, what="seed")
     if len(ranges) != 1 or len(ranges[0]) != 1:
-        raise UserError(f"{flag} is {text}; with --zip expected the first seed alone, such as --seeds=0: --count says "
-                        "how many follow")
+        raise UserError(f"{flag} is {text}; expected only the first seed with --zip, such as --seeds=0: --count sets "
+                        "the number of images")
     return ranges[0][0]
 
 
 def save_projected_w(path: str | os.PathLike, ws: np.ndarray, **columns: np.ndarray) -> None:
-    """Write styles as `read_projected_w` takes them, with what else belongs to each row beside them. Raises OSError.
+    """Write styles for `read_projected_w`, with further arrays about each row. Raises OSError.
 
     ws:       float32 [M, L, K]
     columns:  arrays of length M, by name
@@ -211,12 +211,12 @@ def save_projected_w(path: str | os.PathLike, ws: np.ndarray, **columns: np.ndar
 
 
 def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
-    """Return the styles of --projected-w: float32 [M, L, K], from the entry "w" of an npz file.
+    """Return the styles of --projected-w: float32 [M, L, K], from the array "w" of an npz file.
 
-    Raises UserError, one line, when the file is missing, no npz, or holds styles of another network.
+    Raises UserError if the file is missing, is not an npz file, or has styles of another network.
     """
     flag = f"--projected-w={path}"
-    expected = f"expected an .npz file with an array w of shape [M, {G.num_ws}, {G.w_dim}], as a projector writes it"
+    expected = f"expected an .npz file with an array w of shape [M, {G.num_ws}, {G.w_dim}], as projector.py writes it"
     try:
         w = retrying(lambda: _read_w(path, flag, expected), path)
     except FileNotFoundError as error:
@@ -230,14 +230,15 @@ def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
     if w.ndim != 3 or w.shape[1:] != (G.num_ws, G.w_dim) or not len(w):
         raise UserError(f"{flag} has w of shape {list(w.shape)}; expected [M, {G.num_ws}, {G.w_dim}] for this network")
     if w.dtype.kind not in "fiu" or not np.isfinite(w).all():
-        raise UserError(f"{flag} has w of type {w.dtype} with values that are no finite numbers; expected those")
+        raise UserError(f"{flag} has w of type {w.dtype} and values that are not finite numbers; expected finite "
+                        "numbers")
     return torch.from_numpy(w.astype(np.float32))
 
 
 def _read_w(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
     with open(path, "rb") as file:
         start = file.read(len(np.lib.format.MAGIC_PREFIX))
-    if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):  # numpy would advise to unpickle it
+    if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):  # numpy's error would suggest unpickling it
         raise UserError(f"{flag} is not an npz file; {expected}")
     arrays = np.load(path, allow_pickle=False)
     if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -245,5 +246,5 @@ def _read_w(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
     with arrays:
         if "w" not in arrays.files:
             found = ", ".join(arrays.files[:5]) or "nothing"
-            raise UserError(f"{flag} has no array w (it holds {found}); {expected}")
+            raise UserError(f"{flag} does not have an array w (it has {found}); {expected}")
         return arrays["w"]

@@ -1,7 +1,7 @@
-"""Write a labeled data set of generated images, piece by piece; the same command continues after any end.
+"""Write a labeled data set of generated images, piece by piece; the same command continues after an interruption.
 
-What it holds is settled first: which seed, which label and which piece of the work each image belongs to. Labels come
-class by class, or are drawn from those of a data set.
+The seed, the label and the piece of every image are fixed before the first is made. Labels come class by class, or are
+taken from a data set.
 """
 
 import hashlib
@@ -30,22 +30,22 @@ from torch_utils.distributed import Processes
 from torch_utils.piecework import OPERATORS, Pieces, complete, count_images, differences
 from training.sampling import TrainingOrder
 
-# Of a piece: what a sudden end costs at most. Larger pieces would be lost more often, smaller ones are many files.
+# Of a piece: the most that a crash loses. Larger pieces would lose more, smaller ones would be many files.
 _PIECE_IMAGES, _PIECE_BYTES = 256, 16 << 20
-_MOST_CENTERS = 1000  # a second each for large networks on a CPU
+_MOST_CENTERS = 1000  # each takes a second with a large network on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetContents:
-    """What a labeled set holds. Images are numbered from 0; image i is that of seed first_seed + i.
+    """The contents of a labeled data set. Images are numbered from 0; image i has seed first_seed + i.
 
     first_seed:  of image 0
-    count:       images in all
-    counts:      images of each class, [c_dim], one class after the other; None without classes
-    piece:       images that are computed and kept together
-    drawn:       the label of each image, where they do not come class by class; None where they do
-    labels_from: name of the data set that they were drawn from
-    note:        a line for the user on how they were matched
+    count:       number of images
+    counts:      number of images of each class, [c_dim], class after class; None without classes
+    piece:       images per piece, which are computed and saved together
+    drawn:       the label of each image, if taken from a data set; None if they come class by class
+    labels_from: name of that data set
+    note:        a line for the user about how its classes were matched
     """
 
     first_seed: int
@@ -58,7 +58,7 @@ class SetContents:
 
     def __post_init__(self):
         if self.first_seed + self.count - 1 > LARGEST_SEED:
-            raise UserError(f"--seeds is {self.first_seed}, and the last seed of {self.count} images would be "
+            raise UserError(f"--seeds is {self.first_seed}, so the last seed of {self.count} images would be "
                             f"{self.first_seed + self.count - 1}; the largest seed is {LARGEST_SEED}: start lower, or "
                             "make fewer images")
 
@@ -88,21 +88,21 @@ class SetContents:
 
 def write_labeled_set(dest: str | os.PathLike, network: OpenNetwork, generator: ImageGenerator, contents: SetContents,
                        processes: Processes) -> bool:
-    """Write the zip `dest`; False where it holds just this set already. What was drawn is what is written.
+    """Write the zip `dest`; return False if it already is this data set.
 
-    All processes of a run call this; they share the folder of `dest`. What a piece holds does not depend on their
-    number. Finished pieces wait in a folder beside `dest` until all are there.
-    LIMIT: equal contents give equal bytes where each process has equally many threads. On a CPU one with a single
-    thread sums in another order than one with several: one value in some 10,000 moves by a level.
+    All processes of a run call this; they share the folder of `dest`. The contents of a piece do not depend on the
+    number of processes. Finished pieces are kept in a folder beside `dest` until all are there.
+    LIMIT: bytes are equal only if each process has equally many threads. On a CPU, one thread sums in another order
+    than several: about one pixel value in 10,000 changes by 1.
 
-    Raises UserError when `dest` is another file, or cannot be written, another process works on it, or other pieces
-    lie there.
+    Raises UserError if `dest` is another file or cannot be written, if another process is working on it, or if pieces
+    of another data set are there.
     """
-    # The operators that computed it are not part of what it follows from: pieces keep theirs (torch_utils.piecework).
+    # The operators in use do not belong to the origin: pieces record theirs (torch_utils.piecework).
     origin = _describe_origin(network, contents, generator)
     pieces = Pieces(dest, {**origin, "count": contents.count, "piece": contents.piece})
     sizes = [len(contents.images(number)) for number in range(contents.num_pieces)]
-    # Where pieces lie beside it, only their removal is missing, or another process is at work there.
+    # If there are still pieces, only their removal is missing, or another process is working there.
     if _is_done(Path(dest), origin, contents.count) and not pieces.is_there():  # all processes find the same
         return False
 
@@ -115,7 +115,7 @@ def write_labeled_set(dest: str | os.PathLike, network: OpenNetwork, generator: 
                 labels = network.classes.labels(contents.labels(images))
                 pixels = torch.cat(list(generator.generate(contents.seeds(images), labels)))
                 pieces.save(number, {"pixels": pixels.numpy()})
-                if progress is not None:  # it counts those of all processes
+                if progress is not None:  # counts the images of all processes
                     progress.advance(count_images(pieces, sizes) - before - progress.done)
 
     complete(pieces, sizes, processes, make=make, assemble=lambda: _assemble(
@@ -124,7 +124,7 @@ def write_labeled_set(dest: str | os.PathLike, network: OpenNetwork, generator: 
 
 
 def _describe_origin(network: OpenNetwork, contents: SetContents, generator: ImageGenerator) -> dict[str, Any]:
-    """Return what dataset.json says of the images' origin: all that they follow from."""
+    """Return the origin of the images for dataset.json: everything that they depend on."""
     classes, settings = network.classes, generator.settings
     origin = {
         "generated": True,
@@ -139,7 +139,7 @@ def _describe_origin(network: OpenNetwork, contents: SetContents, generator: Ima
         "batch": generator.batch,
         "classes": None if contents.counts is None else {classes.name(i): n for i, n in enumerate(contents.counts)},
     }
-    if settings.center != GLOBAL_CENTER:  # not written otherwise, so that work that was begun before it is gone on with
+    if settings.center != GLOBAL_CENTER:  # only then, so that work begun by older versions still continues
         origin["truncation_center"] = settings.center
     if contents.drawn is not None:
         labels = json.dumps(list(contents.drawn)).encode()
@@ -150,7 +150,7 @@ def _describe_origin(network: OpenNetwork, contents: SetContents, generator: Ima
 
 
 def _is_done(dest: Path, origin: dict[str, Any], count: int) -> bool:
-    """Tell whether `dest` is a finished set of this origin. Raises UserError where it is something else."""
+    """Tell whether `dest` is a finished data set of this origin. Raises UserError if it is something else."""
     if not dest.exists():
         return False
     try:
@@ -158,9 +158,9 @@ def _is_done(dest: Path, origin: dict[str, Any], count: int) -> bool:
     except UserError as error:
         raise UserError(f"--zip is {dest}, which exists and is not a data set; choose another name, or remove "
                         "it") from error
-    different = differences(images.source, json.loads(json.dumps(origin)))  # both as JSON gives them back
+    different = differences(images.source, json.loads(json.dumps(origin)))  # as it reads back from JSON
     if not different and len(images) != count:
-        different = f"{len(images)} images are there, of {count}"
+        different = f"{len(images)} of {count} images"
     if different:
         raise UserError(f"--zip is {dest}, which exists and holds other images ({different}); choose another name, or "
                         "remove it")
@@ -181,14 +181,14 @@ def _assemble(dest: str | os.PathLike, network: OpenNetwork, contents: SetConten
 
 def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
                 seed: int) -> tuple[list[Label], str | None]:
-    """Return `count` labels, drawn from those of a data set as a training run sees them, and a line to print.
+    """Return `count` labels from a data set, in the order in which a training run sees them, and a line to print.
 
     path:     --labels-from
-    classes:  of the network; those of the set are matched by name, or by number where one of them has no names
-    count:    None for as many as the set has images
+    classes:  of the network; those of the data set are matched by name, or by number if either has no names
+    count:    None for the number of images in the data set
 
-    They come in rounds, each a random permutation of the set's labels, so that what belongs together stays together,
-    and shares are exact in whole rounds. Raises UserError where a label is missing, or is none of the network's.
+    Labels come in rounds, each a random permutation of the data set's labels: joint frequencies are kept, exactly so
+    in whole rounds. Raises UserError if a label is missing, or does not belong to the network.
     """
     images = ImageSet(path)
     flag = f"--labels-from={path}"
@@ -201,10 +201,10 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
     if not (is_vector or is_class):
         found = LABELS[images.label_kind] + (f" ({images.labels.shape[1]} each)" if images.label_kind == VECTOR else "")
         wanted = f"lists of {classes.count} numbers" if classes.kind == VECTOR else "numbers of classes"
-        raise UserError(f"{flag} has {found}; expected {wanted}, as the network learned from")
+        raise UserError(f"{flag} has {found}; expected {wanted}, as in the network's training set")
     if num_missing := int(images.missing_labels().sum()):
         raise UserError(f"{flag}: {num_missing} of {len(images)} images have no label; expected one each: "
-                        "convert it with dataset_tool.py --unlabelled=drop")
+                        "convert it with dataset_tool.py --unlabeled=drop")
     if is_vector:
         if classes.names is not None:
             images.use_classes(classes.names)
@@ -214,7 +214,7 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
     note = None
     if classes.names is None or images.classes is None:
         nameless = "the network" if classes.names is None else "the data set"
-        what = "the numbers of its labels; they are matched by position" if is_vector else \
+        what = "the entries of its label vectors; they are matched by position" if is_vector else \
             "its classes; they are matched by number"
         note = f"{flag}: {nameless} does not name {what}"
     order = TrainingOrder(len(own), seed=seed).items(0, len(own) if count is None else count)
@@ -222,7 +222,7 @@ def draw_labels(path: str | os.PathLike, classes: Classes, count: int | None,
 
 
 def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
-    """Return the network's class of each image. Raises UserError where it has no such one."""
+    """Return the network's class of each image. Raises UserError if a class is not in the network."""
     found = {label: classes.match(label, images.classes) for label in np.unique(images.labels).tolist()}
     missing = [class_name(label, images.classes) for label, own in found.items() if own is None]
     if missing:
@@ -233,14 +233,14 @@ def _match_classes(images: ImageSet, classes: Classes, flag: str) -> list[int]:
 
 
 def check_centers(labels: Sequence[Label], path: str | os.PathLike) -> None:
-    """Raise UserError where --trunc-center=class would take means of too many different labels."""
+    """Raise UserError if --trunc-center=class would need the mean styles of too many different labels."""
     if (different := len(set(labels))) > _MOST_CENTERS:
-        raise UserError(f"--trunc-center is class, which takes a mean style for each different label, and the images "
-                        f"take {different} of {path}; expected at most {_MOST_CENTERS}: leave --trunc-center out")
+        raise UserError(f"--trunc-center is class, which needs a mean style for each different label, and the images "
+                        f"have {different} from {path}; expected at most {_MOST_CENTERS}: leave --trunc-center out")
 
 
 def choose_piece_size(shape: Sequence[int], batch: int) -> int:
-    """Return the images of a piece, whole batches. shape: of an image, C R R."""
+    """Return the number of images per piece: whole batches. shape: [C, R, R] of an image"""
     channels, height, width = shape
     images = min(_PIECE_IMAGES, _PIECE_BYTES // (channels * height * width))
     return max(images // batch, 1) * batch

@@ -1,4 +1,4 @@
-"""Open the network file of --network, and find its classes: by name or number, or as vectors of numbers."""
+"""Open the file of --network; find its classes by name or number, or parse label vectors."""
 
 import math
 import os
@@ -26,10 +26,13 @@ from imagesets.classes import (
     split_names,
 )
 from torch_utils.distributed import Place, Processes, broadcast_object
-from training.network_file import find_network
+from training.network_file import OTHER_NAMES, find_network
 from training.snapshot import load_network
 
-# What a network is told of an image: the number of its class, a vector of c_dim numbers, or nothing.
+# What --network takes, for the help of all programs that have it.
+NETWORK_HELP = f"Network file: a .safetensors of a run or a .pkl of the original StyleGAN2-ADA; also {OTHER_NAMES}."
+
+# The label of an image: the number of its class, a vector of c_dim numbers, or None for unconditional networks.
 Label = int | tuple[float, ...] | None
 
 _LARGEST_NUMBER = float(torch.finfo(torch.float32).max)
@@ -38,22 +41,22 @@ _COUNTS_SYNTAX = "expected NAME:COUNT,NAME:COUNT,..., such as benign:5000,melano
 
 @dataclass(frozen=True, kw_only=True)
 class OpenNetwork:
-    """A generator, and what its file says of it."""
+    """A generator with the metadata of its file."""
 
     G: nn.Module  # the averaged generator, in eval mode
-    name: str  # of the file, without its folder: names of folders can name people or places
+    name: str  # of the file, without its folder, whose name may contain names of people or places
     sha256: str
     info: dict[str, Any]
     classes: "Classes"
 
     @property
     def training(self) -> dict[str, Any]:
-        """What the network learned from, under the names of its file; empty where the file does not say."""
+        """The training data that the file records, under the file's keys; empty if there is no record."""
         return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
 
 
 def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
-    """Read the network of --network. Raises UserError when it is missing, damaged or another kind of file."""
+    """Read the network of --network. Raises UserError if it is missing, damaged or another kind of file."""
     path = choose_network(os.fspath(text))
     try:
         networks = load_network(path, device)
@@ -69,33 +72,33 @@ def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNet
 
 
 def choose_network(text: str) -> str:
-    """Return the path of the file that --network stands for, see `find_network`; print it where it is another text."""
+    """Return the path of the file that --network stands for, see `find_network`; print it if it differs."""
     path = find_network(text, "--network")
     place = Place.from_environment()
-    # Of processes that torch_utils.launch started, that launcher's own has printed it.
+    # In processes started by torch_utils.launch, the launching process has printed it.
     if path != text and place.rank == 0 and place.launcher is None:
         print(f"--network: {path}", file=sys.stderr)
     return path
 
 
 def require_same(network: OpenNetwork, processes: Processes) -> None:
-    """Raise UserError unless all processes opened the same file: a newer one may have appeared in a run's folder."""
+    """Raise UserError unless all processes opened the same file: a run may have written a newer one in between."""
     if broadcast_object(network.sha256) != network.sha256:
         raise UserError(f"--network is another file in process {processes.rank} ({network.name}) than in the first; "
-                        "expected one for all: repeat the command, or name the file itself")
+                        "expected the same file: repeat the command, or name the file itself")
 
 
 class Classes:
-    """The classes that a network makes images of, or its labels where these are vectors; none of an unconditional one.
+    """The classes of a network, or the layout of its label vectors; count is 0 for an unconditional network.
 
-    count:            number of classes, or of the numbers of a vector: c_dim
-    kind:             of the labels that it learned, CLASS or VECTOR; None where the file does not say
-    names:            of the classes, or of the numbers; None when they have none
-    training_counts:  images of each class that the network learned from, or None when the file does not say
+    count:            c_dim: the number of classes, or the length of a label vector
+    kind:             of the labels in training, CLASS or VECTOR; None if the file has no record
+    names:            of the classes, or of the entries of a vector; None if they have none
+    training_counts:  number of training images of each class; None if the file has no record
     """
 
     def __init__(self, c_dim: int, info: Mapping[str, Any]):
-        """Take what a network file says of its classes; what does not fit its number of classes counts as not said."""
+        """Take the metadata of a network file; entries that do not fit its number of classes are ignored."""
         self.count = c_dim
         self.kind = label_kind_of(info, c_dim)
         self.names = named_classes(info, c_dim)
@@ -104,7 +107,7 @@ class Classes:
         self.training_counts = list(counts) if fits and sum(counts) > 0 else None
 
     def name(self, label: int | tuple[float, ...]) -> str:
-        """Return the name of a class, or its number; of a vector its numbers, as --label takes them."""
+        """Return the name of a class, or its number; for a vector, its numbers as --label takes them."""
         if isinstance(label, tuple):
             return ",".join(f"{number:.9g}" for number in label)
         return class_name(label, self.names)
@@ -114,40 +117,40 @@ class Classes:
         return find_class(text.strip(), self.names, self.count, flag=flag)
 
     def match(self, label: int, names: Sequence[str] | None) -> int | None:
-        """Return the network's class for one of a data set: of the same name where both have names, else number.
+        """Return the network's class for a class of a data set, matched by name if both have names, else by number.
 
         names:  of the data set's classes
 
-        None where the network has no such class.
+        Returns None if the network has no such class.
         """
         if self.names is None or names is None:
             return label if label < self.count else None
         return self.names.index(names[label]) if names[label] in self.names else None
 
     def choose(self, text: str | None, label: str | None = None) -> list[Label]:
-        """Return what images are made of, [None] of an unconditional network.
+        """Return the labels to make images of; [None] for an unconditional network.
 
-        text:   --class: one class, several with commas between them, or all
-        label:  --label: the numbers of one vector. A network that learned classes takes one, too: a mix of them
+        text:   --class: one class, several separated by commas, or all
+        label:  --label: the numbers of one vector. A network trained with classes also takes one: a mix of classes
 
-        Raises UserError, also when something is missing or not to be given.
+        Raises UserError if the value is wrong, missing, or given where the network takes none.
         """
         if label is not None:
             if text is not None:
                 raise UserError(f"--class={text} and --label={label} are both given; expected one of them")
             return [self._parse_label(label)]
         if self.kind == VECTOR:
-            raise UserError(f"{'--label is missing' if text is None else f'--class is {text}'}, and this network's "
-                            f"labels are not classes but vectors; expected {self.known_labels()}")
+            raise UserError(f"{'--label is missing' if text is None else f'--class is {text}'}, but this network's "
+                            f"labels are vectors, not classes; expected {self.known_labels()}")
         if self.count == 0:
             if text is not None:
                 raise UserError(f"--class is {text}, but this network was trained without classes; leave --class out")
             return [None]
         if text is None:
-            unknown = self.kind is None and self.names is None  # as of all files of the original
-            raise UserError("--class is missing, and this network makes images of a class; expected "
+            unknown = self.kind is None and self.names is None  # as in all files of the original
+            raise UserError("--class is missing, but this network is class-conditional; expected "
                             f"{known_classes(self.names, self.count)}"
-                            + (f", or {self.known_labels()} where its labels are no classes" if unknown else ""))
+                            + (f", or {self.known_labels()} if its labels are vectors" if unknown else ""))
         if self.names is not None and text.strip() in self.names:
             return [self.names.index(text.strip())]
         if text.strip() == "all":
@@ -164,7 +167,7 @@ class Classes:
         return f"--label with {self.count} numbers{names}, such as --label={example}"
 
     def labels(self, labels: Sequence[Label]) -> Tensor:
-        """Return labels as the network takes them, classes as one-hot vectors: float32 [N, c_dim]."""
+        """Return labels as network inputs, classes as one-hot vectors: float32 [N, c_dim]."""
         rows = torch.zeros(len(labels), self.count)
         for row, label in zip(rows, labels, strict=True):
             if isinstance(label, tuple):
@@ -174,17 +177,17 @@ class Classes:
         return rows
 
     def divide(self, count: int | None, text: str | None) -> list[int] | None:
-        """Return the images of each class in a set, [c_dim]; None of an unconditional network.
+        """Return the number of images of each class in a data set, [c_dim]; None for an unconditional network.
 
-        count:  --count, images in all; None for the sum of --classes
-        text:   --classes; None for the shares of training, by largest remainder
+        count:  --count, the total; None for the sum of --classes
+        text:   --classes; None for the same shares as in training, rounded by largest remainder
 
-        Raises UserError where the two do not tell how many, or contradict each other, and for labels that are vectors.
+        Raises UserError if the two leave the numbers open or contradict each other, and for label vectors.
         """
         if self.kind == VECTOR:
-            raise UserError(f"{'--labels-from is missing' if text is None else f'--classes is {text}'}, and this "
-                            "network's labels are not classes but vectors; expected a data set to draw labels of "
-                            f"{self.count} numbers from, such as --labels-from=set.zip")
+            raise UserError(f"{'--labels-from is missing' if text is None else f'--classes is {text}'}, but this "
+                            "network's labels are vectors, not classes; expected a data set with labels of "
+                            f"{self.count} numbers, such as --labels-from=set.zip")
         if count is not None and count < 1:
             raise UserError(f"--count is {count}; expected at least 1")
         if self.count == 0:
@@ -199,8 +202,8 @@ class Classes:
             raise UserError("--count is missing; expected the number of images for --zip, such as --count=10000, or "
                             "--classes with the number of each class")
         if self.training_counts is None:
-            raise UserError("--classes is missing, and the network file does not say how many images of each class it "
-                            f"learned from; {_COUNTS_SYNTAX}")
+            raise UserError("--classes is missing, and the network file does not record how many training images each "
+                            f"class had; {_COUNTS_SYNTAX}")
         return class_counts(self.training_counts, count)
 
     def _parse_label(self, text: str) -> tuple[float, ...]:
@@ -212,7 +215,7 @@ class Classes:
                 number = float(part)
             except ValueError:
                 number = math.nan
-            if not abs(number) <= _LARGEST_NUMBER:  # so that nan is none
+            if not abs(number) <= _LARGEST_NUMBER:  # also refuses nan
                 raise UserError(f"--label has {part.strip()!r}, which is not a finite number; expected "
                                 f"{self.known_labels()}")
             numbers.append(number)
@@ -223,7 +226,7 @@ class Classes:
     def _given_counts(self, count: int | None, text: str) -> list[int]:
         counts = [0] * self.count
         seen = set()
-        # A name may hold commas.
+        # A name may contain commas.
         whole = [part for name in self.names or () for part in re.findall(rf"{re.escape(name)}:[0-9]+", text)]
         for part in split_names(text, whole):
             name, _, number = part.rpartition(":")
@@ -236,8 +239,8 @@ class Classes:
             counts[index] = int(number)
         total = sum(counts)
         if total == 0:
-            raise UserError(f"--classes is {text}, which is no image at all; {_COUNTS_SYNTAX}")
+            raise UserError(f"--classes is {text}, which asks for no images; {_COUNTS_SYNTAX}")
         if count not in (None, total):
-            raise UserError(f"--count is {count}, and --classes adds up to {total}; expected the same: leave --count "
-                            "out")
+            raise UserError(f"--count is {count}, but --classes adds up to {total}; expected the same number: leave "
+                            "--count out")
         return counts

@@ -1,6 +1,6 @@
-"""Write images as files: one by one, many on a sheet, or all pairs of seeds with their styles mixed.
+"""Write images as files: one by one, as a sheet, or as style mixing of all pairs of seeds.
 
-In a mixed image some layers have the style of another seed: coarse layers carry shape, fine ones color.
+In style mixing, some layers of an image take the style of another seed: coarse layers carry shape, fine ones color.
 """
 
 import math
@@ -19,39 +19,39 @@ from generation.image_generator import ImageGenerator, parse_ranges
 from imagesets.writer import encode_png
 from torch_utils.images import MOST_PIXELS, save_grid
 
-GRID = "grid.png"  # a sheet's name beside images
-COARSE_LAYERS = 7  # that --style-mix takes from the column: 0 to 6, as in the original
+GRID = "grid.png"  # the sheet in --outdir
+COARSE_LAYERS = 7  # --style-mix takes these from the column: 0 to 6, as in the original
 
-_LONGEST_ROW = 32  # images of one class, side by side
+_LONGEST_ROW = 32  # images
 
 
 def make_outdir(path: str | os.PathLike) -> Path:
-    """Make the folder of --outdir where it is missing; return it. Raises UserError when that cannot be."""
+    """Create the folder of --outdir if it is missing; return it. Raises UserError if that fails."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--outdir is {path}, which cannot be made ({error.strerror}); expected a folder that "
-                        "can") from error
+        raise UserError(f"--outdir is {path}, which cannot be created ({error.strerror}); choose another "
+                        "folder") from error
     return folder
 
 
 def check_file(flag: str, path: str, ending: str) -> None:
-    """Raise UserError unless a file of this name can be written in a folder that exists."""
+    """Raise UserError unless a file of this name can be written and its folder exists."""
     target = Path(path)
     if target.suffix.lower() != ending:
         raise UserError(f"{flag} is {path}; expected a name ending in {ending}")
     if target.is_dir():
-        raise UserError(f"{flag} is {path}, which is a folder; expected a name of a file to write")
+        raise UserError(f"{flag} is {path}, which is a folder; expected a file name")
     folder = target.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{flag} is {path}, but there is no folder {target.parent}; make it first")
+        raise UserError(f"{flag} is {path}, but the folder {target.parent} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} is {path}, but the folder {target.parent} cannot be written to; expected one that can")
+        raise UserError(f"{flag} is {path}, but the folder {target.parent} is not writable; choose a writable folder")
 
 
 def as_png(pixels: Tensor) -> bytes:
-    """Return the PNG file of an image: uint8 [1 or 3, H, W]."""
+    """Encode an image as PNG: uint8 [1 or 3, H, W]."""
     return encode_png(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
@@ -62,13 +62,13 @@ def save_picture(path: str | os.PathLike, pixels: Tensor) -> None:
 
 
 class Sheet:
-    """The picture of --grid: the images of each class from a new row on, with its name beside it.
+    """The sheet of --grid: each class starts a new row, with its name beside it.
 
-    names:       of the classes, or None for images that are all alike
-    per_class:   images of each
+    names:       of the classes; None for a single class, or none
+    per_class:   images of each class
     resolution:  of an image
 
-    Raises UserError when the picture would be too large for most programs.
+    Raises UserError if the sheet would be too large for most image viewers.
     """
 
     def __init__(self, names: Sequence[str] | None, per_class: int, *, resolution: int):
@@ -83,18 +83,18 @@ class Sheet:
         self._images: list[Tensor] = []
 
     def add(self, images: Tensor) -> None:
-        """Put images into the next cells: uint8 [n, C, R, R]."""
+        """Put images in the next cells: uint8 [n, C, R, R]."""
         self._images.extend(images)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the picture as a PNG. Raises OSError."""
+        """Write the sheet as a PNG. Raises OSError."""
         cells = [cell for first in range(0, len(self._images), self._per_class)
                  for cell in (*self._images[first:first + self._per_class], *self._gap)]
         save_grid(path, cells, columns=self.columns, rows=self.rows, labels=self._labels)
 
 
 def _check_size(cells: int, resolution: int, found: str, advice: str) -> None:
-    """Raise UserError when a sheet would be too large for most programs."""
+    """Raise UserError if a sheet would be too large for most image viewers."""
     if cells * resolution**2 > MOST_PIXELS:
         raise UserError(f"{found} images of {resolution}x{resolution}; expected at most "
                         f"{MOST_PIXELS // resolution**2}: {advice}")
@@ -103,8 +103,8 @@ def _check_size(cells: int, resolution: int, found: str, advice: str) -> None:
 def choose_layers(text: str | None, num_ws: int) -> list[int]:
     """Return the layers of --styles, each once and in order.
 
-    Without the flag they are 0-6. Where a network has no more than these, taking all would copy the whole image: it
-    is the first half then. Raises UserError for layers that the network does not have.
+    The default is 0-6. If the network has only these, which would copy the whole image, it is the first half. Raises
+    UserError for layers that the network does not have.
     """
     if text is None:
         return list(range(COARSE_LAYERS if num_ws > COARSE_LAYERS else num_ws // 2))
@@ -121,13 +121,13 @@ def mix(row: Tensor, column: Tensor, layers: Sequence[int]) -> Tensor:
 
 def write_style_mix(outdir: str | os.PathLike, generator: ImageGenerator, rows: Sequence[int], columns: Sequence[int],
                     *, layers: Sequence[int], label: Tensor) -> int:
-    """Write R-C.png for each pair of seeds, S-S.png for each seed alone, and all of them on GRID.
+    """Write R-C.png for each pair of seeds, S-S.png for each single seed, and all of them in GRID.
 
-    rows, columns:  seeds, each once; an image is that of its row, with layers of its column's style
+    rows, columns:  seeds; an image is that of its row's seed, with `layers` of the column's style
     label:          float32 [1, c_dim], of all images
 
-    Returns the number of images. Where a seed is both row and column its pair is the image of the seed itself.
-    Raises UserError when the sheet would be too large for most programs.
+    Returns the number of images. A seed that is both row and column gives its own, unmixed image. Raises UserError if
+    the sheet would be too large for most image viewers.
     """
     cells = (len(rows) + 1) * (len(columns) + 1)
     _check_size(cells, generator.G.img_resolution, f"{GRID} would show {cells}", "name fewer --rows or --cols")

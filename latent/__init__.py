@@ -1,1 +1,1 @@
-"""Find the latents of real images: the work of projector.py."""
+"""Project real images into the latent space of a network: the work of projector.py."""

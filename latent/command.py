@@ -1,4 +1,4 @@
-"""The command projector.py: its options, which of them go together, and the projection of one image or of a set."""
+"""The command line of projector.py: its options, and the projection of one image or of a set."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from dnnlib.cli import GroupedCommand, UserError, UserPath, check_outdir
 from dnnlib.files import DiskFailure, retrying
 from dnnlib.process_lock import LockHeld, ProcessLock
 from generation.command import flag, flag_name, flags_of
-from generation.network import OpenNetwork, open_network, require_same
+from generation.network import NETWORK_HELP, OpenNetwork, open_network, require_same
 from generation.pictures import make_outdir
 from imagesets.classes import VECTOR
 from imagesets.pixel_formats import Depth
@@ -72,77 +72,75 @@ from torch_utils.device import (
 from torch_utils.distributed import Place, Processes, join
 from torch_utils.launch import launch
 from torch_utils.piecework import OPERATORS, Pieces, complete
-from training.network_file import OTHER_NAMES
 
-# The groups of the help.
-WHAT, HOW, NEAR, IMAGES, SPEED = ("What to project", "How", "What is near", "How images are read", "Speed and devices")
+# The headings of the help.
+WHAT, HOW, NEAR, IMAGES, SPEED = "Input and output", "Projection", "Distance", "Reading images", "Speed and devices"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectRequest:
     """The options of projector.py.
 
-    Raises UserError where they contradict each other, one is missing, or a number is out of its range.
+    Raises UserError if they contradict each other, one is missing, or a number is out of range.
     """
 
-    network: str | None = flag(
-        WHAT, "FILE", f"Network file: a .safetensors of a run, or a .pkl of the original; also {OTHER_NAMES}. Must be "
-        "given.", type=UserPath())
-    target: str | None = flag(
-        WHAT, "FILE", "Image to find in the latent space, of any size and kind.", type=UserPath())
+    network: str | None = flag(WHAT, "FILE", f"{NETWORK_HELP} Required.", type=UserPath())
+    target: str | None = flag(WHAT, "FILE", "Image to project, of any size and format.", type=UserPath())
     data: str | None = flag(
-        WHAT, "PATH", "Set of images in place of one: a data set, or any zip or folder of images. The same command "
-        "continues where it was stopped.", type=UserPath())
-    outdir: str | None = flag(WHAT, "DIR", "Folder for the results. Must be given.", type=UserPath())
+        WHAT, "PATH", "Images to project, instead of one: a data set, or any zip or folder of images. After an "
+        "interruption, the same command continues.", type=UserPath())
+    outdir: str | None = flag(WHAT, "DIR", "Folder for the results. Required.", type=UserPath())
     class_: str | None = flag(
-        WHAT, "NAME", "Class whose mean style is the start, by name or number, where the network knows classes; "
-        f"{AUTO} tries each and keeps the nearest. With --data also the class of the images to take, where the set has "
+        WHAT, "NAME", "Class to start from, by name or number, if the network is class-conditional; "
+        f"{AUTO} tries each and keeps the nearest. With --data, also the class of images to project, if the set has "
         "classes. [default with --data: the class of each image]")
     label: str | None = flag(
-        WHAT, "LIST", "Label whose mean style is the start, as the numbers that the network is told, such as 0,1,0.5: "
-        "where it learned labels that are no classes. [default with --data: the label of each image]")
-    count: int | None = flag(WHAT, "INT", "So many images of --data, drawn by --seed.", shown="all", only=["--data"])
+        WHAT, "LIST", "Label vector to start from, such as 0,1,0.5, if the network was trained with vectors as labels. "
+        "[default with --data: the label of each image]")
+    count: int | None = flag(
+        WHAT, "INT", "Project a random subset of --data of this size (chosen by --seed).", shown="all", only=["--data"])
     group_by_class: bool | None = flag(
-        WHAT, None, "Take equally many images of each class of --data, and show classes apart on sheet and histogram.",
-        only=["--data"])
+        WHAT, None, "Project equally many images of each class of --data; sheet and histogram show each class "
+        "separately.", only=["--data"])
 
-    num_steps: int = flag(HOW, "INT", "Steps of a projection.", default=ProjectionSettings.num_steps)
-    seed: int = flag(HOW, "INT", "Number that all random choices follow from.", default=ProjectionSettings.seed)
+    num_steps: int = flag(HOW, "INT", "Optimization steps per projection.", default=ProjectionSettings.num_steps)
+    seed: int = flag(HOW, "INT", "Random seed.", default=ProjectionSettings.seed)
     space: str = flag(
-        HOW, "|".join(SPACES), "w: one style for all layers; w+: one for each layer, which comes nearer, and is less "
-        "like what the network makes by itself.", default=ProjectionSettings.space)
+        HOW, "|".join(SPACES), "w: one style for all layers; w+: one style per layer, which comes nearer to the "
+        "target, but is less typical of the network.", default=ProjectionSettings.space)
     pti_steps: int | None = flag(
-        HOW, "INT", "After it, tune a copy of the network so many steps to show --target at the style that was found "
+        HOW, "INT", "Then fine-tune a copy of the network for this many steps to show --target at the projected style "
         f"(pivotal tuning; {USUAL_STEPS} is usual).", shown="0", only=["--target"], neutral=0)
     save_video: bool | None = flag(
-        HOW, "BOOL", f"Write {VIDEO}, a frame for each step.", shown="true with --target", only=["--target"],
+        HOW, "BOOL", f"Write {VIDEO}, with one frame per step.", shown="true with --target", only=["--target"],
         neutral=False)
 
     detector: str | None = flag(
-        NEAR, "NAME", f"What images are compared by: {', '.join(SIMILARITY_NAMES)}. Distances of different ones do not "
-        "compare.", shown=f"{USUAL_SIMILARITY}; where its weights cannot be had, what needs no download")
+        NEAR, "NAME", f"Feature detector that compares images: {', '.join(SIMILARITY_NAMES)}. Distances from different "
+        "detectors cannot be compared.",
+        shown=f"{USUAL_SIMILARITY}, or one that needs no download if its weights are not available")
     detector_weights: str | None = flag(
-        NEAR, "PATH", f"Its weights in place of downloaded ones; for {USUAL_SIMILARITY} a folder with its two files.",
-        type=UserPath())
+        NEAR, "PATH", "File with the detector's weights, instead of downloading them; for "
+        f"{USUAL_SIMILARITY} a folder with its two files.", type=UserPath())
 
     transform: str = flag(
-        IMAGES, "NAME", "What makes images square, as in dataset_tool.py: center-crop, center-crop-wide, or none, "
-        "which stretches.", type=click.Choice(TARGET_TRANSFORMS), default=DEFAULT_TRANSFORM)
+        IMAGES, "NAME", "How images are made square, as in dataset_tool.py: center-crop, center-crop-wide, or none, "
+        "which stretches them.", type=click.Choice(TARGET_TRANSFORMS), default=DEFAULT_TRANSFORM)
     resize_filter: str = flag(
-        IMAGES, "NAME", "lanczos or box.", type=click.Choice(FILTERS), default=DEFAULT_FILTER)
-    exact: bool = flag(IMAGES, None, "Decode JPEG files at full size.", default=False)
+        IMAGES, "NAME", "Filter for resizing: lanczos or box.", type=click.Choice(FILTERS), default=DEFAULT_FILTER)
+    exact: bool = flag(IMAGES, None, "Decode JPEG files at full size before resizing.", default=False)
     depth: int | None = flag(
-        IMAGES, "BITS", "Bits of the numbers in images of more than 8 bits, as in dataset_tool.py: 12 makes 4095 "
-        "white.", shown="16, or by the values")
+        IMAGES, "BITS", "Bit depth of images with more than 8 bits, as in dataset_tool.py: with 12, the value 4095 is "
+        "white.", shown="16, or chosen by the values")
 
     device: str = flag(SPEED, "NAME", DEVICE_HELP, default="auto")
     gpus: int | None = flag(
-        SPEED, "INT", "Processes that share the work of --data: one a GPU, or several on a CPU.", shown="1",
+        SPEED, "INT", "Number of processes for --data: one per GPU, or several on a CPU.", shown="1",
         only=["--data"], neutral=1)
     batch: int | None = flag(
-        SPEED, "INT", "Projections of one pass. An image's result does not depend on the others in it; passes of other "
-        "sizes round otherwise.",
-        shown="by resolution and device, such as 8; with --target the classes that are tried")
+        SPEED, "INT", "Batch size. An image's result does not depend on the rest of the batch, but rounding depends on "
+        "the batch size.",
+        shown="chosen by resolution and device, such as 8; with --target the number of classes that are tried")
     tune_malloc: bool = flag(SPEED, "BOOL", TUNE_MALLOC_HELP, default=True)
 
     def __post_init__(self) -> None:
@@ -157,12 +155,12 @@ class ProjectRequest:
             value, only = getattr(self, one.name), one.metadata["only"]
             if only and mode not in only and value not in (None, one.metadata["neutral"]):
                 name = flag_name(one.name)
-                raise UserError(f"{name} is given, which belongs to {only[0]}; leave {name} out")
+                raise UserError(f"{name} is given, but only works with {only[0]}; leave {name} out")
         check_counts(batch=self.batch, gpus=self.gpus)
         Depth(bits=self.depth)  # checks
         space = self.settings.space  # checks
         if self.pti_steps and self.pti_steps < 0:
-            raise UserError(f"--pti-steps is {self.pti_steps}; expected a number from 0 on, usually some {USUAL_STEPS}")
+            raise UserError(f"--pti-steps is {self.pti_steps}; expected at least 0, usually about {USUAL_STEPS}")
         if self.pti_steps and space != "w":
             raise UserError(f"--pti-steps is given with --space={space}; expected --space=w: pivotal tuning starts "
                             "from a style that all layers share")
@@ -172,7 +170,7 @@ class ProjectRequest:
         return ProjectionSettings(space=self.space.lower(), num_steps=self.num_steps, seed=self.seed)
 
 
-HELP = """Find the latents whose images are nearest to given ones; keep images, latents and distances.
+HELP = """Project real images into the latent space of a network: find the styles (w) whose images are nearest to them.
 
 \b
 python projector.py --network=network-snapshot-001000.safetensors --target=lesion.jpg --class=melanoma --outdir=out
@@ -181,7 +179,7 @@ python projector.py --network=N.safetensors --target=lesion.jpg --class=nevus --
 python projector.py --network=N.safetensors --data=heldout.zip --count=64 --group-by-class --outdir=heldout
 torchrun --nproc-per-node=8 projector.py --network=N.safetensors --data=heldout.zip --outdir=heldout
 
-generate.py --projected-w makes images of what was found.
+generate.py --projected-w makes images from the styles that were found.
 """
 
 
@@ -192,13 +190,13 @@ def make_command() -> click.Command:
 
 
 def _project(**flags: Any) -> int:
-    """Do what is asked for, and return the exit code. Nothing is written where inputs do not fit."""
+    """Project what the options select; return the exit code. If the inputs do not fit, nothing is written."""
     request = ProjectRequest(**flags)
     return project_target(request) if request.data is None else project_set(request)
 
 
 def project_target(request: ProjectRequest) -> int:
-    """Write the latent of one image, and what is shown there."""
+    """Project one image; write its style, its projection and their distances."""
     place = Place.from_environment()
     processes = count_processes(place, request.gpus, shared="--data")
     check_outdir(request.outdir)
@@ -221,7 +219,7 @@ def project_target(request: ProjectRequest) -> int:
 
 
 def project_set(request: ProjectRequest) -> int:
-    """Write the latents of many images, in as many processes as asked for."""
+    """Project a set of images, in --gpus processes."""
     place = Place.from_environment()
     processes = count_processes(place, request.gpus, shared=None)
     device = settle_device(request.device, place, processes, tunes_malloc=request.tune_malloc)
@@ -236,15 +234,15 @@ def project_set(request: ProjectRequest) -> int:
                              group_by_class=bool(request.group_by_class), seed=request.seed)
     passes = Passes(targets=targets, size=request.batch or choose_pass(network.G.img_resolution, device))
     if processes > 1 and not place.is_started:
-        del network  # each of the processes has one
+        del network  # each process opens its own
         return launch(processes)
     left_out = count_left_out(images, network.classes, start)
     if place.rank == 0:
         if left_out:
-            print(f"{left_out} images of {request.data} are left out, which have no label that the network knows",
+            print(f"{left_out} images of {request.data} are left out, because the network does not know their label",
                   file=sys.stderr)
         if request.count is not None and len(targets) < request.count:
-            print(f"{request.data} has {len(targets)} such images, fewer than --count={request.count}",
+            print(f"{request.data} has only {len(targets)} such images, fewer than --count={request.count}",
                   file=sys.stderr)
         if network.classes.count > 0 and images.labels is not None \
                 and (network.classes.names is None) != (images.classes is None):
@@ -272,7 +270,7 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
     is_main = processes.rank == 0
     if _is_done(outdir, settings):  # all processes find the same
         if is_main:
-            click.echo(f"{outdir} holds these results already")
+            click.echo(f"{outdir} already holds these results")
         return
     pieces = Pieces(outdir / ZIP, settings)
 
@@ -294,23 +292,23 @@ def _project_set(request: ProjectRequest, settings: dict[str, Any], images: Imag
 
 @contextmanager
 def _held(outdir: str) -> Iterator[Path]:
-    """Make --outdir and keep other programs out of it; print what is kept there when this one is stopped."""
+    """Create --outdir and lock it; if this program is stopped, print that its work so far is saved there."""
     with _made(outdir) as folder:
         try:
             with ProcessLock(folder / LOCK):
                 yield folder
         except LockHeld as error:
-            raise UserError(f"--outdir is {outdir}, where {error} is at work; wait for it, or choose another "
+            raise UserError(f"--outdir is {outdir}, where {error} is working; wait for it, or choose another "
                             "folder") from error
         except (KeyboardInterrupt, DiskFailure):
             if any(folder.glob(STATES)):
-                print(f"the work so far is kept in {folder}; the same command continues", file=sys.stderr)
+                print(f"the work so far is saved in {folder}; the same command continues", file=sys.stderr)
             raise
 
 
 @contextmanager
 def _made(outdir: str) -> Iterator[Path]:
-    """Make --outdir; one that was not there before and stays empty is removed."""
+    """Create --outdir; afterwards, remove it if it is new and still empty."""
     is_new = not os.path.lexists(outdir)
     folder = make_outdir(outdir)
     try:
@@ -323,7 +321,7 @@ def _made(outdir: str) -> Iterator[Path]:
 
 def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similarity, size: int,
               device: str) -> dict[str, Any]:
-    """Return what projections follow from, beside the images."""
+    """Return everything that projections depend on, except the images."""
     settings = request.settings
     phantom = {"phantom": True} if network.info.get("phantom") is True else {}
     return {"network": network.name, "network_sha256": network.sha256, "network_kimg": network.info.get("kimg"),
@@ -336,19 +334,19 @@ def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similar
 
 
 def _is_done(outdir: Path, settings: dict[str, Any]) -> bool:
-    """Tell whether a folder holds these results. Raises UserError where it holds others."""
+    """Tell whether a folder holds these results. Raises UserError if it holds others."""
     path = outdir / SUMMARY
     try:
         found = json.loads(retrying(lambda: path.read_text(encoding="utf-8"), path))
     except FileNotFoundError:
         return False
     except ValueError as error:
-        raise UserError(f"{path} is not what this program writes; expected an --outdir of its own for these "
+        raise UserError(f"{path} was not written by this program; choose another --outdir for these "
                         "results") from error
     different = [name for name, value in settings.items() if not isinstance(found, dict) or found.get(name) != value]
     if different:
-        raise UserError(f"--outdir is {outdir}, which holds other results ({different[0]} differs); expected a folder "
-                        "of its own for these")
+        raise UserError(f"--outdir is {outdir}, which holds other results ({different[0]} differs); choose another "
+                        "folder for these")
     return all((outdir / name).exists() for name in (ZIP, STYLES, TABLE))
 
 
@@ -377,5 +375,5 @@ def _describe_set(outdir: Path, summary: dict[str, Any]) -> Iterator[str]:
     for name, values in summary["distances"].items():
         if values["count"]:
             medians = ((column, values[column]["median"]) for column in COLUMNS)
-            numbers = (f"{column} {'no number' if median is None else f'{median:.4g}'}" for column, median in medians)
+            numbers = (f"{column} {'undefined' if median is None else f'{median:.4g}'}" for column, median in medians)
             yield f"  {name} ({values['count']}): {', '.join(numbers)}"

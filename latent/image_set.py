@@ -1,6 +1,6 @@
-"""Project the images of a set, pass by pass, and write what came of it: pictures, styles, distances, sheet, histogram.
+"""Project the images of a set, batch by batch, and write the results: images, styles, distances, sheet, histogram.
 
-A pass that is stopped goes on where its last state was saved.
+A batch is called a pass here. An interrupted pass continues from its last saved state.
 """
 
 import csv
@@ -54,22 +54,22 @@ SHEET, HISTOGRAM, SUMMARY = "pairs.png", "distances.png", "projections.json"
 _TABLE_COLUMNS = ("image", "projection", "class", "group", "network_class", "detector", *COLUMNS)
 _FAILED_COLUMNS = ("image", "reason")
 _EXAMPLES, _EXAMPLES_OF_CLASS = 8, 2  # pairs of each kind on the sheet
-_MOST_CLASSES = 12  # with rows of their own
+_MOST_CLASSES = 12  # with a row on the sheet
 
 
 class Start(NamedTuple):
     """Where a projection starts."""
 
     target: int  # index of the image among the targets
-    label: Label  # from whose mean style
+    label: Label  # starts from its mean style
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """What is projected, in which passes.
+    """The projections of a set, divided into passes.
 
     targets:  the images
-    size:     projections of a pass; the last pass is filled up, so that all are computed alike
+    size:     projections per pass; the last pass is padded, so that all passes round alike
     """
 
     targets: Sequence[TargetImage]
@@ -88,10 +88,10 @@ class Passes:
 
 
 class SetWorker:
-    """Computes passes, and keeps them as pieces:
+    """Computes passes, and saves them as pieces:
 
         w          [n, S, K] float32, the styles          targets      [n, C, R, R] uint8
-        reasons    [n] texts, why there is nothing, or "" projections  [n, C, R, R] uint8
+        reasons    [n] texts, why it failed, or ""        projections  [n, C, R, R] uint8
         distances  [n, 4] float32, as COLUMNS
     """
 
@@ -100,12 +100,12 @@ class SetWorker:
         self._images, self._spec, self._network = images, spec, network
         self._projector, self._passes = projector, passes
         G = network.G
-        # As generate.py --projected-w does it, so that its images are the same.
+        # The settings of generate.py --projected-w, so that its images are the same.
         self._generator = ImageGenerator(G, SynthesisSettings(), batch=choose_batch(G.img_resolution, projector.device))
         self._statistics: dict[Label, StyleStatistics] = {}
 
     def make(self, pieces: Pieces, numbers: Sequence[int], *, shown: bool) -> None:
-        """Compute passes and keep them. shown: whether to show progress"""
+        """Compute passes and save them. shown: whether to show progress"""
         steps = len(numbers) * self._projector.settings.num_steps
         with Progress(steps, f"steps of {self._passes.size} images") if shown else nullcontext() as progress:
             for number in numbers:
@@ -124,7 +124,7 @@ class SetWorker:
         if not good:
             on_steps(self._projector.settings.num_steps)
             return piece
-        filled = good + good[:1] * (self._passes.size - len(good))  # all passes are of one size
+        filled = good + good[:1] * (self._passes.size - len(good))  # all passes have the same size
         pixels = torch.stack([targets[slot] for slot in filled])
         projection = Projection(self._projector, pixels, [self._statistics_of(starts[slot].label) for slot in filled])
         with pieces.writing():
@@ -134,26 +134,26 @@ class SetWorker:
         ws[lost] = 0
         projected = torch.cat(list(self._generator.render_all(ws)))
         distances = measure_pairs(pixels, projected, self._projector.similarity)
-        distances[lost] = torch.inf  # farther than that of another class
+        distances[lost] = torch.inf  # so that any other class is nearer
         for name, values in (("w", ws[:, :styles]), ("targets", pixels), ("projections", projected),
                              ("distances", distances)):
             piece[name][good] = values[:len(good)].numpy()
         for slot, is_lost in zip(good, lost.tolist()):
-            reasons[slot] = "its distance became no finite number" if is_lost else ""
+            reasons[slot] = "its distance became infinite or nan" if is_lost else ""
         return {**piece, "reasons": np.array(reasons)}
 
     def _read_all(self, starts: Sequence[Start]) -> list[Tensor | str]:
-        """Return what `_read` does for each start; print which images are left out."""
+        """Return the result of `_read` for each start; print which images are left out."""
         indices = dict.fromkeys(start.target for start in starts)
         read = {index: self._read(self._passes.targets[index]) for index in indices}
         for index, found in read.items():
             target = self._passes.targets[index]
-            if isinstance(found, str) and Start(index, target.starts[0]) in starts:  # told once
+            if isinstance(found, str) and Start(index, target.starts[0]) in starts:  # printed once
                 print(f"{target.name} is left out: {found}", file=sys.stderr)
         return [read[start.target] for start in starts]
 
     def _read(self, target: TargetImage) -> Tensor | str:
-        """Return the pixels, uint8 [C, R, R], or in a few words why there are none."""
+        """Return the pixels, uint8 [C, R, R], or a short text on why they cannot be read."""
         try:
             return prepare(self._images.read(target.name), self._spec)
         except BadImage as error:
@@ -169,14 +169,14 @@ class SetWorker:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The nearest projection of an image, and where it lies among the pieces."""
+    """The nearest projection of an image, and its place in the pieces."""
 
     target: TargetImage
     start: Label  # that it started from
     piece: int
     slot: int
     distances: tuple[float, ...]  # as COLUMNS
-    file: str  # of projections.zip
+    file: str  # in projections.zip
 
     @property
     def perceptual(self) -> float:
@@ -184,7 +184,7 @@ class Found:
 
 
 class NothingReadable(UserError):
-    """None of the images could be projected; failed.csv says why."""
+    """None of the images could be projected; failed.csv gives the reasons."""
 
     def __init__(self, path: Path, failed: list[tuple[str, str]]):
         super().__init__(f"none of the {len(failed)} images of {path} could be read; see {FAILED} in --outdir")
@@ -193,14 +193,14 @@ class NothingReadable(UserError):
 
 def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork,
                   passes: Passes, pieces: Pieces, *, by_class: bool) -> dict[str, Any]:
-    """Write all files of a set whose pieces are there; return what projections.json says, the last one of them.
+    """Write all files of a set whose pieces are complete; return the content of projections.json, the last one.
 
-    settings:  what the projections follow from
-    by_class:  sheet and histogram show classes on their own
+    settings:  everything that the projections depend on
+    by_class:  sheet and histogram show each class separately
 
-    Raises NothingReadable, once failed.csv is written, and OSError and UserError when a file cannot be.
+    Raises NothingReadable, after writing failed.csv, and OSError or UserError if a file cannot be written.
     """
-    for name in (SHEET, HISTOGRAM, FAILED, SUMMARY):  # of an earlier command
+    for name in (SHEET, HISTOGRAM, FAILED, SUMMARY):  # from an earlier command
         (outdir / name).unlink(missing_ok=True)
     try:
         found, failed = _write_zip(outdir / ZIP, settings, images, network, passes, pieces)
@@ -227,7 +227,7 @@ def write_results(outdir: Path, settings: Mapping[str, Any], images: ImageSet, n
 
 def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, network: OpenNetwork, passes: Passes,
                pieces: Pieces) -> tuple[list[Found], list[tuple[str, str]]]:
-    """Write images and styles; return what was found, and images with the reason why nothing was."""
+    """Write images and styles; return the projections, and the failed images with reasons."""
     found, failed, styles = [], [], []
     conditional = network.classes.count > 0
     source = {"generated": True, "projected": True, **settings}
@@ -243,28 +243,28 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
                 continue
             label, pixels = _kept_label(network.classes, target, start), arrays["projections"][slot]
             file = writer.add(as_png(torch.from_numpy(pixels)), label, target.group, hash_pixels(pixels))
-            styles.append(arrays["w"][slot].copy())  # a view would keep those of all classes
+            styles.append(arrays["w"][slot].copy())  # a view would keep the whole piece in memory
             found.append(Found(target=target, start=start, piece=piece, slot=slot, file=file,
                                distances=tuple(float(value) for value in arrays["distances"][slot])))
         if not found:
             raise NothingReadable(images.path, failed)
-        # Before the zip takes its place, so that a full disk leaves all or nothing of what takes long.
+        # Before the zip is renamed, so that on a full disk either both files appear or neither.
         _write_styles(path.with_name(STYLES), network, found, styles)
     return found, failed
 
 
 def _kept_label(classes: Classes, target: TargetImage, start: Label) -> Label:
-    """Return the label of a projection: its target's, or else the one that it started from."""
+    """Return the label of a projection: its target's, or else that of its start."""
     if classes.count == 0:
         return target.label
     if target.own is not None:
         return target.own
-    # A mix of classes, which --label gives, would be a vector among the classes of others.
+    # A mix of classes (--label) would be a vector among class numbers.
     return None if isinstance(start, tuple) and classes.kind != VECTOR else start
 
 
 def _nearest(passes: Passes, pieces: Pieces) -> Iterator[tuple[TargetImage, tuple[int, int, Label, dict]]]:
-    """Yield for each image the projection with the smallest distance, among the classes that it started from."""
+    """Yield for each image its nearest projection, among the classes that it started from."""
     projections = ((start, number, slot, arrays) for number in range(passes.count)
                    for arrays in [pieces.load(number)] for slot, start in enumerate(passes.starts_of(number)))
     for index, tried in groupby(projections, key=lambda projection: projection[0].target):
@@ -274,7 +274,7 @@ def _nearest(passes: Passes, pieces: Pieces) -> Iterator[tuple[TargetImage, tupl
 
 
 def _write_styles(path: Path, network: OpenNetwork, found: Sequence[Found], styles: Sequence[np.ndarray]) -> None:
-    """Write w [M, L, K], as generate.py --projected-w reads it, and beside it what each row is of."""
+    """Write w [M, L, K] for generate.py --projected-w, with the image, group and classes of each row."""
     w = np.stack(styles)
     names = {"image": [item.target.name for item in found], "group": [item.target.group for item in found],
              "class": [item.target.class_name or "" for item in found],
@@ -291,12 +291,12 @@ def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any
     with atomic_write(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        # Bytes of a file name that are no UTF-8 become escapes, such as \\udcff.
+        # Bytes of a file name that are not UTF-8 become escapes, such as \\udcff.
         writer.writerows([str(value).encode(errors="backslashreplace").decode() for value in row] for row in rows)
 
 
 def _by_class(found: Sequence[Found]) -> dict[str, list[Found]]:
-    """Return what was found for each class of the set; nothing where it has none."""
+    """Return the projections by class of the set; {} if it has no classes."""
     groups: dict[str, list[Found]] = {}
     for item in found:
         if item.target.class_name is not None:
@@ -305,7 +305,7 @@ def _by_class(found: Sequence[Found]) -> dict[str, list[Found]]:
 
 
 def _statistics(found: Sequence[Found]) -> dict[str, Any]:
-    """Return the number of images, and mean and quartiles of each distance; None where that is no finite number."""
+    """Return the number of images, and mean and quartiles of each distance; None if that is not finite."""
     result: dict[str, Any] = {"count": len(found)}
     for index, name in enumerate(COLUMNS):
         values = np.array([item.distances[index] for item in found], dtype=np.float64)
@@ -333,12 +333,12 @@ def _write_sheet(path: Path, groups: Mapping[str, Sequence[Found]], pieces: Piec
 
 
 def choose_examples(distances: Sequence[float], count: int) -> dict[str, list[int]]:
-    """Return indices of the nearest, of those around the median and of the farthest: "best", "median", "worst".
+    """Return the indices of the nearest, the median and the farthest distances: "best", "median", "worst".
 
-    count: of each; where there are too few, "best" is filled first and "median" last, so that none is in two lists
+    count: of each; if there are too few, "best" is filled first and "median" last, so that none is in two lists
 
-    Nearest come first, but farthest first among the "worst". Equal distances count as growing with the index, and
-    those that are not finite as the farthest.
+    Each list is sorted from near to far, "worst" from far to near. Ties are sorted by index; distances that are not
+    finite count as the farthest.
     """
     if count < 1:
         raise ValueError(f"count is {count}; expected 1 or more")

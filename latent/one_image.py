@@ -1,4 +1,4 @@
-"""Project one image: write what the original's projector writes, with distances beside it, and an MP4 of the way."""
+"""Project one image: write the files of the original's projector, and distances; with an MP4 of all steps."""
 
 import errno
 import hashlib
@@ -35,7 +35,7 @@ from latent.projection import (
 from torch_utils.images import to_unit_range
 from torch_utils.ops.compiled import auto_means_as_before
 
-# PyAV takes a while to import, which programs that write no video do not spend: functions import it.
+# Importing PyAV takes a while: functions import it, so that programs without video do not.
 if TYPE_CHECKING:
     from av.container import OutputContainer
 
@@ -45,13 +45,13 @@ VIDEO, RECORD = "proj.mp4", "projection.json"
 TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
 STATES, LOCK = "projection-state-*.pt", "lock"
 
-_LEAST_HEIGHT = 256  # pixels of a frame
-# Of constant quality: drawn lesions of 64x64 with noise of 6 levels, enlarged, come back within 3 levels on average.
+_LEAST_HEIGHT = 256  # of a frame, in pixels
+# Constant quality: enlarged 64x64 phantoms with noise of 6 levels change by at most 3 levels on average.
 _CODECS = {
     "libx264": {"crf": "18"},
-    "mpeg4": {"qmin": "2", "qmax": "2"},  # for builds without libx264; files of twice the size
+    "mpeg4": {"qmin": "2", "qmax": "2"},  # for builds without libx264; files are twice as large
 }
-# ffmpeg's numbers of what players take for granted: the matrix, primaries and curve of BT.709, levels from 16 to 235.
+# ffmpeg's numbers of the usual color space: matrix, primaries and curve of BT.709, levels from 16 to 235.
 _BT709, _LIMITED = 1, 1
 
 
@@ -59,27 +59,27 @@ _BT709, _LIMITED = 1, 1
 class Nearest:
     """The projection with the smallest distance."""
 
-    statistics: StyleStatistics  # that it started from
-    label: Label  # of these
+    statistics: StyleStatistics  # of its start
+    label: Label  # of its start
     ws: Tensor  # [1, L, K] float32 on the CPU
-    pixels: Tensor  # uint8 [C, R, R], of the network's own noise maps
+    pixels: Tensor  # uint8 [C, R, R], made with the network's own noise maps
     distances: dict[str, float]  # by COLUMNS
-    path: list[Tensor] | None  # of its styles, [S, K] each
+    path: list[Tensor] | None  # its styles after each step, [S, K] each
     tried: dict[Label, float]  # perceptual distance by class
 
 
 class TargetProjection:
     """The projection of one image, from the first step to the last file.
 
-    size:      projections of a pass, filled up
-    settings:  what the result follows from, for the record
+    size:      projections per pass; passes are padded to it
+    settings:  everything that the result depends on, for the record
     """
 
     def __init__(self, outdir: Path, network: OpenNetwork, projector: Projector, target: Tensor, *, size: int,
                  settings: dict[str, Any]):
         self._outdir, self._network, self._projector, self._target = outdir, network, projector, target
         self._size, self._settings = size, settings
-        # As generate.py --projected-w does it, so that proj.png is what that makes of projected_w.npz.
+        # The settings of generate.py --projected-w, which then makes proj.png from projected_w.npz.
         self._generator = ImageGenerator(network.G, SynthesisSettings(),
                                          batch=choose_batch(network.G.img_resolution, projector.device))
         self._operators = "auto"
@@ -88,7 +88,7 @@ class TargetProjection:
     def project(self, candidates: Sequence[Label], *, keep_path: bool, pti_steps: int) -> dict[str, Any]:
         """Find the nearest projection and write its files; return the record. Raises UserError, OSError.
 
-        A projection that was begun goes on with the operators of its beginning.
+        An interrupted projection continues with the operators that it began with.
         """
         passes = [candidates[first:first + self._size] for first in range(0, len(candidates), self._size)]
         kept = (read_operators(self._state_path(number), self._identity_of(labels, keep_path))
@@ -126,12 +126,12 @@ class TargetProjection:
                 for slot, label in enumerate(labels)]
 
     def _identity_of(self, labels: Sequence[Label], keep_path: bool) -> str:
-        """Return what the states of a pass follow from."""
+        """Return the identity of a pass, which its saved states record."""
         return f"{self._identity} {labels} {keep_path}"
 
     def _write(self, nearest: Nearest, *, pti_steps: int) -> dict[str, Any]:
-        """Write all files, tuning the network first where that is wanted; return the record."""
-        for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # of an earlier command: none may pass for ours
+        """Write all files, after tuning the network if requested; return the record."""
+        for name in (RECORD, VIDEO, TUNED_PROJECTION, TUNED_NETWORK):  # from an earlier command
             (self._outdir / name).unlink(missing_ok=True)
         save_picture(self._outdir / TARGET, self._target)
         save_picture(self._outdir / PROJECTION, nearest.pixels)
@@ -188,17 +188,17 @@ class TargetProjection:
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Put null for what JSON has no number for: the PSNR of equal images."""
+    """Replace values that JSON cannot hold with null, such as the PSNR of equal images."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class Video:
-    """A file of frames, H.264; use it as a context: the file appears whole at the end, or not at all on an error.
+    """An H.264 video file; a context manager: the file appears at the end, complete, or not at all after an error.
 
-    path:  where; the folder exists. Another file of that name is replaced.
+    path:  in an existing folder; an existing file is replaced
 
-    Frames lower than 256 pixels are enlarged by whole factors, and odd sizes made even by repeating the last line.
-    All methods raise OSError with the file's name when the system refuses something.
+    Frames lower than 256 pixels are enlarged by integer factors, and odd sizes made even by repeating the last line.
+    All methods raise OSError with the file's name if the system reports an error.
     """
 
     def __init__(self, path: str | os.PathLike, *, frames_per_second: int = 30):
@@ -218,15 +218,15 @@ class Video:
         return self
 
     def __exit__(self, *failure) -> bool | None:
-        # What the block raises comes out as it is: the stack raises only what went wrong since.
+        # Errors of the block pass unchanged: the stack only raises later ones.
         try:
             with _naming(self._path):
                 return self._stack.__exit__(*failure)
         finally:
-            self._container = self._stream = None  # with their threads, which would outlive the block
+            self._container = self._stream = None  # ends their threads, which would outlive the block
 
     def add(self, frame: Tensor) -> None:
-        """Append a frame: uint8 [1 or 3, H, W], of the first one's shape. Raises ValueError for others."""
+        """Append a frame: uint8 [1 or 3, H, W], shaped like the first one. Raises ValueError for others."""
         import av
 
         if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
@@ -238,7 +238,7 @@ class Video:
         factor = -(-_LEAST_HEIGHT // pixels.shape[0])
         pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
         height, width = pixels.shape[:2]
-        # The colors of a picture are stored at half the size: two lines have one.
+        # Color is stored at half the resolution, so that sizes have to be even.
         pixels = np.pad(pixels, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
@@ -261,7 +261,7 @@ class Video:
         self._stream = stream
 
     def _finish(self, kind: type[BaseException] | None, *_) -> None:
-        """Write the frames that the encoder keeps back."""
+        """Write the frames that the encoder still buffers."""
         if kind is not None:
             return
         if self._stream is None:
@@ -271,11 +271,11 @@ class Video:
 
 @contextmanager
 def _whole_container(path: Path) -> Iterator["OutputContainer"]:
-    """Give an MP4 file to write to; it takes the place of `path` at the end, unless there is an error."""
+    """Open a temporary MP4 file; it is renamed to `path` at the end, unless there is an error."""
     import av
 
     with atomic_write(path) as file:
-        # By its name: to move the index to the front, where players want it, ffmpeg reads the file again.
+        # By name, since ffmpeg reads the file again to move the index to the front.
         container = av.open(file.name, "w", format="mp4", container_options={"movflags": "faststart"})
         try:
             yield container
@@ -288,7 +288,7 @@ def _whole_container(path: Path) -> Iterator["OutputContainer"]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let the system's errors name the file that was asked for instead of a temporary one."""
+    """Make errors of the system name `path` instead of a temporary file."""
     try:
         yield
     except OSError as error:

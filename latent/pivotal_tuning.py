@@ -1,4 +1,4 @@
-"""Tune a copy of a generator so that it shows an image at the latent found for it (Roich et al. 2021)."""
+"""Fine-tune a copy of a generator to show an image at its projected style (Roich et al. 2021)."""
 
 import copy
 import math
@@ -24,17 +24,17 @@ _BETAS = (0.9, 0.999)  # of Adam
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """How a generator is tuned; names of the paper in brackets.
+    """How a generator is tuned; the paper's symbols are in parentheses.
 
     num_steps:          Adam steps
-    seed:               what the latents of the locality term follow from
-    locality_distance:  how far from the pivot, in W, images are held in place (alpha). The paper's 30 belongs to the
-                        scale of its network's W; sigma_w of the network and class means the same for every one
-    l2_weight:          of the pixels beside the perceptual distance, at the pivot (lambda_L2)
-    locality_weight:    of the locality term (lambda_R); 0 leaves it out
-    locality_l2_weight: of the pixels within the locality term (lambda_L2 of its own)
+    seed:               random seed of the latents in the locality term
+    locality_distance:  distance from the pivot, in W, at which images are held in place (alpha). The paper's 30 depends
+                        on the scale of its network's W; sigma_w of the network and class does not
+    l2_weight:          of the pixel distance at the pivot, relative to the perceptual one (lambda_L2)
+    locality_weight:    of the locality term (lambda_R); 0 disables it
+    locality_l2_weight: of the pixel distance in the locality term (its own lambda_L2)
 
-    Raises UserError for what a user's options or network decide, ValueError for the rest.
+    Raises UserError for values from a user's options or network, ValueError for the others.
     """
 
     num_steps: int
@@ -48,10 +48,10 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         if type(self.num_steps) is not int or self.num_steps < 1:
-            raise UserError(f"--pti-steps is {self.num_steps}; expected at least 1, usually some {USUAL_STEPS}")
-        if not 0 < self.locality_distance < math.inf:  # so that nan is none
-            raise UserError(f"--pti-steps: the distance of the locality term is {self.locality_distance:g}; expected "
-                            "more than 0, as the spread of a sound network's styles is")
+            raise UserError(f"--pti-steps is {self.num_steps}; expected at least 1, usually about {USUAL_STEPS}")
+        if not 0 < self.locality_distance < math.inf:  # also refuses nan
+            raise UserError(f"--pti-steps: the spread of the network's styles is {self.locality_distance:g}; expected "
+                            "more than 0 and finite: try an earlier snapshot")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate:g}; expected more than 0")
         for name in ("l2_weight", "locality_weight", "locality_l2_weight"):
@@ -69,9 +69,9 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """A tuned generator, and what the tuning changed."""
+    """A tuned generator, and its distances before and after."""
 
-    G: nn.Module  # in eval mode, without gradients; differs from the original in the parameters of its synthesis alone
+    G: nn.Module  # in eval mode, without gradients; only the parameters of its synthesis network have changed
     before: Distances
     after: Distances
     num_steps: int
@@ -84,13 +84,14 @@ def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settin
          label: Sequence[float] | None = None) -> Tuned:
     """Return a copy of a generator, tuned to show `target` at the pivot `w`.
 
-    G:        stays as it is; its device computes, in float32, with its own noise maps ("const")
-    w:        [1, L, K];  target: [1, C, R, R] in [-1, 1]
-    on_step:  is told the number of each step and the perceptual distance before it
-    label:    [c_dim], of the images that are held in place; None for those of all classes
+    G:        is not changed; tuning runs on its device, in float32, with its own noise maps ("const")
+    w:        [1, L, K]
+    target:   [1, C, R, R] in [-1, 1]
+    on_step:  called with the number of each step and the perceptual distance before it
+    label:    [c_dim], of the images that are held in place; None = of all classes
 
-    Equal arguments give equal weights, bit for bit on a CPU. Raises UserError when the loss becomes no finite number,
-    ValueError for tensors of other shapes.
+    Equal arguments give equal weights, bit for bit on a CPU. Raises UserError if the loss is not finite, ValueError for
+    tensors of other shapes.
     """
     shapes = [1, G.num_ws, G.w_dim], [1, G.img_channels, G.img_resolution, G.img_resolution]
     if (list(w.shape), list(target.shape)) != shapes:
@@ -99,12 +100,12 @@ def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settin
     device = next(G.parameters()).device
     w = w.detach().to(device)
     tuned = copy.deepcopy(G).eval().requires_grad_(False)
-    # Flags, not a context of each forward pass: the backward passes must find them as well.
+    # Around the whole loop, since backward passes need these settings too.
     with exact_float32(), torch.enable_grad():
         wanted = _Wanted(target.to(device), similarity)
         before = wanted.measure(tuned.synthesis, w)
         locality = _Locality(tuned, w, similarity, settings, label) if settings.locality_weight > 0 else None
-        # Train mode shares one kernel between the images of a batch, which is what gradients are cheaper with.
+        # In train mode, the images of a batch share one kernel, which makes gradients cheaper.
         synthesis = tuned.synthesis.train().requires_grad_(True)
         adam = torch.optim.Adam(synthesis.parameters(), lr=settings.learning_rate, betas=_BETAS)
         for step in range(settings.num_steps):
@@ -126,7 +127,7 @@ def tune(G: nn.Module, w: Tensor, target: Tensor, similarity: Similarity, settin
 
 
 def save_tuned(path: str | os.PathLike, tuned: Tuned, network: OpenNetwork, settings: TuningSettings) -> None:
-    """Write a tuned generator as a network file, which says what the original's said and how it was tuned.
+    """Write a tuned generator as a network file, with the original's metadata and a record of the tuning.
 
     network:  the original
 
@@ -149,8 +150,8 @@ def draw_locality(G: nn.Module, seed: int, step: int,
                   label: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
     """Return the latent and the label of a step's locality term: float32 [1, Z] and [1, c_dim], on the CPU.
 
-    label:  None draws a class, one-hot; every class is as likely, since images of the others are to stay in place as
-            well. Of labels that are vectors nothing tells which occur: it is the one of the projection
+    label:  None draws a class, one-hot; all classes are equally likely, since the images of all should stay in place.
+            For networks with label vectors, whose distribution is unknown, it is that of the projection
     """
     stream = generator_for(seed_for(seed, step, 0, "projector/pti"))
     z, c = torch.randn(1, G.z_dim, generator=stream), torch.zeros(1, G.c_dim)
@@ -162,12 +163,12 @@ def draw_locality(G: nn.Module, seed: int, step: int,
 
 
 def step_towards(pivot: Tensor, w: Tensor, distance: float) -> Tensor:
-    """Return the styles at `distance` from the pivot in the direction of `w`, layer by layer; all are [N, L, K]."""
+    """Return the styles at `distance` from the pivot in the direction of `w`, layer by layer: all [N, L, K]."""
     return pivot + distance * nn.functional.normalize(w - pivot, dim=2)
 
 
 class _Wanted:
-    """Images that others are to be like.
+    """Images that others should resemble.
 
     images:  [N, C, R, R]
     """
@@ -189,12 +190,12 @@ class _Wanted:
 
 
 class _Locality:
-    """Holds the images around the pivot where they were (Roich et al. 2021, section 3.3)."""
+    """Keeps the images around the pivot unchanged (Roich et al. 2021, section 3.3)."""
 
     def __init__(self, G: nn.Module, w: Tensor, similarity: Similarity, settings: TuningSettings,
                  label: Sequence[float] | None):
         self.G, self.w, self.similarity, self.settings, self.label = G, w, similarity, settings, label
-        # In the mode in which the other one is trained, so that equal weights give equal images to the last bit.
+        # In train mode like the tuned copy, so that equal weights give equal images, bit for bit.
         self.original = copy.deepcopy(G.synthesis).train()
 
     def loss(self, synthesis: nn.Module, step: int) -> Tensor:
@@ -213,12 +214,12 @@ def _show(synthesis: nn.Module, ws: Tensor) -> Tensor:
 
 
 def _check_finite(loss: float, step: int, settings: TuningSettings) -> None:
-    """Raise UserError unless the loss after `step` steps is a finite number."""
+    """Raise UserError unless the loss after `step` steps is finite."""
     if math.isfinite(loss):
         return
     if step == 0:
-        raise UserError("--pti-steps: the loss is no finite number before the first step; expected a sound network and "
-                        "a latent found with it: try an earlier snapshot")
+        raise UserError("--pti-steps: the loss is not finite before the first step, perhaps because the network's "
+                        "training diverged; expected a network that works: try an earlier snapshot")
     fewer = f"try --pti-steps={step // 2}" if step > 1 else "leave --pti-steps out"
-    raise UserError(f"--pti-steps is {settings.num_steps}, and the loss is no finite number after {step} of them; "
-                    f"expected one: {fewer}")
+    raise UserError(f"--pti-steps is {settings.num_steps}, but the loss is not finite after {step} of them; expected "
+                    f"a finite one: {fewer}")

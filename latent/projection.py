@@ -1,9 +1,9 @@
-"""Find styles whose images are near to given ones, many at a time (Karras et al. 2020, StyleGAN2, appendix D).
+"""Project images: find the styles of similar ones, several at a time (Karras et al. 2020, StyleGAN2, appendix D).
 
-A projection keeps states on the way, so that it goes on where it was stopped. What "near" means is a similarity of
-metrics.detectors; what came of it is measured on the pixels that are kept, see COLUMNS.
+A projection saves its state regularly, so that it can continue after an interruption. It minimizes a similarity of
+metrics.detectors; final distances are measured on the saved pixels, see COLUMNS.
 
-Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles of an image that move: 1 in W, L in W+.
+Legend: N images, C channels, R resolution, K w_dim, L num_ws, S styles per image that are optimized: 1 in W, L in W+.
 """
 
 import copy
@@ -34,29 +34,29 @@ from torch_utils.images import to_unit_range
 from torch_utils.seeding import generator_for, seed_for
 
 SPACES = ("w", "w+")
-STATE_SECONDS = 120.0  # between two states: what a sudden end costs at most
+STATE_SECONDS = 120.0  # between two saved states: the most that a crash loses
 
-# perceptual:      what the projection makes small, in units of its similarity
+# perceptual:      the distance that the projection minimizes, in units of its similarity
 # pixel_l2:        root of the mean squared difference of pixels, in levels of 0 to 255
 # psnr:            20 log10(255 / pixel_l2), in dB; inf for equal images
 # feature_cosine:  cosine of the angle between the feature vectors of the two images
 COLUMNS = ("perceptual", "pixel_l2", "psnr", "feature_cosine")
 PERCEPTUAL = COLUMNS.index("perceptual")
 
-LARGEST_SIDE = 256  # pixels that images are averaged down to, as similarities were trained on smaller ones
+LARGEST_SIDE = 256  # pixels; larger images are downsampled, as similarities were trained on small images
 USUAL_SIMILARITY, OFFLINE, LAST = "lpips-vgg16", "efficientnet-lite0", "pixels"
 
-_LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # the ramps as shares of all steps
+_LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # ramps as shares of all steps
 _STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
 _MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
 _BETAS = (0.9, 0.999)
 _MAP_NAME = "noise_const"
-_MOST_PIXELS, _MOST_IMAGES = {"cpu": 1 << 19, "cuda": 1 << 20}, {"cpu": 8, "cuda": 32}  # of a pass
+_MOST_PIXELS, _MOST_IMAGES = {"cpu": 1 << 19, "cuda": 1 << 20}, {"cpu": 8, "cuda": 32}  # per batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionSettings:
-    """How a projection is done; images, network and similarity come beside it."""
+    """The settings of a projection, apart from images, network and similarity."""
 
     space: str = "w"  # "w": one style for all layers of an image; "w+": one for each layer
     num_steps: int = 1000
@@ -68,26 +68,27 @@ class ProjectionSettings:
         if self.num_steps < 1:
             raise UserError(f"--num-steps is {self.num_steps}; expected at least 1")
         if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; expected a number from 0 on")
+            raise UserError(f"--seed is {self.seed}; expected at least 0")
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Return Adam's learning rate for a step from 0 on: linear ramp up, cosine ramp down."""
+    """Return Adam's learning rate for a step (from 0): linear ramp up, cosine ramp down."""
     t = step / num_steps
     down = min((1 - t) / _RAMP_DOWN, 1)
     return _LEARNING_RATE * (0.5 - 0.5 * math.cos(math.pi * down)) * min(t / _RAMP_UP, 1)
 
 
 def style_noise(step: int, num_steps: int) -> float:
-    """Return the deviation of the noise that a step adds to styles, as a multiple of sigma_w."""
+    """Return the standard deviation of the noise that a step adds to styles, as a multiple of sigma_w."""
     return _STYLE_NOISE * max(0, 1 - step / num_steps / _STYLE_NOISE_RAMP) ** 2
 
 
 def map_penalty(maps: Sequence[Tensor]) -> Tensor:
-    """Return, for each image, what keeps its noise maps from carrying the image: [N].
+    """Return, for each image, the penalty that keeps its noise maps from encoding the image: [N].
 
-    maps:  each [N, 1, r, r]; squared mean products with the map's neighbors in x and y, over the map and its 2x2
-           averages down to a side of 8
+    maps:  each [N, 1, r, r]
+
+    It sums the squared autocorrelations at shift 1 in x and y, over each map and its 2x2 averages down to a side of 8.
     """
     total = maps[0].new_zeros(len(maps[0]))
     for level in maps:
@@ -102,14 +103,14 @@ def map_penalty(maps: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StyleStatistics:
-    """What the styles of a class are like: a projection begins at their mean."""
+    """Mean and standard deviation of the styles of a class: a projection starts from the mean."""
 
     mean: Tensor  # [K] float32
     deviation: float  # sigma_w
 
 
 def measure_styles(G: nn.Module, label: Tensor) -> StyleStatistics:
-    """Return mean and deviation of the styles of 10,000 latents. label: [c_dim], of the class; c_dim may be 0"""
+    """Return mean and standard deviation of the styles of 10,000 latents. label: [c_dim]; c_dim may be 0"""
     w = styles_of_label(G, label)
     mean = w.mean(dim=0)
     return StyleStatistics(mean=mean.float(), deviation=float(((w - mean).square().sum() / len(w)).sqrt()))
@@ -124,16 +125,16 @@ def choose_pass(resolution: int, device: torch.device | str) -> int:
 class Projector:
     """Projects images into the latent space of a generator.
 
-    G:           the averaged generator, on the device that is to compute; it stays as it is
-    similarity:  what "near" means, on the same device
+    G:           the averaged generator (G_ema), on the device to use; it is not changed
+    similarity:  the distance to minimize, on the same device
 
-    All is computed in float32: half precision has too few digits for the gradients of a small distance.
+    Everything is computed in float32: half precision is too coarse for the gradients of a small distance.
     """
 
     def __init__(self, G: nn.Module, similarity: Similarity, settings: ProjectionSettings):
         self.similarity, self.settings = similarity, settings
-        # In train mode the modulated convolutions share their weights: a kernel an image would cost the gradient of
-        # each kernel. There is nothing else in a synthesis network that the mode changes.
+        # In train mode, the images of a batch share the kernel of modulated convolutions; with a kernel per image, each
+        # would need a gradient. The mode changes nothing else in a synthesis network.
         self._synthesis = copy.deepcopy(G.synthesis).train().requires_grad_(False)
         self.device = next(G.parameters()).device
         self.num_ws, self.w_dim = G.num_ws, G.w_dim
@@ -141,7 +142,7 @@ class Projector:
                            if name.rpartition(".")[2] == _MAP_NAME}
 
     def first_maps(self) -> dict[str, Tensor]:
-        """Return the noise maps that every image begins with, [1, 1, r, r] by name."""
+        """Return the initial noise maps of every image, [1, 1, r, r] by name."""
         return {name: self._draw(index, "projector/maps", 1, 1, side, side)
                 for index, (name, side) in enumerate(self._map_sides.items())}
 
@@ -151,28 +152,31 @@ class Projector:
         return self._draw(step, "projector/styles", 1, styles, self.w_dim)
 
     def synthesize(self, ws: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
-        """Return images [N, C, R, R] for ws [N, L, K], with noise maps of their own."""
+        """Return images [N, C, R, R] for ws [N, L, K], each with its own noise maps."""
         return functional_call(self._synthesis, dict(maps), (ws,), dict(noise_mode="const", force_fp32=True))
 
     def embed(self, images: Tensor) -> list[Tensor]:
         return self.similarity.embed(to_similarity_input(images, self.similarity))
 
     def _draw(self, index: int, stream: str, *shape: int) -> Tensor:
-        """Return noise that depends on seed, index and stream alone, so that an image may be in any pass."""
+        """Return noise that only depends on seed, index and stream, not on the batch of an image."""
         generator = generator_for(seed_for(self.settings.seed, index, 0, stream))  # CPU: the same on every device
         return torch.randn(shape, generator=generator).to(self.device)
 
 
 class Projection:
-    """Some images on their way. Each goes as if it were alone, up to rounding. On a CPU, in passes of equally many
-    images, the result of one is the same bits wherever it stands, and whatever the others are.
+    """The running projection of a batch of images.
 
-    targets:  uint8 [N, C, R, R]
-    starts:   what the styles of each begin with
+    Images are independent, up to rounding. On a CPU, with equal batch sizes, the result of an image is the same bit for
+    bit at any position and beside any other images.
 
-    step:  steps done
+    targets:    uint8 [N, C, R, R]
+    starts:     the statistics that each image starts from
+    keep_path:  record `path`
+
+    step:  number of finished steps
     w:     styles, float32 [N, S, K]
-    path:  w after each step, [N, S, K] each on the CPU, where it is kept
+    path:  w after each step, [N, S, K] each on the CPU, or None
     """
 
     def __init__(self, projector: Projector, targets: Tensor, starts: Sequence[StyleStatistics], *,
@@ -196,7 +200,7 @@ class Projection:
         return self.step >= self._projector.settings.num_steps
 
     def advance(self) -> Tensor:
-        """Do a step; return the distances that it found, [N]. Raises UserError when none is a finite number."""
+        """Do one step; return the distances before it, [N]. Raises UserError if none is finite."""
         projector, num_steps = self._projector, self._projector.settings.num_steps
         for group in self._adam.param_groups:
             group["lr"] = learning_rate(self.step, num_steps)
@@ -212,18 +216,18 @@ class Projection:
         self.step += 1
         if self.path is not None:
             self.path.append(self.w.detach().cpu().clone())
-        # Not at each step: a GPU would have to wait for the answer.
+        # Not at each step, since this makes a GPU wait.
         if (self.is_done or self.step == 1) and not distances.isfinite().any():
-            raise UserError("the distance of the network's images to the targets is no finite number, perhaps since "
-                            "its training diverged; expected a sound network: try an earlier snapshot")
+            raise UserError("the distance of the network's images to the targets is not finite, perhaps because its "
+                            "training diverged; expected a network that works: try an earlier snapshot")
         return distances.detach()
 
     def styles(self) -> Tensor:
-        """Return the styles as generate.py takes them: float32 [N, L, K] on the CPU."""
+        """Return the styles for generate.py: float32 [N, L, K] on the CPU."""
         return self.w.detach().cpu().expand(-1, self._projector.num_ws, -1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes; tensors, numbers and dicts."""
+        """Return the resumable state: tensors, numbers and dicts."""
         moments = {name: self._adam.state[parameter] for name, parameter in self._parameters.items()}
         return {"step": self.step, "path": None if not self.path else torch.stack(self.path),
                 "values": {name: parameter.detach() for name, parameter in self._parameters.items()},
@@ -232,7 +236,7 @@ class Projection:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, of the same images and settings."""
+        """Continue from a state of the same images and settings."""
         self.step = state["step"]
         if self.path is not None:
             self.path = [] if state["path"] is None else list(state["path"])
@@ -251,15 +255,15 @@ class Projection:
 
 def finish(projection: Projection, path: str | os.PathLike, identity: str,
            on_steps: Callable[[int], None] = lambda count: None, operators: str | None = None) -> None:
-    """Do all steps that are left; a state of the same identity at `path` is gone on with.
+    """Do all remaining steps, continuing from the state at `path` if its identity is the same.
 
-    path:      where states are kept; the last one stays, for what follows the projection may be stopped too
-    identity:  tells what the projection follows from beside its settings: another one's state is not used
-    on_steps:  is told how many steps were done
+    path:      file of the resumable state; the last one is kept, since later work may be interrupted too
+    identity:  identifies everything that the projection depends on, except its settings; other states are ignored
+    on_steps:  called with the number of steps that were done
     operators: their implementation, for `read_operators`
 
-    A signal lets the step at hand come to its end, and is raised once its state is kept; a second Ctrl-C is raised at
-    once. Raises OSError when a state cannot be written, UserError as Projection.advance does.
+    After a signal, the current step is finished and its state saved before the signal is raised; a second Ctrl-C is
+    raised immediately. Raises OSError if a state cannot be written, UserError as Projection.advance does.
     """
     if (state := _read_state(path, identity, tells_damage=True)) is not None:
         projection.load_state_dict(state["projection"])
@@ -278,20 +282,20 @@ def finish(projection: Projection, path: str | os.PathLike, identity: str,
 
 
 def read_operators(path: str | os.PathLike, identity: str) -> str | None:
-    """Return the implementation of operators that a state was computed with; None where none is to be continued."""
+    """Return the implementation of operators of a state; None if there is no state to continue."""
     state = _read_state(path, identity, tells_damage=False)
     return None if state is None else state.get("operators")
 
 
 def _read_state(path: str | os.PathLike, identity: str, *, tells_damage: bool) -> dict[str, Any] | None:
-    """Return the state of this identity; None where there is none, or it is damaged."""
+    """Return the state of this identity; None if there is none, or it is damaged."""
     try:
         state = read_checkpoint(path)
     except FileNotFoundError:
         return None
     except DamagedCheckpoint as error:
         if tells_damage:
-            print(f"{error}; beginning anew", file=sys.stderr)
+            print(f"{error}; starting from scratch", file=sys.stderr)
         return None
     return state if state.get("identity") == identity else None
 
@@ -299,16 +303,16 @@ def _read_state(path: str | os.PathLike, identity: str, *, tells_damage: bool) -
 def choose_similarity(name: str | None, weights: str | None, processes: Processes) -> Similarity:
     """Return the similarity on the device of this process; all processes of a run call it together.
 
-    name:     --detector; None for LPIPS where its weights are given, at hand or can be fetched, else for what needs
-              no network, which a line on standard error tells
+    name:     --detector; None = LPIPS if its weights are given, on this machine or can be downloaded, else one that
+              needs no download, with a line on standard error
     weights:  --detector-weights
 
-    Raises UserError when it is not known, or what it needs is missing.
+    Raises UserError if the name is not known, or files or packages are missing.
     """
     if name is not None and name not in SIMILARITY_NAMES:
         raise UserError(f"--detector is {name}; expected one of {', '.join(SIMILARITY_NAMES)}")
     similarity = None
-    if processes.rank == 0:  # it fetches what the others then find
+    if processes.rank == 0:  # it downloads what the others then find
         similarity = _open_similarity(name, weights, processes)
     chosen = broadcast_object(None if similarity is None else similarity.name)
     return similarity or open_similarity(chosen, device=processes.device, weights=weights)
@@ -321,18 +325,18 @@ def _open_similarity(name: str | None, weights: str | None, processes: Processes
         return open_similarity(USUAL_SIMILARITY, device=processes.device)
     except FetchError as error:
         other = OFFLINE if similarity_at_hand(OFFLINE) else LAST
-        print(f"{error}. Going on with {other}, whose distances do not compare with those of {USUAL_SIMILARITY}; "
-              f"--detector=NAME chooses: {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
+        print(f"{error}. Using {other} instead, whose distances cannot be compared with those of {USUAL_SIMILARITY}; "
+              f"--detector=NAME chooses one of {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
         return open_similarity(other, device=processes.device)
 
 
 def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
-    """Return what `similarity` takes of images: [N, 3, h, w] of their dtype; gradients flow.
+    """Resize images for a similarity: [N, 3, h, w] of their dtype; gradients flow.
 
     images:  [N, 1 or 3, R, R] floating point in [-1, 1]; R at most 256, or a multiple of it
 
-    Sides above 256 are averaged down to 256, sides below the similarity's least_size are enlarged to it; gray is
-    repeated to RGB. An image's result depends on no other one. Raises ValueError for other images.
+    Sides above 256 are average-pooled to 256, sides below the similarity's least_size enlarged to it; gray is repeated
+    to RGB. Images are independent of each other. Raises ValueError for other images.
     """
     side = images.shape[-1]
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != side or not images.is_floating_point():
@@ -343,7 +347,7 @@ def to_similarity_input(images: Tensor, similarity: Similarity) -> Tensor:
             raise ValueError(f"images are {side}x{side}; expected sides of at most {LARGEST_SIDE}, or of a multiple")
         images = avg_pool2d(images, side // LARGEST_SIDE)
     elif side < similarity.least_size:
-        # LIMIT: on a GPU the gradient of this adds up in no fixed order, so that results repeat to rounding alone.
+        # LIMIT: on a GPU, the gradient of this is summed in no fixed order, so that results repeat only up to rounding.
         size = (similarity.least_size, similarity.least_size)
         images = interpolate(images, size, mode="bilinear", align_corners=False)
     return to_rgb(images)
@@ -354,7 +358,7 @@ def measure_pairs(targets: Tensor, projections: Tensor, similarity: Similarity) 
     """Return the distances of pairs of images: float32 [N, 4] on the CPU, columns as COLUMNS.
 
     targets, projections:  uint8 [N, C, R, R], on any device
-    similarity:            its device is where they are compared
+    similarity:            they are compared on its device
     """
     device = next(chain(similarity.parameters(), similarity.buffers()), torch.empty(0)).device
     a, b = (to_similarity_input(to_unit_range(pixels.to(device)), similarity) for pixels in (targets, projections))

@@ -1,7 +1,7 @@
-"""Choose what is projected: read pictures of any kind and size as images of a network, and find where each starts.
+"""Choose what is projected: read images of any format and size for a network, and find where each starts.
 
-A projection starts from the mean style of a class, or of a label (--class and --label). Of a set some images may be
-chosen, each of which starts from its own class.
+A projection starts from the mean style of a class or label (--class, --label); the images of a set start from their own
+class by default.
 """
 
 import hashlib
@@ -38,27 +38,26 @@ TARGET_TRANSFORMS = (*TRANSFORMS, STRETCH)
 DEFAULT_TRANSFORM, DEFAULT_FILTER = "center-crop", "lanczos"
 
 _EXPECTED = "expected an image file, such as a PNG or JPEG"
-# What is wrong with a file, by BadImage's reason, and what to give instead.
+# What is wrong with a file, by BadImage's reason, and what is expected.
 _REASONS = {
     "zero bytes": f"is empty; {_EXPECTED}",
     "not an image": f"is not an image; {_EXPECTED} (many images, or a data set, go with --data)",
-    "unsupported format": "is an image of a format that is not read here; expected another: save it as PNG or JPEG",
+    "unsupported format": "is an image in an unsupported format; expected another: save it as PNG or JPEG",
     "truncated": "ends too early; expected a whole image: copy or download it again",
     "corrupt": "is damaged; expected a whole image: copy or download it again",
-    BEYOND_DEPTH: "has values for which --depth has no place; expected 0 to 2^depth - 1: choose a larger one, or leave "
-                  "--depth out",
-    "not-a-number pixels": "has pixels that are no finite numbers; expected an image without them",
+    BEYOND_DEPTH: "has values beyond --depth; expected 0 to 2^depth - 1: choose a larger depth, or leave --depth out",
+    "not-a-number pixels": "has pixels that are not finite; expected an image without them",
 }
 
 
 def read_target(path: str | os.PathLike, G: nn.Module, *, transform: str = DEFAULT_TRANSFORM,
                 resize_filter: str = DEFAULT_FILTER, exact: bool = False, depth: Depth | None = None) -> Tensor:
-    """Return the picture of --target as an image of the network: uint8 [C, R, R].
+    """Return the image of --target in the network's size: uint8 [C, R, R].
 
     transform, resize_filter, exact, depth:  see spec_for
 
-    Prints a note where the picture's numbers need fewer bits than its file has. Raises UserError, one line, when there
-    is no such file, or it is no picture that can be used.
+    Prints a note if the image uses fewer bits than its format has. Raises UserError if the file does not exist, or is
+    not a usable image.
     """
     spec = spec_for(G, transform, resize_filter, exact, depth)
     data = retrying(lambda: _read_file(path), path)
@@ -80,7 +79,7 @@ def _read_file(path: str | os.PathLike) -> bytes:
         if stat.S_ISDIR(status.st_mode):
             raise UserError(f"--target is {path}, which is a folder; {_EXPECTED} (the images of a folder go with "
                             "--data)")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise UserError(f"--target is {path}, which is a pipe or a device; {_EXPECTED}")
         if excess := excess_of(status.st_size):
             raise UserError(f"--target is {path}, which {excess}")
@@ -94,26 +93,26 @@ def _read_file(path: str | os.PathLike) -> bytes:
 
 def _too_small(data: bytes, spec: PixelSpec) -> str:
     width, height = probe(data)[:2]
-    return (f"is {width}x{height}; expected at least {spec.width} pixels of width, and no more than 4:3 of its height, "
+    return (f"is {width}x{height}; expected a width of at least {spec.width} pixels and a height of at least 3/4 of it "
             "for --transform=center-crop-wide: use --transform=center-crop")
 
 
 def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: str = DEFAULT_FILTER,
              exact: bool = False, depth: Depth | None = None) -> PixelSpec:
-    """Return what makes pictures into images of a generator.
+    """Return how images are converted for a generator.
 
     G:             with img_resolution and img_channels
-    transform:     "center-crop" takes the largest square, "center-crop-wide" the middle in the proportions 4:3, put
-                   between black bars, "none" stretches
+    transform:     "center-crop" takes the largest square, "center-crop-wide" the middle at 4:3, padded with black bars,
+                   "none" stretches
     resize_filter, exact, depth:  as in PixelSpec
 
-    Raises UserError for unknown values, and for networks whose images are no pictures.
+    Raises UserError for unknown values, and for networks with other than 1 or 3 channels.
     """
     if transform not in TARGET_TRANSFORMS:
         raise UserError(f"--transform is {transform}; expected {', '.join(TRANSFORMS)} or {STRETCH}")
     if G.img_channels not in (1, 3):
-        raise UserError(f"the network of --network makes images of {G.img_channels} channels; expected one of grey or "
-                        "RGB images")
+        raise UserError(f"the network of --network makes images with {G.img_channels} channels; expected a network of "
+                        "gray or RGB images")
     side = G.img_resolution
     return PixelSpec(width=side, height=side * 3 // 4 if transform == "center-crop-wide" else side,
                      transform=None if transform == STRETCH else transform, resize_filter=resize_filter,
@@ -121,9 +120,9 @@ def spec_for(G: nn.Module, transform: str = DEFAULT_TRANSFORM, resize_filter: st
 
 
 def prepare(data: bytes, spec: PixelSpec) -> Tensor:
-    """Return an image file as a network's image: uint8 [C, R, R]. A picture of its size and channels keeps every pixel.
+    """Convert an image file for a network: uint8 [C, R, R]. An image of the right size and channels is not changed.
 
-    Raises BadImage where that cannot be done.
+    Raises BadImage if it cannot be converted.
     """
     return _as_tensor(decode(data, spec))
 
@@ -135,12 +134,12 @@ def _as_tensor(found: Decoded) -> Tensor:
 
 
 def read_ranges(images: ImageSet, *, shown: bool) -> dict[str, tuple[float, float]]:
-    """Return the smallest and largest value of each kind of images that are scaled alike in a whole set, see Depth."""
+    """Return the smallest and largest value of each kind of image that Depth scales jointly for a whole set."""
     ranges: dict[str, tuple[float, float]] = {}
     names = [name for name in images.names if may_need_range(name)]
     with Progress(len(names), "values of 32-bit and float images") if shown else nullcontext() as progress:
         for name in names:
-            with suppress(BadImage, UserError):  # told when it is projected
+            with suppress(BadImage, UserError):  # reported when it is projected
                 if (found := probe_range(images.read(name))) is not None:
                     widen(ranges, *found)
             if progress is not None:
@@ -149,9 +148,9 @@ def read_ranges(images: ImageSet, *, shown: bool) -> dict[str, tuple[float, floa
 
 
 def parse_start(classes: Classes, text: str | None, label: str | None = None) -> StartClass:
-    """Return the number of a class, AUTO, the vector of --label, or None where none is given. Raises UserError.
+    """Return the number of a class, AUTO, the vector of --label, or None if neither is given. Raises UserError.
 
-    A name wins over "auto".
+    A class named "auto" takes precedence over AUTO.
     """
     if text is None and label is None:
         return None
@@ -167,12 +166,12 @@ def parse_start(classes: Classes, text: str | None, label: str | None = None) ->
 
 
 def starts_of_target(classes: Classes, text: str | None, label: str | None = None) -> list[Label]:
-    """Return the labels that one image is started from; [None] of an unconditional network. Raises UserError."""
+    """Return the labels that one image starts from; [None] for an unconditional network. Raises UserError."""
     start = parse_start(classes, text, label)
     if start is None and classes.kind == VECTOR:
-        return classes.choose(None)  # says that it is missing
+        return classes.choose(None)  # raises, since it is missing
     if start is None and classes.count > 0:
-        raise UserError("--class is missing, and this network makes images of a class; expected "
+        raise UserError("--class is missing, but this network is class-conditional; expected "
                         f"{known_classes(classes.names, classes.count)}, or {AUTO} to try each")
     return list(range(classes.count)) if start == AUTO else [start]
 
@@ -181,12 +180,12 @@ def starts_of_target(classes: Classes, text: str | None, label: str | None = Non
 class TargetImage:
     """An image of a set."""
 
-    name: str  # of the member
-    group: str  # what must not be split: patient, lesion, or the image itself
-    label: Label  # the set's own, None where it has none
-    class_name: str | None  # name of the class that it says, or number where it has none
-    own: Label  # the network's class of that name, where there is one; the label itself where both have vectors
-    starts: tuple[Label, ...]  # labels of the network to begin with; (None,) of an unconditional one
+    name: str  # of its file in the set
+    group: str  # patient, lesion, or the image itself
+    label: Label  # in the set; None if it has none
+    class_name: str | None  # of that label: its name, or its number if it has no name
+    own: Label  # the network's class of that name, or the label itself if both have vectors; None if there is none
+    starts: tuple[Label, ...]  # labels of the network to start from; (None,) for an unconditional one
 
 
 def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, count: int | None, group_by_class: bool,
@@ -194,12 +193,12 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
     """Return images in the order of the set; class by class with group_by_class.
 
     classes:         of the network
-    start:           what the images start from, None for their own label: images of other classes, or without one, are
-                     left out. Of a set whose classes the network knows, a class takes the images of that class alone
-    count:           of images, drawn by `seed`; None for all
-    group_by_class:  take equally many of each class of the set, as far as there are
+    start:           what the images start from. None = their own label; images whose label the network does not know
+                     are left out. A class = that class; if the network knows the set's classes, only its images
+    count:           size of a random subset, chosen by `seed`; None = all
+    group_by_class:  equally many images of each class of the set, as far as available
 
-    Raises UserError where no image is left.
+    Raises UserError if no image is left.
     """
     if count is not None and count < 1:
         raise UserError(f"--count is {count}; expected at least 1")
@@ -224,7 +223,7 @@ def choose_targets(images: ImageSet, classes: Classes, *, start: StartClass, cou
 
 
 def count_left_out(images: ImageSet, classes: Classes, start: StartClass) -> int:
-    """Return how many images of a set have no label that the network knows, where each starts from its own."""
+    """Return how many images of a set are left out, because the network does not know the label to start from."""
     if start is not None or classes.count == 0:
         return 0
     return _own_labels(images, _classes_of(images, classes), classes).count(None)
@@ -236,7 +235,7 @@ def _label_of(images: ImageSet, row: int) -> Label:
 
 
 def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
-    """Return a sha256 of which images they are: names, and sizes with checksums of members or times of files."""
+    """Return a sha256 of the targets: names, labels, sizes, and checksums (zip) or modification times (folder)."""
     known = dict(zip(images.names, images.checksums(), strict=True)) if images.is_zip else {}
     digest = hashlib.sha256()
     for target in targets:
@@ -249,7 +248,7 @@ def fingerprint(images: ImageSet, targets: Sequence[TargetImage]) -> str:
 def _describe_file(path: Path) -> tuple[int, int] | None:
     try:
         status = retrying(path.stat, path)
-    except OSError:  # reading it will say why
+    except OSError:  # reading it will report the error
         return None
     return status.st_size, status.st_mtime_ns
 
@@ -259,7 +258,7 @@ def _own_labels(images: ImageSet, labels: np.ndarray, classes: Classes) -> list[
 
     labels:  the class of each image in the set, int64 [N]
 
-    None for images without such a label.
+    None for images whose label the network does not know.
     """
     if classes.kind == VECTOR:
         fits = images.label_kind == VECTOR and images.labels.shape[1] == classes.count
@@ -271,7 +270,7 @@ def _own_labels(images: ImageSet, labels: np.ndarray, classes: Classes) -> list[
 
 def _wanted_rows(images: ImageSet, labels: np.ndarray, own: Sequence[Label], classes: Classes,
                  start: StartClass) -> np.ndarray:
-    """Return the rows that can be projected as `start` says. Raises UserError where there are none."""
+    """Return the rows that can be projected from `start`. Raises UserError if there are none."""
     rows = np.arange(len(images))
     if classes.count == 0 or start == AUTO:
         return rows
@@ -279,21 +278,21 @@ def _wanted_rows(images: ImageSet, labels: np.ndarray, own: Sequence[Label], cla
     if start is None:
         rows = np.flatnonzero(is_known)
         if not len(rows) and classes.kind == VECTOR:
-            raise UserError(f"{images.path} has no labels of {classes.count} numbers, which the network learned from; "
-                            f"expected such ones, or {classes.known_labels()} to start all images from")
+            raise UserError(f"{images.path} has no labels of {classes.count} numbers, as the network was trained with; "
+                            f"expected such labels, or {classes.known_labels()} to start all images from")
         if not len(rows):
             known = known_classes(classes.names, classes.count)
             found = _names_of(images, labels)
             what = f"has images of {found}, which the network does not know" if found else (
-                "has no classes, and the network starts from one")
+                "has no classes, but this network is class-conditional")
             raise UserError(f"{images.path} {what}; expected {known}: give --class=NAME to start from, or "
                             f"--class={AUTO} to try each")
         return rows
-    if isinstance(start, tuple) or not is_known.any():  # all images, whatever they are; other classes, or none
+    if isinstance(start, tuple) or not is_known.any():  # all images: the set has other classes, or none
         return rows
     rows = np.flatnonzero([label == start for label in own])
     if not len(rows):
-        raise UserError(f"{images.path} holds no images of class {classes.name(start)}; expected one of "
+        raise UserError(f"{images.path} has no images of class {classes.name(start)}; expected one of "
                         f"{_names_of(images, labels)}, or leave --class out")
     return rows
 
@@ -303,9 +302,9 @@ def _names_of(images: ImageSet, labels: np.ndarray) -> str:
 
 
 def _classes_of(images: ImageSet, classes: Classes) -> np.ndarray:
-    """Return the class of each image, int64 [N], NO_LABEL for none; lists count where they are one-hot.
+    """Return the class of each image, int64 [N], NO_LABEL for none; one-hot vectors count as classes.
 
-    For a network that learned vectors no list is a class.
+    For a network trained with vectors, they do not.
     """
     labels = images.labels
     if labels is None or (labels.ndim == 2 and classes.kind == VECTOR):
@@ -321,12 +320,12 @@ def _name_of(images: ImageSet, label: int) -> str | None:
 
 
 def _draw(rows: np.ndarray, count: int | None, random: np.random.RandomState) -> np.ndarray:
-    """Return some rows in ascending order."""
+    """Return a random subset of rows, in ascending order."""
     return rows if count is None or count >= len(rows) else np.sort(random.permutation(rows)[:count])
 
 
 def _equal_counts(available: list[int], count: int | None) -> list[int]:
-    """Return how many of each to take: equally many as far as there are, where it does not divide the first more."""
+    """Return how many of each class to take: equally many as far as available; the first ones get the remainder."""
     taken = [0] * len(available)
     left = sum(available) if count is None else min(count, sum(available))
     while left:

@@ -1,7 +1,7 @@
-"""Measure a generator or a set of images: all metrics asked for in one pass over the images.
+"""Measure a generator or a set of images: all requested metrics in one pass over the images.
 
-`Evaluator` opens the data set and the detectors, computes features of generated and real images, and `compare` turns
-them into the numbers of each metric.
+`Evaluator` opens the data set and the detectors and computes features of generated and real images; `compare` turns
+them into the values of each metric.
 """
 
 import os
@@ -59,27 +59,27 @@ _PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"
 
 
 class Stopped(Exception):
-    """The work was given up, since the caller's `stop` returned True."""
+    """Measuring was canceled, because the caller's `stop` returned True."""
 
 
 class Evaluator:
-    """Measures against one data set; features of reals are computed once, and kept.
+    """Measures against one data set; features of real images are computed only once.
 
-    metrics:   names, in a list or with commas between them
-    data:      path of the data set; None where metrics need none
-    detector:  name of the one to use in place of each metric's usual one
-    weights:   files of weights by name of the network, in place of downloaded ones, as `needed_detectors` returns them
-    mirror:    the training saw mirrored images as well
-    chosen:    name or number of a class: measure its images only
-    seed:      of latents, labels, noise and random choices
-    batch:     images at a time; part of the result, since noise follows from it. None chooses by resolution
-    device:    of everything; None takes the generator's
-    use_cache: keep features of sets of images on the disk
-    log:       takes a line for the user
-    progress:  show how far the work is, on standard error
+    metrics:   names, in a list or separated by commas
+    data:      path of the data set; None if no metric needs one
+    detector:  name of the detector to use instead of each metric's usual one
+    weights:   files of weights by name of the detector, instead of downloaded ones, as `needed_detectors` returns them
+    mirror:    training used flipped images too
+    chosen:    name or number of a class: measure only its images
+    seed:      random seed of latents, labels, noise and subsets
+    batch:     batch size; results depend on it, since noise is drawn per batch. None = chosen by resolution
+    device:    None = the generator's
+    use_cache: keep features of image sets on disk
+    log:       called with a line for the user
+    progress:  show progress on standard error
 
-    Of several processes each makes one, with equal arguments, and calls its methods together with the others.
-    Raises UserError when metrics, detector, data set and class do not go together.
+    With several processes, each makes an Evaluator with equal arguments, and all call its methods together.
+    Raises UserError if metrics, detector, data set and class do not fit together.
     """
 
     def __init__(self, metrics: str | Sequence[str], *, data: str | os.PathLike | None = None,
@@ -101,20 +101,20 @@ class Evaluator:
         self._networks: dict[str, nn.Module] = {}
         self._device = None if device is None else torch.device(device)
         self.reference = Reference(self.requests, data, mirror=mirror, chosen=chosen, seed=seed)
-        # by name of the detector; None but on the main process
+        # by name of the detector; None except on the main process
         self._real_features: dict[tuple[str, RealSubset], Features | None] = {}
 
     def evaluate(self, G: nn.Module, info: Mapping[str, Any] | None = None, *,
                  stop: Callable[[], bool] | None = None) -> Results:
-        """Return the metrics of a generator; {} but on the main process.
+        """Return the metrics of a generator; {} except on the main process.
 
-        G:     with mapping, synthesis, z_dim, c_dim, img_resolution and img_channels; it comes back in its mode, and
-               the random state stays as it is
-        info:  what its file says: "classes" and "class_counts" serve where there is no data set
-        stop:  is asked after each batch of images; once it returns True, in any process, the work is given up
+        G:     with mapping, synthesis, z_dim, c_dim, img_resolution and img_channels; its mode and the global random
+               state are restored
+        info:  metadata of its file; "classes" and "class_counts" are used if there is no data set
+        stop:  called after each batch of images; once it returns True, in any process, measuring is canceled
 
-        Raises UserError when data, class and network do not go together, and Stopped, which may be an
-        OtherProcessFailed where another process was the first to stop.
+        Raises UserError if data, class and network do not fit together. Raises Stopped if canceled, or
+        OtherProcessFailed if another process was canceled first.
         """
         started, self._stop = time.monotonic(), stop
         requests = [request.with_fakes(self.reference.num_reals(request)) for request in self.requests]
@@ -140,22 +140,22 @@ class Evaluator:
             return self._finish(requests, wanted, fakes, lengths, batch, started)
 
     def evaluate_images(self, images: SetImages) -> Results:
-        """Return the metrics of a set of generated images; {} but on the main process.
+        """Return the metrics of a set of generated images; {} except on the main process.
 
-        Raises UserError when a metric needs more of them, or a network, or they do not fit the data.
+        Raises UserError if a metric needs more images, or a network, or they do not fit the data set.
         """
         started, self._stop = time.monotonic(), None
         requests = [request.with_fakes(len(images)) for request in self.requests]
         for request in requests:
-            holds = f"{images.path} holds {len(images)}{self.reference.of_class}; expected more"
+            holds = f"{images.path} has {len(images)}{self.reference.of_class}; expected more"
             if request.kind == "ppl":
-                raise UserError(f"metric {request.name} needs a network; expected --network in place of --generated")
+                raise UserError(f"metric {request.name} needs a network; expected --network instead of --generated")
             if request.num_fakes < request.fewest:
                 raise UserError(f"metric {request.name} needs at least {request.fewest} generated images and {holds}")
             if len(images) < request.num_fakes:
                 raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {holds}, or a "
                                 "smaller number in the metric's name")
-        self.reference.check_shape(images.shape, f"{images.path} holds {{}} ones")
+        self.reference.check_shape(images.shape, f"{images.path} has {{}} ones")
         self.reference.check_class(images)
         self._device = self._device or torch.device("cpu")
         batch = self.batch or choose_batch(max(images.shape[1:]))
@@ -167,18 +167,18 @@ class Evaluator:
             return self._finish(requests, wanted, fakes, {}, batch, started)
 
     def _open_networks(self) -> None:
-        """Open what images pass through, where it is not open yet. Raises UserError when weights are missing."""
+        """Open the detectors, if not open yet. Raises UserError if weights are missing."""
         def open_each() -> None:
             for name in dict.fromkeys(self.detector_names.values()):
                 open_one = open_similarity if name == LPIPS else open_detector
                 self._networks[name] = open_one(name, device=self._device, weights=self._weights.get(name))
 
         if not self._networks:
-            on_main(open_each)  # first, since it may download
+            on_main(open_each)  # first, since this may download
             together(lambda: self._networks or open_each())
 
     def _wanted(self, requests: list[MetricRequest]) -> list[FeatureRequest]:
-        """Return what is asked of each detector for the fakes."""
+        """Return the features of fakes that the metrics need, by detector."""
         by_detector: dict[str, list[MetricRequest]] = {}
         for request in requests:
             if request.kind != "ppl":
@@ -189,7 +189,7 @@ class Evaluator:
 
     def _features(self, source: ImageSource, wanted: list[FeatureRequest], batch: int,
                   unit: str) -> list[Features] | None:
-        """Return the features for each request, from the cache where they are there; None but on the main process."""
+        """Return the features for each request, from the cache if possible; None except on the main process."""
         cached, keys = [None] * len(wanted), []
         if isinstance(source, SelectedImages):
             keys = on_main(lambda: [cache_key(source, each, batch, self._device) for each in wanted])
@@ -217,7 +217,7 @@ class Evaluator:
 
     def _finish(self, requests: list[MetricRequest], wanted: list[FeatureRequest], fakes: list[Features] | None,
                 lengths: Mapping[str, float | None], batch: int, started: float) -> Results:
-        """Compare the features of fakes with those of reals, and put records together."""
+        """Compare the features of fakes with those of reals; return the records."""
         self._compute_real_features(batch)
 
         def records(beat: Callable[[], None]) -> Results:
@@ -237,7 +237,7 @@ class Evaluator:
         return on_main_for_long(records) or {}
 
     def _compute_real_features(self, batch: int) -> None:
-        """Compute the features of reals that are not there yet."""
+        """Compute the features of reals that are still missing."""
         for subset, selection in self.reference.selections.items():
             names = dict.fromkeys(self.detector_names[request.name] for request in self.requests
                                   if self.reference.subset(request) == subset)
@@ -251,12 +251,12 @@ class Evaluator:
     def _compare(self, request: MetricRequest, real: Features | None, fake: Features,
                  beat: Callable[[], None]) -> Mapping[str, Any]:
         beat()
-        num_rows = 2 * (len(real) + len(fake)) if request.kind == "pr" else None  # not known of others
+        num_rows = 2 * (len(real) + len(fake)) if request.kind == "pr" else None  # unknown for the others
         with self._showing(num_rows, f"rows for {request.name}", is_alone=True) as advance:
             return compare(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
 
     def _origin(self, request: MetricRequest, network: nn.Module, batch: int) -> dict[str, Any]:
-        """Return the fields of a record that tell what the result was computed from."""
+        """Return the fields of a record that describe how the result was computed."""
         subset = self.reference.subset(request)
         selection = self.reference.selections.get(subset)
         return {"num_real": self.reference.num_reals(request), "num_fake": request.num_fakes,
@@ -268,13 +268,13 @@ class Evaluator:
 
     @contextmanager
     def _showing(self, total: int | None, unit: str, *, is_alone: bool = False) -> Iterator[Callable[[int], None]]:
-        """Give what counts items that were done, called by all processes together unless this one `is_alone`."""
+        """Yield a function that counts finished items; all processes call it together unless `is_alone`."""
         with Progress(total, unit) if self._progress and is_main() else nullcontext() as progress:
             def advance(count: int) -> None:
                 if progress is not None:
                     progress.advance(count)
                 if self._stop is not None and (self._stop() if is_alone else any_process(self._stop())):
-                    raise Stopped("metrics were given up")
+                    raise Stopped("measuring was canceled")
 
             yield advance
 
@@ -283,11 +283,11 @@ def compare(request: MetricRequest, real: Features | None, fake: Features, seed:
             on_rows: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
     """Return {"results": {key: value}, further fields} of a metric other than ppl.
 
-    real:     None where the metric needs no reals
-    seed:     of random subsets
-    on_rows:  gets the number of rows of a table of all pairs of images that were done, for kid and pr
+    real:     None if the metric needs no reals
+    seed:     random seed of subsets
+    on_rows:  for kid and pr, called with the number of finished rows of the matrix of all pairs of images
 
-    Raises ValueError when there are too few images.
+    Raises ValueError if there are too few images.
     """
     name = request.name
     if request.kind == "fid":
@@ -295,12 +295,12 @@ def compare(request: MetricRequest, real: Features | None, fake: Features, seed:
         fewest, num_features = min(len(real), len(fake)), real.values.shape[1]
         note = {} if fewest > num_features else {
             "note": f"{fewest} images span less than the {num_features} dimensions of the features: the value is too "
-                    "high by an amount that depends on the numbers of images; compare it at equal numbers only, or "
-                    "take kid"}
+                    "high by an amount that depends on the numbers of images; compare only values for equal numbers, "
+                    "or use kid"}
         return {"results": {name: distance}, **note}
     if request.kind == "kid":
         size = min(len(real), len(fake), KID_SUBSET_SIZE)
-        differ = size < max(len(real), len(fake))  # otherwise each subset would be everything
+        differ = size < max(len(real), len(fake))  # otherwise each subset would be the whole set
         distances = kernel_distances(real.values, fake.values, KID_SUBSETS if differ else 1, size, seed, on_rows)
         spread = {"subset_std": float(distances.std())} if differ else {}
         return {"results": {name: float(distances.mean())}, "subsets": len(distances), "subset_size": size, **spread}
@@ -312,8 +312,8 @@ def compare(request: MetricRequest, real: Features | None, fake: Features, seed:
 
 
 def _software_versions() -> dict[str, str]:
-    """Return the versions of what computes; "unknown" where that of the project is not known."""
-    try:  # the project's own file lies beside the packages: it is run without installing
+    """Return the versions of torch, numpy and the project ("unknown" if its file cannot be read)."""
+    try:  # not from installed metadata: the project also runs without being installed
         project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"]
     except (OSError, ValueError, KeyError):
         project = "unknown"
@@ -322,7 +322,7 @@ def _software_versions() -> dict[str, str]:
 
 @contextmanager
 def _measuring(G: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Bring G into eval mode, and take no gradients, exact products and no random numbers of others."""
+    """Put G in eval mode; disable gradients and TF32; leave the global random state as it was."""
     modes = {} if G is None else {module: module.training for module in G.modules()}
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     try:

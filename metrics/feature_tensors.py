@@ -1,4 +1,4 @@
-"""Features as tensors, checked: what each metric takes."""
+"""Convert features to tensors and check them, for all metrics."""
 
 import warnings
 
@@ -6,20 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 4096  # features checked at a time: bounds the memory
+_BLOCK = 4096  # rows checked at a time: bounds the memory
 
 
 def as_features(features: np.ndarray | Tensor, name: str = "features", *, at_least: int = 0) -> Tensor:
-    """Return features as a tensor [N, F], floating point, where they are and without copying.
+    """Return features as a floating point tensor [N, F], on their device and without copying.
 
-    name:      what they are, for the message
-    at_least:  the least N
+    name:      what they are, for messages
+    at_least:  the smallest N allowed
 
-    Raises ValueError when they have another shape or type, are not finite, or are too few.
+    Raises ValueError if they have another shape or type, are not finite, or are too few.
     """
     if isinstance(features, np.ndarray):
         with warnings.catch_warnings():
-            # Arrays mapped from a file are read-only, and nothing here writes into features.
+            # Memory-mapped arrays are read-only, and nothing here writes to features.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             features = torch.from_numpy(np.ascontiguousarray(features))
     features = features.detach()
@@ -37,13 +37,13 @@ def as_features(features: np.ndarray | Tensor, name: str = "features", *, at_lea
 
 
 def as_feature_pair(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:
-    """Return real [N, F] and fake [M, F] as `as_features` does, on the device of the real ones.
+    """Return real [N, F] and fake [M, F] as tensors, see `as_features`, both on the device of the real ones.
 
-    Raises ValueError as `as_features` does, and when F differs.
+    Raises ValueError as `as_features` does, and if F differs.
     """
     real = as_features(real, "real features", at_least=at_least)
     fake = as_features(fake, "fake features", at_least=at_least)
     if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}; expected as many: "
-                         "take both from one detector")
+        raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}; expected equal "
+                         "numbers: compute both with the same detector")
     return real, fake.to(real.device)

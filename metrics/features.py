@@ -1,8 +1,7 @@
-"""Compute features of images, once for all metrics that need them, with several processes as with one.
+"""Compute features of images, once for all metrics that need them, in one process or several.
 
-A source of images is passed through in batches: batch b is computed by process b modulo their number, and the main
-process puts the rows together. Features of image sets are kept on the disk, under a name that follows from all that
-they depend on.
+Images are processed in batches: process b % world_size computes batch b, and the main process gathers the rows.
+Features of image sets are cached on disk, in a file named by a hash of everything that they depend on.
 """
 
 import hashlib
@@ -38,25 +37,25 @@ from torch_utils.distributed import (
 
 T = TypeVar("T")
 
-_FEATURE_VERSION = 1  # of what features are, beside detector and images; changing it makes cached ones useless
+_FEATURE_VERSION = 1  # of how features are computed; changing it invalidates the cache
 _PROBE_SIZE = 32
 _SMALLEST_BATCH, _LARGEST_BATCH, _PIXELS = 4, 32, 1 << 20
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what damaged files raise
-_BEAT_SECONDS = 60  # between two signs of life; far below torch_utils.distributed.COLLECTIVE_TIMEOUT
+_BEAT_SECONDS = 60  # between two heartbeats; far below torch_utils.distributed.COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a detector gives for images."""
+    """The outputs of a detector for images."""
 
     values: np.ndarray  # float32 [N, F]
-    probabilities: np.ndarray | None = None  # float32 [N, K], where they were asked for
+    probabilities: np.ndarray | None = None  # float32 [N, K], if requested
 
     def __len__(self) -> int:
         return len(self.values)
 
     def first(self, count: int) -> "Features":
-        """Return those of the first `count` images."""
+        """Return the features of the first `count` images."""
         if count >= len(self):
             return self
         return Features(values=self.values[:count],
@@ -69,27 +68,27 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRequest:
-    """What is asked of a detector: features of the first images of a source."""
+    """A request for features of the first images of a source."""
 
     detector: Detector
-    count: int  # LIMIT: 4 F bytes each are kept: with Inception 0.8 GB for 100,000 images
-    classes: bool = False  # probabilities of classes too
+    count: int  # LIMIT: 4 F bytes each in memory: 0.8 GB for 100,000 images with Inception
+    classes: bool = False  # also class probabilities
 
     @torch.no_grad()
     def compute(self, pixels: Tensor) -> Tensor:
-        """Return features of pixels [n, 3, H, W], and probabilities beside them: float32 [n, F] or [n, F + K]."""
+        """Return features of pixels [n, 3, H, W], then class probabilities: float32 [n, F] or [n, F + K]."""
         return torch.cat(self.detector.classify(pixels), dim=1) if self.classes else self.detector(pixels)
 
 
 def compute_features(source: ImageSource, requests: Sequence[FeatureRequest], *, batch: int,
                      device: torch.device | str,
                      on_images: Callable[[int], None] = lambda count: None) -> list[Features] | None:
-    """Return the features for each request; None but on the main process. All processes call it together.
+    """Return the features for each request; None except on the main process. All processes call it together.
 
-    batch:      images that are made, and passed through detectors, at a time
-    on_images:  gets the number of images that were done
+    batch:      batch size, of the source and of detectors
+    on_images:  called with the number of images that were finished
 
-    Raises UserError when an image cannot be read.
+    Raises UserError if an image cannot be read.
     """
     def compute(rows: range) -> list[Tensor]:
         pixels = source.pixels(rows).to(device)
@@ -115,14 +114,14 @@ def compute_features(source: ImageSource, requests: Sequence[FeatureRequest], *,
 
 def compute_rows(count: int, batch: int, sizes: Sequence[tuple[int, int]], compute: Callable[[range], list[Tensor]],
                  on_images: Callable[[int], None] = lambda count: None) -> list[Tensor] | None:
-    """Run `compute` on `count` images in batches and put together what it returns; None but on the main process.
+    """Run `compute` on `count` images in batches and gather its results; return None except on the main process.
 
     sizes:      rows and columns of each result
-    compute:    takes the indices of a batch, returns for each result float32 [n, columns]; n may be 0
-    on_images:  gets the number of images that were done
+    compute:    takes the indices of a batch, returns float32 [n, columns] for each result; n may be 0
+    on_images:  called with the number of images that were finished
 
-    The result does not depend on the number of processes (bit for bit where each computes with equally many threads).
-    All processes raise when one does.
+    The result does not depend on the number of processes (bit for bit if all use equally many threads). If one process
+    raises, all do.
     """
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     results = [torch.empty(size) for size in sizes] if is_main() else None
@@ -143,17 +142,17 @@ def compute_rows(count: int, batch: int, sizes: Sequence[tuple[int, int]], compu
 
 
 def choose_batch(resolution: int) -> int:
-    """Return the images of a batch; not by device, so that results can be compared between devices."""
+    """Return the batch size; not by device, so that results can be compared between devices."""
     return min(max(_PIXELS // resolution**2, _SMALLEST_BATCH), _LARGEST_BATCH)
 
 
 class FeatureCache:
-    """Features in files of one folder; each file appears whole or not at all.
+    """Features in files of one folder, each written atomically.
 
-    folder:  made when something is written; None keeps nothing
-    log:     takes a line for the user
+    folder:  created when needed; None disables the cache
+    log:     called with a line for the user
 
-    A file that is damaged counts as missing; that, and one that cannot be written, is logged.
+    A damaged file counts as missing. That, and a file that cannot be written, is logged.
     """
 
     def __init__(self, folder: str | os.PathLike | None, log: Callable[[str], None] = lambda line: None):
@@ -161,25 +160,25 @@ class FeatureCache:
         self._log = log
 
     def path(self, key: Mapping[str, object]) -> Path | None:
-        """Return the file for a key, plain JSON values by name; None where nothing is kept."""
+        """Return the file for a key, plain JSON values by name; None if the cache is disabled."""
         return None if self._folder is None else self._folder / f"{hashlib.sha256(_text(key)).hexdigest()}.npz"
 
     def read(self, key: Mapping[str, object], *, count: int, classes: bool) -> Features | None:
-        """Return the features of `count` images, with probabilities where `classes`; None when they are not there."""
+        """Return the features of `count` images, with probabilities if `classes`; None if they are not cached."""
         path = self.path(key)
         if path is None:
             return None
         names = ("key", "values", "probabilities") if classes else ("key", "values")
 
         def load() -> dict[str, np.ndarray]:
-            with np.load(path, allow_pickle=False) as file:  # reading a member to its end checks its CRC
+            with np.load(path, allow_pickle=False) as file:  # reading a member fully checks its CRC
                 return {name: file[name] for name in names}
 
         try:
             arrays = retrying(load, path)
         except FileNotFoundError:
             return None
-        except DiskFailure as error:  # slow, but no reason to end what may have taken hours
+        except DiskFailure as error:  # computing them again is slow, but better than ending a run of hours
             self._log(f"{error}; its features are computed again")
             return None
         except _DAMAGE as error:
@@ -188,12 +187,12 @@ class FeatureCache:
         tables = [arrays[name] for name in names[1:]]
         if arrays["key"].tobytes() != _text(key) or any(
                 table.dtype != np.float32 or table.ndim != 2 or len(table) != count for table in tables):
-            self._log(f"{path} holds something else; its features are computed again")
+            self._log(f"{path} has other contents; its features are computed again")
             return None
         return Features(values=arrays["values"], probabilities=arrays.get("probabilities"))
 
     def write(self, key: Mapping[str, object], features: Features) -> None:
-        """Keep features under a key."""
+        """Save features under a key."""
         path = self.path(key)
         if path is None:
             return
@@ -205,12 +204,12 @@ class FeatureCache:
             with atomic_write(path) as file:
                 np.savez(file, **arrays)
         except OSError as error:
-            self._log(f"features cannot be kept in {path.parent} ({error.strerror or error}); they will be computed "
-                      "again the next time")
+            self._log(f"features cannot be saved in {path.parent} ({error.strerror or error}); they will be computed "
+                      "again next time")
 
 
 def cache_key(images: SelectedImages, request: FeatureRequest, batch: int, device: torch.device) -> dict[str, object]:
-    """Return all that features of images of a set depend on, as plain JSON values."""
+    """Return everything that features of a set's images depend on, as plain JSON values."""
     detector = request.detector
     return {"version": _FEATURE_VERSION, "content": images.content_hash(request.count), "count": request.count,
             "detector": detector.name, "weights": detector.weights_sha256, "preprocessing": detector.preprocessing,
@@ -222,13 +221,13 @@ def _text(key: Mapping[str, object]) -> bytes:
 
 
 class OtherProcessFailed(RuntimeError):
-    """Work failed on another process, which has the error itself; this one tells what it was."""
+    """Work failed on another process, which raises the error itself; this one carries its message."""
 
 
 def together(work: Callable[[], T]) -> T:
-    """Run `work`; when it fails on one process, all raise, so that none waits for another in vain.
+    """Run `work` on all processes; if it fails on one, all raise, so that none waits forever.
 
-    Raises the error of the work; OtherProcessFailed on processes where it did not fail.
+    Raises the error of the work, or OtherProcessFailed on processes where it did not fail.
     """
     result, failure = None, None
     try:
@@ -242,14 +241,14 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T | None:
-    """Run `work` on the main process alone; the others get None, or raise when it fails."""
+    """Run `work` on the main process only; the others return None, or raise if it fails."""
     return together(lambda: work() if is_main() else None)
 
 
 def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
-    """As `on_main`, for work of any length: it calls the function that it gets now and then.
+    """Like `on_main`, for work of any length, which has to call its argument now and then.
 
-    Processes that wait for one that gives no sign give up after a while.
+    These calls keep the waiting processes from timing out.
     """
     last = time.monotonic()
 
@@ -276,5 +275,5 @@ def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main process alone; all get its result."""
+    """Run `work` on the main process only; return its result on all."""
     return broadcast_object(on_main(work))

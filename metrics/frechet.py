@@ -1,4 +1,4 @@
-"""The Frechet distance of two Gaussians (FID), and the mean and covariance of features that it compares."""
+"""The Frechet distance between two Gaussians (FID), and the mean and covariance of features that it compares."""
 
 import numpy as np
 import torch
@@ -6,27 +6,27 @@ from torch import Tensor
 
 from metrics.feature_tensors import as_features
 
-_ASYMMETRY = 1e-6  # of the largest entry: covariances computed in float32 pass, mistakes do not
-_NEGATIVE = 1e-6  # of the largest eigenvalue, likewise
-_BLOCK = 4096  # features taken at a time: bounds the memory of their float64 copy
+_ASYMMETRY = 1e-6  # relative to the largest entry: covariances computed in float32 pass, mistakes do not
+_NEGATIVE = 1e-6  # relative to the largest eigenvalue, likewise
+_BLOCK = 4096  # rows at a time: bounds the memory of their float64 copy
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """Return ||mu1 - mu2||^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
 
     mu:   [F], floating point
-    cov:  [F, F], symmetric and positive semidefinite; of any rank, as from fewer images than features
+    cov:  [F, F], symmetric and positive semidefinite; may be rank-deficient (fewer images than features)
 
-    With cov1 = A A^T and cov2 = B B^T the trace of the root is the sum of the singular values of A^T B. Unlike the
-    eigenvalues of cov1 cov2 these are never negative or complex, and small ones keep an absolute error of rounding,
-    not of its root. Rounding can bring the sum below 0 by about F * 1e-16 * (tr cov1 + tr cov2): 0 is returned then.
+    With cov1 = A A^T and cov2 = B B^T, the trace of the root is the sum of the singular values of A^T B. Unlike the
+    eigenvalues of cov1 cov2, these are never negative or complex, and the error of small ones is of the order of eps,
+    not of its root. Rounding can make the result negative, by about F * 1e-16 * (tr cov1 + tr cov2); then it is 0.
 
-    Raises ValueError when a shape does not fit, a value is not finite, or cov is no covariance.
+    Raises ValueError if a shape does not fit, a value is not finite, or cov is not a covariance.
     """
     mu1, cov1 = _checked(mu1, cov1, "1")
     mu2, cov2 = _checked(mu2, cov2, "2")
     if len(mu1) != len(mu2):
-        raise ValueError(f"mu1 has {len(mu1)} dimensions, mu2 {len(mu2)}; expected as many: use one detector")
+        raise ValueError(f"mu1 has {len(mu1)} dimensions, mu2 {len(mu2)}; expected equal numbers: use one detector")
     root_trace = torch.linalg.svdvals(_factor(cov1, "cov1").T @ _factor(cov2, "cov2")).sum()
     means = (mu1 - mu2).square().sum()
     spreads = cov1.trace() + cov2.trace() - 2 * root_trace
@@ -48,14 +48,14 @@ def _checked(mu: np.ndarray, cov: np.ndarray, number: str) -> tuple[Tensor, Tens
 
 def _factor(cov: Tensor, name: str) -> Tensor:
     """Return A, [F, rank], with A A^T = cov."""
+    from scipy.linalg.lapack import dpocon  # here: importing it takes 0.3 s
+
     noise = len(cov) * torch.finfo(cov.dtype).eps
     lower, failed = torch.linalg.cholesky_ex(cov)
-    if not failed:
-        # Its smallest pivot can be far above the smallest eigenvalue; 1 / tr(cov^-1) is not.
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(cov), dtype=cov.dtype), upper=False)
-        if inverse.square().sum() * noise * torch.linalg.matrix_norm(cov) < 1:
-            return lower
-    # Singular or nearly so. Eigenvalues below the noise are rounding of 0; their roots would be far above it.
+    # The pivots do not show how small the smallest eigenvalue is; LAPACK's estimate of 1 / condition number does.
+    if not failed and dpocon(lower.numpy(), torch.linalg.matrix_norm(cov, 1).item(), uplo="L")[0] > noise:
+        return lower
+    # Singular or nearly so. Eigenvalues below the noise are rounding errors of 0, but their roots would exceed it.
     values, vectors = torch.linalg.eigh(cov)
     largest = values.abs().max()
     if values.min() < -_NEGATIVE * largest:
@@ -65,10 +65,10 @@ def _factor(cov: Tensor, name: str) -> Tensor:
 
 
 class FeatureStats:
-    """Number, mean and covariance of features [N, F] that arrive in any number of pieces, in float64.
+    """Number, mean and covariance of features [N, F], accumulated block by block in float64.
 
     Deviations are pooled as in Chan, Golub and LeVeque (1979). All sums are of differences from one of the features
-    (`_origin`): means far above the spread then cost no digits. Memory: two float64 [F, F].
+    (`_origin`), so that a mean far from 0 does not cost digits. Memory: two float64 [F, F].
     """
 
     def __init__(self, num_features: int):
@@ -79,9 +79,9 @@ class FeatureStats:
 
     @classmethod
     def of(cls, features: np.ndarray | Tensor) -> "FeatureStats":
-        """Return the moments of features [N, F], floating point.
+        """Return the statistics of features [N, F], floating point.
 
-        Raises ValueError when they are something else, not finite, or none.
+        Raises ValueError if they have another shape or type, are not finite, or N is 0.
         """
         features = as_features(features, at_least=1)
         stats = cls(features.shape[1])
@@ -104,9 +104,9 @@ class FeatureStats:
         return (self._scatter / self.count).numpy()
 
     def add(self, features: np.ndarray | Tensor) -> None:
-        """Take features [N, F] into account, floating point, of any device; N may be 0.
+        """Add features [N, F], floating point, on any device; N may be 0.
 
-        Raises ValueError when they are something else, not finite, or of another F.
+        Raises ValueError if they have another shape or type, or are not finite.
         """
         features = as_features(features)
         self._fit(features.shape[1])
@@ -120,9 +120,9 @@ class FeatureStats:
                 self._pool(len(block), origin.cpu(), shift.cpu(), (block.T @ block).cpu())
 
     def merge(self, other: "FeatureStats") -> "FeatureStats":
-        """Return the moments of both sets of features together; these two stay as they are.
+        """Return the statistics of both sets of features together; neither object changes.
 
-        Raises ValueError when the other has another F.
+        Raises ValueError if F differs.
         """
         self._fit(other.num_features)
         both = FeatureStats(self.num_features)

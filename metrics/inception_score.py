@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from metrics.feature_tensors import as_features
@@ -19,26 +18,26 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(probabilities: np.ndarray | Tensor, splits: int = 10) -> InceptionScore:
-    """Return mean and spread of exp(mean KL(p(y|x) || p(y))) over `splits` runs of consecutive images.
+    """Return mean and standard deviation of exp(mean KL(p(y|x) || p(y))) over `splits` runs of consecutive images.
 
     probabilities:  [N, K], floating point, each row adding up to 1; N >= splits
 
-    1 is the least, K the most. Salimans et al. 2016, as computed in float64.
+    Salimans et al. 2016, in float64. The score is between 1 and K.
 
-    Raises ValueError when these are no probabilities, or fewer than splits.
+    Raises ValueError if these are not probabilities, or if there are fewer rows than splits.
     """
     if splits < 1:
         raise ValueError(f"there are {splits} splits; expected at least 1")
-    p = as_features(probabilities, "probabilities", at_least=splits).double()
-    if p.min() < 0 or (p.sum(dim=1) - 1).abs().max() > _SUM_TOLERANCE:
+    p = as_features(probabilities, "probabilities", at_least=splits).double().cpu().numpy()
+    if p.min() < 0 or abs(p.sum(axis=1) - 1).max() > _SUM_TOLERANCE:
         raise ValueError("probabilities have values below 0, or rows that do not add up to 1; expected the classes' "
                          "probabilities, not logits")
-    scores = torch.stack([_score(p[i * len(p) // splits:(i + 1) * len(p) // splits]) for i in range(splits)])
-    return InceptionScore(scores.mean().item(), scores.std(correction=0).item())
+    scores = [_score(p[i * len(p) // splits:(i + 1) * len(p) // splits]) for i in range(splits)]
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _score(p: Tensor) -> Tensor:
-    """p: float64 [N, K]. A probability of 0 adds nothing, as the limit of p log p says."""
-    marginal = p.mean(dim=0)
-    divergence = (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1)
-    return divergence.mean().exp()
+def _score(p: np.ndarray) -> float:
+    """p: float64 [N, K]. A probability of 0 adds nothing, the limit of p log p."""
+    from scipy.special import rel_entr  # here: importing it takes 0.4 s
+
+    return np.exp(rel_entr(p, p.mean(axis=0)).sum(axis=1).mean())

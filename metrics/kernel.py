@@ -12,28 +12,28 @@ _BLOCK = 256  # rows and columns of the kernel matrix held at a time
 
 
 def kernel_distance(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subsets: int, size: int, seed: int) -> float:
-    """Return the mean of `kernel_distances`; around 0, also below, where both sets are of one distribution."""
+    """Return the mean of `kernel_distances`; near 0, possibly negative, for two sets from one distribution."""
     return float(kernel_distances(real, fake, subsets, size, seed).mean())
 
 
 def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subsets: int, size: int, seed: int,
                      on_rows: Callable[[int], None] = lambda count: None) -> np.ndarray:
-    """Return float64 [subsets]: the estimate from each of `subsets` random subsets of `size` images of either side.
+    """Return float64 [subsets]: the estimate from each of `subsets` random subsets of `size` images of both sets.
 
     real, fake:  [N, F] and [M, F], floating point; products and sums are float64, since the result is a small
                  difference of large means
-    size:        2 to the smaller of N and M
-    seed:        0 to 2^32 - 1; equal seeds draw equal subsets, in the same order on every platform
-    on_rows:     gets the number of rows of kernel matrices that were done
+    size:        2 to min(N, M)
+    seed:        0 to 2^32 - 1; equal seeds draw equal subsets on every platform
+    on_rows:     called with the number of finished rows of kernel matrices
 
-    With kernel (x.y / F + 1)^3; Binkowski et al. 2018, eq. 3.
+    The kernel is (x.y / F + 1)^3; Binkowski et al. 2018, eq. 3.
 
-    Raises ValueError when features are of another kind or too few, or a number is out of its range.
+    Raises ValueError if features have another shape or type or are too few, or a number is out of range.
     """
     if subsets < 1 or size < 2:
         raise ValueError(f"there are {subsets} subsets of {size} images; expected at least 1 of at least 2")
     real, fake = as_feature_pair(real, fake, at_least=size)
-    # The legacy generator: its numbers are the same in all versions of numpy.
+    # The legacy generator: it draws the same numbers in all versions of numpy.
     random = np.random.RandomState(seed)
     chosen_real, chosen_fake = [], []  # each [size]
     for _ in range(subsets):
@@ -46,9 +46,9 @@ def kernel_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, subse
 
 def _pair_sums(on_rows: Callable[[int], None], a: Tensor, chosen_a: list[Tensor], b: Tensor | None = None,
                chosen_b: list[Tensor] | None = None) -> Tensor:
-    """Return float64 [subsets]: sums of the kernel over pairs of each subset; within `a`, i = j left out, without `b`.
+    """Return float64 [subsets]: the sum of the kernel over the pairs of each subset; without `b`, over i != j in `a`.
 
-    Few images are in many subsets: then each pair of images is computed once, and counted where both are chosen.
+    If there are few images for the number of subsets, each pair is computed once, for all subsets that contain both.
     """
     subsets, size = len(chosen_a), len(chosen_a[0])
     if max(len(a), 0 if b is None else len(b)) ** 2 <= subsets * size**2:
@@ -62,7 +62,7 @@ def _pair_sums(on_rows: Callable[[int], None], a: Tensor, chosen_a: list[Tensor]
 
 
 def _members(chosen: list[Tensor], features: Tensor) -> Tensor:
-    """Return float64 [N, subsets]: 1 where an image is in a subset, else 0."""
+    """Return float64 [N, subsets]: 1 if an image is in a subset, else 0."""
     members = torch.zeros(len(features), len(chosen), dtype=torch.float64)
     for subset, indices in enumerate(chosen):
         members[indices, subset] = 1
@@ -79,7 +79,7 @@ def _block_sums(on_rows: Callable[[int], None], a: Tensor, members_a: Tensor, b:
     for row in range(0, len(a), _BLOCK):
         rows = a[row:row + _BLOCK].double() / a.shape[1]
         of_rows = members_a[row:row + _BLOCK]
-        # The matrix within a set is symmetric: blocks right of the diagonal stand for those left of it.
+        # The matrix within a set is symmetric: blocks above the diagonal count twice, those below are skipped.
         for column in range(row if within else 0, len(b), _BLOCK):
             values = (rows @ b[column:column + _BLOCK].T).add_(1).pow_(3)
             twice = 1

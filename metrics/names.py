@@ -1,7 +1,7 @@
-"""Names of metrics: what each asks for, what it tells, and which network it looks through.
+"""Names of metrics: how they are parsed, what each measures, and which feature detector it needs.
 
-A name such as pr50k3_full tells kind, number of generated images (50k), neighbors (3), and whether all real images are
-compared with. `choose_metrics` chooses those that a training computes.
+A name such as pr50k3_full gives the kind, the number of generated images (50k), the number of neighbors (3), and that
+all real images are used (full). `choose_metrics` chooses the metrics of a training run.
 """
 
 import re
@@ -31,22 +31,23 @@ KNOWN_NAMES = (
 FORMS = "fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend"
 IS_SPLITS = 10
 DESCRIPTIONS = {
-    "fid": "Frechet distance of Inception features: how far the fakes as a whole are from the reals, quality and "
-           "variety in one number. Lower is better. Biased by the number of images: compare equal numbers only, and "
-           "take thousands.",
-    "kid": "Kernel distance of Inception features: as fid, but without its bias. Lower is better, 0 (or slightly "
-           "below) is best. Some hundreds of images will do.",
-    "pr": "Precision (share of fakes that look like reals: quality) and recall (share of reals that the fakes reach: "
-          "variety), from VGG16 features; the digit behind k is the number of neighbours. Higher is better, at most 1. "
-          "Some thousands of images on both sides.",
-    "is": "Inception score: whether fakes look like one ImageNet class each, and like many together. Higher is better. "
-          "Looks at no reals, and says little of images that are of no ImageNet class. 10,000 images and more.",
-    "ppl": "Perceptual path length: how evenly images change with the latent, in z or w, all along paths (full) or at "
-           "their ends (end). Lower is smoother. Looks at no reals. ppl2 takes whole images, ppl the middle where FFHQ "
-           "has its faces. 10,000 pairs of images and more.",
+    "fid": "Frechet distance of Inception features: how far generated images as a whole are from real ones, quality "
+           "and variety in one number. Lower is better. Biased by the number of images: use thousands, and compare "
+           "only values for equal numbers.",
+    "kid": "Kernel distance of Inception features: like fid, but unbiased. Lower is better; 0 (or slightly below) is "
+           "best. A few hundred images are enough.",
+    "pr": "Precision (share of generated images that look real: quality) and recall (share of real images that the "
+          "generated ones cover: variety), from VGG16 features; the digit after k is the number of neighbors. Higher "
+          "is better, at most 1. Needs thousands of images on both sides.",
+    "is": "Inception score: whether each generated image resembles one ImageNet class, and all together many. Higher "
+          "is better. Does not use real images, and means little for images of other things than ImageNet's. Needs "
+          "10,000 images or more.",
+    "ppl": "Perceptual path length: how smoothly images change with the latent, in z or w, anywhere on a path (full) "
+           "or at its start (end). Lower is smoother. Does not use real images. ppl2 compares whole images, ppl their "
+           "middle, where FFHQ has its faces. Needs 10,000 pairs of images or more.",
 }
 _LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
-LPIPS = PerceptualDistance.name  # the one that is no detector but a similarity
+LPIPS = PerceptualDistance.name  # not a feature detector but a distance between images
 USUAL_DETECTORS = {"fid": InceptionV3.name, "kid": InceptionV3.name, "pr": VGG16Features.name, "is": InceptionV3.name,
                    "ppl": LPIPS}
 _KEY_ENDINGS = {"pr": ("_precision", "_recall"), "is": ("_mean", "_std")}  # of metrics that give several values
@@ -61,13 +62,13 @@ _PPL = re.compile(r"ppl(?:([1-9]\d*k)?(2)?|([1-9]\d+))_([zw])(full|end)")
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRequest:
-    """One metric with its numbers of images."""
+    """One metric, parsed from its name."""
 
     name: str
     kind: str  # fid, kid, pr, is or ppl
-    num_fakes: int | None  # of ppl: pairs; None = all images of a set, of a network as many as reals
+    num_fakes: int | None  # for ppl, pairs; None = all images of a set, or as many from a network as there are reals
     num_reals: int | None = None  # at most; None = all
-    full: bool = False  # all reals, as they are; otherwise mirrored ones count as well where the training saw them
+    full: bool = False  # all reals, unflipped; otherwise flipped ones are included if training used them
     k: int | None = None  # neighbors of pr
     space: str | None = None  # of ppl: "z" or "w"
     sampling: str | None = None  # of ppl: "full" or "end"
@@ -78,22 +79,22 @@ class MetricRequest:
         return self.kind in ("fid", "kid", "pr")
 
     def with_fakes(self, count: int) -> "MetricRequest":
-        """Return the same with the number of fakes that stands for all, where the name has none."""
+        """Return a copy with `count` fakes if the name gives no number."""
         return self if self.num_fakes is not None else replace(self, num_fakes=count)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of its values."""
+        """The keys of its results."""
         return tuple(self.name + ending for ending in _KEY_ENDINGS.get(self.kind, ("",)))
 
     @property
     def fewest(self) -> int:
-        """Number of images on each side below which the metric is not defined."""
+        """The smallest number of images, on each side, for which the metric is defined."""
         return {"fid": 2, "kid": 2, "pr": (self.k or 0) + 1, "is": IS_SPLITS, "ppl": 2}[self.kind]
 
 
 def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
-    """Return the requests of names, or of one text with commas between them. Raises UserError, also for one twice."""
+    """Parse names, in a list or separated by commas. Raises UserError, also for a name given twice."""
     names = [name.strip() for name in (text.split(",") if isinstance(text, str) else text) if name.strip()]
     for name in names:
         if names.count(name) > 1:
@@ -104,13 +105,13 @@ def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
 
 
 def parse_metric(name: str) -> MetricRequest:
-    """Return what a name asks for. Raises UserError, with a hint of the form, when it is no metric's."""
+    """Parse a name. Raises UserError, with examples, if it is not the name of a metric."""
     request = _parse(name)
     if request is None:
         raise UserError(f"metric {name!r} is not known; expected names such as {FORMS}, or one of "
                         f"{', '.join(KNOWN_NAMES)}")
     if request.num_fakes is not None and request.num_fakes < request.fewest:
-        of_all = f", or {request.kind}_full for all there are" if request.full else ""
+        of_all = f", or {request.kind}_full for all images" if request.full else ""
         raise UserError(f"metric {name} takes {request.num_fakes} images; expected at least {request.fewest}{of_all}")
     return request
 
@@ -144,11 +145,11 @@ def _count(text: str) -> int:
 
 
 def choose_detector(request: MetricRequest, detector: str | None) -> str:
-    """Return the name of the network for a metric.
+    """Return the name of the detector for a metric.
 
-    detector:  to use in place of the usual one; None for that
+    detector:  to use instead of the usual one; None = the usual one
 
-    Raises UserError when it is not known, or cannot serve.
+    Raises UserError if it is not known, or does not suit the metric.
     """
     if detector is not None and detector not in DETECTOR_NAMES:
         raise UserError(f"detector {detector!r} is not known; expected one of {', '.join(DETECTOR_NAMES)}")
@@ -162,14 +163,14 @@ def choose_detector(request: MetricRequest, detector: str | None) -> str:
 
 def needed_detectors(metrics: str | Iterable[str], detector: str | None,
                      weights: Sequence[str]) -> dict[str, str | None]:
-    """Return the networks that metrics look through, each with its file of weights, None for the usual one.
+    """Return the detectors that metrics need, each with its file of weights; None = the usual file.
 
-    metrics:   names, in a list or with commas between them
-    detector:  to use in place of each metric's usual one; None for that
-    weights:   files of weights, as FILE or NAME=FILE; FILE alone serves where one network is needed
+    metrics:   names, in a list or separated by commas
+    detector:  to use instead of each metric's usual one; None = the usual one
+    weights:   files of weights, as FILE or NAME=FILE; FILE alone is enough if one detector is needed
 
-    Raises UserError when a metric or the detector is not known, they do not go together, or a file is of no network
-    that is needed.
+    Raises UserError if a metric or the detector is not known, they do not fit together, or a file is for a detector
+    that is not needed.
     """
     files = dict.fromkeys(choose_detector(request, detector) for request in parse_metrics(metrics))
     needed = list(files)
@@ -190,9 +191,9 @@ def needed_detectors(metrics: str | Iterable[str], detector: str | None,
 
 
 def require_detectors(detectors: Mapping[str, str | None]) -> None:
-    """Open networks and fetch what is missing, so that a long run cannot fail of it later; they are not kept.
+    """Open detectors once, downloading missing weights, so that a long run does not fail on them later.
 
-    Raises UserError, one line, when weights cannot be had.
+    Raises UserError if weights cannot be obtained.
     """
     for name, file in detectors.items():
         if name == LPIPS:
@@ -202,23 +203,23 @@ def require_detectors(detectors: Mapping[str, str | None]) -> None:
 
 
 class BestMetric(NamedTuple):
-    """By which value of a metric networks are compared."""
+    """The value of a metric by which snapshots are compared."""
 
     metric: str
-    key: str  # of the value among the metric's results
+    key: str  # of the value in the metric's results
     lower_is_better: bool
 
 
 def choose_metrics(text: str | None, detector: str | None, weights: Sequence[str],
                    best: str | None = None) -> tuple[tuple[str, ...], str | None, BestMetric | None]:
-    """Return names of metrics, a line for the user where they are not what is usual, and what `best` means.
+    """Return the names of a training run's metrics, a line for the user if the default was dropped, and `best` parsed.
 
-    text:      names with commas between them, or "none"; None where nothing was asked for
-    detector:  to use in place of each metric's usual one; None for that
+    text:      names separated by commas, or "none"; None = not given
+    detector:  to use instead of each metric's usual one; None = the usual one
     weights:   files of weights, as FILE or NAME=FILE
-    best:      one of the metrics, or one of its values where it has two of equal rank, such as pr50k3_full_recall
+    best:      a metric, or one of its values if it has two of equal rank, such as pr50k3_full_recall
 
-    Raises UserError for metrics and detectors that are not known or do not go together.
+    Raises UserError for metrics and detectors that are not known or do not fit together.
     """
     names, note = _choose_names(text, detector, weights)
     return names, note, _choose_best(best, names)
@@ -228,32 +229,32 @@ def _choose_names(text: str | None, detector: str | None,
                   weights: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     if text is not None and text.strip().lower() == "none":
         if detector is not None or weights:
-            raise UserError("--metrics is none with --detector or --detector-weights; expected metrics for them: name "
-                            "some, such as --metrics=kid5k_full")
+            raise UserError("--metrics is none, but --detector or --detector-weights is given; expected metrics that "
+                            "use them, such as --metrics=kid5k_full")
         return (), None
     names = (DEFAULT_METRIC,) if text is None else tuple(request.name for request in parse_metrics(text))
     detectors = needed_detectors(names, detector, weights)
     if text is None and not all(similarity_at_hand(name, file) if name == LPIPS else weights_at_hand(name, file)
                                 for name, file in detectors.items()):
-        return (), (f"metrics: none, since {DEFAULT_METRIC} needs weights of {', '.join(detectors)} that are not at "
-                    f"hand (--metrics={DEFAULT_METRIC} fetches them, --metrics=kid5k_full "
-                    "--detector=efficientnet-lite0 needs no network, --metrics=none omits this line)")
+        return (), (f"metrics: none, since the weights of {', '.join(detectors)} that {DEFAULT_METRIC} needs are not "
+                    f"on this machine (--metrics={DEFAULT_METRIC} downloads them, --metrics=kid5k_full "
+                    "--detector=efficientnet-lite0 needs no download, --metrics=none omits this line)")
     return names, None
 
 
 def _choose_best(text: str | None, names: Sequence[str]) -> BestMetric | None:
-    """Return the value that --keep-best means. Raises UserError when it is none of the run's."""
+    """Return the value that --keep-best names. Raises UserError if the run does not compute it."""
     if text is None:
         return None
     known = []
     for request in map(parse_metric, names):
-        keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS is no quality
+        keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS does not measure quality
         if text in keys or (text == request.name and len(keys) == 1):
             return BestMetric(request.name, text if text in keys else keys[0], _LOWER_IS_BETTER[request.kind])
         if text == request.name:
-            raise UserError(f"--keep-best is {text}, which gives {len(keys)} values; expected one of them: "
+            raise UserError(f"--keep-best is {text}, which has {len(keys)} values; expected one of them: "
                             f"{' or '.join(keys)}")
         known.extend(keys)
-    expected = f"one of {', '.join(known)}, or another one" if known else "a metric"
+    expected = f"one of {', '.join(known)}" if known else "a metric that is computed for each snapshot"
     raise UserError(f"--keep-best is {text}, which is not among --metrics ({', '.join(names) or 'none'}); expected "
-                    f"{expected} that is computed with each network file: name it in --metrics too")
+                    f"{expected}: add its metric to --metrics")

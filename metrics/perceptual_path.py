@@ -12,10 +12,10 @@ from metrics.image_sources import FakeLabels, draw_latents, to_rgb
 from metrics.names import MetricRequest
 from torch_utils.seeding import generator_for, seed_for
 
-EPSILON = 1e-4  # of the path; the paper's
-_SMALLEST = PerceptualDistance.least_size  # pixels a side
-_LARGEST = 256  # pixels a side that images are averaged down to, as the similarity was trained on smaller ones
-_LOWEST, _HIGHEST = 0.01, 0.99  # quantiles between which distances count
+EPSILON = 1e-4  # the paper's step, as a share of the path
+_SMALLEST = PerceptualDistance.least_size  # side in pixels
+_LARGEST = 256  # side in pixels to which images are downsampled, as the similarity was trained on small images
+_LOWEST, _HIGHEST = 0.01, 0.99  # distances outside these quantiles are ignored
 
 
 class PathSteps:
@@ -26,7 +26,7 @@ class PathSteps:
     space:     "z": great circles between latents; "w": straight lines between styles
     sampling:  "full": anywhere on the path; "end": at its beginning
     crop:      compare the middle of the images only
-    seed:      latents and places follow from it and the number of the pair, noise from it and the batch
+    seed:      with the number of the pair, it determines latents and places; with that of the batch, the noise
     """
 
     def __init__(self, G: nn.Module, labels: FakeLabels, *, space: str, sampling: str, crop: bool, seed: int,
@@ -36,7 +36,7 @@ class PathSteps:
 
     @torch.no_grad()
     def distances(self, rows: range, similarity: Similarity) -> Tensor:
-        """Return squared distances over EPSILON^2, of pairs by their numbers: float32 [n]."""
+        """Return the distances of pairs, divided by EPSILON^2: float32 [n]. rows: numbers of the pairs"""
         first, second = (self._images(ws, rows.start) for ws in self._styles(rows))
         return similarity(first, second).float() / EPSILON**2
 
@@ -57,18 +57,18 @@ class PathSteps:
         return self.G.mapping(z.to(self.device), c)
 
     def _images(self, ws: Tensor, first: int) -> Tensor:
-        """Return images [N, 3, H, W]; with the same noise for the same first pair of a batch."""
+        """Return images [N, 3, H, W]; the noise depends on the first pair of the batch."""
         noise = generator_for(seed_for(self.seed, first, 0, "metrics/path/noise"), self.device)
-        # Half precision would round away what a step of EPSILON changes.
+        # In half precision, rounding would exceed the change of a step of EPSILON.
         images = self.G.synthesis(ws, noise_mode="random", force_fp32=True, generator=noise)
         return prepare(images, self.G.img_resolution, self.crop)
 
 
 def prepare(images: Tensor, resolution: int, crop: bool) -> Tensor:
-    """Return what is compared of images [N, C, R, R] of a network of `resolution`: [N, 3, H, W].
+    """Crop and downsample images [N, C, R, R] of a network of `resolution` for the comparison: [N, 3, H, W].
 
-    The paper crops images of FFHQ to the face; its authors' program takes 3/8 to 7/8 of the height and 2/8 to 6/8 of
-    the width. Networks above 256 have their images averaged down by resolution / 256.
+    The paper crops images of FFHQ to the face: in its authors' program 3/8 to 7/8 of the height and 2/8 to 6/8 of
+    the width. Images above 256x256 are average-pooled by resolution / 256.
     """
     if crop:
         eighth = images.shape[2] // 8
@@ -79,16 +79,16 @@ def prepare(images: Tensor, resolution: int, crop: bool) -> Tensor:
 
 
 def check_path_requests(requests: Sequence[MetricRequest], resolution: int) -> None:
-    """Raise UserError when a path length cannot be measured on images of a network's resolution."""
+    """Raise UserError if a path length cannot be measured at a network's resolution."""
     for request in requests:
         if request.kind == "ppl" and resolution // (2 if request.crop else 1) < _SMALLEST:
-            raise UserError(f"metric {request.name} compares images of {_SMALLEST} pixels a side or more"
-                            f"{' after its crop to the middle' if request.crop else ''}, and the network makes "
+            raise UserError(f"metric {request.name} needs images of at least {_SMALLEST}x{_SMALLEST}"
+                            f"{' after cropping' if request.crop else ''}, but the network makes "
                             f"{resolution}x{resolution}; expected larger ones, or another metric")
 
 
 def along_circle(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
-    """Return points on the great circle from the direction of a to that of b: unit vectors [N, Z]; place [N, 1]."""
+    """Interpolate spherically from the direction of a to that of b: unit vectors [N, Z]; place [N, 1]."""
     a, b = (nn.functional.normalize(end, dim=1) for end in (a, b))
     cosine = (a * b).sum(dim=1, keepdim=True)
     angle = place * cosine.clamp(-1, 1).acos()
@@ -97,7 +97,7 @@ def along_circle(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
 
 
 def path_length(distances: Tensor) -> float:
-    """Return the mean of the distances [N] between their 1st and 99th percentile, which are distances themselves."""
+    """Return the mean of the distances [N] from their 1st to their 99th percentile, without interpolation."""
     distances = distances.double()
     low = distances.quantile(_LOWEST, interpolation="lower")
     high = distances.quantile(_HIGHEST, interpolation="higher")

@@ -1,4 +1,4 @@
-"""Improved precision and recall: the share of either set's images that lie within the other's neighborhoods."""
+"""Improved precision and recall: the share of each set's images that lie in neighborhoods of the other set."""
 
 import hashlib
 import math
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from metrics.feature_tensors import as_feature_pair
 
-_BLOCK = 2048  # rows and columns of the distance matrix held at a time
-_EXACT_VALUES = 1 << 17  # features subtracted at a time: what stays in a cache
+_BLOCK = 2048  # rows and columns of the distance matrix in memory at a time
+_EXACT_VALUES = 1 << 17  # values subtracted at a time: these fit into the CPU's cache
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of fake images within the reals' neighborhoods; share of real images within the fakes'."""
+    """Share of fake images in neighborhoods of reals; share of real images in neighborhoods of fakes."""
 
     precision: float
     recall: float
@@ -27,15 +27,15 @@ def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: in
     """Return precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
     real, fake:  [N, F] and [M, F], floating point; N, M > k
-    k:           an image's neighborhood reaches to its k-th neighbor other than itself, and includes that distance;
-                 an equal image is a neighbor at distance 0
-    on_rows:     gets the number of rows of distances that were done; there are 2 (N + M)
+    k:           an image's neighborhood extends to its k-th nearest other image, inclusive; a duplicate is a
+                 neighbor at distance 0
+    on_rows:     called with the number of finished rows of distances; there are 2 (N + M)
 
-    Decisions are those of float64 differences of the features: matrix products, whose rounding would decide ties and
-    duplicates by chance, only sort out the pairs that are clear. Memory beyond the features: a float32 copy of one set
-    and 0.4 GB; on a GPU a float64 copy.
+    Results are those of float64 differences of the features. Matrix products, whose rounding would decide ties and
+    duplicates at random, only settle the clear cases. Memory beyond the features: a float32 copy of one set and
+    0.4 GB; on a GPU a float64 copy.
 
-    Raises ValueError when features are of another kind, or no more than k.
+    Raises ValueError if features have another shape or type, or are at most k.
     """
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
@@ -45,9 +45,9 @@ def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: in
 
 
 class _Screened(NamedTuple):
-    """Features with what is needed to bound their distances."""
+    """Features, and their scaled copies that bound their distances."""
 
-    features: Tensor  # [N, F] as given
+    features: Tensor  # [N, F], unchanged
     x: Tensor  # [N, F] centered and scaled
     squares: Tensor  # [N] squared norms of x
 
@@ -56,15 +56,15 @@ class _Screened(NamedTuple):
 
 
 class _Screen:
-    """Bounds of squared distances from matrix products, in the unit of the largest norm.
+    """Bounds of squared distances from matrix products, in units of the largest squared norm.
 
     For rows a, b centered on the mean of all features, |a|^2 + |b|^2 - 2 a.b is off by at most
-    `slack` * (|a|^2 + |b|^2): a sum of F products in float32 with unit roundoff u errs by F u |a||b| at worst, and
-    with a probability that can be neglected by 8 sqrt(F) u |a||b| (Higham and Mary 2019).
+    `slack` * (|a|^2 + |b|^2): a sum of F products in float32 with unit roundoff u has an error of F u |a||b| at worst,
+    and of more than 8 sqrt(F) u |a||b| with negligible probability (Higham and Mary 2019).
     """
 
     def __init__(self, real: Tensor, fake: Tensor):
-        # On a GPU float32 products may be TF32, with 13 bits less; its float64 is fast enough.
+        # On a GPU, float32 products may be TF32, with 13 bits less; float64 is fast enough there.
         self._dtype = torch.float32 if real.device.type == "cpu" else torch.float64
         self._slack = 8 * (math.sqrt(real.shape[1]) + 4) * 2**-24
         blocks = [*real.split(_BLOCK), *fake.split(_BLOCK)]
@@ -79,19 +79,19 @@ class _Screen:
         return _Screened(features, x, torch.linalg.vector_norm(x, dim=1).square())
 
     def lower_bounds(self, a: _Screened, b: _Screened, minus: Tensor | None = None) -> Tensor:
-        """Return the least that squared distances can be, [n, m]; less `minus`, [m]."""
+        """Return lower bounds of squared distances, [n, m], minus `minus`, [m]."""
         offsets = b.squares * (1 - self._slack)
         if minus is not None:
             offsets -= minus
         return torch.addmm(offsets, a.x, b.x.T, alpha=-2).add_((a.squares * (1 - self._slack))[:, None])
 
     def spread(self, a: _Screened, b: _Screened) -> Tensor:
-        """Return how far above its lower bound a distance of each of a can be at most, [n]."""
+        """Return by how much, at most, distances of each row of a exceed their lower bounds, [n]."""
         return 2 * self._slack * (a.squares + b.squares.max())
 
 
 def _share_inside(screen: _Screen, points: Tensor, centers: Tensor, k: int, on_rows: Callable[[int], None]) -> float:
-    """Return the share of points that lie in the neighborhood of at least one center."""
+    """Return the share of points in the neighborhood of at least one center."""
     first, counts = _distinct(centers)
     screened = screen(centers)
     radii = _square_radii(screen, screened, first, counts, k, on_rows)
@@ -105,9 +105,9 @@ def _share_inside(screen: _Screen, points: Tensor, centers: Tensor, k: int, on_r
 
 
 def _distinct(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the first of all equal rows, int64 [U], and how many rows equal each, int64 [U]."""
-    groups: dict[bytes, list[int]] = {}  # [first index, number]
-    rows = features.cpu().flatten().view(torch.uint8).view(len(features), -1)  # any strides, also of a single column
+    """Return the first index and the size of each group of equal rows: both int64 [U]."""
+    groups: dict[bytes, list[int]] = {}  # hash -> [first index, size]
+    rows = features.cpu().flatten().view(torch.uint8).view(len(features), -1)  # for any strides, also of one column
     for index, row in enumerate(rows.numpy()):
         groups.setdefault(hashlib.blake2b(row, digest_size=16).digest(), [index, 0])[1] += 1
     first, counts = torch.tensor(list(groups.values()), device=features.device).unbind(dim=1)
@@ -142,7 +142,7 @@ def _nearest(screen: _Screen, centers: _Screened, rows: Tensor, k: int) -> Tenso
         columns = rows - start
         own = (columns >= 0) & (columns < len(b.x))
         low[own, columns[own]] = math.inf
-        # At least k distances are within `reach`: those found before, or the upper bounds of this block.
+        # At least k distances are within `reach`: those found so far, or upper bounds in this block.
         reach = (nearest[:, -1] * screen.square_scale).clamp(max=torch.finfo(low.dtype).max)  # finite: never `own`
         if len(b.x) > k:
             reach = reach.minimum(low.topk(k, dim=1, largest=False).values[:, -1] + screen.spread(a, b))
@@ -153,7 +153,7 @@ def _nearest(screen: _Screen, centers: _Screened, rows: Tensor, k: int) -> Tenso
 
 
 def _inside(screen: _Screen, points: _Screened, centers: _Screened, first: Tensor, radii: Tensor) -> Tensor:
-    """Return for each point whether one of the centers has it within its squared radius, bool [n].
+    """Return whether each point is within the squared radius of at least one center, bool [n].
 
     first, radii:  int64 [U], indices of the distinct centers, and float64 [U]
     """
@@ -161,7 +161,7 @@ def _inside(screen: _Screen, points: _Screened, centers: _Screened, first: Tenso
     for some, reach in zip(first.split(_BLOCK), radii.split(_BLOCK)):
         b = centers.take(some)
         excess = screen.lower_bounds(points, b, minus=(reach * screen.square_scale).to(points.x.dtype))
-        inside |= excess.amin(dim=1) + screen.spread(points, b) <= 0  # beyond doubt
+        inside |= excess.amin(dim=1) + screen.spread(points, b) <= 0  # certainly
         row, column = ((excess <= 0) & ~inside[:, None]).nonzero().unbind(dim=1)
         within = _square_distances(points, row, b, column) <= reach[column]
         inside[row[within]] = True
@@ -169,7 +169,7 @@ def _inside(screen: _Screen, points: _Screened, centers: _Screened, first: Tenso
 
 
 def _ragged(row: Tensor, values: Tensor, num_rows: int) -> Tensor:
-    """Lay values out by their row, filled up with infinity; row is ascending."""
+    """Arrange values by row, padded with infinity; row is ascending."""
     counts = row.bincount(minlength=num_rows)
     table = values.new_full([num_rows, int(counts.max())], math.inf)
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(dim=0) - counts)[row]

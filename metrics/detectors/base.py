@@ -1,7 +1,7 @@
-"""What each detector has: an interface that turns pixels into features, weights read safely, exact arithmetic.
+"""The base of all feature detectors: their interface, safe reading of weights, exact arithmetic.
 
-A file of weights runs nothing when it is read. Features are computed in float32 that is float32, by the same algorithm
-each time, since they are compared with cached ones and with those of other machines.
+Reading a file of weights never runs code. Features are computed in true float32 (no TF32) by deterministic algorithms,
+since they are compared with cached features and with those of other machines.
 """
 
 import io
@@ -23,21 +23,21 @@ _COUNTER = ".num_batches_tracked"  # of batch normalization; unused in eval mode
 
 
 class Detector(nn.Module, ABC):
-    """A fixed network; in eval mode and without gradients, so that an image's features are those of its batch of one.
+    """A fixed network in eval mode, without gradients; an image's features do not depend on the rest of the batch.
 
-    They agree to float rounding, which depends on the batch size and the device.
+    Rounding does depend on the batch size and the device.
     """
 
     name: str  # as in registry.DETECTOR_NAMES
-    weights_sha256: str  # of the file of weights; of the tensors themselves where there is no file
-    preprocessing: str  # one line: what happens to pixels before the network
+    weights_sha256: str  # of the file of weights, or of the tensors if there is no file
+    preprocessing: str  # of pixels before the network, in one line
     num_features: int
-    has_classes: bool = False  # `classify` works
+    has_classes: bool = False  # whether `classify` works
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return features, float32 [N, F].
 
-        pixels: uint8 [N, 3, H, W]; gray images are repeated to RGB by the caller
+        pixels: uint8 [N, 3, H, W]; the caller repeats gray images to RGB
 
         Raises ValueError for anything else.
         """
@@ -46,14 +46,14 @@ class Detector(nn.Module, ABC):
             return self._features(pixels)
 
     def classify(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features, float32 [N, F], and the probabilities of classes, float32 [N, K].
+        """Return features, float32 [N, F], and class probabilities, float32 [N, K].
 
         pixels: as in `forward`
 
-        Raises ValueError for anything else, and where has_classes is False.
+        Raises ValueError for anything else, and if has_classes is False.
         """
         if not self.has_classes:
-            raise ValueError(f"{self.name} knows no classes; expected a detector that does: inception-v3")
+            raise ValueError(f"{self.name} gives no class probabilities; expected a detector that does: inception-v3")
         _check_pixels(pixels)
         with torch.no_grad(), exact_float32():
             return self._features_with_classes(pixels)
@@ -73,9 +73,9 @@ def _check_pixels(pixels: Tensor) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep a GPU from rounding factors to TF32 and from choosing algorithms by their speed; then restore its settings.
+    """Disable TF32 and cuDNN autotuning, and use deterministic algorithms; restore the settings afterwards.
 
-    Training allows both. Features are compared with cached ones, and with those of other machines.
+    Training allows them. Features are compared with cached ones, and with those of other machines.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32
@@ -91,11 +91,11 @@ class WeightsFile:
     """A file of weights."""
 
     name: str
-    url: str | None = None  # None: a package carries it
-    sha256: str | None = None  # the digest, or the 8 digits it begins with where no more is published; None: nothing is
+    url: str | None = None  # None: it is in a Python package
+    sha256: str | None = None  # the whole digest, or its first 8 digits if only they are published; None: unpublished
 
 
-# LIMIT: 8 digits, 32 bits, find damage and mix-ups, not a forgery; results carry the whole digest of what was used.
+# LIMIT: 8 digits (32 bits) detect damage and mix-ups, not forgery; results record the whole digest of the file used.
 
 # Converted from the original TensorFlow graph by torch-fidelity, Apache-2.0.
 INCEPTION_V3 = WeightsFile(
@@ -106,7 +106,7 @@ INCEPTION_V3 = WeightsFile(
 VGG16 = WeightsFile(name="vgg16-397923af.pth", url="https://download.pytorch.org/models/vgg16-397923af.pth",
                     sha256="397923af")
 # Of Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", BSD-2-Clause.
-# LIMIT: no digest is published; the layout and the values are checked, and results carry the digest of what was used.
+# LIMIT: no digest is published; layout and values are checked, and results record the digest of the file used.
 LPIPS_VGG16 = WeightsFile(
     name="weights-vgg16-lpips.pth",
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
@@ -116,9 +116,9 @@ EFFICIENTNET_LITE0 = WeightsFile(name="efficientnet-lite0-57934424.pth",
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike, file: WeightsFile) -> None:
-    """Put the tensors of a file into a network, which may be on the meta device, for use on the CPU as it is.
+    """Load the tensors of a file into a network on the CPU or the meta device; it ends on the CPU, in eval mode.
 
-    Raises what `read_weights` raises.
+    Raises the errors of `read_weights`.
     """
     wanted = network.state_dict()
     counters = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith(_COUNTER)}
@@ -128,43 +128,44 @@ def load_weights(network: nn.Module, path: str | os.PathLike, file: WeightsFile)
 
 
 def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file: WeightsFile) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote, float32 on the CPU.
+    """Return the tensors of a file written by torch.save, float32 on the CPU.
 
     layout: the name and shape of each tensor
-    file:   what the file should be, for messages
+    file:   the expected file, for messages
 
-    Raises UserError when it holds more than tensors, cannot be read, or has another layout; OSError when it cannot be
+    Raises UserError if it contains anything but tensors, cannot be read, or has another layout; OSError if it cannot be
     opened.
     """
     tensors = _read(path, file)
     tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(_COUNTER)}
-    as_in = f"as in {file.name}: is it the weights of another network?"
+    as_in = f"as in {file.name}: does the file belong to another network?"
     for name, shape in layout.items():
         if name not in tensors:
-            raise UserError(f"{path} has no tensor {name}; expected one of {list(shape)}, {as_in}")
+            raise UserError(f"{path} has no tensor {name}; expected one of shape {list(shape)}, {as_in}")
         value = tensors[name]
         if not (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
                 and not value.is_meta):
-            raise UserError(f"{path}: {name} is no tensor of plain numbers; expected one of {list(shape)}, {as_in}")
+            raise UserError(f"{path}: {name} is not a dense floating point tensor; expected one of "
+                            f"shape {list(shape)}, {as_in}")
         if value.shape != shape:
             raise UserError(f"{path}: {name} is {list(value.shape)}; expected {list(shape)}, {as_in}")
         if not value.isfinite().all():
-            raise UserError(f"{path}: {name} has values that are not finite; expected numbers, {as_in}")
+            raise UserError(f"{path}: {name} has values that are not finite; expected none, {as_in}")
     foreign = [name for name in tensors if name not in layout]
     if foreign:
-        raise UserError(f"{path} has a tensor {foreign[0]}; expected none of that name, {as_in}")
+        raise UserError(f"{path} has a tensor {foreign[0]}; expected no tensor of that name, {as_in}")
     return {name: tensors[name].detach().float().contiguous() for name in layout}
 
 
 def _read(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, Tensor]:
-    expected = f"expected {file.name}, or a file like it that holds tensors alone"
+    expected = f"expected {file.name}, or a file like it that contains only tensors"
     with io.BytesIO(retrying(Path(path).read_bytes, path)) as stream:
         try:
-            with warnings.catch_warnings(action="ignore"):  # about files that are refused in the next step
+            with warnings.catch_warnings(action="ignore"):  # about files that are refused below
                 tensors = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch's reader and Python's pickle raise almost anything for a damaged file
-            raise UserError(f"{path} is damaged, or no file of weights, or would run code when it is read "
-                            f"({type(error).__name__}); nothing in it was run: {expected}") from error
+        except Exception as error:  # torch and pickle raise almost any exception for a damaged file
+            raise UserError(f"{path} is damaged, is not a file of weights, or contains code "
+                            f"({type(error).__name__}); no code was run: {expected}") from error
     if not isinstance(tensors, Mapping):
-        raise UserError(f"{path} holds a {type(tensors).__name__}, not tensors with names: {expected}")
+        raise UserError(f"{path} contains a {type(tensors).__name__}, not tensors by name: {expected}")
     return tensors

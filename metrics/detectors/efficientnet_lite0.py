@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 with ImageNet weights: a detector that a package carries, for places without a network."""
+"""EfficientNet-lite0 with ImageNet weights: a detector from a Python package, for use without a download."""
 
 import os
 
@@ -11,22 +11,22 @@ from dnnlib.files import sha256_of
 from metrics.detectors.base import EFFICIENTNET_LITE0, Detector, load_weights
 
 _SIZE = 224
-_MEAN, _STD = 127, 128  # of the TensorFlow models that the weights are from; the first layer's statistics agree
-_CPU_IMAGES = 4  # at a time on a CPU: half the time of 16, its caches hold them
-# of the network, and of each of its blocks: a convolution and the batch normalization of its outputs
+_MEAN, _STD = 127, 128  # of the TensorFlow models of these weights; the first layer's statistics agree
+_CPU_IMAGES = 4  # at a time on a CPU: twice as fast as 16, since they fit into its caches
+# in the network and in each block: a convolution and the batch normalization of its outputs
 _PAIRS = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"),
           ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
 
 class EfficientNetLite0(Detector):
-    """Features are the last convolution's, averaged over the image."""
+    """The features are the outputs of the last convolution, averaged over the image."""
 
     name = "efficientnet-lite0"
     preprocessing = "resized to 224x224 (bilinear, antialiased), (x - 127) / 128"
     num_features = 1280
 
     def __init__(self, weights: str | os.PathLike):
-        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        """Raises UserError if the file is not of this network, OSError if it cannot be opened."""
         super().__init__()
         self.network = read_network(weights)
         self.weights_sha256 = sha256_of(weights)
@@ -43,14 +43,14 @@ class EfficientNetLite0(Detector):
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
-    """Return what the network takes, of pixels in [0, 255]."""
+    """Normalize pixels in [0, 255] for the network."""
     return (pixels - _MEAN) / _STD
 
 
 def read_network(weights: str | os.PathLike) -> nn.Module:
-    """Return the network with the weights of a file, in eval mode; convolutions do the batch normalization too.
+    """Return the network with the weights of a file, in eval mode, with batch normalization folded into convolutions.
 
-    Raises UserError when the file is not of this network, OSError when it cannot be opened.
+    Raises UserError if the file is not of this network, OSError if it cannot be opened.
     """
     from efficientnet_lite_pytorch import EfficientNet  # optional: the extra `offline`
 
@@ -64,7 +64,7 @@ def read_network(weights: str | os.PathLike) -> nn.Module:
 
 
 def _fold_normalization(part: nn.Module) -> None:
-    """Let the convolutions of a network, or of one of its blocks, do the batch normalization too."""
+    """Fold batch normalization into the convolutions of a network, or of one of its blocks."""
     for conv_name, norm_name in _PAIRS:
         conv, norm = getattr(part, conv_name, None), getattr(part, norm_name, None)
         if conv is not None and norm is not None:

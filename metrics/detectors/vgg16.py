@@ -1,4 +1,4 @@
-"""The VGG16 of precision and recall, whose convolutions LPIPS compares."""
+"""The VGG16 of precision and recall; LPIPS uses its convolutions."""
 
 import os
 
@@ -9,11 +9,11 @@ from dnnlib.files import sha256_of
 from metrics.detectors.base import VGG16, Detector, load_weights
 
 _SIZE = 224
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of pixels in [0, 1]
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, for pixels in [0, 1]
 
 
 class VGG16Features(Detector):
-    """Features are those of the second fully connected layer (Kynkaanniemi et al. 2019), after its ReLU."""
+    """The features are the outputs of the second fully connected layer, after its ReLU (Kynkaanniemi et al. 2019)."""
 
     name = "vgg16"
     preprocessing = ("resized to 224x224 (bilinear as in TensorFlow 1, not antialiased), x / 255, "
@@ -21,7 +21,7 @@ class VGG16Features(Detector):
     num_features = 4096
 
     def __init__(self, weights: str | os.PathLike):
-        """Raises UserError when the file is not of this network, OSError when it cannot be opened."""
+        """Raises UserError if the file is not of this network, OSError if it cannot be opened."""
         super().__init__()
         network = read_network(weights)
         self.convolutions = network.features
@@ -32,7 +32,7 @@ class VGG16Features(Detector):
         self.eval()
 
     def _features(self, pixels: Tensor) -> Tensor:
-        # Here: importing it takes seconds, and sets filters of warnings.
+        # Here: importing it takes seconds, and changes warning filters.
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         x = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(_SIZE, _SIZE), align_corners=False)
@@ -43,11 +43,11 @@ class VGG16Features(Detector):
 def read_network(weights: str | os.PathLike) -> nn.Module:
     """Return torchvision's VGG16 with the weights of a file.
 
-    Raises UserError when the file is not of this network, OSError when it cannot be opened.
+    Raises UserError if the file is not of this network, OSError if it cannot be opened.
     """
-    import torchvision  # here: it takes seconds, and sets filters of warnings
+    import torchvision  # here: importing it takes seconds, and changes warning filters
 
-    with torch.device("meta"):  # without drawing 138 million numbers first
+    with torch.device("meta"):  # skips drawing 138 million random numbers
         network = torchvision.models.vgg16(weights=None)
     load_weights(network, weights, VGG16)
     return network

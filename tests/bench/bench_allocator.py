@@ -1,12 +1,12 @@
-"""Time work with the allocator tuned (see torch_utils.device) and left as it is, and compare the memory it takes.
+"""Compare time and memory of several workloads with and without allocator tuning (see torch_utils.device).
 
     python -m tests.bench.bench_allocator [--works clone,generate,train] [--resolution 64] [--cfg tiny] [--threads N]
                                     [--repeats N]
 
-clone is that of a float32 tensor [4, 64, 256, 256]; generate makes 32 images, 16 a pass; train is an iteration with all
-phases, one pass of the preset. The setting lasts as long as a process, so each measurement has a process of its own,
-in turns; times are medians of all, memory is the most that a process held. Prints one record a line, and all of them as
-JSON in the last line. Variables such as MALLOC_ARENA_MAX must not be set.
+clone copies a float32 tensor [4, 64, 256, 256]; generate makes 32 images in batches of 16; train is an iteration with
+all phases, on one micro-batch of the preset. Tuning lasts as long as a process, so each measurement runs in its own
+process, alternating; times are medians, memory is the peak of all processes. Prints one record per line, and all of
+them as JSON in the last line. Variables such as MALLOC_ARENA_MAX must not be set.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WARM_UP_SECONDS, SECONDS = 2, 5
 
 
 def build(work: str, options: argparse.Namespace) -> Callable[[], object]:
-    """Return a piece of work."""
+    """Return a workload."""
     if work == "clone":
         x = torch.randn(4, 64, 256, 256)
         return lambda: x.clone()
@@ -46,7 +46,7 @@ def build(work: str, options: argparse.Namespace) -> Callable[[], object]:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Measure one work in this process."""
+    """Measure one workload in this process."""
     tuning = tune_malloc(options.tuned)
     if tuning.is_done != options.tuned:
         sys.exit(tuning.note)
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def run_for(seconds: float, work: Callable[[], object], times: list[float]) -> None:
-    """Repeat a work for so long, at least three times, and add the milliseconds of each time."""
+    """Repeat a workload for `seconds`, at least three times, and add the milliseconds of each time."""
     start = time.perf_counter()
     done = 0
     while done < 3 or time.perf_counter() - start < seconds:
@@ -71,7 +71,7 @@ def run_for(seconds: float, work: Callable[[], object], times: list[float]) -> N
 
 
 def compare(work: str, options: argparse.Namespace) -> dict:
-    """Measure a work in processes with and without, and print the record."""
+    """Measure a workload in processes with and without tuning, and print the record."""
     found: dict[bool, list[dict]] = {True: [], False: []}
     for _ in range(options.repeats):
         for tuned, results in found.items():
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
                                  ("repeats", 3, "processes of each kind")):
         parser.add_argument(f"--{name}", type=int, default=standard, help=f"{text} (default: {standard})")
     parser.add_argument("--cfg", default="tiny", help="preset of the networks (default: tiny)")
-    parser.add_argument("--tuned", type=lambda text: bool(int(text)), help="measure one work in this process")
+    parser.add_argument("--tuned", type=lambda text: bool(int(text)), help="measure one workload in this process")
     return parser.parse_args()
 
 

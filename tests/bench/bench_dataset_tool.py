@@ -2,16 +2,16 @@
 
     python -m tests.bench.bench_dataset_tool [--quick] [--images FOLDER] [--size 256]
 
-Prints one record a line, `convert/<set>/<resolution>/<implementation>` or `load/...`, in images per second, and the
-same as JSON in the last line. The implementations take turns, so that whatever else the machine does meets all of them;
-the numbers are medians. Sets are made here, lesion-like with camera noise, or are a folder of JPEGs.
+Prints one record per line, `convert/<set>/<resolution>/<implementation>` or `load/...`, in images per second, and all
+of them as JSON in the last line. The implementations take turns, so that other load on the machine affects all equally;
+numbers are medians. Sets are synthetic, lesion-like with camera noise, or a folder of JPEGs.
 
-plain:     what the original does to each image, without its detour over arrays: open, convert("RGB"), crop to the
-           middle square, Lanczos, save(format="png", compress_level=0), and store in a zip
+plain:     the original's steps for each image, without its detour through arrays: open, convert("RGB"), crop to the
+           center square, Lanczos, save(format="png", compress_level=0), and store in a zip
 convert:   imagesets.convert.convert with all cores
-exact:     the same with exact=True: the JPEG decoder does not reduce
+exact:     the same with exact=True: the JPEG decoder does not downscale
 one:       convert with one process
-ceiling:   as many plain loops as there are cores, each on its share of the files: what the machine gives to processes
+ceiling:   one plain loop per core, each on its share of the files: the most that the machine can do
 """
 
 import argparse
@@ -97,7 +97,7 @@ def rates(works: dict[str, Callable[[], None]], count: int, repeats: int) -> dic
 
 
 def bench_set(name: str, source: Path, side: int, repeats: int) -> list[dict]:
-    """Return the records of one set: its conversion, and reading what came of it."""
+    """Return the records of one set: its conversion, and reading the result."""
     count = len(list(source.iterdir()))
     plain, ours = source.with_name(f"{source.name}-plain.zip"), source.with_name(f"{source.name}-ours.zip")
 
@@ -123,7 +123,7 @@ def record(name: str, rate: float, reference: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the files, once")
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs to take instead")
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs to use instead")
     parser.add_argument("--size", type=int, default=256, help="side of the result for --images")
     arguments = parser.parse_args()
     records = []

@@ -1,16 +1,16 @@
-"""Time the making of images by batch size.
+"""Time image generation by batch size.
 
     python -m tests.bench.bench_generate [--resolutions 64,256] [--cfg auto,tiny] [--batches 1,4,16,32] [--device cpu]
                                    [--threads N] [--repeats N] [--tune-malloc BOOL] [--forms] [--cpu-time]
 
 The networks are those of train.py's --cfg at each resolution, untrained: weights do not change what is computed.
-Operators and memory are those of generate.py. Batch sizes take turns, and each makes as many images in a turn as the
-largest has; times are medians. Prints one record a line, `generate/<cfg>/<device>/<resolution>/batch<N>`, and all of
-them as JSON in the last line.
-With --forms each batch size is timed with a kernel per image in all modulated convolutions, and with one shared
-kernel, as well: `.../batch<N>/per_image` and `.../batch<N>/shared`. What is chosen should be as fast as the faster.
+Operators and memory settings are those of generate.py. Batch sizes take turns, and in each turn all make as many images
+as the largest batch; times are medians. Prints one record per line, `generate/<cfg>/<device>/<resolution>/batch<N>`,
+and all of them as JSON in the last line.
+With --forms, each batch size is also timed with a kernel per image in all modulated convolutions, and with one shared
+kernel: `.../batch<N>/per_image` and `.../batch<N>/shared`. The automatic choice should be as fast as the faster one.
 
-over_batch1: images a second by those of one image a pass
+over_batch1: images per second, divided by those of batch size 1
 """
 
 import argparse
@@ -73,14 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resolutions", default="64,256", help="separated by commas (default: 64,256)")
     parser.add_argument("--cfg", default="auto", help="presets of the networks, separated by commas (default: auto)")
-    parser.add_argument("--batches", default="1,4,16,32", help="images of a pass; 1 is among them in any case "
+    parser.add_argument("--batches", default="1,4,16,32", help="batch sizes; 1 is always included "
                                                                "(default: 1,4,16,32)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="threads of the CPU, default: as torch chooses")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
     parser.add_argument("--tune-malloc", type=lambda text: text.lower() in ("1", "true", "yes"), default=True,
-                        help="as of the programs (default: true)")
-    parser.add_argument("--forms", action="store_true", help="time the forms of the modulated convolutions as well")
+                        help="as in the programs (default: true)")
+    parser.add_argument("--forms", action="store_true", help="also time both forms of the modulated convolutions")
     parser.add_argument("--cpu-time", action="store_true", help="measure the process's time on the CPU, summed over "
                                                                 "threads: for ratios on a machine that others use")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Time the metrics against what others compute for the same features, interleaved in one process.
+"""Time the metrics against other implementations on the same features, interleaved in one process.
 
     python -m tests.bench.bench_metrics [--quick] [--threads N] [--repeats N]
 
-Prints one record a line, `<metric>/<implementation>/<dtype>/<shape>`, and the same as JSON in the last line. The
-implementations take turns, so that whatever else the machine does meets all of them; the numbers are medians after one
-warm-up. The features are float32, as detectors give them; `apart` is how far the two results are from each other.
+Prints one record per line, `<metric>/<implementation>/<dtype>/<shape>`, and all of them as JSON in the last line. The
+implementations take turns, so that other load on the machine affects all equally; numbers are medians after a warm-up.
+The features are float32, as from detectors; `apart` is the difference between the two results.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SUBSETS, SUBSET_SIZE, NEIGHBORS = 100, 1000, 3
 
 
 def features(count: int, num_features: int, seed: int) -> Tensor:
-    """Return float32 [count, num_features] like a detector's: correlated, never negative, of unequal spreads."""
+    """Return float32 [count, num_features] like a detector's: correlated, never negative, with unequal variances."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(64, num_features, generator=torch.Generator().manual_seed(0)) / 8
     x = torch.randn(count, 64, generator=generator) @ mix + 0.3 * torch.randn(count, num_features, generator=generator)
@@ -34,7 +34,7 @@ def features(count: int, num_features: int, seed: int) -> Tensor:
 
 
 def frechet_works(num_features: int) -> dict[str, Callable[[], object]]:
-    """Return the distance of two full-rank Gaussians by our form and by the root of the product of covariances."""
+    """Return the distance of two full-rank Gaussians, ours and from scipy's root of the product of covariances."""
     stats = [FeatureStats.of(features(2 * num_features, num_features, seed)) for seed in (1, 2)]
     (mu1, cov1), (mu2, cov2) = ((part.mean, part.covariance()) for part in stats)
 
@@ -46,7 +46,7 @@ def frechet_works(num_features: int) -> dict[str, Callable[[], object]]:
 
 
 def kernel_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
-    """Return the same draws of subsets by ours and torch-fidelity, which multiplies in float32."""
+    """Return ours and torch-fidelity's, which multiplies in float32, for the same subsets."""
     from torch_fidelity.metric_kid import kid_features_to_metric
     real, fake = features(count, num_features, 1), features(count, num_features, 2)
     size = min(count // 2, SUBSET_SIZE)
@@ -59,7 +59,7 @@ def kernel_works(count: int, num_features: int) -> dict[str, Callable[[], object
 
 
 def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
-    """Return ours and torch-fidelity's form that holds blocks, since its other one holds whole matrices."""
+    """Return ours and torch-fidelity's form that works in blocks, since its other one needs whole matrices."""
     from torch_fidelity.metric_prc import prc_features_to_metric
     real, fake = features(count, num_features, 1), features(count, num_features, 2)
 
@@ -72,7 +72,7 @@ def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[
 
 
 def compare(name: str, works: dict[str, Callable[[], object]], repeats: int) -> list[dict]:
-    """Time one metric by every implementation; name has {} where theirs stands."""
+    """Time one metric with every implementation, whose name replaces the {} in `name`."""
     values = {}
 
     def keeping(implementation: str) -> Callable[[], None]:
@@ -106,7 +106,7 @@ def benchmark(repeats: int, quick: bool) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="at most 1000 images of 256 features")
-    parser.add_argument("--threads", type=int, help="threads of the CPU, default: as torch chooses")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
     options = parser.parse_args()
     if options.threads is not None:

@@ -1,14 +1,14 @@
-"""Time the compiled operators against the reference, the best composition of PyTorch's own, and copying memory.
+"""Time the compiled operators against the reference, the best composition of PyTorch operators, and copying memory.
 
     python -m tests.bench.bench_ops [--quick] [--threads N] [--seconds S] [--tune-malloc BOOL] [--device cpu]
 
-At the shapes that training meets at 32, 64 and 256, in turns within one process, so that whatever else the machine does
-meets all of them. A record is one JSON line; the last line is a summary. Times are medians in ms.
+Shapes are those of training at 32, 64 and 256. Implementations take turns in one process, so that other load on the
+machine affects all equally. A record is one JSON line; the last line is a summary. Times are medians in ms.
 
-fwd is the result, grad the first derivative alone, grad2 the derivative of the gradient in what it was weighted with.
-over_composition: how many times as fast as the faster of PyTorch's depthwise convolutions, by one pass of 4 x 4 taps or
-                  two of 4; of bias_act its chain of elementwise operators
-of_copy:          bytes that have to be read and written by the time, over the same of copy_ into memory that is there
+fwd is the result, grad only the first derivative, grad2 the derivative of the gradient by its incoming gradient.
+over_composition: speed relative to the faster of PyTorch's depthwise convolutions, one with 4 x 4 taps or two with 4;
+                  for bias_act relative to its chain of elementwise operators
+of_copy:          bytes that must be read and written per second, relative to copy_ into allocated memory
 """
 
 import argparse
@@ -34,7 +34,7 @@ TAPS = [1, 3, 3, 1]
 UP, DOWN, SAME = {"up": 2, "padding": [2, 1, 2, 1], "gain": 4}, {"down": 2, "padding": 1}, {"padding": [2, 1, 2, 1]}
 PASSES = ("fwd", "grad", "grad2")
 GOALS = {"upfirdn2d": {"fwd": 3, "grad": 3, "grad2": 3}, "bias_act": {"fwd": 4, "grad": 8}}  # over_composition
-COPY_GOAL, LARGE = 0.6, 1 << 22  # of_copy, on tensors of so many elements
+COPY_GOAL, LARGE = 0.6, 1 << 22  # of_copy, on tensors with at least this many elements
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Work:
 
 
 def training_work() -> list[Work]:
-    """Return what the networks of cfg auto do at 32, 64 and 256 with 16, 8 and 4 images."""
+    """Return the cases of the networks of cfg auto at 32, 64 and 256 with 16, 8 and 4 images."""
     works = []
     for res, batch in ((32, 16), (64, 8), (256, 4)):
         channels = min(16384 // res, 512)
@@ -170,11 +170,11 @@ def commit() -> str | None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small shapes alone, three turns")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch chooses)")
+    parser.add_argument("--quick", action="store_true", help="only the small shapes, three turns")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--seconds", type=float, default=2, help="for each record, after three turns (default: 2)")
     parser.add_argument("--tune-malloc", type=lambda text: text.lower() in ("1", "true", "yes"), default=True,
-                        help="as of the programs (default: true)")
+                        help="as in the programs (default: true)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     return parser.parse_args()
 

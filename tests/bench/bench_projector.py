@@ -1,12 +1,12 @@
-"""Time the projection of images in batches of 8, against one process an image as the original needs it.
+"""Time the projection of images in batches of 8, against one process per image as in the original.
 
     python -m tests.bench.bench_projector [--resolutions 64] [--cfg tiny] [--detector efficientnet-lite0]
         [--num-steps 200]
         [--device cpu] [--repeats N]
 
 The networks are those of train.py's --cfg at each resolution, untrained, and the images are noise: neither changes what
-is computed. Both ways run projector.py from its start to its end, without video, with the same steps, and take turns.
-Prints a record a line, `project/<cfg>/<detector>/<device>/<resolution>/...`, and all of them as JSON in the last line.
+is computed. Both ways run projector.py from start to end, without video, with equally many steps, and take turns.
+Prints one record per line, `project/<cfg>/<detector>/<device>/<resolution>/...`, and all of them as JSON at the end.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def benchmark(resolution: int, options: argparse.Namespace) -> list[dict]:
         name = f"project/{options.cfg}/{options.detector}/{options.device}/{resolution}/{way}"
         rate = IMAGES * 60 / statistics.median(seconds)
         ratio = statistics.median(times["processes"]) / statistics.median(seconds)
-        print(f"{name:60} {rate:8.2f} images/min  {ratio:5.2f} times one process an image", flush=True)
+        print(f"{name:60} {rate:8.2f} images/min  {ratio:5.2f} times one process per image", flush=True)
         records.append({"name": name, "images_per_minute": round(rate, 3), "over_processes": round(ratio, 3)})
     return records
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--resolutions", default="64", help="separated by commas (default: 64)")
     parser.add_argument("--cfg", default="tiny", help="preset of the networks (default: tiny)")
     parser.add_argument("--detector", default="efficientnet-lite0", help="default: efficientnet-lite0")
-    parser.add_argument("--num-steps", type=int, default=200, help="steps of a projection (default: 200)")
+    parser.add_argument("--num-steps", type=int, default=200, help="steps per projection (default: 200)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each (default: 1)")
     options = parser.parse_args()

@@ -1,17 +1,17 @@
-"""Time training iterations against the same with reference operators, and against plain convolutions, in one run.
+"""Time training iterations against reference operators, and against plain convolutions, in one run.
 
     python -m tests.bench.bench_train [--resolutions 32,64,256] [--cfg auto] [--device cpu] [--images N] [--seconds S]
                                 [--tune-malloc BOOL]
 
-Iterations are real ones, on random images. Regularisation is lazy, so that a cycle has iterations of several kinds,
-by the phases that run; each kind is timed, in turns with the convolutions, and counts as often as a cycle has it.
-Where a batch is too much for a CPU, an iteration gets one pass of a few images, and the time of a whole batch is as
-many passes as it takes. Records go one a line, and as JSON in the last line; times are medians.
+Iterations are real ones, on random images. Regularization is lazy, so a cycle has several kinds of iterations, with
+different phases; each kind is timed, in turns with the convolutions, and weighted by its number in a cycle.
+If a batch takes too long on a CPU, an iteration gets one micro-batch of a few images, and the time of a whole batch is
+extrapolated. Prints one record per line, and all of them as JSON in the last line; times are medians.
 
-over_ref: time of a cycle by that of one with impl="ref" for filters and activations; all else is ours in both
-share: floating point operations of the convolutions and matrix products of an iteration, by its time, over the rate of
-       the forward pass of a 3x3 convolution at each resolution of the networks. Filters, activations, augmentation,
-       optimizers and whatever else an iteration does take time and count as nothing.
+over_ref: time of a cycle, divided by that with impl="ref" for filters and activations; everything else is the same
+share: floating point operations per second of the convolutions and matrix products in an iteration, divided by the rate
+       of the forward pass of a 3x3 convolution at each resolution of the networks. Filters, activations, augmentation,
+       optimizers and the rest of an iteration take time, but do not count as operations.
 """
 
 import argparse
@@ -46,13 +46,13 @@ SHORT_MS = 300
 
 
 def backward_flops(grad: Tensor, x: Tensor, w: Tensor, *args: Any, out_val: object) -> int:
-    """Count a convolution's backward pass: each of two gradients takes what the forward pass takes."""
+    """Count a convolution's backward pass: each of its two gradients costs as much as the forward pass."""
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = args
     return conv_flop_count(x.shape, w.shape, grad.shape, transposed) * (output_mask[0] + output_mask[1])
 
 
-# torch's own formula of the backward pass counts each group as all. Its FlopCounterMode cannot be used, since its hooks
-# on modules break torch.autograd.grad.
+# PyTorch's own formula of the backward pass overcounts grouped convolutions. Its FlopCounterMode cannot be used, since
+# its module hooks break torch.autograd.grad.
 FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: backward_flops}
 
 
@@ -78,13 +78,13 @@ class Work(TorchDispatchMode):
 
 
 def is_view(func: torch._ops.OpOverload) -> bool:
-    """Tell whether a result shares the memory of an argument that stays as it is."""
+    """Tell whether a result shares the memory of an argument that is not changed."""
     aliases = [result.alias_info for result in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def count(work: Callable[[], object]) -> Work:
-    """Return how much a piece of work takes."""
+    """Return the cost of a workload."""
     with Work() as counted:
         work()
     return counted
@@ -96,7 +96,7 @@ def configure(options: argparse.Namespace, resolution: int) -> TrainConfig:
 
 
 def build_iterations(config: TrainConfig, images: int, device: str) -> dict[tuple[str, ...], Callable[[], object]]:
-    """Return an iteration of each kind, by its phases, with one pass of so many images."""
+    """Return an iteration of each kind, by its phases, with one micro-batch of the given size."""
     state = TrainingState.create(config, device)
     step = dataclasses.replace(config.step, batch=images, micro_batch=images)
     shape = (3, config.dataset.resolution, config.dataset.resolution)
@@ -117,14 +117,14 @@ def build_iterations(config: TrainConfig, images: int, device: str) -> dict[tupl
 
 
 def cycle(config: TrainConfig) -> Counter:
-    """Return how many iterations of each kind, by its phases, there are until all comes again."""
+    """Return the number of iterations of each kind, by its phases, in one cycle."""
     loss = config.step.loss
     return Counter(tuple(active_phases(iteration, loss)) for iteration in
                    range(math.lcm(loss.g_reg_interval, loss.d_reg_interval)))
 
 
 def referring(work: Callable[[], object]) -> Callable[[], object]:
-    """Return the same work with the reference operators."""
+    """Return the same workload with the reference operators."""
     def run() -> None:
         with auto_means("ref"):
             work()
@@ -150,7 +150,7 @@ def build_convolutions(config: TrainConfig, images: int, device: str) -> dict[tu
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the milliseconds that a piece of work takes."""
+    """Return the milliseconds of a workload."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_initialized():
@@ -159,9 +159,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def measure(works: dict, seconds: float) -> tuple[dict, int]:
-    """Return the median milliseconds of each, and how many turns they took: in about so long, at least one.
+    """Return the median milliseconds of each, and the number of turns: as many as fit into `seconds`, at least one.
 
-    What is short is repeated within a turn.
+    Short workloads are repeated within a turn.
     """
     times = {name: [] for name in works}
     start = time.perf_counter()
@@ -203,13 +203,13 @@ def benchmark(options: argparse.Namespace, resolution: int) -> list[dict]:
 
 
 def default_images(config: TrainConfig, device: str) -> int:
-    """Return how many images a measured iteration gets: on a CPU few enough for some turns in minutes."""
+    """Return the number of images of a measured iteration: on a CPU few enough for some turns in minutes."""
     most = min(max(512 // config.dataset.resolution, 4), 16) if device == "cpu" else config.step.micro_batch
     return min(config.step.micro_batch, most)
 
 
 def summarize(config: TrainConfig, images: int, medians: dict, counts: dict, convolutions: dict) -> dict:
-    """Put a cycle together from the kinds of iterations that it has."""
+    """Return the time of a cycle from those of its kinds of iterations."""
     kinds = cycle(config)
     length = kinds.total()
     milliseconds = sum(medians[kind] * times for kind, times in kinds.items())
@@ -219,7 +219,7 @@ def summarize(config: TrainConfig, images: int, medians: dict, counts: dict, con
     passes = config.batch // images
     return {
         "sec_per_kimg": round(milliseconds / (length * images), 2), "images_measured": images, "batch": config.batch,
-        # Optimizers and the moving average run once a batch, and are counted here in each of its passes.
+        # Optimizers and the moving average run once per batch, but are counted here in each micro-batch.
         "extrapolated": f"at most that, from 1 of {passes} passes" if passes > 1 else "no",
         "over_ref": round(milliseconds / with_ref, 3),
         "gflop_per_image": round(rate * milliseconds / 1e3 / (length * images), 2), "gflop_per_s": round(rate, 2),
@@ -234,15 +234,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resolutions", type=lambda text: [int(part) for part in text.split(",")],
                         default=[32, 64, 256], help="default: 32,64,256")
     parser.add_argument("--cfg", default="auto", help="preset (default: auto)")
-    parser.add_argument("--batch", type=int, help="images of an iteration (default: the preset's)")
-    parser.add_argument("--images", type=int, help="images of a measured iteration, in one pass (default: on a CPU "
+    parser.add_argument("--batch", type=int, help="batch size (default: the preset's)")
+    parser.add_argument("--images", type=int, help="images of a measured iteration, one micro-batch (default: on a CPU "
                         "512 / resolution, 4 to 16, elsewhere the preset's pass)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--seconds", type=float, default=30, help="for each resolution, beside warming up (default: "
+    parser.add_argument("--seconds", type=float, default=30, help="for each resolution, without warm-up (default: "
                         "30)")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch chooses)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--tune-malloc", type=lambda text: text.lower() in ("1", "true", "yes"), default=True,
-                        help="as of the programs (default: true)")
+                        help="as in the programs (default: true)")
     return parser.parse_args()
 
 

@@ -134,7 +134,7 @@ def test_set_of_two_processes_is_that_of_one(inside, expected, flags, launcher):
     assert out.count("\n") == 4
     assert contents("out") == expected[SET]
     code, out, err = run_whole(*SET, *flags, launcher=launcher)
-    assert (code, out) == (0, "out holds these results already\n"), err
+    assert (code, out) == (0, "out already holds these results\n"), err
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_more_processes_than_passes_do_no_harm(inside):
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "message"), [
     (["--detector=vgg"], "--detector is vgg; expected one of lpips-vgg16, efficientnet-lite0, random-conv, pixels"),
-    (["--seed=-1"], "--seed is -1; expected a number from 0 on")])
+    (["--seed=-1"], "--seed is -1; expected at least 0")])
 def test_mistake_in_two_processes_is_one_line(inside, flags, message):
     code, out, err = run_whole(*SET, "--gpus=2", *flags)
     assert (code, out, err) == (2, "", f"error: {message}\n")

@@ -33,7 +33,7 @@ VECTORS = [[0, 1, 0.5], [0, 0, 0], [1, 1, 0.25], [0, 1, 0.5], [1, 0, 0.1], [0, 0
 FINDINGS = ["nodule", "mass", "fibrosis"]
 INFO = {"classes": FINDINGS, "class_counts": None, "label_kind": "vector"}
 EXPECTED = "--label with 3 numbers (nodule, mass, fibrosis), such as --label=0,1,0.5"
-VECTORS_HERE = "and this network's labels are not classes but vectors; expected"
+VECTORS_HERE = "but this network's labels are vectors, not classes; expected"
 
 
 @pytest.fixture
@@ -155,16 +155,16 @@ def test_label_mixes_classes_of_a_network_that_learned_them(inside, capsys):
                                                       f"{EXPECTED}"),
     (["--seeds=0", "--outdir=o", "--label=0,mass,0"], "--label has 'mass', which is not a finite number; expected "
                                                       f"{EXPECTED}"),
-    (["--zip=s.zip", "--count=4"], f"--labels-from is missing, {VECTORS_HERE} a data set to draw labels of 3 numbers "
-                                   "from, such as --labels-from=set.zip"),
-    (["--zip=s.zip", "--classes=mass:4"], f"--classes is mass:4, {VECTORS_HERE} a data set to draw labels of 3 numbers "
-                                          "from, such as --labels-from=set.zip"),
+    (["--zip=s.zip", "--count=4"], f"--labels-from is missing, {VECTORS_HERE} a data set with labels of 3 numbers, "
+                                   "such as --labels-from=set.zip"),
+    (["--zip=s.zip", "--classes=mass:4"], f"--classes is mass:4, {VECTORS_HERE} a data set with labels of 3 numbers, "
+                                          "such as --labels-from=set.zip"),
     (["--zip=s.zip", "--count=4", "--label=0,1,0"], "--label is given with --zip; expected one of them (--labels-from "
-                                                    "draws labels from a data set)"),
+                                                    "takes labels from a data set)"),
     (["--zip=s.zip", "--labels-from=classes.zip"], "--labels-from=classes.zip has numbers of classes as labels; "
-     "expected lists of 3 numbers, as the network learned from"),
-    (["--seeds=0", "--outdir=o", "--label=0,1,0", "--labels-from=vectors.zip"], "--labels-from is given, which belongs "
-     "to --zip; add that, or leave --labels-from out"),
+     "expected lists of 3 numbers, as in the network's training set"),
+    (["--seeds=0", "--outdir=o", "--label=0,1,0", "--labels-from=vectors.zip"], "--labels-from is given, but "
+     "only works with --zip; add that, or leave --labels-from out"),
 ])
 def test_network_of_vectors_takes_no_class_and_says_what_to_use(inside, capsys, flags, message):
     assert refuse(capsys, *flags) == message
@@ -219,8 +219,9 @@ def test_set_of_classes_without_names_takes_its_labels_by_number_and_says_so(ins
 
 def test_set_of_vectors_without_names_takes_its_labels_by_position_and_says_so(inside, capsys):
     make_set("numbers.zip", 3, labels=VECTORS[:3])
-    make(capsys, "--zip=set.zip", "--labels-from=numbers.zip", err="--labels-from=numbers.zip: the data set does not "
-         "name the numbers of its labels; they are matched by position\n")
+    make(capsys, "--zip=set.zip", "--labels-from=numbers.zip",
+         err="--labels-from=numbers.zip: the data set does not name the entries of its label vectors; they are matched "
+             "by position\n")
     assert sorted(ImageSet("set.zip").labels.tolist()) == sorted(VECTORS[:3])
 
 
@@ -229,11 +230,11 @@ def test_set_of_vectors_without_names_takes_its_labels_by_position_and_says_so(i
      "does not know; expected one of nv, mel, bcc, or a number from 0 to 2: convert it with "
      "dataset_tool.py --classes"),
     ({"labels": [[0, 1, 0.5], [0, 0, 0]]}, "--labels-from=other.zip has lists of numbers as labels (3 each); expected "
-                                           "numbers of classes, as the network learned from"),
+                                           "numbers of classes, as in the network's training set"),
     ({"labels": [0, None], "classes": ["nv", "mel"]}, "--labels-from=other.zip: 1 of 2 images have no label; expected "
                                                       "one each: convert it with dataset_tool.py "
-                                                      "--unlabelled=drop"),
-    ({}, "--labels-from=other.zip has no labels; expected numbers of classes, as the network learned from"),
+                                                      "--unlabeled=drop"),
+    ({}, "--labels-from=other.zip has no labels; expected numbers of classes, as in the network's training set"),
 ])
 def test_labels_that_are_none_of_the_network_give_one_line(inside, capsys, data, message):
     make_set("other.zip", 2, **data)
@@ -304,15 +305,17 @@ def test_projector_starts_a_set_of_classes_from_a_mix_and_keeps_their_classes(in
 def test_projector_of_a_set_of_classes_asks_for_a_label(inside, capsys):
     assert attempt("--data=classes.zip", "--outdir=out", network="vectors.safetensors") == 2
     assert capsys.readouterr().err == (
-        "error: classes.zip has no labels of 3 numbers, which the network learned from; expected such ones, or "
+        "error: classes.zip has no labels of 3 numbers, as the network was trained with; expected such labels, or "
         f"{EXPECTED} to start all images from\n")
 
 
 @pytest.mark.parametrize(("network", "flags", "message"), [
-    ("vectors", ["--metrics=kid5", "--data=classes.zip"], "classes.zip has numbers of classes as labels, and the "
-     "network learned from lists of numbers as labels; expected the data set that it was trained on, or a part of it"),
-    ("three", ["--metrics=kid5", "--data=vectors.zip"], "vectors.zip has lists of numbers as labels, and the network "
-     "learned from numbers of classes as labels; expected the data set that it was trained on, or a part of it"),
+    ("vectors", ["--metrics=kid5", "--data=classes.zip"], "classes.zip has numbers of classes as labels, but the "
+     "network was trained with lists of numbers as labels; expected the data set that it was trained on, or a part of "
+     "it"),
+    ("three", ["--metrics=kid5", "--data=vectors.zip"], "vectors.zip has lists of numbers as labels, but the "
+     "network was trained with numbers of classes as labels; expected the data set that it was trained on, or a part "
+     "of it"),
 ])
 def test_metrics_keep_vectors_and_classes_apart(inside, capsys, network, flags, message):
     assert mistake(capsys, calc_metrics.main, f"--network={network}.safetensors", "--detector=random-conv",
@@ -320,8 +323,8 @@ def test_metrics_keep_vectors_and_classes_apart(inside, capsys, network, flags, 
 
 
 @pytest.mark.parametrize(("chosen", "message"), [
-    ("1", "--class is 1, but the network's labels are not classes but vectors; leave --class out"),
-    (None, "--data is missing, and the network's labels are vectors; expected the data set to draw them from")])
+    ("1", "--class is 1, but the network's labels are vectors, not classes; leave --class out"),
+    (None, "--data is missing, and the network's labels are vectors; expected a data set to draw them from")])
 def test_metrics_without_a_data_set_take_no_class_for_a_vector(chosen, message):
     reference = Reference(parse_metrics("is20"), None, mirror=False, chosen=chosen, seed=0)
     with pytest.raises(UserError) as caught:

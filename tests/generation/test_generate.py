@@ -38,7 +38,7 @@ def inside(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     save_generator("net.safetensors", INFO)
     save_generator("plain.safetensors", {}, c_dim=0)
-    save_generator("grey.safetensors", {}, c_dim=0, img_channels=1)
+    save_generator("gray.safetensors", {}, c_dim=0, img_channels=1)
     return tmp_path
 
 
@@ -138,8 +138,8 @@ def test_images_replace_earlier_ones_and_leave_other_files(inside, capsys):
 
 
 def test_gray_network_writes_gray_files(inside, capsys):
-    make(capsys, "--seeds=1", "--outdir=out", "--grid", network="grey.safetensors")
-    expected = images_of([1], network="grey.safetensors")[0, :, :, 0]
+    make(capsys, "--seeds=1", "--outdir=out", "--grid", network="gray.safetensors")
+    expected = images_of([1], network="gray.safetensors")[0, :, :, 0]
     assert np.array_equal(pixels_in("out/seed0001.png"), expected)
     assert np.array_equal(pixels_in("out/grid.png"), expected)
 
@@ -210,7 +210,7 @@ def test_style_mix_writes_pairs_and_sheet(inside, capsys):
 
 
 CENTER = ("--trunc=0.4", "--trunc-center=class")
-SAID = ("--trunc=0.4 towards the mean style of each image's own class or label, over 10000 latents "
+SAID = ("--trunc=0.4 pulls towards the mean style of each image's own class or label, from 10000 latents "
         "(--trunc-center=class)\n")
 
 
@@ -260,7 +260,7 @@ def test_truncation_center_of_too_many_labels_is_refused(inside, capsys, monkeyp
     monkeypatch.setattr("generation.labeled_set._MOST_CENTERS", 1)
     make_set("labels.zip", 4, labels=[0, 1, 1, 1], classes=["nv", "mel"])
     assert refuse(capsys, "--zip=set.zip", "--labels-from=labels.zip", *CENTER) == (
-        "--trunc-center is class, which takes a mean style for each different label, and the images take 2 of "
+        "--trunc-center is class, which needs a mean style for each different label, and the images have 2 from "
         "labels.zip; expected at most 1: leave --trunc-center out")
 
 
@@ -292,7 +292,7 @@ def test_set_takes_counts_of_classes(inside, capsys):
     out = make(capsys, "--zip=set.zip", "--classes=mel:2,nv:1")
     assert out == "set.zip: 3 images of 8x8 (nv: 1, mel: 2), seeds 0-2\n"
     assert ImageSet("set.zip").labels.tolist() == [0, 1, 1]
-    assert make(capsys, "--zip=set.zip", "--classes=nv:1,mel:2") == "set.zip holds these images already\n"
+    assert make(capsys, "--zip=set.zip", "--classes=nv:1,mel:2") == "set.zip already holds these images\n"
 
 
 def test_set_of_classes_without_names_has_their_numbers(inside, capsys):
@@ -313,14 +313,12 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "--seeds is missing; expected what to make: --seeds=0-9, --projected-w=FILE, --zip=FILE or --style-mix, see "
-         "--help"),
-    (["--seeds=0"], "--outdir is missing; expected a folder for the images, or --grid=FILE for a sheet alone"),
-    (["--seeds=0", "--grid"], "--outdir is missing; expected a folder for the images, or --grid=FILE for a sheet "
-                              "alone"),
+    ([], "--seeds is missing; expected --seeds=0-9, --projected-w=FILE, --zip=FILE or --style-mix: see --help"),
+    (["--seeds=0"], "--outdir is missing; expected a folder for the images, or --grid=FILE for only a sheet"),
+    (["--seeds=0", "--grid"], "--outdir is missing; expected a folder for the images, or --grid=FILE for only a sheet"),
     (["--seeds=3-", "--outdir=o"], "--seeds has '3-'; expected numbers and ranges, such as 0,1,5-9"),
     (["--seeds=-1", "--outdir=o"], "--seeds has '-1'; expected numbers and ranges, such as 0,1,5-9"),
-    (["--seeds=0", "--outdir=o"], "--class is missing, and this network makes images of a class; expected one of nv, "
+    (["--seeds=0", "--outdir=o"], "--class is missing, but this network is class-conditional; expected one of nv, "
                                   "mel, or a number from 0 to 1"),
     (["--seeds=0", "--outdir=o", "--class=2"], "--class names the class '2'; expected one of nv, mel, or a number "
                                                "from 0 to 1"),
@@ -328,20 +326,21 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
                                                 "number from 0 to 1"),
     (["--seeds=0", "--outdir=o", "--class=me"], "--class names the class 'me' (did you mean mel?); expected one of nv, "
                                                 "mel, or a number from 0 to 1"),
-    (["--seeds=0", "--outdir=o", "--class=all"], "--class names 2 classes, and files in --outdir are of one; expected "
-     "one class, or --grid=FILE without --outdir for a sheet of several"),
+    (["--seeds=0", "--outdir=o", "--class=all"], "--class names 2 classes, but the files in --outdir are of one "
+                                                 "class; expected one, or --grid=FILE without --outdir for a sheet of "
+                                                 "several"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--trunc=nan"], "--trunc is nan; expected a number, usually from 0 to "
                                                                "1, at most 1000"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--trunc=1e39"], "--trunc is 1e+39; expected a number, usually from 0 "
                                                                 "to 1, at most 1000"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--batch=0"], "--batch is 0; expected at least 1"),
-    (["--seeds=0", "--outdir=o", "--class=nv", "--gpus=2"], "--gpus is given, which belongs to --zip; add that, or "
+    (["--seeds=0", "--outdir=o", "--class=nv", "--gpus=2"], "--gpus is given, but only works with --zip; add that, or "
                                                             "leave --gpus out"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--device=tpu"], "--device is tpu; expected auto, cpu, cuda, or a "
                                                                 "single GPU such as cuda:1"),
     (["--seeds=0", "--outdir=o", "--class=nv", "--noise-mode=loud"], "Invalid value for '--noise-mode': 'loud' is not "
      "one of 'random', 'const', 'none'."),
-    (["--seeds=0", "--outdir=o", "--rows=1"], "--rows is given, which belongs to --style-mix; add that, or leave "
+    (["--seeds=0", "--outdir=o", "--rows=1"], "--rows is given, but only works with --style-mix; add that, or leave "
                                               "--rows out"),
     (["--seeds=0", "--outdir=o", "--projected-w=w.npz"], "--seeds is given with --projected-w; expected one of them"),
     (["--outdir=o", "--projected-w=w.npz", "--class=nv"], "--class is given with --projected-w; expected one of them"),
@@ -349,30 +348,31 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
     (["--seeds=0", "--outdir=net.safetensors/o", "--class=nv"], "--outdir is net.safetensors/o, but "
      "{cwd}/net.safetensors is not a folder; choose a new or existing folder"),
     (["--seeds=0", "--grid=sheet.jpg", "--class=nv"], "--grid is sheet.jpg; expected a name ending in .png"),
-    (["--seeds=0", "--grid=no/sheet.png", "--class=nv"], "--grid is no/sheet.png, but there is no folder no; make it "
-                                                         "first"),
+    (["--seeds=0", "--grid=no/sheet.png", "--class=nv"], "--grid is no/sheet.png, but the folder no does not "
+                                                         "exist; create it first"),
     (["--seeds=0-999999", "--grid=sheet.png", "--class=all"],
      f"--grid would show 2000000 images of 8x8; expected at most {MOST_PIXELS // 64}: name fewer --seeds, or leave "
      "--grid out"),
     (["--zip=set.tar", "--count=3"], "--zip is set.tar; expected a name ending in .zip"),
-    (["--zip=no/set.zip", "--count=3"], "--zip is no/set.zip, but there is no folder no; make it first"),
+    (["--zip=no/set.zip", "--count=3"], "--zip is no/set.zip, but the folder no does not exist; create it first"),
     (["--zip=set.zip", "--count=0"], "--count is 0; expected at least 1"),
-    (["--zip=set.zip", "--classes=nv:1,mel:1", "--count=3"], "--count is 3, and --classes adds up to 2; expected the "
-                                                             "same: leave --count out"),
-    (["--zip=set.zip", "--count=3", "--class=nv"], "--class is given with --zip; expected one of them (--classes says "
-                                                   "how many images each class has)"),
+    (["--zip=set.zip", "--classes=nv:1,mel:1", "--count=3"], "--count is 3, but --classes adds up to 2; expected the "
+                                                             "same number: leave --count out"),
+    (["--zip=set.zip", "--count=3", "--class=nv"], "--class is given with --zip; expected one of them (--classes sets "
+                                                   "the number of images of each class)"),
     (["--zip=set.zip", "--count=3", "--outdir=o"], "--outdir is given with --zip; expected one of them"),
-    (["--zip=set.zip", "--count=3", "--seeds=0-2"], "--seeds is 0-2; with --zip expected the first seed alone, such as "
-                                                    "--seeds=0: --count says how many follow"),
-    (["--count=3", "--seeds=0", "--outdir=o"], "--count is given, which belongs to --zip; add that, or leave --count "
+    (["--zip=set.zip", "--count=3", "--seeds=0-2"], "--seeds is 0-2; expected only the first seed with --zip, such as "
+                                                    "--seeds=0: --count sets the number of images"),
+    (["--count=3", "--seeds=0", "--outdir=o"], "--count is given, but only works with --zip; add that, or leave "
+                                               "--count "
                                                "out"),
     (["--style-mix", "--rows=1", "--outdir=o", "--class=nv"], "--cols is missing; expected seeds for --style-mix, such "
                                                               "as --rows=85,100 --cols=55,821"),
     (["--style-mix", "--rows=1", "--cols=2", "--class=nv"], "--outdir is missing; expected a folder for the images"),
     (["--style-mix", "--rows=1", "--cols=2", "--class=nv", "--outdir=o", "--styles=0-9"],
      "--styles has 9; the largest layer of this network is 3"),
-    (["--style-mix", "--rows=1", "--cols=2", "--class=all", "--outdir=o"], "--class names 2 classes; with --style-mix "
-                                                                           "expected one"),
+    (["--style-mix", "--rows=1", "--cols=2", "--class=all", "--outdir=o"], "--class names 2 classes; expected one "
+                                                                           "with --style-mix"),
     (["--style-mix", "--rows=0-9999", "--cols=0-9999", "--class=nv", "--outdir=o"],
      f"grid.png would show {10001**2} images of 8x8; expected at most {MOST_PIXELS // 64}: name fewer --rows or "
      "--cols"),
@@ -418,8 +418,8 @@ def test_network_of_a_diverged_training_gives_one_line(inside, capsys, flags):
     torch.nn.init.constant_(G.synthesis.b8.conv1.weight, torch.nan)
     save_network("bad.safetensors", Networks(G=None, D=None, G_ema=G))
     assert refuse(capsys, *flags, network="bad.safetensors") == (
-        "the network of --network makes images that are no finite numbers, perhaps since its training diverged; "
-        "expected a sound one: try an earlier snapshot")
+        "the network of --network makes images that are not finite, perhaps because its training diverged; expected a "
+        "network that works: try an earlier snapshot")
 
 
 def test_advice_against_a_diverged_network_names_the_option_of_the_program_or_none():
@@ -428,7 +428,7 @@ def test_advice_against_a_diverged_network_names_the_option_of_the_program_or_no
     for flag, ending in (("--fp32", "an earlier snapshot, or --fp32"), (None, "an earlier snapshot")):
         images = ImageGenerator(G, SynthesisSettings(), batch=1, fp32_flag=flag)
         images.fp32 = False  # as on a GPU
-        with pytest.raises(UserError, match=f"; expected a sound one: try {ending}$"):
+        with pytest.raises(UserError, match=f"; expected a network that works: try {ending}$"):
             images.render(images.map_seeds([0], torch.zeros(1, 0)), [0])
 
 
@@ -436,11 +436,11 @@ def test_truncation_without_a_mean_gives_one_line(inside, capsys):
     G = generator(c_dim=0, mapping_kwargs={"num_layers": 2, "w_avg_beta": None})
     save_network("flat.safetensors", Networks(G=None, D=None, G_ema=G))
     assert refuse(capsys, "--seeds=0", "--outdir=o", "--trunc=0.5", network="flat.safetensors") == (
-        "--trunc is 0.5, but this network keeps no mean style to truncate towards; leave --trunc out")
+        "--trunc is 0.5, but this network has no mean style to truncate towards; leave --trunc out")
     make(capsys, "--seeds=0", "--outdir=o", network="flat.safetensors")
 
 
-W = "expected an .npz file with an array w of shape [M, 4, 8], as a projector writes it"
+W = "expected an .npz file with an array w of shape [M, 4, 8], as projector.py writes it"
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
@@ -449,13 +449,13 @@ W = "expected an .npz file with an array w of shape [M, 4, 8], as a projector wr
     (b"\x80\x04N.", f"--projected-w=w.npz is not an npz file; {W}"),
     (b"text", f"--projected-w=w.npz is not an npz file; {W}"),
     (b"PK\x03\x04 and so on", f"--projected-w=w.npz cannot be read as an npz file (File is not a zip file); {W}"),
-    ({"x": np.zeros(3)}, f"--projected-w=w.npz has no array w (it holds x); {W}"),
+    ({"x": np.zeros(3)}, f"--projected-w=w.npz does not have an array w (it has x); {W}"),
     ({"w": np.zeros((1, 5, 8))}, "--projected-w=w.npz has w of shape [1, 5, 8]; expected [M, 4, 8] for this network"),
     ({"w": np.zeros((0, 4, 8))}, "--projected-w=w.npz has w of shape [0, 4, 8]; expected [M, 4, 8] for this network"),
-    ({"w": np.full((1, 4, 8), np.nan)}, "--projected-w=w.npz has w of type float64 with values that are no finite "
-                                        "numbers; expected those"),
-    ({"w": np.full((1, 4, 8), "a")}, "--projected-w=w.npz has w of type <U1 with values that are no finite numbers; "
-                                     "expected those"),
+    ({"w": np.full((1, 4, 8), np.nan)}, "--projected-w=w.npz has w of type float64 and values that are not finite "
+                                        "numbers; expected finite numbers"),
+    ({"w": np.full((1, 4, 8), "a")}, "--projected-w=w.npz has w of type <U1 and values that are not finite numbers; "
+                                     "expected finite numbers"),
 ])
 def test_styles_that_do_not_fit_give_one_line(inside, capsys, arrays, message):
     if isinstance(arrays, bytes):
@@ -501,7 +501,7 @@ def test_network_takes_a_pattern_or_a_run_and_says_the_file(text, number, inside
 
 def test_network_that_matches_several_files_lists_them(inside, capsys):
     assert refuse(capsys, "--seeds=0", "--outdir=o", network="*.safetensors") == (
-        "--network is *.safetensors, which matches 3 paths: grey.safetensors, net.safetensors, plain.safetensors; "
+        "--network is *.safetensors, which matches 3 paths: gray.safetensors, net.safetensors, plain.safetensors; "
         "expected a pattern that matches one, a network file or the folder of a run")
 
 
@@ -512,7 +512,7 @@ def test_processes_that_opened_different_networks_are_refused(inside, monkeypatc
     require_same(network, processes)
     monkeypatch.setattr("generation.network.broadcast_object", lambda _: sha256_of("plain.safetensors"))  # of the first
     with pytest.raises(UserError, match=r"^--network is another file in process 1 \(net.safetensors\) than in the "
-                                        r"first; expected one for all: repeat the command, or name the file itself$"):
+                                        r"first; expected the same file: repeat the command, or name the file itself$"):
         require_same(network, processes)
 
 

@@ -174,7 +174,7 @@ def test_parse_seeds_keeps_the_order(text, expected):
     ("1.5", "--seeds has '1.5'; expected numbers and ranges, such as 0,1,5-9"),
     ("9-3", "--seeds has the range 9-3, which runs backwards; expected 3-9"),
     ("4294967296", "--seeds has 4294967296; the largest seed is 4294967295"),
-    ("0-4000000000", "--seeds names 4000000001 seeds; expected at most 1000000: for many images use --zip and --count"),
+    ("0-4000000000", "--seeds names 4000000001 seeds; expected at most 1000000: for more images use --zip and --count"),
 ])
 def test_parse_seeds_says_what_is_wrong(text, message):
     with pytest.raises(UserError) as caught:
@@ -192,5 +192,5 @@ def test_parse_first_seed_takes_one_number():
     for text in ("0,1", "0-9"):
         with pytest.raises(UserError) as caught:
             parse_first_seed("--seeds", text)
-        assert str(caught.value) == (f"--seeds is {text}; with --zip expected the first seed alone, such as --seeds=0: "
-                                     "--count says how many follow")
+        assert str(caught.value) == (f"--seeds is {text}; expected only the first seed with --zip, such as --seeds=0: "
+                                     f"--count sets the number of images")

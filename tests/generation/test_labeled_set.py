@@ -67,7 +67,7 @@ def test_plan_refuses_seeds_that_do_not_exist():
     contents(first_seed=2**32 - 7)
     with pytest.raises(UserError) as caught:
         contents(first_seed=2**32 - 6)
-    assert str(caught.value) == ("--seeds is 4294967290, and the last seed of 7 images would be 4294967296; the "
+    assert str(caught.value) == ("--seeds is 4294967290, so the last seed of 7 images would be 4294967296; the "
                                  "largest seed is 4294967295: start lower, or make fewer images")
 
 

@@ -36,12 +36,12 @@ def test_choose_finds_classes(classes, text, expected):
     (NAMED, "", f"--class names the class ''; {LISTED}"),
     (NAMED, "3", f"--class names the class '3'; {LISTED}"),
     (NAMED, "-1", f"--class names the class '-1'; {LISTED}"),
-    (NAMED, None, f"--class is missing, and this network makes images of a class; {LISTED}"),
+    (NAMED, None, f"--class is missing, but this network is class-conditional; {LISTED}"),
     (NAMED, "bcc,2", "--class=bcc,2 names a class twice; expected each once"),
     (NUMBERED, "3", "--class names the class '3'; expected a number from 0 to 2"),
     (NUMBERED, "melanoma", "--class names the class 'melanoma'; expected a number from 0 to 2"),
-    (NUMBERED, None, "--class is missing, and this network makes images of a class; expected a number from 0 to 2, or "
-                     "--label with 3 numbers, such as --label=0,1,0.5 where its labels are no classes"),
+    (NUMBERED, None, "--class is missing, but this network is class-conditional; expected a number from 0 to 2, or "
+                     "--label with 3 numbers, such as --label=0,1,0.5 if its labels are vectors"),
     (NONE, "0", "--class is 0, but this network was trained without classes; leave --class out"),
 ])
 def test_choose_says_what_is_wrong(classes, text, expected):
@@ -65,15 +65,16 @@ def test_divide_gives_each_class_its_images(classes, count, text, expected):
     (NAMED, None, None, "--count is missing; expected the number of images for --zip, such as --count=10000, or "
                         "--classes with the number of each class"),
     (NONE, 5, "a:5", "--classes is a:5, but this network was trained without classes; leave it out"),
-    (NUMBERED, 5, None, "--classes is missing, and the network file does not say how many images of each class it "
-                        f"learned from; {SYNTAX}"),
-    (NAMED, 13, "nevus:5,bcc:7", "--count is 13, and --classes adds up to 12; expected the same: leave --count out"),
+    (NUMBERED, 5, None, "--classes is missing, and the network file does not record how many training images each "
+                        f"class had; {SYNTAX}"),
+    (NAMED, 13, "nevus:5,bcc:7", "--count is 13, but --classes adds up to 12; expected the same number: leave --count "
+                                 "out"),
     (NAMED, None, "nevus:5,0:7", "--classes names nevus twice; expected each class once"),
     (NAMED, None, "nevus:-5", f"--classes has 'nevus:-5'; {SYNTAX}"),
     (NAMED, None, "nevus", f"--classes has 'nevus'; {SYNTAX}"),
     (NAMED, None, "nevus:0.5,bcc:0.5", f"--classes has 'nevus:0.5'; {SYNTAX}"),
     (NAMED, None, "bkl:5", f"--classes names the class 'bkl'; {LISTED}"),
-    (NAMED, None, "bcc:0", f"--classes is bcc:0, which is no image at all; {SYNTAX}"),
+    (NAMED, None, "bcc:0", f"--classes is bcc:0, which asks for no images; {SYNTAX}"),
 ])
 def test_divide_says_what_is_wrong(classes, count, text, expected):
     assert message(classes.divide, count, text) == expected

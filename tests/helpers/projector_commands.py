@@ -38,7 +38,7 @@ def working_in(folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     save_generator("net.safetensors", INFO)
     save_generator("plain.safetensors", {}, c_dim=0)
-    save_generator("grey.safetensors", {}, c_dim=0, img_channels=1)
+    save_generator("gray.safetensors", {}, c_dim=0, img_channels=1)
     yield folder
 
 

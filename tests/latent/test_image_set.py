@@ -207,7 +207,7 @@ def test_count_draws_images_by_the_seed(inside, capsys):
 
 def test_count_of_more_than_there_are_takes_all_and_says_so(inside, capsys):
     assert project_with_failures(capsys, *SET, "--count=9").err == (
-        "set.zip has 6 such images, fewer than --count=9\n")
+        "set.zip has only 6 such images, fewer than --count=9\n")
     assert len(rows_in("out/distances.csv")) == 6
 
 
@@ -271,7 +271,7 @@ def test_set_of_a_network_without_classes_keeps_the_labels_of_the_set(inside, ca
 
 
 def test_gray_network_makes_gray_projections(inside, capsys):
-    project(capsys, *SET, network="grey.safetensors")
+    project(capsys, *SET, network="gray.safetensors")
     images = ImageSet("out/projections.zip")
     assert {read_png(images.read(name)).shape for name in images.names} == {(8, 8)}
     assert pixels_in("out/pairs.png").shape[2] == 3
@@ -309,8 +309,8 @@ def test_class_auto_keeps_the_labels_of_the_set_where_the_network_knows_them(ins
 def test_images_of_classes_that_the_network_does_not_know_are_left_out(inside, capsys):
     make_set("set.zip", 5, labels=[0, 1, 2, 1, None], classes=["nv", "bcc", "mel"])
     assert project_with_failures(capsys, *SET, "--count=3").err == (
-        "3 images of set.zip are left out, which have no label that the network knows\n"
-        "set.zip has 2 such images, fewer than --count=3\n")
+        "3 images of set.zip are left out, because the network does not know their label\n"
+        "set.zip has only 2 such images, fewer than --count=3\n")
     assert [row["class"] for row in rows_in("out/distances.csv")] == ["nv", "mel"]
     assert record_in("out", "projections.json")["left_out_by_class"] == 3
 
@@ -441,7 +441,7 @@ def test_projection_that_comes_to_nothing_is_left_out(inside, capsys, monkeypatc
     lose(monkeypatch, slice(0, 1))
     assert project_with_failures(capsys, *SET).out.startswith("out: 4 images projected, 2 left out (see failed.csv); ")
     assert rows_in("out/failed.csv") == [{"image": f"00000/img0000000{index}.png",
-                                          "reason": "its distance became no finite number"} for index in (0, 4)]
+                                          "reason": "its distance became infinite or nan"} for index in (0, 4)]
     assert [row["image"][-5] for row in rows_in("out/distances.csv")] == ["1", "2", "3", "5"]
     assert np.array_equal(styles_in("out"), styles_in("expected")[[1, 2, 3, 5]])
 

@@ -170,10 +170,10 @@ def test_class_auto_of_a_network_with_one_class_tries_that(inside, capsys):
 
 
 def test_gray_network_writes_gray_files(inside, capsys):
-    out = project(capsys, "--target=target.png", "--outdir=out", network="grey.safetensors")
+    out = project(capsys, "--target=target.png", "--outdir=out", network="gray.safetensors")
     assert out.startswith("out/proj.png: pixels distance ")
     assert pixels_in("out/target.png").shape == pixels_in("out/proj.png").shape == (8, 8)
-    assert Path("out/proj.png").read_bytes() == made_by_generate("out/projected_w.npz", "grey.safetensors")
+    assert Path("out/proj.png").read_bytes() == made_by_generate("out/projected_w.npz", "gray.safetensors")
     assert record_in("out")["distances"] == near(distances_in("out"))
     assert len(frames_in("out/proj.mp4")) == STEPS
 
@@ -181,11 +181,11 @@ def test_gray_network_writes_gray_files(inside, capsys):
 PHOTO = lesion_like(100, 80)
 PICTURES = {
     "photo.jpg": encode(PHOTO, "JPEG"), "clear.png": encode(PIL.Image.fromarray(PHOTO).convert("RGBA")),
-    "grey.tif": encode(PIL.Image.fromarray(PHOTO).convert("L"), "TIFF"),
+    "gray.tif": encode(PIL.Image.fromarray(PHOTO).convert("L"), "TIFF"),
     "deep.png": png_16_bit(np.random.default_rng(0).integers(0, 65536, (9, 12, 3)))}
 
 
-@pytest.mark.parametrize("network", ["plain.safetensors", "grey.safetensors"])
+@pytest.mark.parametrize("network", ["plain.safetensors", "gray.safetensors"])
 @pytest.mark.parametrize("name", PICTURES)
 def test_target_of_any_kind_becomes_an_image_of_the_network(inside, capsys, name, network):
     Path(name).write_bytes(PICTURES[name])

@@ -85,7 +85,7 @@ def same_states(a, b):
 
 @pytest.mark.parametrize("network", [{}, {"c_dim": 0}, {"channels": 1}, {"architecture": "resnet"},
                                      {"num_fp16_res": 2, "conv_clamp": 256}],
-                         ids=["classes", "no classes", "grey", "resnet", "half"])
+                         ids=["classes", "no classes", "gray", "resnet", "half"])
 def test_tune_brings_the_image_at_the_pivot_near_to_a_foreign_one(network):
     G = small_generator(**network).eval()
     w, target = styles_of(G, 1), foreign_image(**network)
@@ -288,11 +288,11 @@ class Blinding(TwoScales):
 
 
 @pytest.mark.parametrize(("last_good", "text"), [
-    (1, "--pti-steps: the loss is no finite number before the first step; expected a sound network and a latent found "
-        "with it: try an earlier snapshot"),
-    (2, "--pti-steps is 5, and the loss is no finite number after 1 of them; expected one: leave --pti-steps out"),
-    (5, "--pti-steps is 5, and the loss is no finite number after 4 of them; expected one: try --pti-steps=2"),
-    (6, "--pti-steps is 5, and the loss is no finite number after 5 of them; expected one: try --pti-steps=2")])
+    (1, "--pti-steps: the loss is not finite before the first step, perhaps because the network's training diverged; "
+        "expected a network that works: try an earlier snapshot"),
+    (2, "--pti-steps is 5, but the loss is not finite after 1 of them; expected a finite one: leave --pti-steps out"),
+    (5, "--pti-steps is 5, but the loss is not finite after 4 of them; expected a finite one: try --pti-steps=2"),
+    (6, "--pti-steps is 5, but the loss is not finite after 5 of them; expected a finite one: try --pti-steps=2")])
 def test_tune_loss_of_no_number_stops_with_advice(last_good, text):
     """The distance is asked for once before the steps, once a step, and once after them."""
     G = lively_generator()
@@ -304,7 +304,7 @@ def test_tune_loss_of_no_number_stops_with_advice(last_good, text):
 
 def test_tune_steps_too_wide_stop():
     G = lively_generator()
-    with pytest.raises(UserError, match=r"^--pti-steps is 60, and the loss is no finite number after "):
+    with pytest.raises(UserError, match=r"^--pti-steps is 60, but the loss is not finite after "):
         tune(G, styles_of(G, 1), torch.zeros(1, 3, 8, 8), TwoScales(), settings_with(learning_rate=1e30))
 
 
@@ -316,12 +316,12 @@ def test_tune_other_shapes_raise(w, target):
 
 
 @pytest.mark.parametrize(("changes", "text"), [
-    ({"num_steps": 0}, "--pti-steps is 0; expected at least 1, usually some 350"),
-    ({"num_steps": -3}, "--pti-steps is -3; expected at least 1, usually some 350"),
-    ({"locality_distance": 0.0}, "--pti-steps: the distance of the locality term is 0; expected more than 0, as the "
-                                 "spread of a sound network's styles is"),
-    ({"locality_distance": math.nan}, "--pti-steps: the distance of the locality term is nan; expected more than 0, as "
-                                      "the spread of a sound network's styles is")])
+    ({"num_steps": 0}, "--pti-steps is 0; expected at least 1, usually about 350"),
+    ({"num_steps": -3}, "--pti-steps is -3; expected at least 1, usually about 350"),
+    ({"locality_distance": 0.0}, "--pti-steps: the spread of the network's styles is 0; expected more than 0 and "
+                                 "finite: try an earlier snapshot"),
+    ({"locality_distance": math.nan}, "--pti-steps: the spread of the network's styles is nan; expected more than 0 "
+                                      "and finite: try an earlier snapshot")])
 def test_settings_of_a_user_that_do_not_work_say_so(changes, text):
     with pytest.raises(UserError) as error:
         settings_with(**changes)

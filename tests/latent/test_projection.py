@@ -203,7 +203,7 @@ def test_result_depends_on_the_seed_alone(G, pixels):
     assert not torch.equal(first, other)
 
 
-def test_noise_maps_stay_standardised_and_the_network_as_it_is(pixels):
+def test_noise_maps_stay_standardized_and_the_network_as_it_is(pixels):
     G = network()
     before = {name: value.clone() for name, value in G.state_dict().items()}
     ws, start = some_styles(G, 2)
@@ -261,7 +261,7 @@ def test_finish_begins_anew_where_the_state_is_damaged(G, pixels, tmp_path, caps
     projection = Projection(Projector(G, pixels, ProjectionSettings(num_steps=2)), show(G, ws), [start])
     finish(projection, tmp_path / "state.pt", "a")
     assert projection.is_done
-    assert capsys.readouterr().err.endswith("; beginning anew\n")
+    assert capsys.readouterr().err.endswith("; starting from scratch\n")
 
 
 @pytest.mark.parametrize("changes", [{"c_dim": 0}, {"img_channels": 1}, {"synthesis_kwargs": {
@@ -290,14 +290,14 @@ def test_diverged_network_is_refused(pixels):
     G.synthesis.b8.conv1.weight.fill_(float("nan"))
     with pytest.raises(UserError) as caught:
         project(G, pixels, target, [start], num_steps=2)
-    assert str(caught.value) == ("the distance of the network's images to the targets is no finite number, perhaps "
-                                 "since its training diverged; expected a sound network: try an earlier snapshot")
+    assert str(caught.value) == ("the distance of the network's images to the targets is not finite, perhaps because "
+                                 "its training diverged; expected a network that works: try an earlier snapshot")
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"space": "z"}, "--space is z; expected w or w+"),
     ({"num_steps": 0}, "--num-steps is 0; expected at least 1"),
-    ({"seed": -1}, "--seed is -1; expected a number from 0 on")])
+    ({"seed": -1}, "--seed is -1; expected at least 0")])
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError) as caught:
         ProjectionSettings(**settings)
@@ -362,7 +362,7 @@ def test_input_of_a_large_image_is_the_mean_of_areas(side, factor):
 def test_input_of_a_small_image_is_enlarged_in_straight_lines():
     images = torch.tensor([0.0, 1.0]).expand(1, 3, 2, 2)
     found = to_similarity_input(images, SimpleNamespace(least_size=4))
-    # Centres of the 4 lie at -1/4, 1/4, 3/4 and 5/4 of the way between those of the 2; the outer ones stop at the edge.
+    # Centers of the 4 lie at -1/4, 1/4, 3/4 and 5/4 of the way between those of the 2; the outer ones stop at the edge.
     assert torch.equal(found, torch.tensor([0, 0.25, 0.75, 1]).expand(1, 3, 4, 4))
 
 
@@ -450,7 +450,7 @@ def test_images_are_compared_where_the_weights_of_the_similarity_are(kind):
     assert caught.value.args == ("meta", "meta")
 
 
-ADVICE = ("whose distances do not compare with those of lpips-vgg16; --detector=NAME chooses: lpips-vgg16, "
+ADVICE = ("whose distances cannot be compared with those of lpips-vgg16; --detector=NAME chooses one of lpips-vgg16, "
           "efficientnet-lite0, random-conv, pixels")
 
 
@@ -502,8 +502,8 @@ def fetching(downloads):
 
 def missing_line(downloads):
     return (f"{VGG16.name} is not in the cache, and downloading {VGG16.url} failed (no network): download it on a "
-            f"machine with network access, and copy it to {downloads / VGG16.name}; the ppl metrics need it, and "
-            "projections that are not compared by efficientnet-lite0, random-conv or pixels")
+            f"machine with network access, and copy it to {downloads / VGG16.name}; it is needed for the ppl "
+            "metrics, and for projections that do not use efficientnet-lite0, random-conv or pixels")
 
 
 @pytest.mark.parametrize("name", ["pixels", "random-conv", "efficientnet-lite0"])
@@ -550,8 +550,8 @@ def test_nothing_takes_the_place_of_what_was_named(downloads, capsys):
 def test_nothing_takes_the_place_of_weights_that_are_missing(downloads, tmp_path):
     with pytest.raises(UserError) as caught:
         choose_similarity(None, str(tmp_path / "no"), process())
-    assert str(caught.value) == (f"the folder of weights {tmp_path / 'no'} does not exist; expected a folder with "
-                                 f"{VGG16.name} and {LPIPS_VGG16.name} in it")
+    assert str(caught.value) == (f"the folder of weights {tmp_path / 'no'} does not exist; expected a folder that "
+                                 f"contains {VGG16.name} and {LPIPS_VGG16.name}")
 
 
 def test_damaged_weights_are_an_error(downloads, monkeypatch):

@@ -39,25 +39,26 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
     (["--outdir=o"], "--target and --data are missing; expected one of them: an image, or a set of images"),
     (["--outdir=o", "--target=target.png", "--data=set.zip"],
      "--target and --data are both given; expected one of them: an image, or a set of images"),
-    (["--outdir=o", "--target=target.png", "--count=3"], "--count is given, which belongs to --data; leave --count "
+    (["--outdir=o", "--target=target.png", "--count=3"], "--count is given, but only works with --data; leave --count "
                                                          "out"),
-    (["--outdir=o", "--target=target.png", "--count=0"], "--count is given, which belongs to --data; leave --count "
+    (["--outdir=o", "--target=target.png", "--count=0"], "--count is given, but only works with --data; leave --count "
                                                          "out"),
     (["--outdir=o", "--target=target.png", "--group-by-class"],
-     "--group-by-class is given, which belongs to --data; leave --group-by-class out"),
-    (["--outdir=o", "--target=target.png", "--gpus=2"], "--gpus is given, which belongs to --data; leave --gpus out"),
-    (["--outdir=o", "--data=set.zip", "--save-video=1"], "--save-video is given, which belongs to --target; leave "
+     "--group-by-class is given, but only works with --data; leave --group-by-class out"),
+    (["--outdir=o", "--target=target.png", "--gpus=2"], "--gpus is given, but only works with --data; leave --gpus "
+                                                        "out"),
+    (["--outdir=o", "--data=set.zip", "--save-video=1"], "--save-video is given, but only works with --target; leave "
                                                          "--save-video out"),
-    (["--outdir=o", "--data=set.zip", "--pti-steps=350"], "--pti-steps is given, which belongs to --target; leave "
+    (["--outdir=o", "--data=set.zip", "--pti-steps=350"], "--pti-steps is given, but only works with --target; leave "
                                                           "--pti-steps out"),
     (["--outdir=o", "--target=target.png", "--class=nv", "--batch=0"], "--batch is 0; expected at least 1"),
     (["--outdir=o", "--data=set.zip", "--batch=-2"], "--batch is -2; expected at least 1"),
     (["--outdir=o", "--data=set.zip", "--gpus=0"], "--gpus is 0; expected at least 1"),
     (["--outdir=o", "--data=set.zip", "--num-steps=0"], "--num-steps is 0; expected at least 1"),
-    (["--outdir=o", "--data=set.zip", "--seed=-1"], "--seed is -1; expected a number from 0 on"),
+    (["--outdir=o", "--data=set.zip", "--seed=-1"], "--seed is -1; expected at least 0"),
     (["--outdir=o", "--data=set.zip", "--space=z"], "--space is z; expected w or w+"),
     (["--outdir=o", "--target=target.png", "--class=nv", "--pti-steps=-1"],
-     "--pti-steps is -1; expected a number from 0 on, usually some 350"),
+     "--pti-steps is -1; expected at least 0, usually about 350"),
     (["--outdir=o", "--target=target.png", "--class=nv", "--pti-steps=5", "--space=w+"],
      "--pti-steps is given with --space=w+; expected --space=w: pivotal tuning starts from a style that all layers "
      "share"),
@@ -76,7 +77,7 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
     (["--outdir=o", "--target=set.zip", "--class=nv"],
      "--target is set.zip, which is not an image; expected an image file, such as a PNG or JPEG (many images, or a "
      "data set, go with --data)"),
-    (["--outdir=o", "--target=target.png"], "--class is missing, and this network makes images of a class; "
+    (["--outdir=o", "--target=target.png"], "--class is missing, but this network is class-conditional; "
                                             f"{CLASSES_KNOWN}, or auto to try each"),
     (["--outdir=o", "--target=target.png", "--class=me"], "--class names the class 'me' (did you mean mel?); "
                                                           f"{CLASSES_KNOWN}"),
@@ -90,18 +91,18 @@ NETWORK = "a .safetensors of a run, or a .pkl of NVIDIA's code"
     (["--outdir=o", "--data=no.zip"], "no.zip does not exist; expected a data set: a zip or a folder of images"),
     (["--outdir=o", "--data=target.png"], "target.png cannot be read as a zip (File is not a zip file): it is "
                                           "truncated or not a zip; make or copy it again"),
-    (["--outdir=o", "--data=bare.zip"], "bare.zip has no classes, and the network starts from one; "
+    (["--outdir=o", "--data=bare.zip"], "bare.zip has no classes, but this network is class-conditional; "
      f"{CLASSES_KNOWN}: give --class=NAME to start from, or --class=auto to try each"),
     (["--outdir=o", "--data=other.zip"], "other.zip has images of scc, bcc, which the network does not know; "
      f"{CLASSES_KNOWN}: give --class=NAME to start from, or --class=auto to try each"),
-    (["--outdir=o", "--data=some.zip", "--class=nv"], "some.zip holds no images of class nv; expected one of mel, or "
+    (["--outdir=o", "--data=some.zip", "--class=nv"], "some.zip has no images of class nv; expected one of mel, or "
                                                       "leave --class out"),
     (["--outdir=o", "--data=some.zip", "--class=auto", "--group-by-class"],
      "some.zip has 1 images without a class; expected one each for --group-by-class"),
     (["--outdir=o", "--data=bare.zip", "--class=nv", "--group-by-class"],
      "bare.zip has 2 images without a class; expected one each for --group-by-class"),
     (["--outdir=o", "--data=set.zip", "--detector-weights=w.pth"],
-     "the file of weights is w.pth; expected none for pixels, which has no file: leave --detector-weights out"),
+     "the file of weights is w.pth; expected none, since pixels does not use one: leave --detector-weights out"),
     (["--outdir=o", "--target=target.png", "--class=nv", "--detector=vgg"],
      "--detector is vgg; expected one of lpips-vgg16, efficientnet-lite0, random-conv, pixels"),
     (["--outdir=o", "--data=set.zip", "--detector=vgg"],
@@ -125,7 +126,7 @@ def test_network_of_other_channels_is_refused(inside, capsys):
     save_generator("four.safetensors", {}, c_dim=0, img_channels=4)
     for what in ("--target=target.png", "--data=set.zip"):
         assert refuse(capsys, what, "--outdir=o", network="four.safetensors") == (
-            "the network of --network makes images of 4 channels; expected one of grey or RGB images")
+            "the network of --network makes images with 4 channels; expected a network of gray or RGB images")
 
 
 @pytest.mark.parametrize("class_", ["nv", "auto"])
@@ -198,14 +199,14 @@ def test_network_whose_images_are_no_numbers_is_refused(inside, capsys):
     save_network("broken.safetensors", Networks(G=None, D=None, G_ema=G, config={"info": {}}))
     for what in ("--target=target.png", "--data=set.zip"):
         assert refuse(capsys, what, "--outdir=out", network="broken.safetensors") == (
-            "the distance of the network's images to the targets is no finite number, perhaps since its training "
-            "diverged; expected a sound network: try an earlier snapshot")
+            "the distance of the network's images to the targets is not finite, perhaps because its training "
+            "diverged; expected a network that works: try an earlier snapshot")
 
 
 def test_same_command_again_says_that_all_is_there(inside, capsys):
     project(capsys, *SET)
     before = contents("out")
-    assert project(capsys, *SET) == "out holds these results already\n"
+    assert project(capsys, *SET) == "out already holds these results\n"
     assert contents("out") == before
 
 
@@ -218,20 +219,20 @@ def test_same_command_again_says_that_all_is_there(inside, capsys):
 def test_folder_of_other_results_is_refused(inside, capsys, flag, name):
     make_set("other.zip", 6, labels=LABELS, classes=CLASSES, groups=GROUPS)
     project(capsys, *SET)
-    assert refuse(capsys, *SET, flag) == (f"--outdir is out, which holds other results ({name} differs); expected a "
-                                          "folder of its own for these")
+    assert refuse(capsys, *SET, flag) == (f"--outdir is out, which holds other results ({name} differs); choose "
+                                          f"another folder for these")
 
 
 def test_set_that_changed_is_another_one(inside, capsys):
     project(capsys, *SET)
     make_set("set.zip", 6, labels=LABELS, classes=CLASSES, groups=["other", *GROUPS[1:]])
-    assert refuse(capsys, *SET) == ("--outdir is out, which holds other results (data_sha256 differs); expected a "
-                                    "folder of its own for these")
+    assert refuse(capsys, *SET) == ("--outdir is out, which holds other results (data_sha256 differs); choose another "
+                                    "folder for these")
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "out/projections.json is not what this program writes; expected an --outdir of its own for these results"),
-    ("[]", "--outdir is out, which holds other results (network differs); expected a folder of its own for these")])
+    ("{", "out/projections.json was not written by this program; choose another --outdir for these results"),
+    ("[]", "--outdir is out, which holds other results (network differs); choose another folder for these")])
 def test_record_of_somebody_else_is_left_alone(inside, capsys, content, message):
     Path("out").mkdir()
     Path("out/projections.json").write_text(content)

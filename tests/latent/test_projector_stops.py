@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as programs that tests sta
 TARGET = ("--target=target.png", "--outdir=out", "--save-video=0")
 SET = ("--data=set.zip", "--outdir=out", "--batch=2", "--class=auto")  # six passes
 PARTS = Path("out/projections.zip.parts")
-KEPT = "the work so far is kept in out; the same command continues\n"
+KEPT = "the work so far is saved in out; the same command continues\n"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_damaged_state_is_told_and_the_projection_begun_anew(inside, capsys, mon
     assert attempt(*TARGET, "--class=nv") == 0
     err = capsys.readouterr().err
     assert err.startswith("out/projection-state-0.pt is damaged")
-    assert err.endswith("; beginning anew\n")
+    assert err.endswith("; starting from scratch\n")
     assert contents("out") == contents("expected")
 
 
@@ -200,7 +200,7 @@ def test_set_that_was_stopped_within_a_pass_is_continued_there(inside, capsys, m
     with monkeypatch.context() as patch:
         stop_within(patch, 3, Terminated())
         assert attempt(*SET) == 143
-    assert capsys.readouterr().err == (f"the work so far is kept in {PARTS}; the same command continues\n"
+    assert capsys.readouterr().err == (f"the work so far is saved in {PARTS}; the same command continues\n"
                                        "error: terminated\n")
     assert names_in(PARTS) == ["settings.json", "state-000000.pt"]
     with monkeypatch.context() as patch:
@@ -237,7 +237,7 @@ def test_signal_ends_the_step_and_keeps_it(inside, capsys, monkeypatch, command,
         assert attempt(*flags) == code
     assert done == [1, 2, 3, 4, 5]
     folder = "out" if command == TARGET else PARTS
-    assert capsys.readouterr().err == (f"the work so far is kept in {folder}; the same command continues\n"
+    assert capsys.readouterr().err == (f"the work so far is saved in {folder}; the same command continues\n"
                                        f"error: {word}\n")
     with monkeypatch.context() as patch:
         done = signal_in_step(patch, 99, [])
@@ -311,7 +311,7 @@ def test_second_process_of_a_target_is_refused(inside, capsys):
         assert attempt(*TARGET, "--class=nv") == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: --outdir is out, where process {os.getpid()} on ")
-    assert err.endswith(" is at work; wait for it, or choose another folder\n")
+    assert err.endswith(" is working; wait for it, or choose another folder\n")
     project(capsys, *TARGET, "--class=nv")
     assert "lock" not in names_in("out")
 

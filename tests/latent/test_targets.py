@@ -36,7 +36,7 @@ from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.tiny_networks import generator
 
 WIDE = lesion_like(60, 45)
-COLOUR, GREY = (SimpleNamespace(img_resolution=16, img_channels=channels) for channels in (3, 1))
+COLOR, GRAY = (SimpleNamespace(img_resolution=16, img_channels=channels) for channels in (3, 1))
 
 
 def pixels(height, width, channels=3, seed=0):
@@ -49,7 +49,7 @@ def written(path, data):
     return path
 
 
-def refusal(path, G=COLOUR, **options):
+def refusal(path, G=COLOR, **options):
     with pytest.raises(UserError) as error:
         read_target(path, G, **options)
     message = str(error.value)
@@ -60,7 +60,7 @@ def refusal(path, G=COLOUR, **options):
 @pytest.mark.parametrize("transform", ["center-crop", "none"])
 @pytest.mark.parametrize("resize_filter", ["lanczos", "box"])
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("G", "channels"), [(COLOUR, 3), (GREY, 1)])
+@pytest.mark.parametrize(("G", "channels"), [(COLOR, 3), (GRAY, 1)])
 def test_target_of_the_networks_size_keeps_every_pixel(tmp_path, transform, resize_filter, exact, G, channels):
     values = pixels(16, 16, channels)
     path = written(tmp_path / "x.png", encode(values))
@@ -72,26 +72,26 @@ def test_target_of_the_networks_size_keeps_every_pixel(tmp_path, transform, resi
 
 def test_target_takes_the_middle_square_unless_told_otherwise(tmp_path):
     values = pixels(16, 24)
-    found = read_target(written(tmp_path / "x.png", encode(values)), COLOUR)
+    found = read_target(written(tmp_path / "x.png", encode(values)), COLOR)
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), values[:, 4:20])
 
 
 def test_target_without_a_transform_is_stretched(tmp_path):
     values = np.repeat(pixels(16, 16), 2, axis=1)  # pairs of equal columns, whose mean is the one column
-    found = read_target(written(tmp_path / "x.png", encode(values)), COLOUR, transform="none", resize_filter="box")
+    found = read_target(written(tmp_path / "x.png", encode(values)), COLOR, transform="none", resize_filter="box")
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), values[:, ::2])
 
 
 def test_target_of_the_wide_crop_lies_between_black_bars(tmp_path):
     values = pixels(12, 16)
-    found = read_target(written(tmp_path / "x.png", encode(values)), COLOUR, transform="center-crop-wide")
+    found = read_target(written(tmp_path / "x.png", encode(values)), COLOR, transform="center-crop-wide")
     np.testing.assert_array_equal(found[:, 2:14].permute(1, 2, 0).numpy(), values)
     assert not found[:, :2].any()
     assert not found[:, 14:].any()
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP"])
-@pytest.mark.parametrize("G", [COLOUR, GREY])
+@pytest.mark.parametrize("G", [COLOR, GRAY])
 def test_target_of_any_kind_and_name_has_the_pixels_of_a_data_set(tmp_path, image_format, G):
     data = encode(WIDE, image_format)
     spec = PixelSpec(width=16, height=16, transform="center-crop", resize_filter="lanczos", channels=G.img_channels,
@@ -102,7 +102,7 @@ def test_target_of_any_kind_and_name_has_the_pixels_of_a_data_set(tmp_path, imag
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-@pytest.mark.parametrize("G", [COLOUR, GREY])
+@pytest.mark.parametrize("G", [COLOR, GRAY])
 def test_target_of_any_mode_becomes_the_networks(tmp_path, mode, G):
     if mode == "I;16":
         image = PIL.Image.fromarray(np.full((16, 16), 0xC800, np.uint16))  # 200 in eight bits
@@ -115,25 +115,25 @@ def test_target_of_any_mode_becomes_the_networks(tmp_path, mode, G):
 
 
 def test_target_small_is_enlarged(tmp_path):
-    found = read_target(written(tmp_path / "x.png", encode(np.full((2, 3, 3), 77, np.uint8))), COLOUR)
+    found = read_target(written(tmp_path / "x.png", encode(np.full((2, 3, 3), 77, np.uint8))), COLOR)
     assert (found.shape, found.unique().tolist()) == ((3, 16, 16), [77])
 
 
 def test_target_exact_reads_large_jpegs_whole(tmp_path):
     path = written(tmp_path / "x.jpg", encode(lesion_like(640, 480), "JPEG"))
-    fast, exact = (read_target(path, COLOUR, exact=exact).int() for exact in (False, True))
+    fast, exact = (read_target(path, COLOR, exact=exact).int() for exact in (False, True))
     assert 0 < (fast - exact).abs().max() <= 3
 
 
 def test_prepare_gives_memory_of_its_own():
-    found = prepare(encode(pixels(16, 16)), spec_for(COLOUR))
+    found = prepare(encode(pixels(16, 16)), spec_for(COLOR))
     found.zero_()  # a view of read-only bytes would warn or crash
     assert found.is_contiguous()
 
 
 def test_prepare_bad_file_raises_with_the_reason():
     with pytest.raises(BadImage, match=r"^truncated$"):
-        prepare(encode(WIDE)[:500], spec_for(COLOUR))
+        prepare(encode(WIDE)[:500], spec_for(COLOR))
 
 
 def test_spec_is_that_of_a_data_set_for_the_network():
@@ -151,12 +151,12 @@ def test_spec_is_that_of_a_data_set_for_the_network():
     ({"resize_filter": "cubic"}, "--resize-filter is cubic; expected box or lanczos")])
 def test_spec_of_unknown_values_raises(options, text):
     with pytest.raises(UserError, match=f"^{text}$"):
-        spec_for(COLOUR, **options)
+        spec_for(COLOR, **options)
 
 
 def test_spec_for_other_channels_raises():
-    with pytest.raises(UserError, match=r"^the network of --network makes images of 4 channels; expected one of grey "
-                                        r"or RGB images$"):
+    with pytest.raises(UserError, match=r"^the network of --network makes images with 4 channels; expected a network "
+                                        r"of gray or RGB images$"):
         spec_for(SimpleNamespace(img_resolution=16, img_channels=4))
 
 
@@ -201,15 +201,16 @@ BAD = {
     "zero bytes": (b"", "is empty; expected an image file, such as a PNG or JPEG"),
     "not an image": (b"image_id,dx\n", "is not an image; expected an image file, such as a PNG or JPEG (many images, "
                                        "or a data set, go with --data)"),
-    "unsupported format": (bytes(128) + b"DICM" + bytes(9), "is an image of a format that is not read here; expected "
+    "unsupported format": (bytes(128) + b"DICM" + bytes(9), "is an image in an unsupported format; expected "
                                                             "another: save it as PNG or JPEG"),
     "truncated": (encode(WIDE)[:500], "ends too early; expected a whole image: copy or download it again"),
     "corrupt": (b"\x89PNG" + bytes(50), "is damaged; expected a whole image: copy or download it again"),
     "too large": (huge_png(), "has 179,560,000 pixels; at most 178,956,970 are read: reduce its size"),
     "not-a-number pixels": (encode(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"),
-                            "has pixels that are no finite numbers; expected an image without them"),
-    "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values for which --depth has no place; "
-                              "expected 0 to 2^depth - 1: choose a larger one, or leave --depth out"),
+                            "has pixels that are not finite; expected an image without them"),
+    "values beyond --depth": (encode(np.full((2, 2), 4096, np.uint16)), "has values beyond --depth; expected 0 to "
+                                                                        "2^depth - 1: choose a larger depth, or leave "
+                                                                        "--depth out"),
 }
 
 
@@ -225,10 +226,10 @@ def test_target_of_12_bits_is_noted_and_takes_a_depth(tmp_path, capsys):
     values = np.random.default_rng(0).integers(0, 4081, (16, 16)).astype(np.uint16)
     values[0, 0] = 4080
     path = written(tmp_path / "x.png", encode(values))
-    assert read_target(path, GREY).max() == 16
+    assert read_target(path, GRAY).max() == 16
     assert capsys.readouterr().err == (f"--target is {path}: largest value 4080 of 65535 in this 16-bit image: 12-bit "
                                        "data? --depth=12 makes 4095 white\n")
-    found = read_target(path, GREY, depth=Depth(bits=12))
+    found = read_target(path, GRAY, depth=Depth(bits=12))
     np.testing.assert_array_equal(found[0].numpy(), np.rint(values * (255 / 4095)).astype(np.uint8))
     assert capsys.readouterr() == ("", "")
 
@@ -242,7 +243,7 @@ def test_float_images_of_a_set_to_project_share_one_scale(tmp_path):
     images = ImageSet(tmp_path)
     ranges = read_ranges(images, shown=False)
     assert ranges == {"float": (-20, 1000)}
-    found = prepare(images.read("a.tif"), spec_for(GREY, depth=Depth(ranges=ranges)))
+    found = prepare(images.read("a.tif"), spec_for(GRAY, depth=Depth(ranges=ranges)))
     np.testing.assert_array_equal(found[0].numpy(), np.rint((steps + 20) / 4).astype(np.uint8))
 
 
@@ -263,8 +264,8 @@ def test_target_tar_is_to_be_unpacked(tmp_path):
 def test_target_too_small_for_the_wide_crop_says_its_size(tmp_path, width, height):
     path = written(tmp_path / "x.png", encode(pixels(height, width)))
     assert refusal(path, transform="center-crop-wide") == (
-        f"--target is {path}, which is {width}x{height}; expected at least 16 pixels of width, and no more than 4:3 of "
-        "its height, for --transform=center-crop-wide: use --transform=center-crop")
+        f"--target is {path}, which is {width}x{height}; expected a width of at least 16 pixels and a height "
+        "of at least 3/4 of it for --transform=center-crop-wide: use --transform=center-crop")
 
 
 NETWORK = Classes(2, {"classes": ["nv", "mel"]})
@@ -387,7 +388,7 @@ def test_images_of_classes_that_the_network_does_not_know_are_left_out(tmp_path)
     found = choose(some, chosen="auto")
     assert starts(found) == [(0, 1)] * 4
     assert [target.own for target in found] == [1, None, None, 1]
-    assert refused(some, chosen="nv") == (f"{some.path} holds no images of class nv; expected one of mel, bcc, or "
+    assert refused(some, chosen="nv") == (f"{some.path} has no images of class nv; expected one of mel, bcc, or "
                                           "leave --class out")
 
 
@@ -408,7 +409,8 @@ def test_numbers_that_the_network_does_not_know_are_named(tmp_path):
 
 
 def test_set_without_classes_needs_one_to_begin_from(bare):
-    assert refused(bare) == (f"{bare.path} has no classes, and the network starts from one; expected one of nv, mel, "
+    assert refused(bare) == (f"{bare.path} has no classes, but this network is class-conditional; expected one of nv, "
+                             f"mel, "
                              "or a number from 0 to 1: give --class=NAME to start from, or --class=auto to try each")
     assert count_left_out(bare, NETWORK, None) == 5
 
@@ -432,7 +434,7 @@ def test_start_of_a_network_without_classes_is_none():
 def test_start_of_one_image_must_be_given():
     with pytest.raises(UserError) as caught:
         starts_of_target(NETWORK, None)
-    assert str(caught.value) == ("--class is missing, and this network makes images of a class; expected one of nv, "
+    assert str(caught.value) == ("--class is missing, but this network is class-conditional; expected one of nv, "
                                  "mel, or a number from 0 to 1, or auto to try each")
 
 

@@ -152,7 +152,7 @@ def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(caps
     code, records, err = measure(capsys, f"--run={folder}", f"--data={data}", "--metrics=kid20", "--verbose=1")
     assert code == 0
     assert [record["snapshot_pkl"] for record in records] == ["network-snapshot-000200.safetensors"]
-    assert ("network-snapshot-000000.safetensors was removed meanwhile, as train.py --keep does; it is not measured\n"
+    assert ("network-snapshot-000000.safetensors was removed in the meantime, as train.py --keep does; it is skipped\n"
             ) in err
 
 
@@ -197,8 +197,8 @@ def test_generated_images_that_are_among_the_real_ones_are_counted_in_a_warning(
     other = make_set(tmp_path / "other.zip", images=range(100, 120), size=16)
     lines = [measure(capsys, f"--generated={path}", f"--data={data}", "--metrics=kid20_full")[2]
              for path in (fake, other)]
-    line = (f"warning: 2 of 22 images of --generated={fake} are in --data={data} too; the metrics compare these with "
-            "themselves")
+    line = (f"warning: 2 of 22 images of --generated={fake} are also in --data={data}; the metrics compare these "
+            "images with themselves")
     assert [line in found for found in lines] == [True, False]
 
 
@@ -228,12 +228,12 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--metrics=fid20_full"],
-     "none of --network, --generated and --run is given; expected one of them: what to measure"),
-    (["--network=a.pkl", "--run=b"], "--network and --run are given; expected one of them: what to measure"),
+     "none of --network, --generated and --run is given; expected exactly one of them"),
+    (["--network=a.pkl", "--run=b"], "--network and --run are given; expected exactly one of them"),
     (["--network=none.pkl", "--metrics=is20", "--detector=inception-v3"],
      "--network is none.pkl, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
      "NVIDIA's code"),
-    (["--run=none"], "--run is none, which is no folder; expected the folder of a run, such as "
+    (["--run=none"], "--run is none, which is not a folder; expected the folder of a run, such as "
                      "runs/00007-isic256-cond-auto1"),
     (["--generated=none.zip"], "none.zip does not exist; expected a data set: a zip or a folder of images"),
     (["--network=a.pkl", "--metrics=fid"],
@@ -260,12 +260,12 @@ def test_bad_arguments_give_one_line(capsys, tmp_path, monkeypatch, arguments, m
                                "from 0 to 1"),
     ({}, ["--class=2"], "--class names the class '2'; expected one of benign, melanoma, or a number from 0 to 1"),
     ({"c_dim": 0}, ["--class=1"], "--class is 1, but the network was trained without classes; leave --class out, or "
-                                  "take a network that was trained with train.py --cond=1"),
-    ({"resolution": 32}, [], "{data} holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the same: "
+                                  "use a network that was trained with train.py --cond=1"),
+    ({"resolution": 32}, [], "{data} has 16x16 RGB images, but the network makes 32x32 RGB ones; expected the same: "
                              "convert the data set with dataset_tool.py"),
-    ({"channels": 1}, [], "{data} holds 16x16 RGB images and the network makes 16x16 gray ones; expected the same: "
+    ({"channels": 1}, [], "{data} has 16x16 RGB images, but the network makes 16x16 gray ones; expected the same: "
                           "convert the data set with dataset_tool.py"),
-    ({}, ["--metrics=pr2k20_full"], "metric pr2k20_full needs at least 21 real images and {data} holds 20; expected "
+    ({}, ["--metrics=pr2k20_full"], "metric pr2k20_full needs at least 21 real images and {data} has 20; expected "
                                     "more"),
 ])
 def test_network_data_and_class_that_do_not_fit_give_one_line(capsys, data, tmp_path, network, arguments, message):
@@ -278,14 +278,15 @@ def test_network_data_and_class_that_do_not_fit_give_one_line(capsys, data, tmp_
 def test_class_of_a_set_without_labels_gives_one_line(capsys, tmp_path):
     plain = make_set(tmp_path / "plain.zip", 4, size=16)
     assert refused(capsys, f"--generated={plain}", f"--data={plain}", "--class=0", "--metrics=kid2") == (
-        f"{plain} has no labels, but --class is given; expected numbers of classes: leave --class out")
+        f"{plain} has no labels, but --class is given; expected classes: leave --class out")
 
 
 def test_class_number_that_means_another_class_in_the_generated_set_gives_one_line(capsys, data, tmp_path):
     fake = make_set(tmp_path / "fake.zip", 20, size=16, classes=["melanoma", "benign"], labels=[0, 1] * 10)
     arguments = [f"--generated={fake}", f"--data={data}", "--metrics=kid5_full"]
     assert refused(capsys, *arguments, "--class=1") == (
-        f"--class is 1, which is melanoma in {data} and benign in {fake}; expected the same in both: give its name")
+        f"--class is 1, which is melanoma in {data} and benign in {fake}; expected the same class in both: give its "
+        f"name")
     code, records, _ = measure(capsys, *arguments, "--class=melanoma")
     assert (code, records[0]["num_real"]) == (0, 5)
 

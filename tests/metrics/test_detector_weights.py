@@ -13,7 +13,7 @@ from dnnlib.cli import UserError
 from metrics.detectors.base import WeightsFile, load_weights, read_weights
 
 FILE = WeightsFile(name="true-weights.pth")
-AS_IN = "as in true-weights.pth: is it the weights of another network?"
+AS_IN = "as in true-weights.pth: does the file belong to another network?"
 
 
 class Runs:
@@ -93,15 +93,16 @@ def test_read_weights_gives_plain_float32(path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"0_weight": None}, f"has no tensor 0.weight; expected one of [3, 2, 1, 1], {AS_IN}"),
+    ({"0_weight": None}, f"has no tensor 0.weight; expected one of shape [3, 2, 1, 1], {AS_IN}"),
     ({"0_weight": torch.ones(3, 2)}, f": 0.weight is [3, 2]; expected [3, 2, 1, 1], {AS_IN}"),
     ({"0_bias": torch.ones(3, dtype=torch.int64)},
-     f": 0.bias is no tensor of plain numbers; expected one of [3], {AS_IN}"),
-    ({"0_bias": [1.0, 2.0, 3.0]}, f": 0.bias is no tensor of plain numbers; expected one of [3], {AS_IN}"),
-    ({"0_bias": torch.ones(3).to_sparse()}, f": 0.bias is no tensor of plain numbers; expected one of [3], {AS_IN}"),
+     f": 0.bias is not a dense floating point tensor; expected one of shape [3], {AS_IN}"),
+    ({"0_bias": [1.0, 2.0, 3.0]}, f": 0.bias is not a dense floating point tensor; expected one of shape [3], {AS_IN}"),
+    ({"0_bias": torch.ones(3).to_sparse()}, f": 0.bias is not a dense floating point tensor; expected one of shape "
+                                            f"[3], {AS_IN}"),
     ({"0_bias": torch.tensor([1, torch.nan, 1])},
-     f": 0.bias has values that are not finite; expected numbers, {AS_IN}"),
-    ({"2_weight": torch.ones(1)}, f"has a tensor 2.weight; expected none of that name, {AS_IN}"),
+     f": 0.bias has values that are not finite; expected none, {AS_IN}"),
+    ({"2_weight": torch.ones(1)}, f"has a tensor 2.weight; expected no tensor of that name, {AS_IN}"),
 ])
 def test_read_weights_of_another_layout_names_the_tensor(path, changes, message):
     with pytest.raises(UserError, match=f"^{re.escape(str(path))} ?{re.escape(message)}$"):
@@ -112,8 +113,8 @@ def test_read_weights_of_something_else_says_what_it_is(path):
     torch.save([torch.ones(3)], path)
     with pytest.raises(UserError) as caught:
         read_weights(path, layout(), FILE)
-    assert str(caught.value) == (f"{path} holds a list, not tensors with names: expected true-weights.pth, "
-                                 "or a file like it that holds tensors alone")
+    assert str(caught.value) == (f"{path} contains a list, not tensors by name: expected true-weights.pth, "
+                                 "or a file like it that contains only tensors")
 
 
 @pytest.mark.parametrize("how", ["pickle", "old format", "new format"])
@@ -126,8 +127,8 @@ def test_read_weights_runs_no_code(path, tmp_path, how):
     with pytest.raises(UserError) as caught:
         read_weights(path, layout(), FILE)
     assert str(caught.value) == (
-        f"{path} is damaged, or no file of weights, or would run code when it is read (UnpicklingError); nothing in it "
-        "was run: expected true-weights.pth, or a file like it that holds tensors alone")
+        f"{path} is damaged, is not a file of weights, or contains code (UnpicklingError); no code was run: expected "
+        "true-weights.pth, or a file like it that contains only tensors")
     assert not (tmp_path / "ran").exists()
 
 

@@ -111,7 +111,7 @@ def test_classify_without_classes_raises(detectors, name):
     assert not detectors[name].has_classes
     with pytest.raises(ValueError) as caught:
         detectors[name].classify(phantoms(1))
-    assert str(caught.value) == f"{name} knows no classes; expected a detector that does: inception-v3"
+    assert str(caught.value) == f"{name} gives no class probabilities; expected a detector that does: inception-v3"
 
 
 def test_inception_features_and_classes_are_those_of_torch_fidelity(detectors, inception_file):

@@ -113,7 +113,7 @@ def test_evaluate_few_images_for_fid_are_noted(data):
     notes = [Evaluator(f"fid{count}_full", data=data).evaluate(small_generator())[f"fid{count}_full"].get("note")
              for count in (6, 7)]
     assert notes == ["6 images span less than the 6 dimensions of the features: the value is too high by an amount "
-                     "that depends on the numbers of images; compare it at equal numbers only, or take kid", None]
+                     "that depends on the numbers of images; compare only values for equal numbers, or use kid", None]
 
 
 def test_evaluate_mirror_counts_for_metrics_without_full(data):
@@ -176,7 +176,7 @@ def test_evaluate_without_data_takes_labels_from_the_network_file():
     assert found != Evaluator("is40", chosen="0").evaluate(G)["is40"]["results"]["is40_mean"]
     record = Evaluator("is40", chosen="b").evaluate(G, {"classes": ["a", "b"]})["is40"]
     assert (record["results"]["is40_mean"], record["num_real"], record["data_sha256"]) == (found, 0, None)
-    with pytest.raises(UserError, match=r"^--data is missing, and the network file does not say how many images"):
+    with pytest.raises(UserError, match=r"^--data is missing, and the network file does not record how many "):
         Evaluator("is40").evaluate(G)
 
 
@@ -237,8 +237,8 @@ def test_evaluate_keeps_no_features_of_networks(data, tmp_path):
 
 @pytest.mark.parametrize(("metrics", "changes", "message"), [
     ("fid20_full", {"data": None}, r"^--data is missing; expected the real images that fid20_full compares with$"),
-    ("pr50k30_full", {}, r"^metric pr50k30_full needs at least 31 real images and .*a.zip holds 24; expected more$"),
-    ("pr50k8_full", {"chosen": "1"}, r"needs at least 9 real images and .*a.zip holds 6 of class 1; expected more$"),
+    ("pr50k30_full", {}, r"^metric pr50k30_full needs at least 31 real images and .*a.zip has 24; expected more$"),
+    ("pr50k8_full", {"chosen": "1"}, r"needs at least 9 real images and .*a.zip has 6 of class 1; expected more$"),
     ("is20", {"detector": "vgg16"}, r"^metric is20 needs probabilities of classes, which vgg16 does not give"),
     ("fid20_full", {"detector": "resnet"}, r"^detector 'resnet' is not known; expected one of inception-v3, vgg16, "),
     ("fid20", {"seed": -1}, r"^--seed is -1; expected 0 to 4294967295$"),
@@ -252,9 +252,9 @@ def test_evaluator_refuses_what_cannot_be(data, metrics, changes, message):
 
 
 @pytest.mark.parametrize(("network", "info", "changes", "message"), [
-    ({"resolution": 32}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 32x32 RGB ones; expected the "),
-    ({"channels": 1}, {}, {}, r"a.zip holds 16x16 RGB images and the network makes 16x16 gray ones; expected the same"),
-    ({"c_dim": 3}, {}, {}, r"a.zip has labels of length 2 and the network takes 3; expected the data set that it"),
+    ({"resolution": 32}, {}, {}, r"a.zip has 16x16 RGB images, but the network makes 32x32 RGB ones; expected the "),
+    ({"channels": 1}, {}, {}, r"a.zip has 16x16 RGB images, but the network makes 16x16 gray ones; expected the same"),
+    ({"c_dim": 3}, {}, {}, r"a.zip has labels of length 2, but the network takes 3; expected the data set that it"),
     ({"c_dim": 0}, {}, {"chosen": "1"}, r"^--class is 1, but the network was trained without classes; leave --class"),
     ({}, {"classes": ["melanoma", "nevus"]}, {}, r"a.zip has labels of benign; expected those of melanoma, nevus: "),
 ])
@@ -285,12 +285,12 @@ def test_evaluate_logs_once_that_classes_are_taken_by_number(data, tmp_path, cla
     evaluator = Evaluator("kid6_full", data=path, log=logged.append)
     for _ in range(2):
         evaluator.evaluate(small_generator(), info)
-    assert logged == [f"classes are taken by number, since {nameless or path} does not name its own"]
+    assert logged == [f"classes are matched by number, since {nameless or path} does not name its own"]
 
 
 @pytest.mark.parametrize(("metrics", "message"), [
-    ("fid31_full", r"^metric fid31_full needs 31 generated images and .*fake.zip holds 30; expected more, or a "),
-    ("ppl2_wend", r"^metric ppl2_wend needs a network; expected --network in place of --generated$"),
+    ("fid31_full", r"^metric fid31_full needs 31 generated images and .*fake.zip has 30; expected more, or a "),
+    ("ppl2_wend", r"^metric ppl2_wend needs a network; expected --network instead of --generated$"),
 ])
 def test_evaluate_images_refuses_what_cannot_be(data, tmp_path, metrics, message):
     fake = make_set(tmp_path / "fake.zip", 30, size=16)
@@ -299,8 +299,8 @@ def test_evaluate_images_refuses_what_cannot_be(data, tmp_path, metrics, message
 
 
 @pytest.mark.parametrize(("metrics", "message"), [
-    ("pr_full", "metric pr_full needs at least 4 generated images and {} holds 2 of class melanoma; expected more"),
-    ("kid3_full", "metric kid3_full needs 3 generated images and {} holds 2 of class melanoma; expected more, or a "
+    ("pr_full", "metric pr_full needs at least 4 generated images and {} has 2 of class melanoma; expected more"),
+    ("kid3_full", "metric kid3_full needs 3 generated images and {} has 2 of class melanoma; expected more, or a "
                   "smaller number in the metric's name")])
 def test_evaluate_images_too_few_of_a_class_raises(data, tmp_path, metrics, message):
     fake = make_set(tmp_path / "fake.zip", 30, size=16, classes=CLASSES, labels=[1, 1] + 28 * [0])
@@ -311,7 +311,7 @@ def test_evaluate_images_too_few_of_a_class_raises(data, tmp_path, metrics, mess
 
 def test_evaluate_images_of_another_size_raises(data, tmp_path):
     fake = make_set(tmp_path / "fake.zip", 30, size=8)
-    with pytest.raises(UserError, match=r"a.zip holds 16x16 RGB images and .*fake.zip holds 8x8 RGB ones; expected"):
+    with pytest.raises(UserError, match=r"a.zip has 16x16 RGB images, but .*fake.zip has 8x8 RGB ones; expected"):
         Evaluator("fid30_full", data=data).evaluate_images(SetImages(fake))
 
 

@@ -36,6 +36,6 @@ def test_as_features_reversed_view_keeps_values():
 
 
 def test_as_feature_pair_of_two_detectors_raises():
-    with pytest.raises(ValueError, match=r"^real features have 2 dimensions, fake ones 3; expected as many: "
-                                         r"take both from one detector$"):
+    with pytest.raises(ValueError, match=r"^real features have 2 dimensions, fake ones 3; expected equal numbers: "
+                                         r"compute both with the same detector$"):
         as_feature_pair(np.ones([4, 2]), np.ones([4, 3]), at_least=1)

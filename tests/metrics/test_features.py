@@ -76,7 +76,7 @@ def test_cache_file_of_another_key_or_size_is_missing(cache, lines):
     assert cache.read(KEY, count=3, classes=False) is None
     cache.write(KEY, features())
     assert cache.read(KEY, count=4, classes=False) is None
-    assert lines == [f"{cache.path(KEY)} holds something else; its features are computed again"] * 2
+    assert lines == [f"{cache.path(KEY)} has other contents; its features are computed again"] * 2
 
 
 def test_cache_without_a_folder_keeps_nothing(lines):
@@ -90,8 +90,8 @@ def test_cache_that_cannot_be_written_is_said(tmp_path, lines):
     (tmp_path / "file").touch()
     cache = FeatureCache(tmp_path / "file" / "features", lines.append)
     cache.write(KEY, features())
-    assert lines == [f"features cannot be kept in {tmp_path / 'file' / 'features'} (Not a directory); they will be "
-                     "computed again the next time"]
+    assert lines == [f"features cannot be saved in {tmp_path / 'file' / 'features'} (Not a directory); they will be "
+                     f"computed again next time"]
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_frechet_distance_batches_of_a_singular_set_change_nothing():
     ((np.ones([2, 1]), np.eye(2), np.ones(2), np.eye(2)), r"^mu1 is \[2, 1\]; expected \[F\]$"),
     ((np.ones(2), np.eye(2), np.ones(2), np.eye(3)), r"^cov2 is \[3, 3\]; expected \[2, 2\] like mu2$"),
     ((np.ones(2), np.eye(2), np.ones(3), np.eye(3)),
-     r"^mu1 has 2 dimensions, mu2 3; expected as many: use one detector$"),
+     r"^mu1 has 2 dimensions, mu2 3; expected equal numbers: use one detector$"),
     ((np.ones(2), np.eye(2) * np.nan, np.ones(2), np.eye(2)),
      r"^mu1 or cov1 has values that are not finite; expected none$"),
     ((np.ones(2), np.eye(2), np.ones(2), np.array([[1, 0.5], [0, 1]])),

@@ -32,7 +32,7 @@ def test_set_images_give_pixels_by_index(labeled):
 
 
 def test_set_images_repeat_gray(tmp_path):
-    gray = SetImages(make_set(tmp_path / "grey.zip", 2, channels=1))
+    gray = SetImages(make_set(tmp_path / "gray.zip", 2, channels=1))
     assert gray.shape == (1, 8, 8)
     assert torch.equal(gray.select().pixels(range(2)), torch.stack([planes(index, channels=1) for index in (0, 1)]))
 
@@ -109,7 +109,7 @@ def test_set_images_class_without_labels_raises(tmp_path):
 
 def test_set_images_class_without_images_raises(tmp_path):
     path = make_set(tmp_path / "a.zip", 2, labels=[0, 0], classes=CLASSES)
-    with pytest.raises(UserError, match=r"a.zip holds no images of class melanoma; expected some$"):
+    with pytest.raises(UserError, match=r"a.zip has no images of class melanoma; expected some$"):
         SetImages(path, "melanoma")
 
 
@@ -129,11 +129,11 @@ def test_set_images_of_another_size_or_mode_raise(tmp_path):
 
 def test_label_table_is_one_hot_and_must_fit_the_network(labeled, tmp_path):
     assert SetImages(labeled).label_table(2)[:, 1].tolist() == [0, 1, 0, 0, 1, 0]
-    with pytest.raises(UserError, match=r"a.zip has labels of length 2 and the network takes 3; expected"):
+    with pytest.raises(UserError, match=r"a.zip has labels of length 2, but the network takes 3; expected"):
         SetImages(labeled).label_table(3)
     nameless = SetImages(make_set(tmp_path / "b.zip", 2, labels=[0, 1]))
     assert nameless.label_table(3).shape == (2, 3)  # a part of a set may lack its last class
-    with pytest.raises(UserError, match=r"b.zip has labels of length 2 and the network takes 1"):
+    with pytest.raises(UserError, match=r"b.zip has labels of length 2, but the network takes 1"):
         nameless.label_table(1)
     with pytest.raises(UserError, match=r"c.zip: 1 of 2 images have no label; expected one each"):
         SetImages(make_set(tmp_path / "c.zip", 2, labels=[0, None])).label_table(1)

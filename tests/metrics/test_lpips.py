@@ -158,4 +158,4 @@ def test_lpips_weights_below_zero_are_refused(tmp_path, folder):
         open_similarity(device="cpu", weights=tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / LPIPS_VGG16.name}: lin2.model.1.weight has values below 0; expected none, as in "
-        f"{LPIPS_VGG16.name}: is it the weights of another network?")
+        f"{LPIPS_VGG16.name}: does the file belong to another network?")

@@ -12,11 +12,11 @@ from metrics.perceptual_path import EPSILON, PathSteps, along_circle, check_path
 from tests.helpers.metric_networks import LinearGenerator, SquareDistance
 from tests.helpers.small_networks import small_generator
 
-UNLABELLED = FakeLabels(torch.zeros(1, 0))
+UNLABELED = FakeLabels(torch.zeros(1, 0))
 SEED = 5
 
 
-def distances(rows, labels=UNLABELLED, space="w", sampling="end", crop=False, G=None):
+def distances(rows, labels=UNLABELED, space="w", sampling="end", crop=False, G=None):
     steps = PathSteps(G or LinearGenerator(c_dim=labels.table.shape[1]), labels, space=space, sampling=sampling,
                       crop=crop, seed=SEED, device="cpu")
     return steps.distances(rows, SquareDistance())
@@ -93,9 +93,9 @@ def test_path_length_percentiles_are_values_themselves():
 
 
 @pytest.mark.parametrize(("name", "resolution", "text"), [
-    ("ppl2_wend", 8, "16 pixels a side or more, and the network makes 8x8"),
-    ("ppl_zfull", 16, "16 pixels a side or more after its crop to the middle, and the network makes 16x16")])
+    ("ppl2_wend", 8, "16x16, but the network makes 8x8"),
+    ("ppl_zfull", 16, "16x16 after cropping, but the network makes 16x16")])
 def test_check_path_requests_refuses_small_images(name, resolution, text):
-    with pytest.raises(UserError, match=f"^metric {name} compares images of {text}; expected larger ones"):
+    with pytest.raises(UserError, match=f"^metric {name} needs images of at least {text}; expected larger ones"):
         check_path_requests(parse_metrics(name), resolution)
     check_path_requests(parse_metrics(name), 2 * resolution)

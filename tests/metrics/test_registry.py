@@ -55,8 +55,8 @@ def test_open_detector_without_network_says_all_ways_out(downloads, name, file):
         open_detector(name, device="cpu")
     assert str(caught.value) == (
         f"{file.name} is not in the cache, and downloading {file.url} failed (no network): download it on a machine "
-        f"with network access, and copy it to {downloads / file.name}, or name it by --detector-weights=FILE; "
-        "--detector=efficientnet-lite0 and --detector=random-conv need no network")
+        f"with network access, and copy it to {downloads / file.name}, or name it with --detector-weights=FILE; "
+        "--detector=efficientnet-lite0 and --detector=random-conv need no download")
     assert list(downloads.iterdir()) == []
 
 
@@ -65,8 +65,8 @@ def test_open_similarity_without_network_says_where_to_put_its_files(downloads):
         open_similarity(device="cpu")
     assert str(caught.value) == (
         f"{VGG16.name} is not in the cache, and downloading {VGG16.url} failed (no network): download it on a machine "
-        f"with network access, and copy it to {downloads / VGG16.name}; the ppl metrics need it, and projections that "
-        "are not compared by efficientnet-lite0, random-conv or pixels")
+        f"with network access, and copy it to {downloads / VGG16.name}; it is needed for the ppl metrics, and for "
+        "projections that do not use efficientnet-lite0, random-conv or pixels")
 
 
 def test_open_detector_damaged_download_is_told_from_a_missing_one(downloads):
@@ -135,7 +135,7 @@ def test_open_similarity_missing_weights_file_says_which(tmp_path):
     with pytest.raises(UserError) as caught:
         open_similarity(device="cpu", weights=tmp_path)
     assert str(caught.value) == (f"the file of weights {tmp_path / VGG16.name} does not exist; expected {VGG16.name}, "
-                                 f"which {VGG16.url} has")
+                                 f"from {VGG16.url}")
 
 
 def test_open_similarity_no_folder_of_weights_says_what_belongs_in_it(tmp_path):
@@ -143,8 +143,8 @@ def test_open_similarity_no_folder_of_weights_says_what_belongs_in_it(tmp_path):
     for name, what in (("vgg16.pth", "is a file"), ("no-folder", "does not exist")):
         with pytest.raises(UserError) as caught:
             open_similarity(device="cpu", weights=tmp_path / name)
-        assert str(caught.value) == (f"the folder of weights {tmp_path / name} {what}; expected a folder with "
-                                     f"{VGG16.name} and {LPIPS_VGG16.name} in it")
+        assert str(caught.value) == (f"the folder of weights {tmp_path / name} {what}; expected a folder that "
+                                     f"contains {VGG16.name} and {LPIPS_VGG16.name}")
 
 
 def test_open_similarity_missing_or_foreign_file_of_efficientnet_says_so(tmp_path):
@@ -153,8 +153,8 @@ def test_open_similarity_missing_or_foreign_file_of_efficientnet_says_so(tmp_pat
         open_similarity("efficientnet-lite0", device="cpu", weights=missing)
     assert str(caught.value) == f"the file of weights {missing} does not exist; expected {EFFICIENTNET_LITE0.name}"
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth has no tensor _conv_stem\.weight; expected one of \[32, 3, 3, 3\],"
-                                        r" as in efficientnet-lite0-57934424\.pth: is it the weights of another "):
+    with pytest.raises(UserError, match=r"other\.pth has no tensor _conv_stem\.weight; expected one of shape "
+                                        r"\[32, 3, 3, 3\], as in efficientnet-lite0-57934424\.pth: does the file "):
         open_similarity("efficientnet-lite0", device="cpu", weights=tmp_path / "other.pth")
 
 
@@ -163,14 +163,14 @@ def test_open_similarity_missing_or_foreign_file_of_efficientnet_says_so(tmp_pat
 def test_weights_for_what_has_no_file_are_refused(tmp_path, open_it, name):
     with pytest.raises(UserError) as caught:
         open_it(name, device="cpu", weights=tmp_path / "a.pth")
-    assert str(caught.value) == (f"the file of weights is {tmp_path / 'a.pth'}; expected none for {name}, which "
-                                 "has no file: leave --detector-weights out")
+    assert str(caught.value) == (f"the file of weights is {tmp_path / 'a.pth'}; expected none, since {name} does not "
+                                 f"use one: leave --detector-weights out")
 
 
 @pytest.mark.parametrize("name", ["inception-v3", "vgg16", "efficientnet-lite0"])
 def test_open_detector_weights_of_another_network_name_a_tensor(name, tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth has no tensor \S+; expected one of \[.*\], as in \S+: is it the "):
+    with pytest.raises(UserError, match=r"other\.pth has no tensor \S+; expected one of shape \[.*\], as in \S+: do"):
         open_detector(name, device="cpu", weights=tmp_path / "other.pth")
 
 
@@ -195,8 +195,8 @@ def test_packaged_weights_of_another_checksum_are_refused(monkeypatch):
     monkeypatch.setattr(registry, "sha256_of", lambda path: f"{EFFICIENTNET_LITE0.sha256[:63]}0")
     for open_it in (open_detector, open_similarity):
         with pytest.raises(UserError, match=(
-                r"efficientnet-lite0-57934424\.pth has the sha256 579344\w+0; expected 579344\w+b: install its package "
-                r"again, or name the file by --detector-weights to use it all the same$")):
+                r"efficientnet-lite0-57934424\.pth has the sha256 579344\w+0; expected 579344\w+b: reinstall its "
+                r"package, or name the file with --detector-weights to use it anyway$")):
             open_it("efficientnet-lite0", device="cpu")
 
 

@@ -270,7 +270,7 @@ def test_compare_maps_of_other_numbers_of_images_raises(similarities):
     with pytest.raises(ValueError) as caught:
         similarity.compare(one, two)
     assert str(caught.value) == ("maps are [[1, 3, 16, 16], [1, 3, 8, 8]] and [[2, 3, 16, 16], [2, 3, 8, 8]]; expected "
-                                 "those of as many images of one size")
+                                 "those of equally many images of one size")
 
 
 @every_quick_one

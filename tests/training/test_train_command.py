@@ -378,11 +378,11 @@ def test_script_launches_several_processes_or_trains(inside, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("--metrics=ppl_wend", "metric ppl_wend compares images of 16 pixels a side or more after its crop to the middle, "
-                           "and the network makes 16x16; expected larger ones, or another metric"),
+    ("--metrics=ppl_wend", "metric ppl_wend needs images of at least 16x16 after cropping, but the network makes "
+                           "16x16; expected larger ones, or another metric"),
     ("--metrics=kid4 --detector-weights=gone.pth", "the file of weights gone.pth does not exist; expected "
-     "weights-inception-2015-12-05-6726825d.pth, which https://github.com/toshas/torch-fidelity/releases/download/"
-     "v0.2.0/weights-inception-2015-12-05-6726825d.pth has"),
+     "weights-inception-2015-12-05-6726825d.pth, from https://github.com/toshas/torch-fidelity/releases/download/"
+     "v0.2.0/weights-inception-2015-12-05-6726825d.pth"),
 ])
 def test_metrics_that_cannot_work_end_a_run_before_it_begins(flags, message, inside, capsys):
     assert run(train.main, ["--outdir=runs", "--data=set.zip", "--cfg=tiny", *flags.split()]) == 2
@@ -429,9 +429,9 @@ def test_only_the_first_process_speaks(inside, capsys, monkeypatch):
 def test_metrics_that_are_not_at_hand_are_left_out_with_a_line(inside, capsys):
     trainer = Trainer()
     assert run(make_command(trainer, choose_metrics), ["--outdir=runs", "--data=set.zip"]) == 7
-    line = ("metrics: none, since fid50k_full needs weights of inception-v3 that are not at hand "
-            "(--metrics=fid50k_full fetches them, --metrics=kid5k_full --detector=efficientnet-lite0 needs no network, "
-            "--metrics=none omits this line)")
+    line = ("metrics: none, since the weights of inception-v3 that fid50k_full needs are not on this machine "
+            "(--metrics=fid50k_full downloads them, --metrics=kid5k_full --detector=efficientnet-lite0 needs no "
+            "download, --metrics=none omits this line)")
     assert capsys.readouterr() == ("", "")  # the run logs its notes
     assert trainer.config.metrics == ()
     assert trainer.settings.notes == (
@@ -644,8 +644,8 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                                        "efficientnet-lite0, random-conv"),
     ("--metrics=is1k --detector=vgg16", "metric is1k needs probabilities of classes, which vgg16 does not give; "
                                         "expected --detector=inception-v3, or another metric"),
-    ("--metrics=none --detector=vgg16", "--metrics is none with --detector or --detector-weights; expected metrics "
-                                        "for them: name some, such as --metrics=kid5k_full"),
+    ("--metrics=none --detector=vgg16", "--metrics is none, but --detector or --detector-weights is given; expected "
+                                        "metrics that use them, such as --metrics=kid5k_full"),
     ("--device=tpu", "--device is tpu; expected auto, cpu, cuda, or a single GPU such as cuda:1"),
     ("--device=cuda", "--device is cuda, but this PyTorch is built without CUDA; expected a working GPU and driver, or "
                       "--device=cpu"),
@@ -664,12 +664,11 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--max-hours=-1", "--max-hours is -1.0; expected a number > 0"),
     ("--keep=0", "--keep is 0; expected a number >= 1"),
     ("--keep-best=kid5k", "--keep-best is kid5k, which is not among --metrics (none); expected a metric that is "
-                          "computed with each network file: name it in --metrics too"),
+                          "computed for each snapshot: add its metric to --metrics"),
     ("--metrics=kid5k,is5k --keep-best=fid5k", "--keep-best is fid5k, which is not among --metrics (kid5k, is5k); "
-     "expected one of kid5k, is5k_mean, or another one that is computed with each network file: name it in --metrics "
-     "too"),
-    ("--metrics=pr5k3_full --keep-best=pr5k3_full", "--keep-best is pr5k3_full, which gives 2 values; expected one of "
-     "them: pr5k3_full_precision or pr5k3_full_recall"),
+     "expected one of kid5k, is5k_mean: add its metric to --metrics"),
+    ("--metrics=pr5k3_full --keep-best=pr5k3_full", "--keep-best is pr5k3_full, which has 2 values; expected one of "
+                                                    "them: pr5k3_full_precision or pr5k3_full_recall"),
     ("--name=../up", "--name is '../up'; expected letters, digits, '.', '_' and '-', starting with a letter or digit"),
     ("--balance=gone.csv", "--balance=gone.csv cannot be read ([Errno 2] No such file or directory: 'gone.csv'); "
                            "expected none, classes, or a CSV file"),
