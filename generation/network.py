@@ -26,11 +26,11 @@ from imagesets.classes import (
     split_names,
 )
 from torch_utils.distributed import Place, Processes, broadcast_object
-from training.network_file import OTHER_NAMES, find_network
+from training.network_file import NETWORK_KINDS, OTHER_NAMES, find_network
 from training.snapshot import load_network
 
 # What --network takes, for the help of all programs that have it.
-NETWORK_HELP = f"Network file: a .safetensors of a run or a .pkl of the original StyleGAN2-ADA; also {OTHER_NAMES}."
+NETWORK_HELP = f"Network file: {NETWORK_KINDS}; also {OTHER_NAMES}."
 
 # The label of an image: the number of its class, a vector of c_dim numbers, or None for unconditional networks.
 Label = int | tuple[float, ...] | None
