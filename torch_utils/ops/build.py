@@ -28,7 +28,7 @@ from dnnlib.progress import Progress
 from dnnlib.workers import usable_cores
 
 KINDS = ("cpu", "cuda")
-DATA_CENTER_ARCHS = ("8.0", "9.0", "10.0+PTX")
+DATA_CENTER_ARCHS = ("8.0", "9.0+PTX") if torch.version.cuda == "12.6" else ("8.0", "9.0", "10.0+PTX")  # 12.8 knows 10.0
 SOURCE = Path(__file__).parent / "csrc"
 TORCH = Path(os.path.realpath(os.path.dirname(torch.__file__)))
 # math-errno and trapping-math would keep loops from being vectorized. Without OpenMP, which Apple's compiler does not
@@ -119,7 +119,7 @@ def architectures(text: str | None) -> tuple[str, ...]:
     words = text.replace(";", " ").replace(",", " ").split()
     if not all(_ARCH.fullmatch(word) for word in words):
         raise BuildError(f"the GPU architectures are {text!r}; expected for example '8.0;9.0+PTX': correct "
-                         "TORCH_CUDA_ARCH_LIST, or --archs of torch_utils.ops.build")
+                         "TORCH_CUDA_ARCH_LIST, or torch_utils.ops.build --archs")
     devices = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return tuple(dict.fromkeys(words or [f"{major}.{minor}" for major, minor in sorted(devices)] or DATA_CENTER_ARCHS))
 

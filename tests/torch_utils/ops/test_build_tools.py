@@ -159,4 +159,4 @@ def test_architectures_of_another_form_raise():
     with pytest.raises(BuildError) as error:
         architectures("8.0;Ampere")
     assert str(error.value) == ("the GPU architectures are '8.0;Ampere'; expected for example '8.0;9.0+PTX': correct "
-                                "TORCH_CUDA_ARCH_LIST, or --archs of torch_utils.ops.build")
+                                "TORCH_CUDA_ARCH_LIST, or torch_utils.ops.build --archs")
