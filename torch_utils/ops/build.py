@@ -28,7 +28,7 @@ from dnnlib.progress import Progress
 from dnnlib.workers import usable_cores
 
 KINDS = ("cpu", "cuda")
-DATA_CENTER_ARCHS = ("8.0", "9.0+PTX") if torch.version.cuda == "12.6" else ("8.0", "9.0", "10.0+PTX")  # 12.8 knows 10.0
+DATA_CENTER_ARCHS = ("8.0", "9.0+PTX") if torch.version.cuda == "12.6" else ("8.0", "9.0", "10.0+PTX")  # new in 12.8
 SOURCE = Path(__file__).parent / "csrc"
 TORCH = Path(os.path.realpath(os.path.dirname(torch.__file__)))
 # math-errno and trapping-math would keep loops from being vectorized. Without OpenMP, which Apple's compiler does not
