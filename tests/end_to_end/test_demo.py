@@ -1,7 +1,9 @@
 """The demonstration, shortened: what it leaves, and that it goes on where it was stopped."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
-from scripts.demo import COLUMNS, save_reals_and_fakes
+from scripts.demo import COLUMNS, MEANINGS, METRICS, ROWS, save_reals_and_fakes
+from tests.helpers.generator_files import lively_generator, save_generator
 from tests.helpers.make_sets import pixels_of, png
+from torch_utils.images import to_pixels
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,24 +32,36 @@ def test_demo_goes_all_the_way_from_drawings_to_numbers(tmp_path):
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in dest.iterdir()} == {
-        "phantom.zip", "run", "synthetic.zip", "samples.png", "reals_fakes.png", "curves.png", "summary.json",
-        "index.html"}
+        "phantom.zip", "heldout.zip", "heldout.jsonl", "run", "synthetic.zip", "samples.png", "reals_fakes.png",
+        "curves.png", "summary.json", "index.html"}
     synthetic = ImageSet(dest / "synthetic.zip")
     assert (len(synthetic), (synthetic.labels == 1).sum(), synthetic.classes) == (40, 8, ["benign", "melanoma"])
     assert (synthetic.source["generated"], synthetic.source["phantom"]) == (True, True)
     summary = json.loads((dest / "summary.json").read_text())
-    # 1.008: 63 whole batches
-    assert (summary["kimg"], summary["detector"], summary["metric"]) == (1.008, "random-conv", "kid1k_full")
-    lines = (dest / "run" / summary["run"] / "metric-kid1k_full.jsonl").read_text().splitlines()
-    assert [summary[moment]["kid1k_full"] for moment in ("start", "end")] == [
-        json.loads(line)["results"]["kid1k_full"] for line in (lines[0], lines[-1])]
-    assert summary["end"]["kid1k_full"] < summary["start"]["kid1k_full"]
+    assert (summary["kimg"], summary["detector"], summary["metric"]) == (1, "random-conv", "kid1k_full")
+    assert set(summary["start"]) == set(summary["end"]) == set(summary["held_out"]) == set(MEANINGS)
+    for metric in METRICS:
+        lines = (dest / "run" / summary["run"] / f"metric-{metric}.jsonl").read_text().splitlines()
+        for moment, line in (("start", lines[0]), ("end", lines[-1])):
+            found = json.loads(line)["results"]
+            assert {key: summary[moment][key] for key in found} == found
+    # New drawings are nearest to the drawings.
+    distances = [summary[column]["kid1k_full"] for column in ("held_out", "end", "start")]
+    assert distances == sorted(distances)
     with PIL.Image.open(dest / "samples.png") as samples:
         assert samples.height == 2 * 64  # a row for each network file: of the start, and of 1 kimg
-    page = (dest / "index.html").read_text()
-    assert all(f'src="{name}"' in page for name in ("samples.png", "reals_fakes.png", "curves.png"))
-    assert "no data on patients" in " ".join(page.split())
-    assert f"look at {dest / 'samples.png'}" in done.stdout
+    page = " ".join((dest / "index.html").read_text().split())
+    assert "no photographs, no patient data" in page
+    pictures = re.findall(r'<img alt="[^"]+" src="([^"]*)">', page)
+    assert len(pictures) == page.count("<img") == 7  # two sheets, five plots
+    for name, data in zip(("reals_fakes.png", "samples.png"), pictures):
+        assert base64.b64decode(data.removeprefix("data:image/png;base64,")) == (dest / name).read_bytes()
+    assert not re.search(r"<script|<link|@import|https?:|url\(", page)  # the browser asks for nothing else
+    for key, (name, _, _) in MEANINGS.items():
+        numbers = [f'<td class="number">{summary[column][key]:.3g}</td>' for column in ("start", "end", "held_out")]
+        assert re.search(rf"<tr><th>{name}</th><td>\w+</td>{''.join(numbers)}<td>", page)
+    assert f"--network={dest / 'run' / summary['run'] / 'network-snapshot-000001.safetensors'} --count=40" in page
+    assert f"open {dest / 'index.html'}" in done.stdout
 
 
 def test_demo_ends_with_the_message_of_the_program_that_failed(tmp_path):
@@ -58,20 +75,26 @@ def test_demo_ends_with_the_message_of_the_program_that_failed(tmp_path):
         "error: dataset_tool.py ended with exit code 2; see above. The same command continues from here"]
 
 
-def test_demo_shows_images_of_each_set_and_class(tmp_path):
-    classes = ["benign", "melanoma"]
-    labels = {"real": [0, 1, 0, 0], "synthetic": [1, 0, 1, 1]}
-    for kind, found in labels.items():
-        with ImageSetWriter(tmp_path / kind, classes=classes) as writer:
-            for index, label in enumerate(found):
-                writer.add(png(pixels_of(index + 10 * (kind == "real"))), label)
-    save_reals_and_fakes(tmp_path / "picture.png", tmp_path / "real", tmp_path / "synthetic", seed=0)
+def test_demo_shows_each_class_drawn_and_synthetic_from_the_same_latents(tmp_path):
+    classes, labels = ["benign", "melanoma"], [0, 1, 0, 0]
+    with ImageSetWriter(tmp_path / "real", classes=classes) as writer:
+        for index, label in enumerate(labels):
+            writer.add(png(pixels_of(index)), label)
+    network = save_generator(tmp_path / "network.safetensors")
+    save_reals_and_fakes(tmp_path / "picture.png", tmp_path / "real", network, seed=0)
     with PIL.Image.open(tmp_path / "picture.png") as picture:
         sheet = np.asarray(picture)[:, -16 * COLUMNS:]  # without the column of names; images of 8 pixels, enlarged
-    assert sheet.shape == (4 * 16, 16 * COLUMNS, 3)
-    tiles = sheet.reshape(4, 16, COLUMNS, 16, 3).transpose(0, 2, 1, 3, 4)
-    for row, (label, kind) in enumerate((label, kind) for label in range(2) for kind in labels):
-        expected = {pixels_of(index + 10 * (kind == "real")).repeat(2, axis=0).repeat(2, axis=1).tobytes()
-                    for index, found in enumerate(labels[kind]) if found == label}
-        assert {tile.tobytes() for tile in tiles[row, :len(expected)]} == expected
-        assert (tiles[row, len(expected):] == 255).all()
+    count = ROWS * COLUMNS
+    tiles = sheet.reshape(2, 2, ROWS, 16, COLUMNS, 16, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 2, count, 16, 16, 3)
+    for label, (drawn, synthetic) in enumerate(tiles):
+        expected = {pixels_of(index).repeat(2, axis=0).repeat(2, axis=1).tobytes()
+                    for index, found in enumerate(labels) if found == label}
+        assert {tile.tobytes() for tile in drawn[:len(expected)]} == expected
+        assert (drawn[len(expected):] == 255).all()
+        G = lively_generator()
+        z = torch.from_numpy(np.random.RandomState(0).randn(count, G.z_dim))
+        with torch.no_grad():
+            images = G(z, torch.eye(2)[label].expand(count, -1), noise_mode="const")
+        pixels = to_pixels(images).permute(0, 2, 3, 1).numpy()
+        assert (synthetic == pixels.repeat(2, axis=1).repeat(2, axis=2)).all()
+    assert (tiles[0, 1] != tiles[1, 1]).any()
