@@ -15,7 +15,8 @@ import torch
 
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
-from scripts.demo import COLUMNS, MEANINGS, METRICS, ROWS, save_reals_and_fakes
+from scripts.demo import COLUMNS, MEANINGS, METRICS, ROWS, Demo, next_steps, save_reals_and_fakes
+from tests.end_to_end.test_flags_in_messages import FLAGS
 from tests.helpers.generator_files import lively_generator, save_generator
 from tests.helpers.make_sets import pixels_of, png
 from torch_utils.images import to_pixels
@@ -98,3 +99,19 @@ def test_demo_shows_each_class_drawn_and_synthetic_from_the_same_latents(tmp_pat
         pixels = to_pixels(images).permute(0, 2, 3, 1).numpy()
         assert (synthetic == pixels.repeat(2, axis=1).repeat(2, axis=2)).all()
     assert (tiles[0, 1] != tiles[1, 1]).any()
+
+
+def test_next_steps_of_the_page_use_flags_that_their_programs_have(tmp_path):
+    run = tmp_path / "run" / "00000-phantom"
+    run.mkdir(parents=True)
+    for name in ("log.txt", "network-snapshot-000001.safetensors"):
+        (run / name).touch()
+    demo = Demo(dest=tmp_path, seed=0, kimg=1, synthetic=40, detector="random-conv")
+    lines = [line for _, commands in next_steps(demo) for line in commands.splitlines() if not line.startswith("#")]
+    programs = [line.split()[1].replace("demo", "demo.py") if line.startswith("make") else line.split()[1]
+                for line in lines]
+    assert programs == ["demo.py", "generate.py", "calc_metrics.py", "projector.py", "dataset_tool.py", "train.py"]
+    for program, line in zip(programs, lines):
+        flags = re.findall(r"(?<!\S)\"?(--[a-z-]+)=", line.replace('ARGS="', ""))
+        assert len(flags) >= 3
+        assert set(flags) <= set(FLAGS[program])
