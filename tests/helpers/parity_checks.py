@@ -382,7 +382,7 @@ def _different_rows(found: list, expected: list) -> int:
 
 
 def schedules(folder: Path) -> Iterator[Measurement]:
-    """Moving average, augmentation steps, and Adam corrected for lazy regularisation."""
+    """Moving average, augmentation steps, and Adam corrected for lazy regularization."""
     arrays = np.load(folder / "framework.npz")
     for nimg, beta in arrays["ema_beta/kimg10_batch32_ramp0.05_at_nimg"]:
         yield Measurement(f"ema_beta at {nimg:g}", abs(ema_beta(32, int(nimg), 10, 0.05) - beta), 1e-12)

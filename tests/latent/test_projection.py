@@ -98,7 +98,7 @@ def test_schedule_ramps_up_linearly_and_down_along_a_cosine():
 
 
 def penalty_by_loops(noise):
-    """Return the regulariser of one map, [r, r], from its definition."""
+    """Return the regularizer of one map, [r, r], from its definition."""
     total = 0.0
     while True:
         side = len(noise)

@@ -71,7 +71,7 @@ def test_step_moves_every_parameter_and_leaves_no_gradient():
 
 
 def test_step_accumulates_micro_batches_as_sums_of_their_gradients():
-    # Without batch statistics and regularisers, two micro-batches make twice one batch's mean gradient.
+    # Without batch statistics and regularizers, two micro-batches make twice one batch's mean gradient.
     def run(micro_batch):
         config = small_config(micro_batch=micro_batch, pl_weight=0, gamma=0, style_mixing_prob=0)
         state = small_state(config, dtype=torch.float64)

@@ -605,7 +605,7 @@ def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
 # Mistakes
 
 NETWORK = "a network file: a .safetensors of a run, or a .pkl of NVIDIA's code"
-LICENCE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
+LICENSE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
            "file: download it from NVIDIA under that license, and give its path, such as --resume={}.pkl")
 METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, "
            "kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, "
@@ -684,9 +684,9 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--outdir=set.zip", "--outdir is set.zip, but {here}/set.zip is not a folder; choose a new or existing folder"),
     ("--outdir=set.zip/runs", "--outdir is set.zip/runs, but {here}/set.zip is not a folder; choose a new or existing "
                               "folder"),
-    ("--resume=ffhq256", "--resume is ffhq256, a network for faces of FFHQ at 256x256 " + LICENCE.format("ffhq256")),
+    ("--resume=ffhq256", "--resume is ffhq256, a network for faces of FFHQ at 256x256 " + LICENSE.format("ffhq256")),
     ("--resume=lsundog256", "--resume is lsundog256, a network for dogs of LSUN at 256x256 "
-                            + LICENCE.format("lsundog256")),
+                            + LICENSE.format("lsundog256")),
     ("--resume=https://host/net.pkl", "--resume is https://host/net.pkl; expected a file: download it first, and give "
                                       "its path"),
     ("--resume-classes=new", "--resume-classes is new without --resume; expected a network to start from: add "
@@ -755,9 +755,9 @@ def test_setting_that_is_named_for_resume_fits(inside, capsys):
 
 
 def test_resume_of_gray_images_names_the_data(inside, capsys):
-    make_set("grey.zip", size=16, channels=1)
+    make_set("gray.zip", size=16, channels=1)
     save_tiny_network("network.safetensors")
-    assert refuse(capsys, *replaced(BASE, ["--data=grey.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (
+    assert refuse(capsys, *replaced(BASE, ["--data=gray.zip"]), "--cfg=tiny", "--resume=network.safetensors") == (
         "--resume=network.safetensors: the network has 16x16 RGB images, but this run has 16x16 gray images; expected "
         f"the same: a data set of 16x16 RGB images fits; or {PARTIAL}")
 
