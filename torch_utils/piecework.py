@@ -126,7 +126,7 @@ def _describe_kept(pieces: "Pieces", sizes: Sequence[int], unit: str) -> str | N
     """Return a text about how much is done; None for nothing."""
     if done := count_images(pieces, sizes):
         return f"{done} of {sum(sizes)} {unit} are kept in {pieces.folder}"
-    return f"the work so far is kept in {pieces.folder}" if pieces.is_begun() else None
+    return f"the work so far is saved in {pieces.folder}" if pieces.is_begun() else None
 
 
 class Pieces:

@@ -80,7 +80,7 @@ def test_set_that_was_stopped_is_continued_by_the_same_command(inside, expected,
         assert "lock" not in os.listdir("set.zip.parts")
     before = len(list(Path("set.zip.parts").glob("piece-*.npz")))
     assert run(generate.main, [*FLAGS, "--zip=set.zip"]) == 0
-    assert f"{before * 256} of {COUNT} images are there already" in capsys.readouterr().err or before == 5
+    assert f"{before * 256} of {COUNT} images are already done" in capsys.readouterr().err or before == 5
     assert Path("set.zip").read_bytes() == expected
     assert sorted(os.listdir()) == ["net.safetensors", "set.zip"]
 

@@ -93,7 +93,7 @@ def test_set_that_was_stopped_is_continued_by_the_same_command(inside, expected,
             f"{before * 2} of {COUNT} projections are kept in {PARTS}; the same command continues", f"error: {word}"]
         assert "lock" not in names_in(PARTS)
     assert attempt(*FLAGS, *SET) == 0
-    assert capsys.readouterr().err == f"{PARTS}: {before * 2} of {COUNT} projections are there already; going on\n"
+    assert capsys.readouterr().err == f"{PARTS}: {before * 2} of {COUNT} projections are already done; continuing\n"
     assert contents("out") == expected[SET]
 
 

@@ -92,7 +92,7 @@ def test_old_spelling_of_unlabeled_is_accepted_but_not_shown(inside, capsys):
     assert call(capsys, "--source=lesions", "--dest=x.zip", "--unlabelled=some") == (
         2, "", "error: Invalid value for '--unlabeled': 'some' is not one of 'error', 'drop', 'keep'.\n")
     assert call(capsys, "--source=lesions", "--dest=x.zip", "--unlabelled=drop", "--unlabeled=keep") == (
-        2, "", "error: --unlabeled is given twice (drop, keep); expected once: leave all but one out\n")
+        2, "", "error: --unlabeled is given twice (drop, keep); expected once: keep only one\n")
     out = call(capsys, "--help")[1]
     assert "--unlabeled [error|drop|keep]" in out
     assert "unlabelled" not in out

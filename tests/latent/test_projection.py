@@ -530,14 +530,14 @@ def test_weights_alone_are_those_of_lpips(downloads, tmp_path, capsys):
 def test_without_a_network_efficientnet_takes_its_place_and_that_is_said(downloads, capsys):
     assert choose_similarity(None, None, process()).name == "efficientnet-lite0"
     assert capsys.readouterr().err == (
-        f"{fetching(downloads)}{missing_line(downloads)}. Going on with efficientnet-lite0, {ADVICE}\n")
+        f"{fetching(downloads)}{missing_line(downloads)}. Using efficientnet-lite0 instead, {ADVICE}\n")
 
 
 def test_without_network_and_packages_pixels_take_its_place(downloads, monkeypatch, capsys):
     without_packages(monkeypatch)
     assert choose_similarity(None, None, process()).name == "pixels"
     assert capsys.readouterr().err == (
-        f"{fetching(downloads)}{missing_line(downloads)}. Going on with pixels, {ADVICE}\n")
+        f"{fetching(downloads)}{missing_line(downloads)}. Using pixels instead, {ADVICE}\n")
 
 
 def test_nothing_takes_the_place_of_what_was_named(downloads, capsys):

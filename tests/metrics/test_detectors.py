@@ -134,7 +134,7 @@ def test_inception_features_and_classes_are_those_of_torch_fidelity(detectors, i
     ({"fc.weight": torch.ones(1000, 2048)},
      r": fc\.weight is \[1000, 2048\]; expected \[1008, 2048\], as in weights-inception-2015-12-05-6726825d\.pth: "),
     ({"Mixed_7c.branch_pool.bn.running_mean": None},
-     r" has no tensor Mixed_7c\.branch_pool\.bn\.running_mean; expected one of \[192\], as in "),
+     r" has no tensor Mixed_7c\.branch_pool\.bn\.running_mean; expected one of shape \[192\], as in "),
 ])
 def test_inception_weights_of_another_layout_are_refused(tmp_path, changes, message):
     path = write_weights(tmp_path / "other.pth", unloaded_network(), changes)

@@ -176,7 +176,7 @@ def test_step_refuses_a_share_that_does_not_make_the_batch():
     config = small_config(batch=8, micro_batch=4)
     state = small_state(config)
     processes = Processes(rank=0, count=2, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"^a step got 8 images on each of 2 processes; expected 8 in all$"):
+    with pytest.raises(ValueError, match=r"^a step got 8 images on each of 2 processes; expected 8 in total$"):
         train_step(state, small_inputs(state, config), config, processes)
 
 
