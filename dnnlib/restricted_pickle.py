@@ -16,6 +16,7 @@ from typing import BinaryIO
 # A file of three networks for 1024 x 1024 has about 30,000 opcodes, as does a batch of CIFAR-10. An opcode makes at
 # most one small object, or copies bytes of the file.
 _MAX_OPCODES = 500_000
+_MAX_ARGUMENTS = 8  # of a call; torch._utils._rebuild_tensor_v2 has the most, 6 or 7
 _LONGEST_QUOTE = 80  # characters of an untrusted value in a message
 
 # What plain data and calls need in protocols 2 to 5, with the str of Python 2.
@@ -116,6 +117,8 @@ class _Unpickler(pickle._Unpickler):
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not Name or type(arguments) is not tuple:
             raise PickleRefused(f"it calls {quote(name)} with {quote(arguments)}; expected a name and a tuple")
+        if len(arguments) > _MAX_ARGUMENTS:  # callers may go through them for each of thousands of references
+            raise PickleRefused(f"it calls {quote(name)} with {len(arguments):,} arguments")
         self.append({} if name.text in _DICTS and not arguments else Call(name.text, arguments))
 
     def set_state(self) -> None:

@@ -497,3 +497,9 @@ def test_read_file_larger_than_any_network_is_refused_before_it_is_read(tmp_path
         file.truncate(5 << 30)  # takes no room on the disk
     with pytest.raises(ValueError, match=r": it has 5,368,709,120 bytes; expected at most 4,294,967,296$"):
         read_nvidia_pickle(path)
+
+
+def test_read_call_with_thousands_of_arguments_is_refused(tmp_path):
+    # It costs nothing to read, but would be gone through for each of thousands of references to it.
+    assert refused(tmp_path, dumps(Call(Name("numpy", "dtype"), (None,) * 100_000))) == (
+        "it calls numpy.dtype with 100,000 arguments")

@@ -1,8 +1,7 @@
 """Build the libraries of compiled operators, once: `python -m torch_utils.ops.build` does it ahead of their first use.
 
-Not by torch.utils.cpp_extension (tried with PyTorch 2.14): it compiles all sources with the same flags, and pragmas in
-their place change the last digits of results; it finds ninja on PATH alone, takes a wrapper of nvcc for a toolkit,
-cannot link with pip's CUDA runtime, and reports an error as a traceback with the log of all compilers.
+Not by torch.utils.cpp_extension (tried with PyTorch 2.14): all sources get the same flags (pragmas instead change the
+last digits of results), it cannot link with pip's CUDA runtime, and an error is a traceback with the whole log.
 """
 
 import errno
@@ -36,8 +35,7 @@ TORCH = Path(os.path.realpath(os.path.dirname(torch.__file__)))
 _OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 _CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", *_OPENMP]
 _GLUE_FLAGS = ["-O1"]  # for sources that read PyTorch's headers: they take longest to compile, and compute nothing
-# The library chooses one by the CPU at hand. On x86-64, "plain" is for CPUs without AVX2.
-_LEVELS = {"plain": ["-O1"], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+_LEVELS = {"plain": ["-O1"], "avx2": ["-mavx2", "-mfma", "-mf16c"]}  # chosen at run time; plain: CPUs without AVX2
 _NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC",
                "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "--threads", "2"]
 _LINK_FLAGS = [] if sys.platform == "darwin" else ["-Xlinker", "--as-needed", "-Xlinker", "--no-undefined"]
@@ -120,12 +118,13 @@ def architectures(text: str | None) -> tuple[str, ...]:
     if not all(_ARCH.fullmatch(word) for word in words):
         raise BuildError(f"the GPU architectures are {text!r}; expected for example '8.0;9.0+PTX': correct "
                          "TORCH_CUDA_ARCH_LIST, or torch_utils.ops.build --archs")
-    devices = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    count = torch.cuda.device_count() if not words and torch.cuda.is_available() else 0
+    devices = {torch.cuda.get_device_capability(index) for index in range(count)}
     return tuple(dict.fromkeys(words or [f"{major}.{minor}" for major, minor in sorted(devices)] or DATA_CENTER_ARCHS))
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program on PATH, in the system's folders, or beside Python, where pip puts ninja."""
+    """Return the path of a program on PATH, in the system's folders, or beside Python."""
     found = shutil.which(name, path=_search_path())
     return found and os.path.abspath(found)
 
@@ -151,20 +150,20 @@ def find_toolkit(system: Path = Path("/usr/local/cuda")) -> tuple[Path, list[str
 
     Another minor version will do. Raises BuildError with the command that installs a toolkit.
     """
-    major, nvidia = torch.version.cuda.split(".")[0], TORCH.parent / "nvidia"
-    named, on_path = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), find_program("nvcc")
-    places = [[Path(named).expanduser()]] if named else []
-    places += [[nvidia / f"cu{major}"], [nvidia / "cuda_nvcc", nvidia / "cuda_runtime"]]  # the latter for CUDA 12
+    major, nvidia, on_path = torch.version.cuda.split(".")[0], TORCH.parent / "nvidia", find_program("nvcc")
+    named = [[Path(os.environ[name]).expanduser()] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*named, [nvidia / f"cu{major}"], [nvidia / "cuda_nvcc", nvidia / "cuda_runtime"]]  # the latter: CUDA 12
     places += [[Path(os.path.realpath(on_path)).parent.parent]] if on_path else []
+    places += [[system], *([path] for path in sorted(system.parent.glob(f"cuda-{major}.*"), reverse=True))]
     parts = ("bin/nvcc", "include/crt/host_config.h", "include/cuda_runtime_api.h", "lib*/libcudart.so*")
     refused = []
-    for roots in [*places, [system]]:
+    for roots in places:
         # Conda's parts are in targets/.
         found = [next((path for root in roots for place in (part, f"targets/*/{part}") for path in root.glob(place)),
                       None) for part in parts]
         nvcc, crt, header, cudart = found
         if None in found:
-            if nvcc or (named and roots is places[0]):
+            if nvcc or roots in named:
                 refused.append(f"{roots[0]} does not contain {parts[found.index(None)]}")
         elif re.search(rb"define CUDART_VERSION +%s\d{3}\b" % major.encode(), header.read_bytes()):
             return nvcc, [f"-I{crt.parent.parent}", f"-I{header.parent}"], cudart
@@ -180,7 +179,8 @@ def build_commands(sources: Sources) -> dict[str, list[str]]:
     nvcc, includes, cudart = find_toolkit() if sources.kind == "cuda" else (None, [], None)
     cxx = [*compiler, *_CXX_FLAGS, "-isystem", f"{TORCH}/include",
            "-isystem", f"{TORCH}/include/torch/csrc/api/include", *includes]
-    cuda = [f"{nvcc}", "-ccbin", [word for word in compiler if os.path.isabs(word)][-1], *_NVCC_FLAGS, *includes]
+    host = [word for word in compiler if os.path.isabs(word) and not os.path.isdir(word)][-1]  # behind ccache
+    cuda = [f"{nvcc}", "-ccbin", host, *_NVCC_FLAGS, *includes]
     for arch in sources.archs:
         name = arch.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{name},compute_{name}]" if arch.endswith("+PTX") else f"sm_{name}"
@@ -223,7 +223,7 @@ def _build_alone(sources: Sources, force: bool) -> None:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise BuildError(f"operators cannot be built in {folder.parent} ({error.strerror or error}): set "
-                         "DNNLIB_CACHE_DIR to a writable folder with free space") from error
+                         "TORCH_EXTENSIONS_DIR to a writable folder with free space") from error
 
 
 def _build(sources: Sources, commands: dict[str, list[str]], temporary: Path) -> None:
@@ -257,7 +257,7 @@ def _build(sources: Sources, commands: dict[str, list[str]], temporary: Path) ->
 
 def _run_ninja(folder: Path, steps: int) -> tuple[int, str]:
     """Run build.ninja and show progress; return the exit code and what the compilers printed."""
-    ninja = find_program("ninja")
+    ninja = find_program(os.path.join(os.path.dirname(sys.executable), "ninja")) or find_program("ninja")  # pip's first
     if ninja is None:
         raise BuildError("ninja, which starts the compilers, was not found: pip install ninja")
     # Temporary files go here, not where the disk may be full; nvcc splits the name of the folder at spaces.

@@ -193,7 +193,9 @@ def _remember(kind: str, *, builds: bool) -> None:
                 errors = RuntimeError  # for example, the library has no code for this GPU
                 failure = first_difference(torch.device(kind))
         except errors as error:
-            failure = " ".join(f"{error}".split())
+            failure = " ".join(f"{error.__cause__ or error}".split())  # PyTorch names the reason in the cause
+            if isinstance(error, OSError):
+                failure += "; to build it again with this system's compiler: python -m torch_utils.ops.build --force"
     if kind == "cpu" and failure is None:
         for name, shape in (("upfirdn2d", _upfirdn2d_shape), ("bias_act", _bias_act_shape),
                             ("bias_act_grad", _bias_act_grad_shape), ("bias_act_grad2", _bias_act_grad2_shape)):

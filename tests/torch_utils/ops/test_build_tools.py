@@ -91,8 +91,11 @@ def test_places_are_tried_in_order_except_incomplete_ones(tmp_path, find, monkey
 
 def test_toolkit_of_another_version_is_skipped(tmp_path, find, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(write_toolkit(tmp_path / "old", 12040)))
-    write_toolkit(tmp_path / "local/cuda")
-    assert find()[0] == tmp_path / "local/cuda/bin/nvcc"
+    write_toolkit(tmp_path / "local/cuda", 12040)
+    write_toolkit(tmp_path / "local/cuda-13.0")
+    assert find()[0] == tmp_path / "local/cuda-13.0/bin/nvcc"
+    monkeypatch.setenv("CUDA_PATH", str(write_toolkit(tmp_path / "new")))
+    assert find()[0] == tmp_path / "new/bin/nvcc"
 
 
 def test_no_toolkit_says_why_and_how_to_get_one(tmp_path, find, monkeypatch):
@@ -148,11 +151,20 @@ def test_commands_for_cuda_name_the_toolkit_the_compiler_and_each_architecture(t
 ])
 def test_architectures_are_those_named_else_those_at_hand_else_those_of_data_centers(text, devices, expected,
                                                                                       monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
     assert architectures(text) == expected
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
     assert architectures(None) == expected
+
+
+def test_devices_that_an_old_driver_cannot_use_are_not_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # NVML sees it
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: 1 / 0)
+    assert architectures("") == build.DATA_CENTER_ARCHS
+    assert architectures("9.0") == ("9.0",)
 
 
 def test_architectures_of_another_form_raise():
