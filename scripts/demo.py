@@ -116,7 +116,7 @@ class Demo:
               show_default=True, help="Folder to write to.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Random seed of drawings and training.")
-@click.option("--kimg", type=click.IntRange(min=1), default=30, show_default=True,
+@click.option("--kimg", type=click.IntRange(min=1), default=35, show_default=True,
               help="Length of the training, in thousands of images.")
 @click.option("--synthetic", type=click.IntRange(min=2), default=1000, show_default=True,
               help="Number of images in the synthetic set.")
@@ -191,7 +191,7 @@ def call(program: str, *arguments: str, output: Path | None = None) -> str:
 
     output:  file that takes what the command prints; it appears once the command has succeeded
     """
-    command = f"python {program} {shlex.join(arguments)}"
+    command = _python(program, *arguments)
     shown = command if output is None else f"{command} > {shlex.quote(str(output))}"
     click.echo(f"\n$ {shown}")
     sys.stdout.flush()
@@ -397,24 +397,29 @@ def save_page(path: Path, demo: Demo, summary: Mapping[str, Any], curves: Sequen
 
 def next_steps(demo: Demo) -> list[tuple[str, str]]:
     """Return what to try next: titles and commands."""
-    network, detector = demo.snapshots[-1], f"--detector={demo.detector}"
-    demo_flags = f"--dest={demo.dest} --seed={demo.seed} --detector={demo.detector}"
+    network, detector = f"--network={demo.snapshots[-1]}", f"--detector={demo.detector}"
+    longer = shlex.join([f"--dest={demo.dest}", f"--seed={demo.seed}", f"--synthetic={demo.synthetic}", detector,
+                         f"--kimg={5 * demo.kimg}"])
+    own = ["dataset_tool.py", "--source=IMAGES", "--labels=METADATA.csv", "--dest=own.zip", "--transform=center-crop",
+           "--resolution=64x64"]
+    train_own = ["train.py", "--outdir=runs", "--data=own.zip", "--cond=1", "--mirror=1", "--cfg=tiny", "--kimg=300"]
     return [
-        ("Train longer: the run continues from where it ended",
-         f'make demo ARGS="{demo_flags} --kimg={5 * demo.kimg}"'),
-        ("Generate images of one class",
-         f"python generate.py --network={network} --class=melanoma --seeds=0-31 --grid={demo.dest / 'melanoma.png'}"),
-        ("Measure one class against drawings that the training never saw",
-         f"python calc_metrics.py --network={network} --data={demo.held_out} --metrics=kid_full,pr_full "
-         f"--class=melanoma {detector}"),
-        ("Find given images in the latent space",
-         f"python projector.py --network={network} --data={demo.held_out} --count=4 --num-steps=200 "
-         f"--outdir={demo.dest / 'projected'} {detector}"),
+        ("Train longer: the run continues from where it ended", f"make demo ARGS={shlex.quote(longer)}"),
+        ("Generate images of one class", _python(
+            "generate.py", network, "--class=melanoma", "--seeds=0-31", f"--grid={demo.dest / 'melanoma.png'}")),
+        ("Measure one class against drawings that the training never saw", _python(
+            "calc_metrics.py", network, f"--data={demo.held_out}", "--metrics=kid_full,pr_full", "--class=melanoma",
+            detector)),
+        ("Find given images in the latent space", _python(
+            "projector.py", network, f"--data={demo.held_out}", "--count=4", "--num-steps=200",
+            f"--outdir={demo.dest / 'projected'}", detector)),
         ("Use your own images: convert them, then train on them",
-         "python dataset_tool.py --source=IMAGES --labels=METADATA.csv --dest=own.zip --transform=center-crop "
-         "--resolution=64x64\npython train.py --outdir=runs --data=own.zip --cond=1 --mirror=1 --cfg=tiny --kimg=300\n"
-         "# with a GPU: a higher --resolution, and no --cfg=tiny"),
+         f"{_python(*own)}\n{_python(*train_own)}\n# with a GPU: a higher --resolution, and no --cfg=tiny"),
     ]
+
+
+def _python(program: str, *arguments: str) -> str:
+    return f"python {program} {shlex.join(arguments)}"
 
 
 def describe_settings(run: Path, network: Path) -> dict[str, str]:

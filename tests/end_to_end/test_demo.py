@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -102,16 +103,19 @@ def test_demo_shows_each_class_drawn_and_synthetic_from_the_same_latents(tmp_pat
 
 
 def test_next_steps_of_the_page_use_flags_that_their_programs_have(tmp_path):
-    run = tmp_path / "run" / "00000-phantom"
+    dest = tmp_path / "a demonstration"
+    run = dest / "run" / "00000-phantom"
     run.mkdir(parents=True)
     for name in ("log.txt", "network-snapshot-000001.safetensors"):
         (run / name).touch()
-    demo = Demo(dest=tmp_path, seed=0, kimg=1, synthetic=40, detector="random-conv")
-    lines = [line for _, commands in next_steps(demo) for line in commands.splitlines() if not line.startswith("#")]
-    programs = [line.split()[1].replace("demo", "demo.py") if line.startswith("make") else line.split()[1]
-                for line in lines]
+    demo = Demo(dest=dest, seed=0, kimg=1, synthetic=40, detector="random-conv")
+    lines = [shlex.split(line, comments=True) for _, lines in next_steps(demo) for line in lines.splitlines()]
+    lines = [line for line in lines if line]  # without comments
+    assert lines[0][:2] == ["make", "demo"]
+    lines[0] = ["python", "demo.py", *shlex.split(lines[0][2].removeprefix("ARGS="))]
+    programs = [line[1] for line in lines]
     assert programs == ["demo.py", "generate.py", "calc_metrics.py", "projector.py", "dataset_tool.py", "train.py"]
     for program, line in zip(programs, lines):
-        flags = re.findall(r"(?<!\S)\"?(--[a-z-]+)=", line.replace('ARGS="', ""))
-        assert len(flags) >= 3
-        assert set(flags) <= set(FLAGS[program])
+        flags = {argument.partition("=")[0] for argument in line[2:]}
+        assert len(flags) >= 4
+        assert flags <= set(FLAGS[program])
