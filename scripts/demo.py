@@ -301,7 +301,7 @@ _PAGE = Template("""<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e7ec; --faint: #a0a9b6; --paper: #14171c; --panel: #1f242c; --line: #38404b; }
 }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 56rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.8rem; line-height: 1.2; }
 h2 { margin-top: 2.8rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); font-size: 1.3rem; }
@@ -310,7 +310,7 @@ p { max-width: 44rem; }
 .note { padding: .7rem 1rem; border-left: 4px solid #c44e1e; background: var(--panel); }
 figure { margin: 1rem 0; overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
-.sheet img { min-width: 30rem; image-rendering: pixelated; }
+.sheet img { min-width: 30rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .45rem .8rem .45rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
