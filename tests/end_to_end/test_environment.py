@@ -44,8 +44,8 @@ def list_files(*folders):
     return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
 
-PROGRAMS = [*ROOT.glob("*.py"), *list_files("dnnlib", "generation", "imagesets", "latent", "metrics", "scripts",
-                                            "torch_utils", "training")]
+PACKAGES = set(PROJECT["tool"]["setuptools"]["packages"])
+PROGRAMS = [*ROOT.glob("*.py"), *list_files("scripts", *{name.split(".")[0] for name in PACKAGES})]
 
 
 def test_programs_import_what_is_listed_and_everything_listed_is_imported():
@@ -81,4 +81,4 @@ def test_pages_name_no_file_of_requirements(path):
 def test_every_package_is_installed_with_the_project():
     inits = [path.parent.relative_to(ROOT).parts for path in ROOT.glob("[a-z]*/**/__init__.py")]
     packages = {".".join(parts) for parts in inits if parts[0] != "tests"}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
+    assert packages == PACKAGES

@@ -5,6 +5,8 @@ The standard pickler only writes names that it can import; this one writes any n
 import io
 import pickle
 import resource
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,36 @@ BOMBS = {
     "bytearray": b"\x80\x05\x96" + _TERABYTE + b"x.",
     "call_of_bytearray": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + _TERABYTE[:6] + b"\x85R.",
 }
+
+
+_REFUSE_EACH = """
+import importlib, sys, time
+from pathlib import Path
+from tests.helpers.nvidia_pickle_writer import limit_memory
+module, function, folder, expected = sys.argv[1:]
+read = getattr(importlib.import_module(module), function)
+limit_memory(400 << 20)
+for path in sorted(Path(folder).iterdir()):
+    start = time.process_time()
+    try:
+        read(path)
+    except ValueError as error:
+        assert expected.format(path=path) in str(error), error
+        assert "Memory" not in str(error) and "allocate" not in str(error), error
+        assert time.process_time() - start < 10
+        print(path.name, flush=True)
+"""
+
+
+def check_each_is_refused(module: str, function: str, folder: Path, expected: str = "") -> None:
+    """Check that a function refuses each file of a folder, in a process with little memory, and in little time.
+
+    expected: what each message contains, with {path} for the file
+    """
+    run = subprocess.run([sys.executable, "-c", _REFUSE_EACH, module, function, folder, expected],
+                         cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.split() == sorted(path.name for path in folder.iterdir())
 
 
 def limit_memory(num_bytes: int) -> None:
