@@ -18,7 +18,6 @@ from tests.helpers.make_archives import CIFAR_CLASSES, cifar_pickle, make_cifar,
 from tests.helpers.nvidia_pickle_writer import BOMBS, Call, Name, check_each_is_refused, dumps
 
 
-
 def load_all(source, wanted=None):
     wanted = np.ones(len(source), dtype=bool) if wanted is None else np.array(wanted)
     return [source.load(item) for item in source.items(wanted)]
