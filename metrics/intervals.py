@@ -1,10 +1,10 @@
 """Intervals of measured numbers: delete-group jackknife, bootstrap of groups, permutation of groups, Holm's correction.
 
-The unit is the group of images that belong together (a patient, a lesion): images of one lesion resemble each other, and
-an interval that takes them for independent ones is too narrow. Groups are int64 [N], one number per image; images of
-equal numbers belong together, and None stands for images that are independent of each other, as generated ones are.
-"""
+The unit is the group of images that belong together (a patient, a lesion): images of one lesion resemble each other,
+and an interval that takes them for independent ones is too narrow. Groups are int64 [N], one number per image; images
+of equal numbers belong together, and None stands for images that are independent of each other, as generated ones are.
 
+"""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
