@@ -1,10 +1,16 @@
 """The Frechet distance between two Gaussians (FID), and the mean and covariance of features that it compares."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.feature_tensors import as_features
+from metrics.feature_tensors import as_feature_pair, as_features
+from metrics.intervals import Jackknife, TooFew, group_numbers
+
+BLOCKS = 12  # of groups, at most: each costs a distance, which at F = 2048 takes seconds
+IMAGES_PER_FEATURE = 10  # for an interval
 
 _ASYMMETRY = 1e-6  # relative to the largest entry: covariances computed in float32 pass, mistakes do not
 _NEGATIVE = 1e-6  # relative to the largest eigenvalue, likewise
@@ -62,6 +68,57 @@ def _factor(cov: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has the eigenvalue {values.min():.3g} beside {largest:.3g}; expected none below 0")
     kept = values > noise * largest
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def frechet_jackknife(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, real_groups: np.ndarray | None = None,
+                      fake_groups: np.ndarray | None = None, *, seed: int = 0,
+                      on_step: Callable[[int], None] = lambda count: None) -> Jackknife:
+    """Return the Frechet distance extrapolated to infinitely many images, with a jackknife over blocks of groups.
+
+    real:     [N, F], floating point, with groups int64 [N]; None = each image is its own group
+    fake:     [M, F], likewise with groups int64 [M]
+    seed:     deals the groups of each side to BLOCKS blocks, or as many as the side with fewer groups has groups
+    on_step:  called with 1 after each distance; there is one more than blocks
+
+    The distance between t N and t M images exceeds that of infinitely many by c / t, up to terms in 1 / t^2 (Chong and
+    Forsyth 2020). Here t is 1 and 1 - 1 / blocks, the latter as the mean over leaving out each block on
+    both sides. This is the jackknife's own correction of bias (Quenouille 1956), so that the same distances give the
+    standard error. Whole groups are left out, so that c is that of correlated images. In simulations with Gaussian
+    features its error is smaller than that of halves, quarters, or the paper's regression over 15 numbers of images
+    (F = 32, 2,000 images in groups of 5: root mean square 0.078, 0.099, 0.084 and 0.120; not extrapolated 0.60).
+
+    Raises TooFew if a side has fewer than 10 F images, where the terms in 1 / t^2 count, or if it has one group.
+    """
+    real, fake = as_feature_pair(real, fake, at_least=1)
+    count, num_features = min(len(real), len(fake)), real.shape[1]
+    if count < IMAGES_PER_FEATURE * num_features:
+        raise TooFew(f"fid: {count:,} images, an interval needs at least {IMAGES_PER_FEATURE} for each of the "
+                     f"{num_features:,} dimensions of the features ({IMAGES_PER_FEATURE * num_features:,})")
+    numbers = group_numbers(real_groups, len(real)), group_numbers(fake_groups, len(fake))
+    num_groups = [int(side.max()) + 1 for side in numbers]
+    num_blocks = min(BLOCKS, *num_groups)
+    if num_blocks < 2:
+        raise TooFew(f"fid: {num_groups[0]:,} and {num_groups[1]:,} groups of real and fake images, an interval needs "
+                     "at least 2 of each")
+    random = np.random.RandomState(seed)
+    blocks = [(random.permutation(total) % num_blocks)[side] for total, side in zip(num_groups, numbers)]
+    whole = [FeatureStats.of(side) for side in (real, fake)]
+    distance = _distance(*whole)
+    on_step(1)
+    without = np.empty(num_blocks)
+    for block in range(num_blocks):
+        parts = [FeatureStats.of(side[torch.from_numpy(np.flatnonzero(dealt == block))])
+                 for side, dealt in zip((real, fake), blocks)]
+        without[block] = _distance(*(stats.without(part) for stats, part in zip(whole, parts)))
+        on_step(1)
+    bias = num_blocks * (without.mean() - distance)  # c / t for t = 1 - 1 / num_blocks
+    return Jackknife(estimate=float(without.mean() - bias), without={"blocks": without - bias}, least=0.0, unit="block",
+                     method="extrapolation to infinitely many images, jackknife over blocks of groups",
+                     dealt={"real": num_groups[0], "fake": num_groups[1]})
+
+
+def _distance(one: "FeatureStats", two: "FeatureStats") -> float:
+    return frechet_distance(one.mean, one.covariance(), two.mean, two.covariance())
 
 
 class FeatureStats:
@@ -129,6 +186,23 @@ class FeatureStats:
         for part in (self, other):
             both._pool(part.count, part._origin, part._shift, part._scatter)
         return both
+
+    def without(self, part: "FeatureStats") -> "FeatureStats":
+        """Return the statistics of the features that are not in a part of these; neither object changes.
+
+        Raises ValueError if F differs, or if the part has as many features or more.
+        """
+        self._fit(part.num_features)
+        if part.count >= self.count:
+            raise ValueError(f"the part has {part.count} of {self.count} features; expected fewer")
+        rest = FeatureStats(self.num_features)
+        rest.count = self.count - part.count
+        apart = (part._origin - self._origin) + (part._shift - self._shift)  # of the means of the part and of all
+        rest._origin = self._origin.clone()
+        rest._shift = self._shift - apart * (part.count / rest.count)
+        rest._scatter = self._scatter - part._scatter
+        rest._scatter.addr_(apart, apart, alpha=-part.count * self.count / rest.count)
+        return rest
 
     def _pool(self, count: int, origin: Tensor, shift: Tensor, scatter: Tensor) -> None:
         if count == 0:

@@ -1,5 +1,6 @@
 """Perceptual path length: how much images change along paths between latents (Karras et al. 2019, eq. 2 and 3)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from dnnlib.cli import UserError
 from metrics.detectors.lpips import PerceptualDistance
 from metrics.detectors.similarity import Similarity
 from metrics.image_sources import FakeLabels, draw_latents, to_rgb
+from metrics.intervals import Jackknife
 from metrics.names import MetricRequest
 from torch_utils.seeding import generator_for, seed_for
 
@@ -99,6 +101,25 @@ def along_circle(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
 def path_length(distances: Tensor) -> float:
     """Return the mean of the distances [N] from their 1st to their 99th percentile, without interpolation."""
     distances = distances.double()
-    low = distances.quantile(_LOWEST, interpolation="lower")
-    high = distances.quantile(_HIGHEST, interpolation="higher")
+    low, high = distances.sort().values[_kept_ranks(len(distances))]
     return distances[(distances >= low) & (distances <= high)].mean().item()
+
+
+def path_length_jackknife(distances: Tensor) -> Jackknife:
+    """Return the path length, and that without each of the distances [N], the percentiles being those without it."""
+    ordered = distances.double().cpu().sort().values
+    places = torch.arange(len(ordered))
+    # Without one distance, those above it move down by a rank.
+    low, high = (ordered[(rank + (places <= rank)).clamp(max=len(ordered) - 1)]
+                 for rank in _kept_ranks(max(len(ordered) - 1, 1)))
+    first, end = torch.searchsorted(ordered, low), torch.searchsorted(ordered, high, right=True)
+    sums = torch.nn.functional.pad(ordered.cumsum(0), (1, 0))
+    inside = (first <= places) & (places < end)
+    others = (sums[end] - sums[first] - inside * ordered) / (end - first - inside.long())
+    return Jackknife(estimate=path_length(distances), without={"fake": others.numpy()}, least=0.0, unit="pair",
+                     method="jackknife")
+
+
+def _kept_ranks(count: int) -> list[int]:
+    """Return the places of the 1st and 99th percentile among `count` ordered values, away from the middle."""
+    return [math.floor(_LOWEST * (count - 1)), math.ceil(_HIGHEST * (count - 1))]

@@ -1,13 +1,15 @@
-"""metrics.frechet: closed forms, singular covariances, and moments that do not depend on how the features arrive."""
+"""metrics.frechet: closed forms, singular covariances, moments however the features arrive, and the extrapolation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from metrics.frechet import FeatureStats, frechet_distance
+from metrics.frechet import BLOCKS, FeatureStats, frechet_distance, frechet_jackknife
+from metrics.intervals import TooFew
 
 
 def gaussian(num_features, seed, count=None):
@@ -223,3 +225,117 @@ def test_add_other_width_raises():
         FeatureStats(3).add(np.ones([2, 4]))
     with pytest.raises(ValueError, match=r"^features have 4 dimensions; expected 3 like those before$"):
         FeatureStats(3).merge(FeatureStats(4))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+@pytest.mark.parametrize("part", [slice(0, 1), slice(100, 400), slice(50, 600)])
+def test_without_a_part_equals_the_rest(mean, part):
+    features = spread_features(mean=mean)
+    whole, removed = FeatureStats.of(features), FeatureStats.of(features[part])
+    # The rest is the difference of sums that are up to 12 times as large.
+    assert_same(whole.without(removed), np.delete(features, part, axis=0), rel=1e-11)
+    assert_same(whole, features)
+    assert_same(removed, features[part])
+
+
+def test_without_all_raises():
+    stats = FeatureStats.of(np.ones([4, 3]))
+    with pytest.raises(ValueError, match=r"^the part has 4 of 4 features; expected fewer$"):
+        stats.without(stats)
+    with pytest.raises(ValueError, match=r"^features have 2 dimensions; expected 3 like those before$"):
+        stats.without(FeatureStats(2))
+
+
+def clusters(num_groups, size, num_features, seed=0):
+    """Return correlated features of `num_groups` groups of `size` images, and their groups."""
+    random = np.random.RandomState(seed)
+    groups = np.repeat(np.arange(num_groups), size)
+    return random.randn(num_groups, num_features)[groups] + random.randn(len(groups), num_features), groups
+
+
+def test_frechet_jackknife_to_a_point_is_the_unbiased_estimate():
+    # With one feature and no spread of the fakes the distance is (mean - point)^2 + variance, whose estimates without
+    # bias are known. 12 images are 12 blocks, whichever way they are dealt.
+    real = np.random.RandomState(0).randn(BLOCKS, 1) + 2
+    found = frechet_jackknife(real, np.full([BLOCKS, 1], 0.5))
+    variance = real.var(ddof=1)
+    assert found.estimate == pytest.approx((real.mean() - 0.5) ** 2 - variance / BLOCKS + variance, rel=1e-12)
+    squares = np.square(real - 0.5).ravel()  # their mean is the estimate, up to the term in 1 / n
+    assert found.interval().std_error == pytest.approx(math.sqrt(squares.var(ddof=1) / BLOCKS), rel=1e-12)
+    assert found.without["blocks"].mean() == pytest.approx(found.estimate, rel=1e-12)
+
+
+def test_frechet_jackknife_states_what_it_leaves_out():
+    real, groups = clusters(50, 2, 3)
+    interval = frechet_jackknife(real, clusters(80, 1, 3, seed=1)[0], groups).interval()
+    assert interval.num_units == {"blocks": BLOCKS, "real": 50, "fake": 80}
+    assert interval.unit == "block"
+    assert interval.method == "extrapolation to infinitely many images, jackknife over blocks of groups"
+
+
+def test_frechet_jackknife_does_not_depend_on_rotation_and_scales_with_the_square():
+    real, groups = clusters(60, 3, 5)
+    fake = np.random.RandomState(1).randn(90, 5) * 2
+    once = frechet_jackknife(real, fake, groups).interval()
+    q = 3 * rotation(5, 2)
+    found = frechet_jackknife(real @ q + 7, fake @ q + 7, groups).interval()
+    assert (found.estimate, found.std_error) == pytest.approx((9 * once.estimate, 9 * once.std_error), rel=1e-9)
+
+
+def test_frechet_jackknife_groups_of_one_equal_none():
+    real, fake = clusters(80, 1, 4)[0], clusters(70, 1, 4, seed=1)[0] * 1.5
+    found = frechet_jackknife(real, fake, np.arange(80)[::-1], np.arange(70) + 5)
+    assert found.interval() == frechet_jackknife(real, fake).interval()
+
+
+def test_frechet_jackknife_duplicates_in_their_group_change_nothing():
+    (real, groups), fake = clusters(120, 1, 4), clusters(200, 1, 4, seed=1)[0] * 1.5
+    once = frechet_jackknife(real, fake, groups).interval()
+    four_times = frechet_jackknife(np.tile(real, [4, 1]), fake, np.tile(groups, 4)).interval()
+    assert four_times.estimate == pytest.approx(once.estimate, rel=1e-10)
+    assert (four_times.low, four_times.high) == pytest.approx((once.low, once.high), rel=1e-10)
+    # For independent images they would count, and the bias that is taken off would be too small.
+    assert frechet_jackknife(np.tile(real, [4, 1]), fake).estimate > once.estimate
+
+
+def test_frechet_jackknife_narrow_types_and_tensors_give_the_same():
+    real, fake = clusters(80, 1, 4)[0].astype(np.float32), clusters(90, 1, 4, seed=1)[0].astype(np.float32)
+    found = frechet_jackknife(torch.from_numpy(real), fake.astype(np.float64))
+    assert found.estimate == pytest.approx(frechet_jackknife(real, fake).estimate, rel=1e-12)
+
+
+def test_frechet_jackknife_is_determined_by_its_seed():
+    real, fake = clusters(80, 1, 4)[0], clusters(90, 1, 4, seed=1)[0]
+    first, second, other = (frechet_jackknife(real, fake, seed=seed).estimate for seed in (0, 0, 1))
+    assert first == second != other
+
+
+def test_frechet_jackknife_deals_the_reals_alike_whatever_the_fakes():
+    # The reals' part of the error cancels between two sets of fakes: here all of it, as the fakes do not vary.
+    real = clusters(96, 1, 1)[0]
+    two, three = (frechet_jackknife(real, np.full([count, 1], 2.0), seed=3) for count in (12, 90))
+    assert two.minus(three).interval().std_error < 1e-12
+
+
+def test_frechet_jackknife_few_groups_are_as_many_blocks():
+    (real, groups), steps = clusters(3, 40, 2), []
+    found = frechet_jackknife(real, clusters(80, 1, 2, seed=1)[0], groups, on_step=steps.append)
+    assert found.num_units == {"blocks": 3, "real": 3, "fake": 80}
+    assert steps == [1] * 4
+
+
+@pytest.mark.parametrize(("num_real", "num_fake", "num_features", "groups", "message"), [
+    (1001, 1280, 128, None, r"^fid: 1,001 images, an interval needs at least 10 for each of the 128 dimensions of the "
+                            r"features \(1,280\)$"),
+    (1280, 1279, 128, None, r"^fid: 1,279 images, an interval needs at least 10 for each of the 128 dimensions of the "
+                            r"features \(1,280\)$"),
+    (20, 50, 2, np.zeros(20, dtype=np.int64), r"^fid: 1 and 50 groups of real and fake images, an interval needs at "
+                                              r"least 2 of each$")])
+def test_frechet_jackknife_of_too_few_raises(num_real, num_fake, num_features, groups, message):
+    with pytest.raises(TooFew, match=message):
+        frechet_jackknife(np.ones([num_real, num_features]), np.ones([num_fake, num_features]), groups)
+
+
+def test_frechet_jackknife_of_other_groups_raises():
+    with pytest.raises(ValueError, match=r"^there are 3 groups of 50 images; expected one for each image$"):
+        frechet_jackknife(np.ones([50, 2]), np.ones([50, 2]), fake_groups=np.arange(3))

@@ -1,4 +1,4 @@
-"""metrics.inception_score: closed forms."""
+"""metrics.inception_score: closed forms, and intervals of known coverage."""
 
 import math
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.inception_score import InceptionScore, inception_score
+from metrics.inception_score import InceptionScore, inception_score, score_jackknife
+from metrics.intervals import TooFew
 
 
 def test_inception_score_uniform_probabilities_is_one():
@@ -61,3 +62,44 @@ def test_inception_score_float16_probabilities_pass():
 def test_inception_score_of_no_probabilities_raises(probabilities, splits, message):
     with pytest.raises(ValueError, match=message):
         inception_score(probabilities, splits)
+
+
+def random_probabilities(count, seed=0):
+    return np.random.RandomState(seed).dirichlet([0.1, 0.2, 0.3, 0.6, 1], size=count)
+
+
+@pytest.mark.parametrize("splits", [2, 7, 10])
+def test_score_jackknife_has_the_standard_error_of_the_splits_mean(splits):
+    p = random_probabilities(205)
+    score, found = inception_score(p, splits), score_jackknife(p, splits).interval()
+    assert found.estimate == score.mean
+    assert found.std_error == pytest.approx(score.std / math.sqrt(splits - 1), rel=1e-10)
+    assert (found.unit, found.num_units, found.method) == ("split", {"fake": splits}, "jackknife over splits")
+
+
+def test_score_jackknife_does_not_depend_on_the_order_within_splits():
+    p = random_probabilities(200)
+    found, expected = score_jackknife(p.reshape(10, 20, 5)[:, ::-1].reshape(200, 5)), score_jackknife(p)
+    assert found.without["fake"] == pytest.approx(expected.without["fake"], rel=1e-12)
+
+
+def test_score_jackknife_is_at_least_one():
+    assert score_jackknife(np.full([50, 8], 1 / 8)).interval().low == 1
+
+
+def test_score_jackknife_of_one_split_has_no_interval():
+    with pytest.raises(TooFew, match=r"^there is 1 split of fake images; an interval needs at least 2$"):
+        score_jackknife(random_probabilities(30), splits=1).interval()
+
+
+def test_score_intervals_cover_the_mean_over_fresh_draws():
+    intervals = [score_jackknife(random_probabilities(200, seed)).interval() for seed in range(200)]
+    # The mean over 2,000 fresh splits, whose own error is a fourteenth of that of 10.
+    fresh = random_probabilities(40_000, seed=1000)
+    truth = inception_score(fresh, splits=2000).mean
+    covered = sum(interval.low <= truth <= interval.high for interval in intervals)
+    # Of 200 trials at 95 %, fewer than 180 or more than 196 have a chance of 0.4 %.
+    assert 180 <= covered <= 196
+    # They are not about the score of many images, of which splits of 20 fall short.
+    whole = inception_score(fresh, splits=1).mean
+    assert sum(interval.low <= whole <= interval.high for interval in intervals) < 180
