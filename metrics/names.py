@@ -13,12 +13,14 @@ from dnnlib.cli import UserError
 from metrics.detectors.inception_v3 import InceptionV3
 from metrics.detectors.lpips import PerceptualDistance
 from metrics.detectors.registry import (
-    DETECTOR_NAMES,
+    DETECTOR_FORMS,
+    is_detector,
     open_detector,
     open_similarity,
     similarity_at_hand,
     weights_at_hand,
 )
+from metrics.detectors.timm_encoder import check_has_weights
 from metrics.detectors.vgg16 import VGG16Features
 
 DEFAULT_METRIC = "fid50k_full"
@@ -151,8 +153,8 @@ def choose_detector(request: MetricRequest, detector: str | None) -> str:
 
     Raises UserError if it is not known, or does not suit the metric.
     """
-    if detector is not None and detector not in DETECTOR_NAMES:
-        raise UserError(f"detector {detector!r} is not known; expected one of {', '.join(DETECTOR_NAMES)}")
+    if detector is not None and not is_detector(detector):
+        raise UserError(f"detector {detector!r} is not known; expected one of {DETECTOR_FORMS}")
     if request.kind == "ppl":
         return LPIPS
     if request.kind == "is" and detector not in (None, USUAL_DETECTORS["is"]):
@@ -176,7 +178,7 @@ def needed_detectors(metrics: str | Iterable[str], detector: str | None,
     needed = list(files)
     for text in weights:
         name, separator, file = text.partition("=")
-        if not separator or name not in (*DETECTOR_NAMES, LPIPS):
+        if not separator or not (is_detector(name) or name == LPIPS):
             if len(needed) > 1:
                 raise UserError(f"--detector-weights is {text}, and {' and '.join(needed)} are needed; expected "
                                 f"NAME=FILE, such as {needed[0]}={text}")
@@ -187,6 +189,8 @@ def needed_detectors(metrics: str | Iterable[str], detector: str | None,
         if files[name] is not None:
             raise UserError(f"--detector-weights names {name} twice; expected one file for each")
         files[name] = file
+    for name in files:
+        check_has_weights(name, files[name])
     return files
 
 

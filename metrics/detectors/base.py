@@ -8,13 +8,16 @@ import io
 import os
 import warnings
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from dnnlib.cli import UserError
 from dnnlib.files import retrying
@@ -28,7 +31,7 @@ class Detector(nn.Module, ABC):
     Rounding does depend on the batch size and the device.
     """
 
-    name: str  # as in registry.DETECTOR_NAMES
+    name: str  # as in registry.DETECTOR_NAMES, or timm:NAME
     weights_sha256: str  # of the file of weights, or of the tensors if there is no file
     preprocessing: str  # of pixels before the network, in one line
     num_features: int
@@ -128,7 +131,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike, file: WeightsFile)
 
 
 def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file: WeightsFile) -> dict[str, Tensor]:
-    """Return the tensors of a file written by torch.save, float32 on the CPU.
+    """Return the tensors of a file written by torch.save or safetensors, float32 on the CPU.
 
     layout: the name and shape of each tensor
     file:   the expected file, for messages
@@ -136,7 +139,20 @@ def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file
     Raises UserError if it contains anything but tensors, cannot be read, or has another layout; OSError if it cannot be
     opened.
     """
-    tensors = _read(path, file)
+    return check_tensors(read_file(path, file), layout, path, file)
+
+
+def check_tensors(tensors: Mapping[str, object], layout: Mapping[str, torch.Size], path: str | os.PathLike,
+                  file: WeightsFile) -> dict[str, Tensor]:
+    """Return the tensors of a layout, float32 on the CPU.
+
+    tensors: what the file contains; counters of batch normalization are ignored
+    layout:  the name and shape of each tensor
+    path:    of the file, for messages
+    file:    the expected file, for messages
+
+    Raises UserError if a tensor is missing, has another shape or is not finite, and if there is another one.
+    """
     tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith(_COUNTER)}
     as_in = f"as in {file.name}: does the file belong to another network?"
     for name, shape in layout.items():
@@ -157,13 +173,24 @@ def read_weights(path: str | os.PathLike, layout: Mapping[str, torch.Size], file
     return {name: tensors[name].detach().float().contiguous() for name in layout}
 
 
-def _read(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, Tensor]:
+def read_file(path: str | os.PathLike, file: WeightsFile) -> Mapping[str, object]:
+    """Return what a file written by torch.save or safetensors contains, by name, on the CPU; no code in it is run.
+
+    file:    the expected file, for messages
+
+    Raises UserError if it cannot be read or is not a dict; OSError if it cannot be opened.
+    """
     expected = f"expected {file.name}, or a file like it that contains only tensors"
-    with io.BytesIO(retrying(Path(path).read_bytes, path)) as stream:
+    content = retrying(Path(path).read_bytes, path)
+    with io.BytesIO(content) as stream:
         try:
-            with warnings.catch_warnings(action="ignore"):  # about files that are refused below
+            if content[8:9] == b"{":  # safetensors: the length of a JSON header, and the header
+                return load_safetensors(content)
+            # Warnings are about files that are refused below. Many training programs save their command line beside
+            # the tensors, as a Namespace, which holds values and runs nothing.
+            with warnings.catch_warnings(action="ignore"), safe_globals([Namespace]):
                 tensors = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and pickle raise almost any exception for a damaged file
+        except Exception as error:  # torch, pickle and safetensors raise almost any exception for a damaged file
             raise UserError(f"{path} is damaged, is not a file of weights, or contains code "
                             f"({type(error).__name__}); no code was run: {expected}") from error
     if not isinstance(tensors, Mapping):

@@ -18,6 +18,7 @@ from metrics.detectors.inception_v3 import InceptionV3
 from metrics.detectors.lpips import PerceptualDistance
 from metrics.detectors.random_conv import RandomConv
 from metrics.detectors.similarity import EfficientNetDistance, PixelDistance, RandomConvDistance, Similarity
+from metrics.detectors.timm_encoder import PREFIX, TimmEncoder, check_has_weights, expected_file
 from metrics.detectors.vgg16 import VGG16Features
 
 _DETECTOR_ADVICE = (", or name it with --detector-weights=FILE; --detector=efficientnet-lite0 and "
@@ -49,17 +50,21 @@ _SIMILARITIES = {kind.build.name: kind for kind in (
     _Kind(build=PixelDistance),
 )}
 DETECTOR_NAMES, SIMILARITY_NAMES = tuple(_DETECTORS), tuple(_SIMILARITIES)
+DETECTOR_FORMS = f"{', '.join(DETECTOR_NAMES)}, {PREFIX}NAME"  # for messages and help
 
 
 def open_detector(name: str, *, device: str | torch.device, weights: str | os.PathLike | None = None) -> Detector:
     """Return a detector on a device; its weights are downloaded unless they are given or on this machine.
 
-    name:    one of DETECTOR_NAMES
-    weights: a file of weights for this network to use instead
+    name:    one of DETECTOR_NAMES, or timm:NAME
+    weights: a file of weights for this network to use instead; timm:NAME needs one, nothing is downloaded for it
 
     Raises UserError if the name is unknown, a package is missing, or the weights cannot be obtained, are damaged or
     belong to another network.
     """
+    if name.startswith(PREFIX):
+        check_has_weights(name, weights)
+        return TimmEncoder(name, _given(Path(weights), expected_file(name))).to(device)
     return _open(name, _find(name, _DETECTORS, "detector"), device, weights, _DETECTOR_ADVICE)
 
 
@@ -82,6 +87,8 @@ def weights_at_hand(name: str, weights: str | os.PathLike | None = None) -> bool
 
     Raises UserError if the name is unknown.
     """
+    if name.startswith(PREFIX):
+        return True  # or it fails, but never downloads
     return _is_at_hand(_find(name, _DETECTORS, "detector"), weights)
 
 
@@ -93,9 +100,15 @@ def similarity_at_hand(name: str = PerceptualDistance.name, weights: str | os.Pa
     return _is_at_hand(_find(name, _SIMILARITIES, "similarity"), weights)
 
 
+def is_detector(name: str) -> bool:
+    """Tell whether a name is one of DETECTOR_NAMES or timm:NAME; timm is not asked for it."""
+    return name in DETECTOR_NAMES or name.startswith(PREFIX)
+
+
 def _find(name: str, kinds: Mapping[str, _Kind], what: str) -> _Kind:
     if name not in kinds:
-        raise UserError(f"the {what} is {name!r}; expected one of {', '.join(kinds)}")
+        names = DETECTOR_FORMS if kinds is _DETECTORS else ", ".join(kinds)
+        raise UserError(f"the {what} is {name!r}; expected one of {names}")
     return kinds[name]
 
 

@@ -240,7 +240,7 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
      "metric 'fid' is not known; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, "
      "or one of " + ", ".join(KNOWN_NAMES)),
     (["--network=a.pkl", "--detector=resnet"],
-     "detector 'resnet' is not known; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv"),
+     "detector 'resnet' is not known; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv, timm:NAME"),
     (["--network=a.pkl", "--gpus=0"], "--gpus is 0; expected at least 1"),
     (["--network=a.pkl", "--metrics=kid20,ppl_zend", "--detector-weights=w.pt"],
      "--detector-weights is w.pt, and random-conv and lpips-vgg16 are needed; expected NAME=FILE, such as "

@@ -4,13 +4,15 @@ import io
 import os
 import pickle
 import re
+from argparse import Namespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dnnlib.cli import UserError
-from metrics.detectors.base import WeightsFile, load_weights, read_weights
+from metrics.detectors.base import WeightsFile, load_weights, read_file, read_weights
 
 FILE = WeightsFile(name="true-weights.pth")
 AS_IN = "as in true-weights.pth: does the file belong to another network?"
@@ -84,6 +86,20 @@ def test_read_weights_reads_both_formats_of_torch_save(path, old_format):
     assert list(read_weights(path, layout(), FILE)) == list(layout())
 
 
+def test_read_weights_reads_safetensors_whatever_the_file_is_called(path):
+    tensors = network().state_dict()
+    save_file(tensors, path)
+    assert all(torch.equal(value, tensors[name]) for name, value in read_weights(path, layout(), FILE).items())
+
+
+def test_read_file_reads_the_command_line_that_training_programs_save(path):
+    """A Namespace holds values; whatever else is in it is refused like elsewhere."""
+    torch.save({"model": network().state_dict(), "args": Namespace(lr=0.1, name="a")}, path)
+    content = read_file(path, FILE)
+    assert content["args"] == Namespace(lr=0.1, name="a")
+    assert content["model"].keys() == network().state_dict().keys()
+
+
 def test_read_weights_gives_plain_float32(path):
     write(path, **{"0_weight": torch.arange(12.0, dtype=torch.float64)[:6].reshape(2, 3, 1, 1).transpose(0, 1)})
     weight = read_weights(path, layout(), FILE)["0.weight"]
@@ -117,9 +133,11 @@ def test_read_weights_of_something_else_says_what_it_is(path):
                                  "or a file like it that contains only tensors")
 
 
-@pytest.mark.parametrize("how", ["pickle", "old format", "new format"])
+@pytest.mark.parametrize("how", ["pickle", "old format", "new format", "in a namespace"])
 def test_read_weights_runs_no_code(path, tmp_path, how):
     evil = {"0.weight": Runs(tmp_path / "ran")}
+    if how == "in a namespace":
+        evil = {"0.weight": torch.ones(2), "args": Namespace(**evil)}
     if how == "pickle":
         path.write_bytes(pickle.dumps(evil))
     else:

@@ -38,7 +38,7 @@ def test_unknown_name_lists_the_known_ones(use):
     with pytest.raises(UserError) as caught:
         use("inception")
     assert str(caught.value) == (
-        "the detector is 'inception'; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv")
+        "the detector is 'inception'; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv, timm:NAME")
 
 
 @pytest.mark.parametrize("use", [similarity_at_hand, lambda name: open_similarity(name, device="cpu")])

@@ -641,7 +641,7 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
     ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, "
                    "ppl1k2_wend"),
     ("--metrics=kid1k --detector=vgg", "detector 'vgg' is not known; expected one of inception-v3, vgg16, "
-                                       "efficientnet-lite0, random-conv"),
+                                       "efficientnet-lite0, random-conv, timm:NAME"),
     ("--metrics=is1k --detector=vgg16", "metric is1k needs probabilities of classes, which vgg16 does not give; "
                                         "expected --detector=inception-v3, or another metric"),
     ("--metrics=none --detector=vgg16", "--metrics is none, but --detector or --detector-weights is given; expected "
