@@ -1,11 +1,15 @@
 """Images to measure: from data sets, and from generators by seed."""
 
+import multiprocessing
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
 from dnnlib.cli import UserError
 from imagesets.reader import ImageSet
+from metrics import image_sources
 from metrics.image_sources import FakeLabels, GeneratedImages, SetImages, draw_latents, to_rgb
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.small_networks import small_generator
@@ -125,6 +129,65 @@ def test_set_images_of_another_size_or_mode_raise(tmp_path):
                          (4, "4.png is 8x8 gray, the first image 8x8 RGB; expected one size")):
         with pytest.raises(UserError, match=message):
             selection.pixels(range(row, row + 1))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Return a set that is large enough to be decoded by other processes."""
+    return SetImages(make_set(tmp_path_factory.mktemp("many") / "gray.zip", 300, channels=1, hashes=False))
+
+
+def processes_during(batches):
+    """Return how many processes decode while the first batch is there, and how many are left after the last one."""
+    with closing(batches):
+        next(batches)
+        return len(multiprocessing.active_children()), (batches.close(), len(multiprocessing.active_children()))[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, None])
+def test_batches_are_the_pixels_of_their_ranges_for_any_number_of_processes(many, workers):
+    selection = many.select(mirror=True, shuffle=True, seed=1)
+    ranges = [range(start, min(start + 32, 590)) for start in (0, 64, 128, 160, 192, 256, 320, 384, 448, 576)]
+    found = list(selection.batches(ranges, workers))
+    assert [batch.shape for batch in found] == [(len(rows), 3, 8, 8) for rows in ranges]
+    assert all(torch.equal(batch, selection.pixels(rows)) for batch, rows in zip(found, ranges, strict=True))
+    assert multiprocessing.active_children() == []
+
+
+def test_batches_of_few_images_need_no_process_and_no_process_is_left(many):
+    assert processes_during(many.select().batches([range(255)], 3)) == (0, 0)
+    assert processes_during(many.select().batches([range(256)], 1)) == (0, 0)
+    assert processes_during(many.select().batches([range(20), range(20, 300)], 3)) == (3, 0)
+
+
+@pytest.mark.parametrize(("cores", "local", "expected"), [(16, None, 8), (16, 4, 4), (3, None, 3), (3, 4, 0)])
+def test_batches_use_as_many_processes_as_this_one_has_cores_up_to_eight(many, monkeypatch, cores, local, expected):
+    monkeypatch.setattr(image_sources, "usable_cores", lambda: cores)
+    if local is not None:  # eight processes on two machines, as torchrun starts them
+        for name, value in (("RANK", 1), ("WORLD_SIZE", 2 * local), ("LOCAL_WORLD_SIZE", local),
+                            ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):
+            monkeypatch.setenv(name, str(value))
+    ranges = [range(20), range(20, 300)]
+    assert processes_during(many.select().batches(ranges)) == (expected, 0)
+
+
+def test_batches_of_a_damaged_image_raise_the_error_of_decoding_it_here(tmp_path):
+    for index in range(300):
+        (tmp_path / f"{index:03d}.png").write_bytes(png(pixels_of(index)))
+    (tmp_path / "280.png").write_bytes((tmp_path / "280.png").read_bytes()[:100])
+    selection = SetImages(tmp_path).select()
+    ranges = [range(start, start + 100) for start in (0, 100, 200)]
+    with pytest.raises(UserError) as here:
+        selection.pixels(ranges[2])
+    batches = selection.batches(ranges, 2)
+    assert torch.equal(next(batches), selection.pixels(ranges[0]))
+    next(batches)
+    with pytest.raises(UserError) as elsewhere:
+        next(batches)
+    assert str(elsewhere.value) == str(here.value)
+    assert str(here.value).startswith(f"{tmp_path}: 280.png cannot be decoded (")
+    assert "\n" not in str(here.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_label_table_is_one_hot_and_must_fit_the_network(labeled, tmp_path):
