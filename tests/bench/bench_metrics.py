@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metrics.frechet import FeatureStats, frechet_distance
-from metrics.kernel import kernel_distance
+from metrics.kernel import kernel_distance, kernel_jackknife
 from metrics.precision_recall import precision_recall
 from tests.bench.bench_ops import commit, measure
 
@@ -56,6 +56,14 @@ def kernel_works(count: int, num_features: int) -> dict[str, Callable[[], object
         return [found["kernel_inception_distance_mean"]]
 
     return {"ours": lambda: [kernel_distance(real, fake, SUBSETS, size, 0)], "torch-fidelity": theirs}
+
+
+def kernel_jackknife_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
+    """Return the distance from all pairs and without each of groups of four real images, and that from subsets."""
+    real, fake = features(count, num_features, 1), features(count, num_features, 2)
+    size, groups = min(count // 2, SUBSET_SIZE), np.arange(count) // 4
+    return {"ours": lambda: [kernel_jackknife(real, fake, groups).estimate],
+            "distance": lambda: [kernel_distance(real, fake, SUBSETS, size, 0)]}
 
 
 def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
@@ -99,6 +107,7 @@ def benchmark(repeats: int, quick: bool) -> list[dict]:
     for count in (500, 1000) if quick else (2000, 10000):
         shape = f"float32/2x{count}x{num_features}"
         records += compare(f"kernel/{{}}/{shape}", kernel_works(count, num_features), repeats)
+        records += compare(f"kernel_jackknife/{{}}/{shape}", kernel_jackknife_works(count, num_features), repeats)
         records += compare(f"precision_recall/{{}}/{shape}", precision_recall_works(count, num_features), repeats)
     return records
 
