@@ -31,7 +31,7 @@ WITHOUT_TORCH = ("dnnlib", "imagesets")
 SMALL = 60  # lines; a smaller file costs its reader more than it gives, unless many open it anyway
 FEW_IMPORTERS = 3
 ONE_OP_METRIC_OR_DETECTOR = ("torch_utils/ops/", "metrics/detectors/")  # and the metrics, by name:
-METRICS = {"diversity", "frechet", "kernel", "precision_recall", "inception_score", "perceptual_path"}
+METRICS = {"authenticity", "diversity", "frechet", "kernel", "precision_recall", "inception_score", "perceptual_path"}
 MAY_OCCUR_TWICE = {"__init__", "command"}
 
 SCRIPTS = sorted(ROOT.glob("*.py"))

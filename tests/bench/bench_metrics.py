@@ -19,10 +19,11 @@ from torch import Tensor
 
 from metrics.frechet import FeatureStats, frechet_distance
 from metrics.kernel import kernel_distance, kernel_jackknife
-from metrics.precision_recall import precision_recall
+from metrics.precision_recall import neighborhoods, precision_recall
 from tests.bench.bench_ops import commit, measure
 
 SUBSETS, SUBSET_SIZE, NEIGHBORS = 100, 1000, 3
+DENSITY_NEIGHBORS = 5
 
 
 def features(count: int, num_features: int, seed: int) -> Tensor:
@@ -79,6 +80,19 @@ def precision_recall_works(count: int, num_features: int) -> dict[str, Callable[
     return {"ours": lambda: list(precision_recall(real, fake, NEIGHBORS)), "torch-fidelity": theirs}
 
 
+def density_coverage_works(count: int, num_features: int) -> dict[str, Callable[[], object]]:
+    """Return all four metrics for both numbers of neighbors, with and without jackknives, and precision and recall."""
+    real, fake = features(count, num_features, 1), features(count, num_features, 2)
+    ks = [NEIGHBORS, DENSITY_NEIGHBORS]
+
+    def of_all(**options: bool) -> list[float]:
+        found = neighborhoods(real, fake, ks, **options)[NEIGHBORS]
+        return [found.precision, found.recall]
+
+    return {"ours": of_all, "precision-recall": lambda: list(precision_recall(real, fake, NEIGHBORS)),
+            "with-jackknives": lambda: of_all(jackknife=True)}
+
+
 def compare(name: str, works: dict[str, Callable[[], object]], repeats: int) -> list[dict]:
     """Time one metric with every implementation, whose name replaces the {} in `name`."""
     values = {}
@@ -87,8 +101,8 @@ def compare(name: str, works: dict[str, Callable[[], object]], repeats: int) -> 
         return lambda: values.update({implementation: works[implementation]()})
 
     medians = measure({implementation: keeping(implementation) for implementation in works}, repeats)
-    mine, other = values.values()
-    apart = max(abs(a - b) for a, b in zip(mine, other))
+    mine, *others = values.values()
+    apart = max(abs(a - b) for other in others for a, b in zip(mine, other))
     records = []
     for implementation, median_ms in medians.items():
         full_name = name.format(implementation)
@@ -109,6 +123,7 @@ def benchmark(repeats: int, quick: bool) -> list[dict]:
         records += compare(f"kernel/{{}}/{shape}", kernel_works(count, num_features), repeats)
         records += compare(f"kernel_jackknife/{{}}/{shape}", kernel_jackknife_works(count, num_features), repeats)
         records += compare(f"precision_recall/{{}}/{shape}", precision_recall_works(count, num_features), repeats)
+        records += compare(f"density_coverage/{{}}/{shape}", density_coverage_works(count, num_features), repeats)
     return records
 
 

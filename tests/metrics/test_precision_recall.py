@@ -1,11 +1,11 @@
-"""metrics.precision_recall: against brute force in float64, ties and duplicates included."""
+"""metrics.precision_recall: precision and recall against brute force in float64, ties and duplicates included."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from metrics import precision_recall as module
+from metrics import distances as module
 from metrics.precision_recall import PrecisionRecall, precision_recall
 
 
@@ -153,4 +153,4 @@ def test_precision_recall_tells_of_each_row_equal_ones_too():
     fake[5:7] = fake[0]
     told = []
     precision_recall(real, fake, 3, on_rows=told.append)
-    assert sum(told) == 2 * (30 + 20)
+    assert sum(told) == 2 * 30 + 20
