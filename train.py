@@ -35,7 +35,7 @@ def make_evaluate(config: TrainConfig, settings: RunSettings, resolution: int) -
     if Place.from_environment().rank == 0:
         require_detectors(detectors)
     evaluator = Evaluator(config.metrics, data=settings.data, detector=settings.detector, weights=detectors,
-                          mirror=config.dataset.xflip, seed=config.seed)
+                          mirror=config.dataset.xflip, seed=config.seed, per_class=settings.per_class)
     return evaluator.evaluate
 
 

@@ -55,29 +55,29 @@ class OpenNetwork:
         return {name: self.info[name] for name in ("training_data", "training_data_before") if name in self.info}
 
 
-def open_network(text: str | os.PathLike, device: torch.device | str) -> OpenNetwork:
-    """Read the network of --network. Raises UserError if it is missing, damaged or another kind of file."""
-    path = choose_network(os.fspath(text))
+def open_network(text: str | os.PathLike, device: torch.device | str, option: str = "--network") -> OpenNetwork:
+    """Read the network that an option names. Raises UserError if it is missing, damaged or another kind of file."""
+    path = choose_network(os.fspath(text), option)
     try:
         networks = load_network(path, device)
         sha256 = sha256_of(path)
     except OSError as error:
-        raise UserError(f"--network is {path}, which cannot be read ({error.strerror}); expected a network "
+        raise UserError(f"{option} is {path}, which cannot be read ({error.strerror}); expected a network "
                         "file") from error
     except ValueError as error:
-        raise UserError(f"--network: {error}") from error
+        raise UserError(f"{option}: {error}") from error
     info = networks.config.get("info") or {}
     return OpenNetwork(G=networks.G_ema, name=Path(path).name, sha256=sha256, info=info,
                        classes=Classes(networks.G_ema.c_dim, info))
 
 
-def choose_network(text: str) -> str:
-    """Return the path of the file that --network stands for, see `find_network`; print it if it differs."""
-    path = find_network(text, "--network")
+def choose_network(text: str, option: str = "--network") -> str:
+    """Return the path of the file that an option stands for, see `find_network`; print it if it differs."""
+    path = find_network(text, option)
     place = Place.from_environment()
     # In processes started by torch_utils.launch, the launching process has printed it.
     if path != text and place.rank == 0 and place.launcher is None:
-        print(f"--network: {path}", file=sys.stderr)
+        print(f"{option}: {path}", file=sys.stderr)
     return path
 
 

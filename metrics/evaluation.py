@@ -1,7 +1,7 @@
 """Measure a generator or a set of images: all requested metrics in one pass over the images.
 
-`Evaluator` opens the data set and the detectors and computes features of generated and real images; `compare` turns
-them into the values of each metric.
+`Evaluator` opens the data sets and the detectors and computes features of generated, real and held-out images, of all
+and of each class; `metrics.scores` turns them into the values of each metric.
 """
 
 import os
@@ -9,15 +9,18 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnnlib.cache import cache_folder
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
+from metrics.assessment import Assessment, assess, assess_classes, assess_paths
 from metrics.detectors.base import exact_float32
 from metrics.detectors.registry import open_detector, open_similarity
 from metrics.features import (
@@ -33,33 +36,34 @@ from metrics.features import (
     on_main_for_long,
     together,
 )
-from metrics.frechet import frechet_distance
-from metrics.image_sources import (
-    FakeLabels,
-    GeneratedImages,
-    ImageSource,
-    RealSubset,
-    Reference,
-    SelectedImages,
-    SetImages,
-)
-from metrics.inception_score import inception_score
-from metrics.kernel import kernel_distances
-from metrics.names import IS_SPLITS, LPIPS, MetricRequest, choose_detector, parse_metrics
-from metrics.perceptual_path import EPSILON, PathSteps, check_path_requests, path_length
-from metrics.precision_recall import precision_recall
+from metrics.image_sources import FakeLabels, GeneratedImages, ImageSource, SelectedImages, SetImages
+from metrics.intervals import Jackknife, TooFew
+from metrics.names import LPIPS, MetricRequest, choose_detector, parse_metrics
+from metrics.perceptual_path import PathSteps, check_path_requests
+from metrics.reference import RealSubset, Reference
+from metrics.samples import Sample, Samples, missing_items
+from metrics.scores import Scoring, share_work
 from torch_utils.device import find_versions
 from torch_utils.distributed import any_process, is_main
 
-Results = dict[str, dict[str, Any]]  # metric -> {"results": {key: value}, further fields of its record}
-# Binkowski et al. 2018; the same numbers as in Karras et al. 2020.
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 _LARGEST_SEED = 2**32 - 1
 _PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"
 
 
 class Stopped(Exception):
     """Measuring was canceled, because the caller's `stop` returned True."""
+
+
+class Results(dict[str, dict[str, Any]]):
+    """The records of metrics by name: {"results": {key: value}, further fields}.
+
+    jackknives:  with intervals, by metric and key, of the values for which there are some; two evaluators' are paired
+                 on the side "real" if their data, seeds and metrics are equal
+    """
+
+    def __init__(self, records: Mapping[str, dict[str, Any]], jackknives: Mapping[str, dict[str, Jackknife]]):
+        super().__init__(records)
+        self.jackknives = dict(jackknives)
 
 
 class Evaluator:
@@ -75,6 +79,9 @@ class Evaluator:
     batch:     batch size; results depend on it, since noise is drawn per batch. None = chosen by resolution
     device:    None = the generator's
     use_cache: keep features of image sets on disk
+    ci:        level of intervals, such as 0.95; None computes none
+    holdout:   path of other real images, which give the floor: the same metric between them and the data set
+    per_class: also measure each class of the data set
     log:       called with a line for the user
     progress:  show progress on standard error
 
@@ -85,7 +92,8 @@ class Evaluator:
     def __init__(self, metrics: str | Sequence[str], *, data: str | os.PathLike | None = None,
                  detector: str | None = None, weights: Mapping[str, str | None] | None = None, mirror: bool = False,
                  chosen: str | None = None, seed: int = 0, batch: int | None = None,
-                 device: torch.device | str | None = None, use_cache: bool = True,
+                 device: torch.device | str | None = None, use_cache: bool = True, ci: float | None = None,
+                 holdout: str | os.PathLike | None = None, per_class: bool = False,
                  log: Callable[[str], None] = lambda line: None, progress: bool = False):
         self.requests = parse_metrics(metrics)
         self.detector_names = {request.name: choose_detector(request, detector) for request in self.requests}
@@ -94,15 +102,51 @@ class Evaluator:
             raise UserError(f"--seed is {seed}; expected 0 to {_LARGEST_SEED}")
         if batch is not None and batch < 1:
             raise UserError(f"--batch is {batch}; expected at least 1")
+        if ci is not None and not 0 < ci < 1:
+            raise UserError(f"--ci is {ci:g}; expected a level between 0 and 1, such as 0.95")
+        self.ci = ci
         self._weights, self._progress, self._log = dict(weights or {}), progress, log
-        self._logged: str | None = None  # the last note on classes
+        self._logged: set[str] = set()  # notes on classes
         self._stop: Callable[[], bool] | None = None
         self._cache = FeatureCache(cache_folder() / "features" if use_cache else None, log)
         self._networks: dict[str, nn.Module] = {}
         self._device = None if device is None else torch.device(device)
-        self.reference = Reference(self.requests, data, mirror=mirror, chosen=chosen, seed=seed)
-        # by name of the detector; None except on the main process
-        self._real_features: dict[tuple[str, RealSubset], Features | None] = {}
+        self.reference = Reference(self.requests, data, mirror=mirror, chosen=chosen, seed=seed, holdout=holdout,
+                                   per_class=per_class)
+        if holdout is not None:
+            on_main(lambda: self.reference.check_holdout(self.requests))  # which may read all files
+        self._reals: dict[RealSubset, Samples] = {}
+        self._heldout: dict[bool, Samples] = {}  # without flipped copies, and with
+
+    def check_network(self, G: nn.Module, info: Mapping[str, Any] | None = None) -> FakeLabels:
+        """Return the labels of a generator's fakes, before it is measured. Raises UserError as `evaluate` does."""
+        labels = self.reference.labels_of_fakes(G.c_dim, info or {})
+        if info is not None:
+            self._log_once([] if self.reference.note is None else [self.reference.note])
+            self._log_once(self.reference.notes_on_classes(None))
+        self.reference.check_shape((G.img_channels, G.img_resolution, G.img_resolution), "the network makes {} ones")
+        check_path_requests(self.requests, G.img_resolution)
+        return labels
+
+    def check_images(self, images: SetImages) -> list[MetricRequest]:
+        """Return the metrics with the numbers of images of a set, before it is measured.
+
+        Raises UserError as `evaluate_images` does.
+        """
+        requests = [request.with_fakes(len(images)) for request in self.requests]
+        for request in requests:
+            holds = f"{images.path} has {len(images)}{self.reference.of_class}; expected more"
+            if request.kind == "ppl":
+                raise UserError(f"metric {request.name} needs a network; expected --network instead of --generated")
+            if request.num_fakes < request.fewest:
+                raise UserError(f"metric {request.name} needs at least {request.fewest} generated images and {holds}")
+            if len(images) < request.num_fakes:
+                raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {holds}, or a "
+                                "smaller number in the metric's name")
+        self.reference.check_shape(images.shape, f"{images.path} has {{}} ones")
+        self.reference.check_class(images)
+        self._log_once(self.reference.notes_on_classes(images))
+        return requests
 
     def evaluate(self, G: nn.Module, info: Mapping[str, Any] | None = None, *,
                  stop: Callable[[], bool] | None = None) -> Results:
@@ -117,27 +161,25 @@ class Evaluator:
         OtherProcessFailed if another process was canceled first.
         """
         started, self._stop = time.monotonic(), stop
+        labels = self.check_network(G, info)
         requests = [request.with_fakes(self.reference.num_reals(request)) for request in self.requests]
-        labels = self.reference.labels_of_fakes(G.c_dim, info or {})
-        if info is not None and self.reference.note not in (None, self._logged) and is_main():
-            self._logged = self.reference.note
-            self._log(self._logged)
-        self.reference.check_shape((G.img_channels, G.img_resolution, G.img_resolution), "the network makes {} ones")
-        check_path_requests(self.requests, G.img_resolution)
         if self._device is None:
             self._device = next((parameter.device for parameter in G.parameters()), torch.device("cpu"))
         batch = self.batch or choose_batch(G.img_resolution)
         with _measuring(G, self._device):
             self._open_networks()
             wanted = self._wanted(requests)
-            fakes: list[Features] | None = []
+            fakes, counts = Samples(), self._class_counts(requests)
             if wanted:
                 source = GeneratedImages(G, labels, count=max(each.count for each in wanted), seed=self.seed,
                                          device=self._device)
-                fakes = self._features(source, wanted, batch, "generated images")
-            lengths = {request.name: self._path_length(G, labels, request, batch) for request in requests
+                found = self._features(source, wanted, batch, "generated images")
+                for each, features in zip(wanted, found or ()):
+                    fakes.add(each.detector.name, Sample(features=features))
+            self._add_classes(fakes, G, requests, counts, batch)
+            lengths = {request.name: self._path_distances(G, labels, request, batch) for request in requests
                        if request.kind == "ppl"}
-            return self._finish(requests, wanted, fakes, lengths, batch, started)
+            return self._finish(requests, fakes, counts, lengths, batch, started)
 
     def evaluate_images(self, images: SetImages) -> Results:
         """Return the metrics of a set of generated images; {} except on the main process.
@@ -145,26 +187,19 @@ class Evaluator:
         Raises UserError if a metric needs more images, or a network, or they do not fit the data set.
         """
         started, self._stop = time.monotonic(), None
-        requests = [request.with_fakes(len(images)) for request in self.requests]
-        for request in requests:
-            holds = f"{images.path} has {len(images)}{self.reference.of_class}; expected more"
-            if request.kind == "ppl":
-                raise UserError(f"metric {request.name} needs a network; expected --network instead of --generated")
-            if request.num_fakes < request.fewest:
-                raise UserError(f"metric {request.name} needs at least {request.fewest} generated images and {holds}")
-            if len(images) < request.num_fakes:
-                raise UserError(f"metric {request.name} needs {request.num_fakes} generated images and {holds}, or a "
-                                "smaller number in the metric's name")
-        self.reference.check_shape(images.shape, f"{images.path} has {{}} ones")
-        self.reference.check_class(images)
+        requests = self.check_images(images)
         self._device = self._device or torch.device("cpu")
         batch = self.batch or choose_batch(max(images.shape[1:]))
         with _measuring(None, self._device):
             self._open_networks()
             wanted = self._wanted(requests)
-            source = images.select(max(each.count for each in wanted), shuffle=True, seed=self.seed)
-            fakes = self._features(source, wanted, batch, "generated images")
-            return self._finish(requests, wanted, fakes, {}, batch, started)
+            count = max(each.count for each in wanted)
+            classes = self.reference.class_items(images, count, shuffle=True)
+            fakes = self._samples(images.select(count, shuffle=True, seed=self.seed), wanted, classes, batch,
+                                  "generated images")
+            counts = {(request.name, name): min(request.num_fakes, len(items)) for request in requests
+                      for name, items in classes.items()}
+            return self._finish(requests, fakes, counts, {}, batch, started)
 
     def _open_networks(self) -> None:
         """Open the detectors, if not open yet. Raises UserError if weights are missing."""
@@ -206,54 +241,165 @@ class Evaluator:
                     self._cache.write(keys[index], features)
         return cached if is_main() else None
 
-    def _path_length(self, G: nn.Module, labels: FakeLabels, request: MetricRequest, batch: int) -> float | None:
+    def _samples(self, selection: SelectedImages, wanted: list[FeatureRequest], classes: Mapping[str, np.ndarray],
+                 batch: int, unit: str) -> Samples:
+        """Return the first images of a selection, and those of each class, with features.
+
+        classes:  which images each class has, in the order in which they count; features of those that are not in the
+                  selection are computed in addition
+        """
+        found = self._features(selection, wanted, batch, unit)
+        of_classes = [{name: items[:each.count] for name, items in classes.items()} for each in wanted]
+        extra = [missing_items(some, selection.items[:each.count]) for some, each in zip(of_classes, wanted)]
+        parts = [[(selection.items[:each.count], features)] for each, features in zip(wanted, found or ())]
+        for items in {items.tobytes(): items for items in extra if len(items)}.values():
+            places = [place for place in range(len(wanted)) if np.array_equal(extra[place], items)]
+            more = self._features(SelectedImages(selection.images, items),
+                                  [replace(wanted[place], count=len(items)) for place in places], batch,
+                                  f"{unit} of classes")
+            for place, features in zip(places, more or ()):
+                parts[place].append((items, features))
+        samples, groups = Samples(), selection.images.groups
+        for each, some, by_class in zip(wanted, parts, of_classes):
+            items, features = some[0]
+            samples.add(each.detector.name, Sample(features=features, groups=groups(items)))
+            samples.add_classes(each.detector.name, some, by_class, groups)
+        return samples
+
+    def _class_counts(self, requests: list[MetricRequest]) -> dict[tuple[str, str], int]:
+        """Return how many fakes a network makes of each class: as many as there are reals, at most the metric's number.
+
+        By name of the metric and of the class; {} without --per-class.
+        """
+        counts = {}
+        for request in requests if self.reference.class_names else ():
+            reals = self.reference.class_items(self.reference.images, *(self.reference.subset(request) or ()))
+            counts |= {(request.name, name): min(request.num_fakes, len(items)) for name, items in reals.items()}
+        return counts
+
+    def _add_classes(self, samples: Samples, G: nn.Module, requests: list[MetricRequest],
+                     counts: Mapping[tuple[str, str], int], batch: int) -> None:
+        """Add a network's fakes of each class. None without `counts`, the result of `_class_counts`.
+
+        Batches do not cross classes: noise is drawn per batch, and a class gives the values that --class gives.
+        """
+        wanted = {name: self._wanted([replace(request, num_fakes=counts[request.name, name]) for request in requests
+                                      if counts[request.name, name] > 0]) for name in self.reference.class_names}
+        totals = {name: max(each.count for each in some) for name, some in wanted.items() if some}
+        if not totals:
+            return
+        labels = self.reference.labels_by_class(G.c_dim)
+        with self._showing(sum(totals.values()), "generated images of classes") as on_images:
+            for name, total in totals.items():
+                source = GeneratedImages(G, labels[name], count=total, seed=self.seed, device=self._device)
+                found = compute_features(source, wanted[name], batch=batch, device=self._device, on_images=on_images)
+                for each, features in zip(wanted[name], found or ()):
+                    samples.add(each.detector.name, Sample(features=features), name)
+
+    def _path_distances(self, G: nn.Module, labels: FakeLabels, request: MetricRequest, batch: int) -> Tensor | None:
         steps = PathSteps(G, labels, space=request.space, sampling=request.sampling, crop=request.crop, seed=self.seed,
                           device=self._device)
         similarity = self._networks[LPIPS]
         with self._showing(request.num_fakes, "pairs of images") as on_images:
             found = compute_rows(request.num_fakes, batch, [(request.num_fakes, 1)],
                                  lambda rows: [steps.distances(rows, similarity)[:, None]], on_images)
-        return None if found is None else path_length(found[0][:, 0])
+        return None if found is None else found[0][:, 0]
 
-    def _finish(self, requests: list[MetricRequest], wanted: list[FeatureRequest], fakes: list[Features] | None,
-                lengths: Mapping[str, float | None], batch: int, started: float) -> Results:
-        """Compare the features of fakes with those of reals; return the records."""
-        self._compute_real_features(batch)
+    def _finish(self, requests: list[MetricRequest], fakes: Samples, counts: Mapping[tuple[str, str], int],
+                lengths: Mapping[str, Tensor | None], batch: int, started: float) -> Results:
+        """Compare the features of fakes with those of reals; return the records.
+
+        counts:   how many fakes of each class a metric uses, by name of the metric and of the class
+        lengths:  distances along paths, by name of the metric
+        """
+        self._compute_reals(batch)
+        self._compute_heldout(batch)
 
         def records(beat: Callable[[], None]) -> Results:
-            by_detector = {each.detector.name: features for each, features in zip(wanted, fakes, strict=True)}
-            found = {}
-            for request in requests:
-                network = self._networks[self.detector_names[request.name]]
-                if request.kind == "ppl":
-                    values = {"results": {request.name: lengths[request.name]}, "epsilon": EPSILON}
+            found, jackknives, held = {}, {}, self.reference.holdout
+            holdout_hash = None if held is None else held.select().content_hash()
+            for some in self._share_work(requests):
+                if some[0].kind == "ppl":
+                    assessed = {some[0].name: assess_paths(some[0], lengths[some[0].name], self.ci,
+                                                           self.reference.class_names)}
                 else:
-                    real = self._real_features.get((network.name, self.reference.subset(request)))
-                    values = self._compare(request, real, by_detector[network.name].first(request.num_fakes), beat)
-                found[request.name] = {**values, "total_time": time.monotonic() - started,
-                                       **self._origin(request, network, batch)}
-            return found
+                    assessed = self._assess(some, fakes, counts, beat)
+                for request in some:
+                    record = assessed[request.name].record
+                    if "floor" in record:
+                        record["floor"]["holdout_sha256"] = holdout_hash
+                    found[request.name] = {
+                        **record, "total_time": time.monotonic() - started,
+                        **self._origin(request, self._networks[self.detector_names[request.name]], batch)}
+                    jackknives[request.name] = assessed[request.name].jackknives
+            return Results({request.name: found[request.name] for request in requests}, jackknives)
 
-        return on_main_for_long(records) or {}
+        return on_main_for_long(records) or Results({}, {})
 
-    def _compute_real_features(self, batch: int) -> None:
+    def _compute_reals(self, batch: int) -> None:
         """Compute the features of reals that are still missing."""
         for subset, selection in self.reference.selections.items():
-            names = dict.fromkeys(self.detector_names[request.name] for request in self.requests
-                                  if self.reference.subset(request) == subset)
-            missing = [name for name in names if (name, subset) not in self._real_features]
-            if missing:
-                wanted = [FeatureRequest(detector=self._networks[name], count=len(selection)) for name in missing]
-                found = self._features(selection, wanted, batch, "real images") or [None] * len(missing)
-                self._real_features.update({(name, subset): features
-                                            for name, features in zip(missing, found, strict=True)})
+            if subset not in self._reals:
+                names = dict.fromkeys(self.detector_names[request.name] for request in self.requests
+                                      if self.reference.subset(request) == subset)
+                wanted = [FeatureRequest(detector=self._networks[name], count=len(selection)) for name in names]
+                classes = self.reference.class_items(self.reference.images, *subset)
+                self._reals[subset] = self._samples(selection, wanted, classes, batch, "real images")
 
-    def _compare(self, request: MetricRequest, real: Features | None, fake: Features,
-                 beat: Callable[[], None]) -> Mapping[str, Any]:
+    def _compute_heldout(self, batch: int) -> None:
+        """Compute the features of held-out images that are still missing: as many as the metrics' numbers of fakes."""
+        images = self.reference.holdout
+        for mirror in sorted({subset.mirror for subset in self.reference.selections} if images is not None else ()):
+            if mirror in self._heldout:
+                continue
+            selection = images.select(mirror=mirror, shuffle=True, seed=self.seed)
+            counts: dict[str, int] = {}
+            for request in self.requests:
+                subset, name = self.reference.subset(request), self.detector_names[request.name]
+                if subset is not None and subset.mirror == mirror:
+                    needs_all = request.num_fakes is None or request.kind == "auth"  # C_T takes them all
+                    count = len(selection) if needs_all else min(request.num_fakes, len(selection))
+                    counts[name] = max(counts.get(name, 0), count)
+            wanted = [FeatureRequest(detector=self._networks[name], count=count) for name, count in counts.items()]
+            classes = self.reference.class_items(images, mirror=mirror, shuffle=True)
+            self._heldout[mirror] = self._samples(selection, wanted, classes, batch, "held-out images")
+
+    def _share_work(self, requests: list[MetricRequest]) -> list[list[MetricRequest]]:
+        """Return the metrics, those together that one computation gives."""
+        found: dict[tuple, list[MetricRequest]] = {}
+        for request in requests:
+            samples = self.detector_names[request.name], self.reference.subset(request), request.num_fakes
+            found.setdefault((*samples, share_work(request)), []).append(request)
+        return list(found.values())
+
+    def _assess(self, some: list[MetricRequest], fakes: Samples, counts: Mapping[tuple[str, str], int],
+                beat: Callable[[], None]) -> dict[str, Assessment]:
+        """Return what is found by metrics that share their work, with the fields on classes."""
+        first, detector = some[0], self.detector_names[some[0].name]
+        subset = self.reference.subset(first)
+        reals, heldout = self._reals.get(subset), None if subset is None else self._heldout.get(subset.mirror)
+        real, fake = None if reals is None else reals.get(detector), fakes.get(detector).first(first.num_fakes)
+        scoring = Scoring(seed=self.seed, level=self.ci, device=self._device)
+        is_known = first.kind in ("pr", "dc") and self.ci is None and heldout is None and not counts
+        num_rows = 2 * len(real) + len(fake) if is_known else None
         beat()
-        num_rows = 2 * (len(real) + len(fake)) if request.kind == "pr" else None  # unknown for the others
-        with self._showing(num_rows, f"rows for {request.name}", is_alone=True) as advance:
-            return compare(request, real, fake, self.seed, lambda count: (beat(), advance(count)))
+        with self._showing(num_rows, f"rows for {', '.join(request.name for request in some)}",
+                           is_alone=True) as advance:
+            def on_rows(count: int) -> None:
+                beat()
+                advance(count)
+
+            try:
+                found = assess(some, real, fake, None if heldout is None else heldout.get(detector), scoring, on_rows)
+            except TooFew as error:
+                raise UserError(f"metric {first.name}: {error}") from error
+            if counts:
+                of_class = {name: counts[first.name, name] for name in self.reference.class_names}
+                fields = assess_classes(some, detector, of_class, real=reals, fake=fakes, heldout=heldout,
+                                        scoring=scoring, on_rows=on_rows)
+                for request in some:
+                    found[request.name].record.update(fields[request.name])
+        return found
 
     def _origin(self, request: MetricRequest, network: nn.Module, batch: int) -> dict[str, Any]:
         """Return the fields of a record that describe how the result was computed."""
@@ -266,6 +412,12 @@ class Evaluator:
                 "class": self.reference.chosen, "data_sha256": None if selection is None else selection.content_hash(),
                 "device": self._device.type, "versions": _software_versions()}
 
+    def _log_once(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if line not in self._logged and is_main():
+                self._logged.add(line)
+                self._log(line)
+
     @contextmanager
     def _showing(self, total: int | None, unit: str, *, is_alone: bool = False) -> Iterator[Callable[[int], None]]:
         """Yield a function that counts finished items; all processes call it together unless `is_alone`."""
@@ -277,38 +429,6 @@ class Evaluator:
                     raise Stopped("measuring was canceled")
 
             yield advance
-
-
-def compare(request: MetricRequest, real: Features | None, fake: Features, seed: int,
-            on_rows: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
-    """Return {"results": {key: value}, further fields} of a metric other than ppl.
-
-    real:     None if the metric needs no reals
-    seed:     random seed of subsets
-    on_rows:  for kid and pr, called with the number of finished rows of the matrix of all pairs of images
-
-    Raises ValueError if there are too few images.
-    """
-    name = request.name
-    if request.kind == "fid":
-        distance = frechet_distance(real.stats.mean, real.stats.covariance(), fake.stats.mean, fake.stats.covariance())
-        fewest, num_features = min(len(real), len(fake)), real.values.shape[1]
-        note = {} if fewest > num_features else {
-            "note": f"{fewest} images span less than the {num_features} dimensions of the features: the value is too "
-                    "high by an amount that depends on the numbers of images; compare only values for equal numbers, "
-                    "or use kid"}
-        return {"results": {name: distance}, **note}
-    if request.kind == "kid":
-        size = min(len(real), len(fake), KID_SUBSET_SIZE)
-        differ = size < max(len(real), len(fake))  # otherwise each subset would be the whole set
-        distances = kernel_distances(real.values, fake.values, KID_SUBSETS if differ else 1, size, seed, on_rows)
-        spread = {"subset_std": float(distances.std())} if differ else {}
-        return {"results": {name: float(distances.mean())}, "subsets": len(distances), "subset_size": size, **spread}
-    if request.kind == "pr":
-        found = precision_recall(real.values, fake.values, request.k, on_rows)
-        return {"results": dict(zip(request.keys, (float(found.precision), float(found.recall)), strict=True))}
-    score = inception_score(fake.probabilities, IS_SPLITS)
-    return {"results": dict(zip(request.keys, (float(score.mean), float(score.std)), strict=True))}
 
 
 def _software_versions() -> dict[str, str]:

@@ -1,14 +1,14 @@
 """The images to measure, from a data set or a generator; both return uint8 [n, 3, H, W] by index.
 
-`Reference` is the data set to compare with: it chooses the real images of each metric, and the labels of fakes.
+`metrics.reference` chooses the real images of each metric, and the labels of fakes.
 """
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.workers import ordered_map, usable_cores
 from imagesets.classes import (
-    LABELS,
-    VECTOR,
+    class_names,
     find_class,
-    label_kind_of,
     label_vectors,
     missing_labels,
-    named_classes,
 )
 from imagesets.pixel_hashes import equal_images, known_pixel_hashes
-from imagesets.reader import ImageSet, Shape, describe_shape, load_pixels
-from metrics.names import MetricRequest
+from imagesets.reader import ImageSet, Shape, load_pixels
+from metrics.intervals import group_numbers
 from torch_utils.distributed import Place
 from torch_utils.images import to_pixels
 from torch_utils.seeding import generator_for, seed_for
@@ -64,36 +61,50 @@ class SetImages:
         self.rows = np.arange(len(self._set))
         self.class_name: str | None = None  # of `chosen`, if it has a name
         if chosen is not None:
-            indices = self._class_indices()
+            indices = self._class_indices("--class")
             index = find_class(chosen, self.classes, self._set.label_dim)
             self.class_name = None if self.classes is None else self.classes[index]
             self.rows = np.flatnonzero(indices == index)
             if not len(self.rows):
                 raise UserError(f"{self.path} has no images of class {chosen}; expected some")
         self.shape: Shape = load_pixels(self._set, self._set.names[self.rows[0]]).shape
+        self._groups = group_numbers(self._set.groups, len(self._set))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, count: int | None = None, *, mirror: bool = False, shuffle: bool = False,
-               seed: int = 0) -> "SelectedImages":
+    def select(self, count: int | None = None, *, mirror: bool = False, shuffle: bool = False, seed: int = 0,
+               label: int | None = None) -> "SelectedImages":
         """Return `count` images, or all if there are fewer; a random subset (chosen by `seed`).
 
         mirror:   choose from the images and their flipped copies
         shuffle:  return them in random order, so that each part represents the whole; otherwise in the set's order
+        label:    number of a class: choose from its images as from a set that has no others; None = all images
         """
-        total = len(self) * (2 if mirror else 1)
-        count = total if count is None else min(count, total)
-        if count == total and not shuffle:
-            return SelectedImages(self, np.arange(total))
-        items = np.random.RandomState(seed).permutation(total)[:count]
-        return SelectedImages(self, items if shuffle else np.sort(items))
+        places = np.arange(len(self))
+        if label is not None:
+            places = places[self._class_indices("--per-class")[self.rows] == label]
+        if mirror:
+            places = np.concatenate([places, places + len(self)])
+        count = len(places) if count is None else min(count, len(places))
+        if count == len(places) and not shuffle:
+            return SelectedImages(self, places)
+        chosen = np.random.RandomState(seed).permutation(len(places))[:count]
+        return SelectedImages(self, places[chosen if shuffle else np.sort(chosen)])
 
     def item(self, index: int) -> np.ndarray:
         """Return an image, uint8 [H, W, C], contiguous; indices from len(self) on are the flipped images."""
         mirrored, row = divmod(int(index), len(self))
         pixels = load_pixels(self._set, self._set.names[self.rows[row]], self.shape).transpose(1, 2, 0)
         return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
+
+    def groups(self, items: np.ndarray) -> np.ndarray | None:
+        """Return the number of the group of each image, int64 [n]: that of the original for a flipped image.
+
+        None if each image is its own group.
+        """
+        found = self._groups[self.rows[items % len(self)]]
+        return None if len(np.unique(found)) == len(found) else found
 
     def content_hash(self, items: np.ndarray) -> str:
         """Return a sha256 of images in this order, from their sizes and CRC-32, without names and labels."""
@@ -107,6 +118,22 @@ class SetImages:
         if None in hashes:
             hashes = tuple([images._set.checksums()[row] for row in images.rows] for images in (self, other))
         return len(equal_images(*hashes))
+
+    def shared_groups(self, other: "SetImages") -> tuple[list[str], int]:
+        """Return the named groups that also occur in the other set, and how many images of this set they have."""
+        named = [images._set.named_groups() for images in (self, other)]
+        mine, theirs = ([groups[row] for row in images.rows] for groups, images in zip(named, (self, other)))
+        known = set(theirs) - {None}
+        shared = [group for group in mine if group in known]
+        return list(dict.fromkeys(shared)), len(shared)
+
+    def class_names(self) -> list[str]:
+        """Return a name for each class; its number if it has none. Raises UserError if labels are not classes."""
+        return class_names(self._class_indices("--per-class"), self.classes)
+
+    def num_unlabeled(self) -> int:
+        """Return how many images have no label."""
+        return int(missing_labels(self._set.labels, len(self._set))[self.rows].sum())
 
     def label_table(self, c_dim: int, names: Sequence[str] | None = None) -> Tensor:
         """Return the labels of the images as network inputs: float32 [N, c_dim].
@@ -136,11 +163,12 @@ class SetImages:
     def close(self) -> None:
         self._set.close()
 
-    def _class_indices(self) -> np.ndarray:
+    def _class_indices(self, flag: str) -> np.ndarray:
+        """Return the number of each image's class, int64 [N] of the whole set; flag: what needs it, for messages."""
         labels = self._set.labels
         if labels is None or labels.ndim == 2:
             what = "no labels" if labels is None else "vectors as labels"
-            raise UserError(f"{self.path} has {what}, but --class is given; expected classes: leave --class out")
+            raise UserError(f"{self.path} has {what}, but {flag} is given; expected classes: leave {flag} out")
         return labels
 
 
@@ -172,6 +200,10 @@ class SelectedImages:
         with closing(ordered_map(self.images.item, items, workers, chunk=chunk)) as decoded:
             for rows in ranges:
                 yield _stack(islice(decoded, len(rows)))
+
+    def groups(self) -> np.ndarray | None:
+        """Return the groups of the images, as `SetImages.groups` does."""
+        return self.images.groups(self.items)
 
     def content_hash(self, count: int | None = None) -> str:
         """Return the hash of the first `count` images, or of all."""
@@ -227,116 +259,6 @@ class GeneratedImages:
         # Half precision is what makes a GPU fast; most CPUs are slower with it.
         fp32 = torch.device(self.device).type == "cpu"
         return to_rgb(to_pixels(self.G.synthesis(ws, noise_mode="random", force_fp32=fp32, generator=noise)))
-
-
-class RealSubset(NamedTuple):
-    """The real images that a metric uses."""
-
-    count: int | None  # the largest number; None = all
-    mirror: bool  # flipped ones too
-
-
-class Reference:
-    """The data set of real images, opened and checked.
-
-    data:    path of the data set; None if no metric needs one
-    mirror:  training used flipped images too
-    chosen:  name or number of a class: use only its images
-    seed:    random seed of subsets
-
-    Raises UserError if images are missing or too few.
-    """
-
-    def __init__(self, requests: Sequence[MetricRequest], data: str | os.PathLike | None, *, mirror: bool,
-                 chosen: str | None, seed: int):
-        self.images = None if data is None else SetImages(data, chosen)
-        self.mirror, self.chosen, self.seed = mirror, chosen, seed
-        self.of_class = "" if chosen is None else f" of class {chosen}"  # follows numbers of images in messages
-        self.note: str | None = None  # a line about how classes of data set and network were matched
-        self.selections: dict[RealSubset, SelectedImages] = {
-            self.subset(request): self._select(request) for request in requests if request.needs_reals}
-
-    def subset(self, request: MetricRequest) -> RealSubset | None:
-        """Return which reals a metric uses; None if it needs none."""
-        return RealSubset(request.num_reals, self.mirror and not request.full) if request.needs_reals else None
-
-    def num_reals(self, request: MetricRequest) -> int:
-        """Return how many reals a metric uses; 0 if it needs none."""
-        return len(self.selections.get(self.subset(request), ()))
-
-    def check_shape(self, shape: Shape, other: str) -> None:
-        """Raise UserError if reals would be compared with fakes of another shape.
-
-        other:  whose shape it is, for the message: "the network makes {} ones"
-        """
-        if self.selections and self.images.shape != shape:
-            raise UserError(f"{self.images.path} has {describe_shape(self.images.shape)} images, but "
-                            f"{other.format(describe_shape(shape))}; expected the same: convert the data set with "
-                            "dataset_tool.py")
-
-    def check_class(self, fakes: SetImages) -> None:
-        """Raise UserError if the number of the class has another name in the set of fakes."""
-        names = [None if images is None else images.class_name for images in (self.images, fakes)]
-        if None not in names and names[0] != names[1]:
-            raise UserError(f"--class is {self.chosen}, which is {names[0]} in {self.images.path} and {names[1]} in "
-                            f"{fakes.path}; expected the same class in both: give its name")
-
-    def labels_of_fakes(self, c_dim: int, info: Mapping[str, Any]) -> FakeLabels:
-        """Return the distribution of labels for fakes: the class, the data set's, or the training set's.
-
-        c_dim:  of the network
-        info:   metadata of its file
-
-        Raises UserError if network, data set and class do not fit together.
-        """
-        if c_dim == 0:
-            if self.chosen is not None:
-                raise UserError(f"--class is {self.chosen}, but the network was trained without classes; leave --class "
-                                "out, or use a network that was trained with train.py --cond=1")
-            return FakeLabels(torch.zeros(1, 0))
-        names, counts = named_classes(info, c_dim), info.get("class_counts")
-        counts = counts if counts and len(counts) == c_dim else None
-        table, kind, chosen = None, label_kind_of(info, c_dim), self.chosen
-        if self.chosen is not None and kind == VECTOR:
-            raise UserError(f"--class is {self.chosen}, but the network's labels are vectors, not classes; leave "
-                            "--class out")
-        if self.images is not None:
-            self._check_kind(kind)
-            if (names is None) != (self.images.classes is None):
-                nameless = "the network file" if names is None else self.images.path
-                self.note = f"classes are matched by number, since {nameless} does not name its own"
-            table = self.images.label_table(c_dim, names)
-            if names is None:
-                names = self.images.classes
-            elif self.images.class_name is not None:
-                chosen = self.images.class_name  # numbers are the data set's; the network's may differ
-        if chosen is not None:
-            return FakeLabels.of_class(find_class(chosen, names, c_dim), c_dim)
-        if table is not None:
-            return FakeLabels(table)
-        if not counts or sum(counts) == 0:
-            what = ("the network's labels are vectors; expected a data set to draw them from" if kind == VECTOR else
-                    "the network file does not record how many training images each class had; expected a data set, "
-                    "or --class")
-            raise UserError(f"--data is missing, and {what}")
-        return FakeLabels.of_counts(counts)
-
-    def _check_kind(self, of_network: str | None) -> None:
-        """Raise UserError if one has classes and the other vectors; their lengths may be equal."""
-        found = self.images.label_kind
-        if None not in (found, of_network) and found != of_network:
-            raise UserError(f"{self.images.path} has {LABELS[found]}, but the network was trained with "
-                            f"{LABELS[of_network]}; expected the data set that it was trained on, or a part of it")
-
-    def _select(self, request: MetricRequest) -> SelectedImages:
-        if self.images is None:
-            raise UserError(f"--data is missing; expected the real images that {request.name} compares with")
-        count, mirror = self.subset(request)
-        selection = self.images.select(count, mirror=mirror, seed=self.seed)
-        if len(selection) < request.fewest:
-            raise UserError(f"metric {request.name} needs at least {request.fewest} real images and "
-                            f"{self.images.path} has {len(selection)}{self.of_class}; expected more")
-        return selection
 
 
 def draw_latents(rows: range, z_dim: int, seed: int, stream: str) -> Tensor:

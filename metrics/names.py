@@ -24,13 +24,14 @@ from metrics.detectors.timm_encoder import check_has_weights
 from metrics.detectors.vgg16 import VGG16Features
 
 DEFAULT_METRIC = "fid50k_full"
-# As in Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
+# First those of Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
 KNOWN_NAMES = (
     "fid50k_full", "kid50k_full", "pr50k3_full",
     "fid50k", "kid50k", "pr50k3",
     "is50k", "ppl2_wend", "ppl_zfull", "ppl_wfull", "ppl_zend", "ppl_wend",
+    "dc5k5_full", "auth5k_full", "div5k_full",
 )  # fmt: skip
-FORMS = "fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend"
+FORMS = "fid2k_full, kid500, kid_full, pr2k3_full, dc600_full, auth_full, div_full, is10k, ppl1k2_wend"
 IS_SPLITS = 10
 DESCRIPTIONS = {
     "fid": "Frechet distance of Inception features: how far generated images as a whole are from real ones, quality "
@@ -41,6 +42,17 @@ DESCRIPTIONS = {
     "pr": "Precision (share of generated images that look real: quality) and recall (share of real images that the "
           "generated ones cover: variety), from VGG16 features; the digit after k is the number of neighbors. Higher "
           "is better, at most 1. Needs thousands of images on both sides.",
+    "dc": "Density (how many real neighborhoods a generated image lies in: quality; real images have about 1) and "
+          "coverage (share of real images with a generated one in their neighborhood: variety), from VGG16 features; "
+          "like pr, but an outlier counts less. Higher is better. Coverage falls when a class is missing; give it as "
+          "many generated images as real ones.",
+    "auth": "AuthPct: percentage of generated images that are farther from the nearest real one than that one is from "
+            "its own nearest neighbor; copies of training images lower it. Higher is better; compare it with that of "
+            "held-out images (--holdout), which also gives C_T: far below 0 means copies, far above 0 images unlike "
+            "the real ones. --data must be the training set.",
+    "div": "Diversity: mean distance of Inception features between two generated images, between two real ones, and "
+           "the ratio of the two. A ratio far below 1 means that generated images resemble each other; higher is "
+           "better, up to 1.",
     "is": "Inception score: whether each generated image resembles one ImageNet class, and all together many. Higher "
           "is better. Does not use real images, and means little for images of other things than ImageNet's. Needs "
           "10,000 images or more.",
@@ -48,16 +60,23 @@ DESCRIPTIONS = {
            "or at its start (end). Lower is smoother. Does not use real images. ppl2 compares whole images, ppl their "
            "middle, where FFHQ has its faces. Needs 10,000 pairs of images or more.",
 }
-_LOWER_IS_BETTER = {"fid": True, "kid": True, "pr": False, "is": False, "ppl": True}
 LPIPS = PerceptualDistance.name  # not a feature detector but a distance between images
-USUAL_DETECTORS = {"fid": InceptionV3.name, "kid": InceptionV3.name, "pr": VGG16Features.name, "is": InceptionV3.name,
-                   "ppl": LPIPS}
-_KEY_ENDINGS = {"pr": ("_precision", "_recall"), "is": ("_mean", "_std")}  # of metrics that give several values
+# auth: Meehan et al. 2020 measure C_T of ImageNet's pictures on Inception features.
+USUAL_DETECTORS = {"fid": InceptionV3.name, "kid": InceptionV3.name, "pr": VGG16Features.name, "dc": VGG16Features.name,
+                   "auth": InceptionV3.name, "div": InceptionV3.name, "is": InceptionV3.name, "ppl": LPIPS}
+# By kind, the endings of the keys of its values, and whether a lower value is better; None if neither is, as for C_T,
+# which is best near 0, and for values that do not measure quality.
+_VALUES: dict[str, dict[str, bool | None]] = {
+    "fid": {"": True}, "kid": {"": True}, "ppl": {"": True}, "is": {"_mean": False, "_std": None},
+    "pr": {"_precision": False, "_recall": False}, "dc": {"_density": False, "_coverage": False},
+    "auth": {"_authpct": False, "_ct": None}, "div": {"_fake": None, "_real": None, "_ratio": False},
+}  # fmt: skip
 _DEFAULT_COUNT = 50_000
-_NEIGHBORS = 3  # Kynkaanniemi et al. 2019
+_NEIGHBORS = {"pr": 3, "dc": 5}  # Kynkaanniemi et al. 2019, Naeem et al. 2020
 _COUNT = r"([1-9]\d*k|[1-9]\d*)"
 _FEATURE = re.compile(rf"(fid|kid)(?:{_COUNT}(_full)?|_full)")
-_PR = re.compile(r"pr(?:(?:([1-9]\d*k)([1-9]\d*)?|([1-9]\d*))(_full)?|_full)")
+_NEIGHBORHOODS = re.compile(r"(pr|dc)(?:(?:([1-9]\d*k)([1-9]\d*)?|([1-9]\d*))(_full)?|_full)")
+_OF_ALL_REALS = re.compile(rf"(auth|div){_COUNT}?_full")  # a part of the reals would hide copies of the others
 _IS = re.compile(rf"is{_COUNT}")
 _PPL = re.compile(r"ppl(?:([1-9]\d*k)?(2)?|([1-9]\d+))_([zw])(full|end)")
 
@@ -67,18 +86,18 @@ class MetricRequest:
     """One metric, parsed from its name."""
 
     name: str
-    kind: str  # fid, kid, pr, is or ppl
+    kind: str  # fid, kid, pr, dc, auth, div, is or ppl
     num_fakes: int | None  # for ppl, pairs; None = all images of a set, or as many from a network as there are reals
     num_reals: int | None = None  # at most; None = all
     full: bool = False  # all reals, unflipped; otherwise flipped ones are included if training used them
-    k: int | None = None  # neighbors of pr
+    k: int | None = None  # neighbors of pr and dc
     space: str | None = None  # of ppl: "z" or "w"
     sampling: str | None = None  # of ppl: "full" or "end"
     crop: bool = False  # of ppl
 
     @property
     def needs_reals(self) -> bool:
-        return self.kind in ("fid", "kid", "pr")
+        return self.kind not in ("is", "ppl")
 
     def with_fakes(self, count: int) -> "MetricRequest":
         """Return a copy with `count` fakes if the name gives no number."""
@@ -86,13 +105,20 @@ class MetricRequest:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of its results."""
-        return tuple(self.name + ending for ending in _KEY_ENDINGS.get(self.kind, ("",)))
+        """The keys of its results; that of C_T is there with held-out images only."""
+        return tuple(self.name + ending for ending in _VALUES[self.kind])
+
+    @property
+    def lower_is_better(self) -> dict[str, bool]:
+        """Whether lower values are better, by the keys of results that measure quality."""
+        return {self.name + ending: lower for ending, lower in _VALUES[self.kind].items() if lower is not None}
 
     @property
     def fewest(self) -> int:
         """The smallest number of images, on each side, for which the metric is defined."""
-        return {"fid": 2, "kid": 2, "pr": (self.k or 0) + 1, "is": IS_SPLITS, "ppl": 2}[self.kind]
+        if self.k is not None:
+            return self.k + 1
+        return {"auth": 3, "div": 3, "is": IS_SPLITS}.get(self.kind, 2)
 
 
 def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:
@@ -122,9 +148,11 @@ def _parse(name: str) -> MetricRequest | None:
     if match := _FEATURE.fullmatch(name):
         kind, count, full = match.groups()
         return _with_reals(name, kind, count, full is not None)
-    if match := _PR.fullmatch(name):
-        thousands, k, count, full = match.groups()
-        return _with_reals(name, "pr", thousands or count, full is not None, int(k or _NEIGHBORS))
+    if match := _NEIGHBORHOODS.fullmatch(name):
+        kind, thousands, k, count, full = match.groups()
+        return _with_reals(name, kind, thousands or count, full is not None, int(k or _NEIGHBORS[kind]))
+    if match := _OF_ALL_REALS.fullmatch(name):
+        return _with_reals(name, match[1], match[2], full=True)
     if match := _IS.fullmatch(name):
         return MetricRequest(name=name, kind="is", num_fakes=_count(match[1]))
     if match := _PPL.fullmatch(name):
@@ -252,9 +280,10 @@ def _choose_best(text: str | None, names: Sequence[str]) -> BestMetric | None:
         return None
     known = []
     for request in map(parse_metric, names):
-        keys = request.keys[:1] if request.kind == "is" else request.keys  # the spread of IS does not measure quality
+        keys = tuple(request.lower_is_better)
         if text in keys or (text == request.name and len(keys) == 1):
-            return BestMetric(request.name, text if text in keys else keys[0], _LOWER_IS_BETTER[request.kind])
+            key = text if text in keys else keys[0]
+            return BestMetric(request.name, key, request.lower_is_better[key])
         if text == request.name:
             raise UserError(f"--keep-best is {text}, which has {len(keys)} values; expected one of them: "
                             f"{' or '.join(keys)}")

@@ -1,11 +1,11 @@
-"""Plot curves over a run, and histograms, as PNGs."""
+"""Plot curves over a run, histograms, and values with intervals, as PNGs."""
 
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -17,6 +17,7 @@ from dnnlib.text import fitted
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Curve = Sequence[tuple[float, float]]  # (kimg, value)
 
@@ -29,6 +30,9 @@ _LINE = 19  # height of a line of text
 _COLUMN = 280  # width of a text in a legend
 _NUMBER, _SUMMARY = 80, 200  # longest texts after a name
 _ROW = 46  # height of a histogram that has its own row
+_ROW_OF_DOTS = 40  # ... of a row of values
+_PANEL, _GAP = 216, 24  # least width of a panel of values, and room between two
+_MOST_PANELS = 4  # side by side
 _COLORS = ("#1f4ea0", "#c44e1e", "#288246", "#783c96", "#94741a", "#1a8a96", "#b03060", "#606060")
 _STYLE = {
     "font.size": 9.5,
@@ -40,10 +44,23 @@ _STYLE = {
     "grid.color": "#dedede",
     "legend.frameon": False,
 }
+_DOT, _MARKED, _FLOOR = _COLORS[0], _COLORS[1], "#303030"  # differ in lightness and shape too
 _MOST_TOGETHER = 4  # histograms that can be told apart in one plot
 _LEAST_BINS, _MOST_BINS = 12, 60
 _MOST_MARKERS = 100  # points of a curve that are marked individually
 _FARTHEST = 1e150  # larger values are clipped: differences between them would overflow
+
+
+class Dot(NamedTuple):
+    """A value in a row of a panel; NaN stands for what there is not."""
+
+    value: float
+    low: float = math.nan  # the ends of its interval, ...
+    high: float = math.nan
+    estimate: float = math.nan  # ... and what that is about, if it is not the value
+    floor: float = math.nan  # a value to compare with, ...
+    at_floor: float = math.nan  # ... and what the value is for as many images as that has
+    is_marked: bool = False
 
 
 @contextmanager
@@ -83,6 +100,19 @@ def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], 
     Raises OSError.
     """
     _save(path, _render(histogram_figure(values, quantity=quantity)))
+
+
+def save_intervals(path: str | os.PathLike, rows: Sequence[tuple[str, str]],
+                   panels: Mapping[str, Sequence[Dot | None]], legend: Mapping[str, str]) -> None:
+    """Draw values with their intervals: one row per name, one panel per quantity.
+
+    rows:    names with a second line each, such as the numbers of images
+    panels:  by quantity, a value for each row; None = there is none
+    legend:  texts for "value", "interval", "floor", "at_floor" and "marked"; what does not occur is omitted
+
+    Raises OSError.
+    """
+    _save(path, _render(intervals_figure(rows, panels, legend)))
 
 
 @_own_style()
@@ -167,6 +197,74 @@ def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
     return axes
 
 
+@_own_style()
+def intervals_figure(rows: Sequence[tuple[str, str]], panels: Mapping[str, Sequence[Dot | None]],
+                     legend: Mapping[str, str]) -> "Figure":
+    """Return the figure of `save_intervals`, with up to four panels side by side."""
+    columns = min(len(panels), _MOST_PANELS)
+    lines = math.ceil(len(panels) / columns)
+    panel = max(_PANEL, (_WIDTH - _LEFT_OF_ROWS - _RIGHT - (columns - 1) * _GAP) // columns)
+    width = _LEFT_OF_ROWS + columns * panel + (columns - 1) * _GAP + _RIGHT
+    kinds = {kind for dots in panels.values() for dot in dots if dot is not None for kind in _kinds(dot)}
+    entries = [(_sample(kind), text) for kind, text in legend.items() if kind in kinds]
+    above = 16 + _LINE * math.ceil(len(entries) / 2)
+    body = _ROW_OF_DOTS * len(rows)
+    height = above + lines * (_TOP + body + _BOTTOM)
+    figure = _figure(width, height)
+    for index, (name, dots) in enumerate(panels.items()):
+        line, column = divmod(index, columns)
+        left, bottom = _LEFT_OF_ROWS + column * (panel + _GAP), height - above - line * (_TOP + body + _BOTTOM) - _TOP
+        axes = figure.add_axes((left / width, (bottom - body) / height, panel / width, body / height))
+        _draw_dots(axes, dots)
+        axes.set_title(_printable(name, panel), loc="left", fontsize=_STYLE["font.size"], pad=6)
+        axes.set_ylim(0.5 - len(rows), 0.5)
+        axes.set_yticks([-float(row) for row in range(len(rows))],
+                        [f"{_printable(first, _LEFT_OF_ROWS - 12)}\n{_printable(second, _LEFT_OF_ROWS - 12)}"
+                         for first, second in rows] if column == 0 else [""] * len(rows))
+        axes.tick_params(axis="y", length=0)
+        _mark(axes.xaxis, 4)
+    if figure.axes:
+        _legend(figure.axes[0], entries, columns=2, top=8)
+    return figure
+
+
+def _kinds(dot: Dot) -> Iterator[str]:
+    """Yield what is drawn of a value, under the names of the legend's entries."""
+    if math.isfinite(dot.value):
+        yield "marked" if dot.is_marked else "value"
+    for kind, number in (("interval", dot.low + dot.high), ("floor", dot.floor), ("at_floor", dot.at_floor)):
+        if math.isfinite(number):
+            yield kind
+
+
+def _sample(kind: str, x: Sequence[float] = (), y: Sequence[float] = ()) -> "Line2D":
+    """Return the mark of a kind at given points."""
+    from matplotlib.lines import Line2D
+
+    looks = {"value": {"marker": "o", "markersize": 6, "color": _DOT, "linestyle": "none"},
+             "marked": {"marker": "D", "markersize": 7, "color": _MARKED, "linestyle": "none"},
+             "interval": {"marker": "|", "markersize": 7, "color": "#606060", "linewidth": 1.6, "zorder": 1.5},
+             "floor": {"marker": "|", "markersize": 17, "markeredgewidth": 2, "color": _FLOOR, "linestyle": "none"},
+             "at_floor": {"marker": "o", "markersize": 6, "markerfacecolor": "white", "color": _DOT,
+                          "linestyle": "none"}}
+    return Line2D(x, y, **looks[kind])
+
+
+def _draw_dots(axes: "Axes", dots: Sequence[Dot | None]) -> None:
+    for row, dot in enumerate(dots):
+        if dot is None:
+            axes.text(0.5, -row, "no value", transform=axes.get_yaxis_transform(), ha="center", va="center",
+                      color="#606060")
+            continue
+        places = {"value": [dot.value], "marked": [dot.value], "at_floor": [dot.at_floor], "floor": [dot.floor],
+                  "interval": [place for place in (dot.low, dot.estimate, dot.high) if math.isfinite(place)]}
+        # The value is drawn last, above the others.
+        for kind in sorted(_kinds(dot), key=list(places).index, reverse=True):
+            axes.add_line(_sample(kind, [_clipped(place) for place in places[kind]], [-row] * len(places[kind])))
+    axes.margins(x=0.08)
+    axes.autoscale_view(scaley=False)
+
+
 def _bin_edges(groups: Sequence[np.ndarray]) -> np.ndarray:
     """Return the edges of bins of equal width that cover all values."""
     values = np.concatenate([np.empty(0), *groups])
@@ -193,24 +291,28 @@ def _clipped(values):
 
 def _axes(*, top: int, left: int = _LEFT, height: int = _HEIGHT) -> "Axes":
     """Return the axes of a new figure, with margins around them."""
+    return _figure(_WIDTH, height).add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH,
+                                             (height - top - _BOTTOM) / height))
+
+
+def _figure(width: int, height: int) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((_WIDTH / _DPI, height / _DPI), dpi=_DPI)
+    figure = Figure((width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
-    return figure.add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH,
-                            (height - top - _BOTTOM) / height))
+    return figure
 
 
 def _height(axes: "Axes") -> float:
     return axes.figure.get_figheight() * _DPI
 
 
-def _mark(axis) -> None:
+def _mark(axis, count: int = 6) -> None:
     """Use few, round tick labels in plain notation."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 

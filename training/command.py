@@ -16,7 +16,7 @@ import PIL.Image
 from dnnlib.cli import GroupedCommand, UserError, check_outdir
 from dnnlib.files import retrying
 from dnnlib.workers import usable_cores
-from imagesets.classes import LABELS
+from imagesets.classes import LABELS, VECTOR
 from imagesets.pixel_hashes import equal_images
 from imagesets.reader import describe_shape
 from torch_utils.device import DeviceChoice, choose_device, choose_precision, tune_malloc
@@ -162,6 +162,12 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
     choice = config.dataset
     dataset = ImageDataset(settings.data, use_labels=choice.use_labels, xflip=choice.xflip, max_size=choice.max_size,
                            seed=config.seed)
+    if settings.per_class and not choice.use_labels:
+        raise UserError("--per-class is true without --cond=1; expected networks that know the classes: add --cond=1, "
+                        "or leave --per-class out")
+    if settings.per_class and dataset.label_kind == VECTOR:
+        raise UserError(f"--per-class is true, but {dataset.path} has {LABELS[VECTOR]}; expected classes: leave "
+                        "--per-class out")
     if thorough:
         check_images(dataset)
         image_weights(settings.balance, dataset)

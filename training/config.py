@@ -358,6 +358,7 @@ class RunSettings(FlagConfig):
     batch_gpu: int | None = None  # as given; with None a continued run keeps its own
     balance: str = "none"  # how often images are seen: see training.sampling.image_weights
     valid: str | None = None  # path of a held-out data set
+    per_class: bool = False  # also compute the metrics for each class
     detector: str | None = None  # feature detector of the metrics, in place of the usual ones
     detector_weights: tuple[str, ...] = ()  # files of weights, as FILE or NAME=FILE
     max_hours: float | None = None  # save a resumable state and stop after this time; None = no limit

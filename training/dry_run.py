@@ -68,6 +68,7 @@ def describe_run(config: TrainConfig, settings: RunSettings, dataset: ImageDatas
         "resume_partial": config.resume_partial,
         "resume_takes": [] if transferred is None else transferred.lines(),
         "resume_layers": None if transferred is None else transferred.to_dict(),
+        "per_class": settings.per_class,
         "max_hours": settings.max_hours,
         "keep": settings.num_newest,
         "keep_best": None if settings.keep_best is None else settings.keep_best.key,

@@ -54,6 +54,7 @@ DEFAULTS = {
     "tick": 4, "snap": 50, "state_minutes": 10, "metrics": ("fid50k_full",), "workers": TrainConfig.num_workers,
     "nobench": not TrainConfig.cudnn_benchmark, "allow_tf32": TrainConfig.allow_tf32,
     "device": "auto", "precision": "auto", "balance": RunSettings.balance, "tune_malloc": RunSettings.tune_malloc,
+    "per_class": RunSettings.per_class,
 }
 
 
@@ -349,6 +350,8 @@ FLAGS = [
     _flag("--metrics", str, RUN, "Quality metrics to compute for each network snapshot, separated by commas, or none. "
           "Can be repeated.", "LIST", multiple=True, callback=join_values,
           standard=f"{_shown(DEFAULTS['metrics'])} if its feature detector is available, else none"),
+    _flag("--per-class", bool, RUN, "Also compute --metrics for each class; the worst class goes to TensorBoard. Needs "
+          "--cond=1.", "BOOL"),
     _flag("--detector", str, RUN, "Feature detector of the metrics, in place of the usual ones; see calc_metrics.py "
           "--help.", "NAME", standard="inception-v3; vgg16 for pr"),
     _flag("--detector-weights", UserPath(named=True), RUN,

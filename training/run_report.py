@@ -228,8 +228,10 @@ class Reporter:
         record = metric_record(name, {"tick": tick, "nimg": nimg, **found}, num_gpus=num_gpus, snapshot=snapshot)
         results, now = record["results"], record["timestamp"]
         counts = f"  of {found['num_fake']} fakes and {found['num_real']} reals" if found.get("num_real") else ""
+        worst = record.get("worst_class", {})  # there with --per-class
+        classes = f"  worst class: {', '.join('{class} ({value:.5g})'.format(**each) for each in worst.values())}"
         self.log("  ".join(f"{key} {value:.5g}" for key, value in results.items())
-                 + f"{counts}  at kimg {nimg / 1000:.1f}, in {record['total_time_str']}")
+                 + f"{counts}{classes if worst else ''}  at kimg {nimg / 1000:.1f}, in {record['total_time_str']}")
         path = self.run.metric(name)
         with self._surviving_lines(path):
             file = self._metrics.setdefault(name, AppendFile(path, durable=True, shared=True))  # with calc_metrics.py
@@ -239,7 +241,8 @@ class Reporter:
             if not is_there:
                 file.append(to_line(record))
             save_curves(path.with_suffix(".png"), _curves(read_lines(path)))
-        self._show({f"Metrics/{key}": value for key, value in results.items()}, nimg, now)
+        self._show({**{f"Metrics/{key}": value for key, value in results.items()},
+                    **{f"Metrics/{key}/worst_class": each["value"] for key, each in worst.items()}}, nimg, now)
 
     def write_waiting(self) -> None:
         """Write lines that a full disk held back: a state that counts their ticks must not be saved before them."""

@@ -223,7 +223,7 @@ class SnapshotMetrics:
         return [name for name in self._metrics if not any(
             (line.get("tick"), line.get("nimg")) == (missing.tick, missing.nimg)
             or (line.get("snapshot_pkl") == snapshot and line.get("kimg") == missing.nimg / 1000)
-            for line in _measured_alike(read_lines(self._run.metric(name)), any_snapshot=True))]
+            for line in _measured_alike(read_lines(self._run.metric(name)), any_snapshot=True, complete=True))]
 
     def _is_file_of(self, path: Path, missing: Missing) -> bool:
         """Tell whether a network's file exists and was not overwritten by another network of the same name."""
@@ -243,13 +243,16 @@ class SnapshotMetrics:
         return max(found, default=None)
 
 
-def _measured_alike(lines: list[dict[str, Any]], *, any_snapshot: bool = False) -> Iterator[dict[str, Any]]:
+def _measured_alike(lines: list[dict[str, Any]], *, any_snapshot: bool = False,
+                    complete: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the lines written by training, and those of calc_metrics.py that were measured in the same way.
 
     any_snapshot:  also lines of networks without a file
+    complete:      only those with values of each class if training computes these
     """
     own = [line for line in lines if "tick" in line]
     for line in lines:
-        if (line.get("snapshot_pkl") is not None or any_snapshot) and (
-                "tick" in line or (own and all(line.get(name) == own[-1].get(name) for name in _HOW))):
+        if (line.get("snapshot_pkl") is not None or any_snapshot) and ("tick" in line or (
+                own and all(line.get(name) == own[-1].get(name) for name in _HOW)
+                and not (complete and "per_class" in own[-1] and "per_class" not in line))):
             yield line

@@ -68,7 +68,7 @@ def test_options_that_may_be_given_several_times_are_these():
     several = {option.id for option in OPTIONS if option.values[1].multiple}
     assert several - {"dataset_tool.py --source", "dataset_tool.py --include", "dataset_tool.py --exclude"} == {
         "train.py --metrics", "calc_metrics.py --metrics", "train.py --detector-weights",
-        "calc_metrics.py --detector-weights", "dataset_tool.py phantom --bias"}
+        "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -25,8 +25,12 @@ PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps"}
 # Texts that a program's code refers to but never reaches, with the reason.
 UNREACHED = {
     ("train.py", "--class"): {  # it chooses no class for its metrics
-        "imagesets.classes:find_class", "metrics.image_sources:Reference.labels_of_fakes",
-        "metrics.image_sources:SetImages._class_indices"},
+        "imagesets.classes:find_class", "metrics.reference:Reference.__init__",
+        "metrics.reference:Reference.check_class", "metrics.reference:Reference.labels_of_fakes",
+        "metrics.image_sources:SetImages.__init__"},
+    ("train.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # its metrics have no intervals
+    ("train.py", "--holdout"): {  # nor a floor
+        "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_holdout"},
     ("projector.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},  # it gives both sizes
     ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit
     ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; its messages name --outdir

@@ -16,8 +16,8 @@ from generation.image_generator import ImageGenerator, SynthesisSettings
 from imagesets.classes import label_kind_of
 from imagesets.reader import ImageSet
 from latent.projection import measure_styles
-from metrics.image_sources import Reference
 from metrics.names import parse_metrics
+from metrics.reference import Reference
 from tests.helpers.generator_files import pixels_in, save_generator
 from tests.helpers.make_sets import make_set, pixels_of, png
 from tests.helpers.projector_commands import attempt, names_in, project, record_in, rows_in, working_in

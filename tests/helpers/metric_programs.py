@@ -13,6 +13,7 @@ from dnnlib.cli import StopRequest
 from metrics import evaluation, features
 from metrics.evaluation import Evaluator
 from metrics.features import OtherProcessFailed, compute_rows, from_main, on_main, on_main_for_long, together
+from metrics.image_sources import SetImages
 from tests.helpers.metric_networks import MeanDetector, SquareDistance
 from tests.helpers.small_networks import small_generator
 from torch_utils.distributed import Processes, gather_rows, join
@@ -34,11 +35,25 @@ def evaluate(processes: Processes, folder: Path) -> dict:
     return found
 
 
+def assess(processes: Processes, folder: Path) -> dict:
+    """Measure classes with intervals and a floor, of a network and of a set whose classes need further images."""
+    evaluation.open_detector = lambda name, *, device, weights: MeanDetector(name)
+    settings = {"data": folder / "data.zip", "holdout": folder / "held.zip", "ci": 0.9, "per_class": True, "batch": 4,
+                "mirror": True, "use_cache": False}
+    evaluator = Evaluator("fid12_full,kid8,pr12_full,dc12_full,auth12_full,div12_full,is12", **settings)
+    found = {"network": evaluator.evaluate(small_generator(resolution=32)),
+             "set": evaluator.evaluate_images(SetImages(folder / "fake.zip"))}
+    return {kind: {name: {field: record.get(field) for field in ("results", "ci", "floor", "per_class", "worst_class")}
+                   for name, record in results.items()} for kind, results in found.items()}
+
+
 def give_up(processes: Processes, folder: Path) -> dict:
     """Give metrics up: after the second batch of fakes where one process asks, and while the main one compares."""
     failures = []
-    for name, rank, most in (("fid70_full", 1, 2), ("pr70_full", 0, 8)):  # pr: five rounds of fakes, two of reals
-        evaluator = Evaluator(name, data=folder / "data.zip", batch=8, use_cache=False)
+    # pr: five rounds of fakes, two of reals; with classes, of 11 images each, two rounds more of fakes
+    for name, rank, most, per_class in (("fid70_full", 1, 2, False), ("pr70_full", 0, 8, False),
+                                        ("pr70_full", 1, 6, True)):
+        evaluator = Evaluator(name, data=folder / "data.zip", batch=8, use_cache=False, per_class=per_class)
         asked = itertools.count(1)
         try:
             evaluator.evaluate(small_generator(resolution=32), stop=lambda rank=rank, most=most, asked=asked: (

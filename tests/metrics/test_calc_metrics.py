@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from dnnlib.cli import run
 from dnnlib.files import sha256_of
 from dnnlib.lines import read_lines
 from generation.network import open_network
+from imagesets.writer import ImageSetWriter
 from metrics.command import make_command
-from metrics.image_sources import GeneratedImages
-from metrics.names import DESCRIPTIONS, KNOWN_NAMES
+from metrics.image_sources import GeneratedImages, SetImages
+from metrics.names import DESCRIPTIONS, FORMS, KNOWN_NAMES
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
 from tests.helpers.small_networks import small_generator
 from tests.helpers.training_runs import replaced
@@ -228,7 +230,7 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--metrics=fid20_full"],
-     "none of --network, --generated and --run is given; expected exactly one of them"),
+     "none of --network, --generated, --run and --compare is given; expected exactly one of them"),
     (["--network=a.pkl", "--run=b"], "--network and --run are given; expected exactly one of them"),
     (["--network=none.pkl", "--metrics=is20", "--detector=inception-v3"],
      "--network is none.pkl, which does not exist; expected a network file: a .safetensors of a run, or a .pkl of "
@@ -237,10 +239,22 @@ def test_missing_weights_are_said_before_an_image_is_made(capsys, data, tmp_path
                      "runs/00007-isic256-cond-auto1"),
     (["--generated=none.zip"], "none.zip does not exist; expected a data set: a zip or a folder of images"),
     (["--network=a.pkl", "--metrics=fid"],
-     "metric 'fid' is not known; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, "
-     "or one of " + ", ".join(KNOWN_NAMES)),
+     f"metric 'fid' is not known; expected names such as {FORMS}, or one of {', '.join(KNOWN_NAMES)}"),
     (["--network=a.pkl", "--detector=resnet"],
      "detector 'resnet' is not known; expected one of inception-v3, vgg16, efficientnet-lite0, random-conv, timm:NAME"),
+    (["--compare=a.pkl"], "--compare is a.pkl alone; expected at least two runs, network files or sets"),
+    (["--network=a.pkl", "--compare=b.zip"], "--network and --compare are given; expected exactly one of them"),
+    (["--network=a.pkl", "b.zip"], "b.zip is given without an option; expected --network, --generated, --run or "
+                                   "--compare before it"),
+    (["--compare", "a.pkl", "b.zip"], "--compare is b.zip, which does not exist; expected a run, a network file or a "
+                                      "set of images"),
+    (["--compare", "a.pkl", "*.zip"], "--compare is *.zip, which matches nothing; expected a pattern that matches a "
+                                      "run, a network file or a set of images"),
+    (["--run=b", "--figure=b.png"], "--figure is given with --run, which draws measured-NAME.png; expected --network, "
+                                    "--generated or --compare"),
+    (["--network=a.pkl", "--figure=b.jpg"], "--figure is b.jpg; expected the name of a PNG, such as classes.png"),
+    (["--network=a.pkl", "--figure=/none/b.png"], "--figure is /none/b.png, but /none is not a folder; choose an "
+                                                  "existing folder"),
     (["--network=a.pkl", "--gpus=0"], "--gpus is 0; expected at least 1"),
     (["--network=a.pkl", "--metrics=kid20,ppl_zend", "--detector-weights=w.pt"],
      "--detector-weights is w.pt, and random-conv and lpips-vgg16 are needed; expected NAME=FILE, such as "
@@ -309,6 +323,153 @@ def test_help_tells_of_each_metric(capsys):
     assert all(name in text for name in KNOWN_NAMES)
 
 
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Real images of two classes, in pairs of a group; held-out ones; generated ones; a copy of these; darker ones."""
+    folder = tmp_path_factory.mktemp("sets")
+    made = {"classes": ["benign", "melanoma"], "size": 16}
+    labels = [int(index % 5 == 0) for index in range(80)]
+    make_set(folder / "real.zip", images=range(80), labels=labels, groups=[f"g{index // 10}" for index in range(80)],
+             **made)
+    make_set(folder / "heldout.zip", images=range(100, 130), labels=labels[:30], **made)
+    make_set(folder / "fake.zip", images=range(200, 260), labels=labels[:60], **made)
+    make_set(folder / "copy.zip", images=range(200, 260), labels=labels[:60], **made)
+    with ImageSetWriter(folder / "dark.zip", classes=made["classes"]) as writer:
+        for index in range(60):
+            writer.add(png(pixels_of(300 + index, 16) // 2), labels[index], None, None)
+    return folder
+
+
+def rows_of(table):
+    """Return the cells of each row by its name and the titles; those of the last value in a table of several."""
+    lines = [re.split(r"\s{2,}", line) for line in table.splitlines()]
+    start = next(index for index, line in enumerate(lines) if line[0] in ("class", "item"))
+    return {row[0]: dict(zip(lines[start], row, strict=True)) for row in lines[start + 1:]
+            if len(row) == len(lines[start])}
+
+
+def test_table_has_the_values_of_the_records(capsys, sets, tmp_path):
+    arguments = [f"--generated={sets}/fake.zip", f"--data={sets}/real.zip", f"--holdout={sets}/heldout.zip",
+                 "--metrics=kid_full", "--ci=0.9", "--per-class", f"--figure={tmp_path}/a.png"]
+    code, (record,), err = measure(capsys, *arguments)
+    assert code == 0
+    rows, by_name = rows_of(err), {"all": record, **record["per_class"]}
+    assert list(rows) == list(by_name) == ["all", "benign", "melanoma"]
+    for name, row in rows.items():
+        found = by_name[name]
+        interval, floor = found["ci"]["kid_full"], found["floor"]
+        assert interval["level"] == 0.9
+        numbers = [found["results"]["kid_full"], interval["low"], interval["high"], floor["at_equal_size"]["kid_full"],
+                   floor["results"]["kid_full"]]
+        # A row shows as many decimals as its interval has; the estimate follows where it differs from the value.
+        shown = [row["value"].rstrip("*"), *re.findall(r"[-\d.]+", row["interval"])[:2], row["at its n"],
+                 row["floor"]]
+        decimals = len(shown[0].partition(".")[2])
+        assert shown == [f"{number:.{decimals}f}" for number in numbers]
+        assert (row["real"], row["fake"], row["held-out"]) == tuple(
+            str(number) for number in (found["num_real"], found["num_fake"], floor["num_fake"]))
+    assert "interval: 90%" in err
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] == 720
+
+
+def test_table_is_printed_only_if_an_option_asks_for_it(capsys, sets):
+    arguments = [f"--generated={sets}/fake.zip", f"--data={sets}/real.zip", "--metrics=kid_full"]
+    assert measure(capsys, *arguments)[2] == ""
+    assert measure(capsys, *arguments, "--ci=0.95")[2].splitlines()[1].split() == [
+        "class", "real", "fake", "value", "interval"]
+    assert measure(capsys, *arguments, "--per-class")[2].startswith("class     real  fake  kid_full\n")
+
+
+@pytest.mark.parametrize("level", ["0", "1", "95", "nan"])
+def test_level_that_is_none_is_refused(capsys, sets, level):
+    line = refused(capsys, f"--generated={sets}/fake.zip", f"--data={sets}/real.zip", "--metrics=kid_full",
+                   f"--ci={level}")
+    assert line == f"--ci is {level}; expected a level between 0 and 1, such as 0.95"
+
+
+def test_compared_sets_are_named_where_they_differ(capsys, sets, tmp_path):
+    paths = [f"{sets}/{name}.zip" for name in ("fake", "copy", "dark")]
+    code, lines, err = measure(capsys, "--compare", *paths, f"--data={sets}/real.zip", "--metrics=dc_full,kid_full",
+                               f"--figure={tmp_path}/a.png")
+    assert code == 0
+    records, found = lines[:6], lines[6:]
+    assert [(record["item"], record["metric"]) for record in records] == [
+        (f"{name}.zip", metric) for name in ("fake", "copy", "dark") for metric in ("dc_full", "kid_full")]
+    assert {record["data_sha256"] for record in records} == {records[0]["data_sha256"]}
+    keys = ["dc_full_density", "dc_full_coverage", "kid_full"]
+    assert [(each["first"], each["second"], each["key"]) for each in found] == [
+        (f"{first}.zip", f"{second}.zip", key)
+        for first, second in (("fake", "copy"), ("fake", "dark"), ("copy", "dark")) for key in keys]
+    assert {each["num_tests"] for each in found} == {9}
+    assert [each["paired"] for each in found] == [["blocks"], ["blocks"], ["real"]] * 3
+    for each in found[:3]:
+        assert (each["difference"], each["distinguishable"]) == (0, False)
+    kid = {each["second"]: each for each in found if each["first"] == "fake.zip" and each["key"] == "kid_full"}
+    assert kid["dark.zip"]["distinguishable"]
+    assert kid["dark.zip"]["high"] < 0
+    values = {record["item"]: record["results"]["kid_full"] for record in records if record["metric"] == "kid_full"}
+    rows = rows_of(err)
+    assert list(rows) == ["fake.zip", "copy.zip", "dark.zip"]
+    for name, row in rows.items():
+        assert float(row["value"]) == pytest.approx(values[name], abs=0.5 * 10**-len(row["value"].split(".")[1]))
+    named = err[err.index("Differences that are not 0"):].splitlines()[2:]
+    assert {tuple(line.split()[:3]) for line in named if ".zip" in line} == {
+        (each["first"], each["second"], each["key"]) for each in found if each["distinguishable"]}
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 720  # three panels
+
+
+def test_compared_networks_share_latents_and_reals_and_write_nothing_into_runs(capsys, sets, tmp_path, monkeypatch):
+    runs = [save_run(tmp_path / f"0000{index}-run") for index in range(2)]
+    save(runs[1] / "network-snapshot-000200.safetensors", 5, kimg=200.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    read = []
+    item = SetImages.item
+    monkeypatch.setattr(SetImages, "item", lambda self, index: read.append(self.path.name) or item(self, index))
+    code, lines, err = measure(capsys, "--compare", *runs, sets / "fake.zip", f"--data={sets}/real.zip",
+                               "--metrics=kid60_full", "--no-cache")
+    assert code == 0
+    assert err.startswith(f"--compare: {runs[0]}/network-snapshot-000200.safetensors\n")
+    assert read.count("real.zip") == 80  # once for all items
+    assert [(line["item"], line["num_fake"], "network_sha256" in line) for line in lines[:3]] == [
+        ("00000-run", 60, True), ("00001-run", 60, True), ("fake.zip", 60, False)]
+    assert [(each["first"], each["second"], each["paired"]) for each in lines[3:]] == [
+        ("00000-run", "00001-run", ["real", "fake"]), ("00000-run", "fake.zip", ["real"]),
+        ("00001-run", "fake.zip", ["real"])]
+    alone = measure(capsys, f"--network={runs[1]}", f"--data={sets}/real.zip", "--metrics=kid60_full")[1]
+    assert alone[0]["results"] == lines[1]["results"]
+    (runs[1] / "metric-kid60_full.jsonl").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts
+            } == before
+
+
+def test_item_that_does_not_fit_is_named_before_anything_is_measured(capsys, sets, tmp_path):
+    other = save(tmp_path / "large.safetensors", resolution=32)
+    fake, real = sets / "fake.zip", sets / "real.zip"
+    assert refused(capsys, "--compare", fake, other, f"--data={real}", "--metrics=kid_full") == (
+        f"large.safetensors: {real} has 16x16 RGB images, but the network makes 32x32 RGB ones; expected the same: "
+        "convert the data set with dataset_tool.py")
+    assert refused(capsys, "--compare", fake, sets / "heldout.zip", f"--data={real}", "--metrics=kid40_full") == (
+        f"metric kid40_full needs 40 generated images and {sets}/heldout.zip has 30; expected more, or a smaller "
+        "number in the metric's name")
+    assert refused(capsys, "--compare", fake, fake, f"--data={real}", "--metrics=kid_full") == (
+        f"--compare names {fake} twice; expected different networks or sets")
+
+
+def test_networks_trained_with_and_without_flipped_images_need_one_choice(capsys, sets, tmp_path):
+    runs = [save_run(tmp_path / f"0000{index}-run", xflip=bool(index)) for index in range(2)]
+    arguments = ["--compare", *runs, f"--data={sets}/real.zip"]
+    code, _, err = measure(capsys, *arguments, "--metrics=kid20")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "error: --compare names 00001-run, which was trained with flipped images, and 00000-run, which was not; "
+        "expected --mirror=0 or --mirror=1, which decides for all, or metrics with _full")
+    found = [measure(capsys, *arguments, *more)[1] for more in (["--metrics=kid20", "--mirror=1"],
+                                                                ["--metrics=kid20_full"])]
+    assert [{line["mirrored_reals"] for line in lines if "item" in line} for lines in found] == [{True}, {False}]
+
+
 @pytest.mark.slow
 def test_program_with_two_processes_prints_what_one_does(data, tmp_path, cache):
     network = save(tmp_path / "net.safetensors")
@@ -323,6 +484,23 @@ def test_program_with_two_processes_prints_what_one_does(data, tmp_path, cache):
         assert [record["num_gpus"] for record in records] == [gpus, gpus]
         results.append([record["results"] for record in records])
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_comparison_by_two_processes_is_that_of_one(sets, tmp_path, cache):
+    networks = [save(tmp_path / f"{seed}.safetensors", seed) for seed in range(2)]
+    command = [sys.executable, str(ROOT / "calc_metrics.py"), *QUICK, "--compare", *map(str, networks),
+               f"{sets}/fake.zip", f"--data={sets}/real.zip", "--metrics=kid40_full,dc40_full", "--batch=16",
+               "--no-cache", "--per-class"]
+    found = []
+    for gpus in (1, 2):
+        done = subprocess.run([*command, f"--gpus={gpus}"], capture_output=True, text=True, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        found.append((done.stderr, [line.get("results", line) for line in lines]))
+    assert len(found[0][1]) == 3 * 2 + 3 * 3
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
 from metrics.precision_recall import precision_recall
 from tests.helpers.make_sets import make_set
-from tests.helpers.metric_networks import MeanDetector, SquareDistance
+from tests.helpers.metric_networks import MeanDetector, use_mean_detectors
 from tests.helpers.small_networks import small_generator
 
 COUNT = 24
@@ -32,16 +32,8 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def detectors(monkeypatch, tmp_path):
     """Put detectors with known answers in place of real ones; return them by name once they are opened."""
-    opened = {}
-
-    def open_detector(name, *, device, weights):
-        opened[name] = MeanDetector(name)
-        return opened[name]
-
-    monkeypatch.setattr(evaluation, "open_detector", open_detector)
-    monkeypatch.setattr(evaluation, "open_similarity", lambda name, *, device, weights: SquareDistance())
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    return opened
+    return use_mean_detectors(monkeypatch)
 
 
 def fakes_of(G, labels, count, seed=0, batch=32):
@@ -243,6 +235,13 @@ def test_evaluate_keeps_no_features_of_networks(data, tmp_path):
     ("fid20_full", {"detector": "resnet"}, r"^detector 'resnet' is not known; expected one of inception-v3, vgg16, "),
     ("fid20", {"seed": -1}, r"^--seed is -1; expected 0 to 4294967295$"),
     ("fid20", {"batch": 0}, r"^--batch is 0; expected at least 1$"),
+    ("fid20", {"ci": 95.0}, r"^--ci is 95; expected a level between 0 and 1, such as 0\.95$"),
+    ("is20", {"data": None, "holdout": "h.zip"},
+     r"^--holdout is given, but --data is missing; expected the real images to compare with$"),
+    ("is20", {"data": None, "per_class": True},
+     r"^--per-class is given, but --data is missing; expected the real images to compare with$"),
+    ("kid20", {"chosen": "melanoma", "per_class": True},
+     r"^--per-class is given with --class=melanoma; expected one of the two$"),
     ("fid20", {"chosen": "nevus"}, r"^--class names the class 'nevus'; expected one of benign, melanoma, or a number "
                                    r"from 0 to 1$"),
 ])
@@ -344,7 +343,7 @@ def test_evaluate_shows_how_far_each_part_of_the_work_is(data, monkeypatch):
             shown.append((self.unit, self.done, self.total))
 
     monkeypatch.setattr(evaluation, "Progress", Recorder)
-    Evaluator("fid30_full,kid30_full,pr30_full", data=data, progress=True).evaluate(small_generator())
+    Evaluator("fid30_full,kid30_full,pr30_full,dc30_full", data=data, progress=True).evaluate(small_generator())
     assert shown == [("generated images", 30, 30), ("real images", COUNT, COUNT), ("rows for fid30_full", 0, None),
                      ("rows for kid30_full", 2 * COUNT + 30, None),
-                     ("rows for pr30_full", 2 * (COUNT + 30), 2 * (COUNT + 30))]
+                     ("rows for pr30_full, dc30_full", 2 * COUNT + 30, 2 * COUNT + 30)]

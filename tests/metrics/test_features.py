@@ -276,8 +276,10 @@ def test_cache_that_cannot_be_written_is_said(tmp_path, lines):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    make_set(folder / "data.zip", 21, size=32, labels=[index % 2 for index in range(21)])
-    programs = "evaluate+give_up+leave_out+exchange"
+    for name, count, first in (("data", 21, 0), ("held", 15, 100), ("fake", 29, 200)):
+        make_set(folder / f"{name}.zip", images=range(first, first + count), size=32,
+                 labels=[index % 2 for index in range(count)], groups=[f"{name}{index // 4}" for index in range(count)])
+    programs = "evaluate+assess+give_up+leave_out+exchange"
     assert launch(2, [sys.executable, "-m", "tests.helpers.metric_programs", programs, str(folder)]) == 0
     return folder
 
@@ -297,11 +299,20 @@ def test_evaluate_two_processes_give_the_bits_of_one(folder, one_thread, monkeyp
     assert other == {70: {}, 12: {}}
 
 
+def test_classes_intervals_and_floors_of_two_processes_are_the_bits_of_one(folder, one_thread, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_detector", None)  # the program replaces it; this puts it back
+    alone = metric_programs.assess(Processes(rank=0, count=1, device=torch.device("cpu")), folder)
+    main, other = results(folder, "assess")
+    assert main == alone
+    assert list(main["set"]["pr12_full"]["per_class"]) == ["0", "1"]
+    assert other == {"network": {}, "set": {}}
+
+
 def test_evaluate_is_given_up_by_all_processes_when_one_wishes_so(folder):
     main, other = results(folder, "give_up")
-    assert main == {"failures": [("Stopped", 2), ("Stopped", 8)], "after": True}
+    assert main == {"failures": [("Stopped", 2), ("Stopped", 8), ("Stopped", 6)], "after": True}
     # All compute features, and are asked; the main process compares them alone.
-    assert other == {"failures": [("Stopped", 2), ("OtherProcessFailed", 7)], "after": False}
+    assert other == {"failures": [("Stopped", 2), ("OtherProcessFailed", 7), ("Stopped", 6)], "after": False}
 
 
 def test_metrics_of_a_file_that_one_process_could_not_write_are_left_out_by_all(folder):

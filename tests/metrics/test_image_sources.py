@@ -69,6 +69,33 @@ def test_set_images_of_a_class_leave_others_out(labeled):
         assert torch.equal(images.select().pixels(range(2)), torch.stack([planes(1), planes(4)]))
 
 
+@pytest.mark.parametrize(("count", "mirror", "shuffle"), [
+    (None, False, False), (None, True, True), (1, False, True), (3, True, False)])
+def test_select_of_a_class_is_that_of_a_set_of_this_class_alone(labeled, count, mirror, shuffle):
+    alone = SetImages(labeled, "melanoma").select(count, mirror=mirror, shuffle=shuffle, seed=3)
+    found = SetImages(labeled).select(count, mirror=mirror, shuffle=shuffle, seed=3, label=1)
+    assert len(found) == len(alone)
+    assert torch.equal(found.pixels(range(len(found))), alone.pixels(range(len(alone))))
+
+
+def test_groups_of_flipped_images_are_those_of_their_originals(tmp_path):
+    path = make_set(tmp_path / "a.zip", 5, labels=[0, 1, 1, 1, 0], groups=["p1", "p2", "p1", None, None])
+    images = SetImages(path)
+    assert images.select().groups().tolist() == [0, 1, 0, 2, 3]
+    assert images.select(mirror=True).groups().tolist() == [0, 1, 0, 2, 3] * 2
+    assert images.groups(np.array([9, 7, 0])).tolist() == [3, 0, 0]
+    assert images.groups(np.array([4, 0, 1])) is None  # one image each
+    assert SetImages(path, "1").select(mirror=True).groups().tolist() == [1, 0, 2] * 2
+
+
+def test_shared_groups_are_the_named_ones_that_both_sets_have(tmp_path):
+    one = SetImages(make_set(tmp_path / "a.zip", 4, groups=["p1", "p2", None, "p3"]))
+    other = SetImages(make_set(tmp_path / "b.zip", images=range(10, 15), groups=["p3", "p3", None, "p1", "p4"]))
+    assert other.shared_groups(one) == (["p3", "p1"], 3)
+    assert one.shared_groups(other) == (["p1", "p3"], 2)
+    assert SetImages(one.path).shared_groups(SetImages(make_set(tmp_path / "c.zip", images=[7, 8]))) == ([], 0)
+
+
 def test_content_hash_follows_images_order_and_mirroring_not_names(labeled, tmp_path):
     images = SetImages(labeled)
     folder = tmp_path / "other"

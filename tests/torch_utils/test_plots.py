@@ -1,4 +1,4 @@
-"""torch_utils.plots: curves and histograms of given values, with any names, and without side effects."""
+"""torch_utils.plots: curves, histograms and intervals of given values, with any names, and without side effects."""
 
 import logging
 import math
@@ -13,10 +13,21 @@ import PIL.Image
 import pytest
 from matplotlib.colors import to_rgb
 
-from torch_utils.plots import curves_figure, draw_curves, histogram_figure, save_curves, save_histogram
+from torch_utils.plots import (
+    Dot,
+    curves_figure,
+    draw_curves,
+    histogram_figure,
+    intervals_figure,
+    save_curves,
+    save_histogram,
+    save_intervals,
+)
 
 BLUE, ORANGE = (31, 78, 160), (196, 78, 30)
 AREA = slice(36, 352), slice(73, 700)  # rows and columns between the axes, below one line of a legend
+LEGEND = {"value": "the value", "marked": "the worst", "interval": "95% interval", "floor": "the floor",
+          "at_floor": "at the floor"}
 NAMES = ["_private", "$x_1$", "a_b^c", "100%", "m\u00e9lanome", "\u75e3", "\ud800", "a\nb", "\u202eabc", "", "\\frac{"]
 
 
@@ -234,3 +245,61 @@ def test_plots_first_use_says_nothing_and_opens_no_pyplot(tmp_path):
 def test_colors_of_the_first_two_are_those_that_tests_look_for():
     lines = curves_figure({"a": [], "b": []}).axes[0].lines
     assert [tuple(round(255 * part) for part in to_rgb(line.get_color())) for line in lines] == [BLUE, ORANGE]
+
+
+def marks(axes):
+    """Return (x, y) of each mark in an axes, by its marker and whether it is filled."""
+    found = {}
+    for line in axes.lines:
+        kind = (line.get_marker(), "hollow" if line.get_markerfacecolor() == "white" else "full", len(line.get_xdata()))
+        found.setdefault(kind, []).append((tuple(line.get_xdata()), tuple(line.get_ydata())))
+    return found
+
+
+def test_intervals_figure_has_each_number_in_its_row():
+    figure = intervals_figure([("all", "n 9"), ("nevus", "n 4"), ("vasc", "n 1")], {
+        "kid": [Dot(2.0, 1.0, 4.0, floor=0.5, at_floor=2.5), Dot(3.0, 2.5, 3.5, 2.75, is_marked=True), None],
+        "fid": [Dot(7.0)] * 3}, LEGEND)
+    kid, fid = figure.axes
+    assert marks(kid) == {("|", "full", 1): [((0.5,), (0,))], ("|", "full", 2): [((1.0, 4.0), (0, 0))],
+                          ("|", "full", 3): [((2.5, 2.75, 3.5), (-1, -1, -1))],
+                          ("o", "hollow", 1): [((2.5,), (0,))], ("o", "full", 1): [((2.0,), (0,))],
+                          ("D", "full", 1): [((3.0,), (-1,))]}
+    assert [text.get_text() for text in kid.texts] == ["no value"]
+    assert marks(fid) == {("o", "full", 1): [((7.0,), (0,)), ((7.0,), (-1,)), ((7.0,), (-2,))]}
+    assert [label.get_text() for label in kid.get_yticklabels()] == ["all\nn 9", "nevus\nn 4", "vasc\nn 1"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["kid", "fid"]
+    assert texts(figure) == list(LEGEND.values())
+
+
+def test_intervals_figure_legend_tells_of_what_is_drawn_only():
+    figure = intervals_figure([("all", "")], {"kid": [Dot(2.0, 1.0, 4.0)]}, LEGEND)
+    assert texts(figure) == ["the value", "95% interval"]
+
+
+@pytest.mark.parametrize(("rows", "panels"), [(2, 1), (8, 5), (30, 3), (1, 9)])
+def test_intervals_figure_rows_and_panels_do_not_overlap(rows, panels):
+    dots = [Dot(0.001 * row, 0.0005, 0.0301) for row in range(rows)]
+    figure = intervals_figure([(f"class {row} " + "W" * row, "n 1000 real, 500 fake") for row in range(rows)],
+                              {f"metric {index} " + "W" * 30: dots for index in range(panels)}, LEGEND)
+    figure.canvas.draw()
+    first = figure.axes[0]
+    extents = [label.get_window_extent() for label in first.get_yticklabels()]
+    assert all(above.y0 >= below.y1 for above, below in pairwise(extents))
+    assert min(extent.x0 for extent in extents) > 0
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(one.x0 < other.x1 and other.x0 < one.x1 and one.y0 < other.y1 and other.y0 < one.y1
+                   for index, one in enumerate(boxes) for other in boxes[:index])
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 > max(box.y1 for box in boxes)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1.7e308, -1.7e308])
+def test_save_intervals_odd_values_and_names_are_drawn(tmp_path, value):
+    rows = [(name, name) for name in NAMES]
+    save_intervals(tmp_path / "a.png", rows, {name: [Dot(value, value, value)] * len(rows) for name in NAMES[:2]},
+                   LEGEND)
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        assert (np.asarray(picture) == BLUE).all(axis=2).sum() > 50 * len(rows)

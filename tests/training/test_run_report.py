@@ -202,6 +202,22 @@ def test_metric_writes_line_picture_and_scalars(tmp_path, capsys):
         "pr50k3_full_precision 10  pr50k3_full_recall 0.5  at kimg 4.0, in 1:05"
 
 
+def test_metric_of_classes_names_the_worst_and_plots_it(tmp_path, capsys):
+    worst = {"pr50k3_full_precision": {"class": "melanoma", "value": 0.25},
+             "pr50k3_full_recall": {"class": "nevus", "value": 0.125}}
+    reporter = Reporter(tmp_path, is_main=True)
+    report_metric(reporter, 4, worst_class=worst, per_class={"melanoma": {}, "nevus": {}})
+    report_metric(reporter, 5, worst_class={}, per_class={"melanoma": {"reason": "too few"}})
+    assert capsys.readouterr().out == (
+        "pr50k3_full_precision 10  pr50k3_full_recall 0.5  worst class: melanoma (0.25), nevus (0.125)  at kimg 4.0, "
+        "in 1:05\n"
+        "pr50k3_full_precision 10  pr50k3_full_recall 0.5  at kimg 5.0, in 1:05\n")
+    assert records(tmp_path / "metric-pr50k3_full.jsonl")[0]["worst_class"] == worst
+    found = events(tmp_path)
+    assert found["Metrics/pr50k3_full_recall/worst_class"] == [(4000, 0.125)]
+    assert found["Metrics/pr50k3_full_precision/worst_class"] == [(4000, 0.25)]
+
+
 def test_start_cuts_metrics_and_keeps_lines_of_others(tmp_path):
     path = tmp_path / "metric-pr50k3_full.jsonl"
     reporter = Reporter(tmp_path, is_main=True)

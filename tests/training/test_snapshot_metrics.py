@@ -66,8 +66,8 @@ def train(folder, evaluate, kimg=3, snap=1, **settings):
 class Metric:
     """Computes a number from the weights; `at` decides what happens in a call, by its number from 1 on."""
 
-    def __init__(self, at=None, seconds=1.0):
-        self.at, self.seconds, self.calls = at or {}, seconds, 0
+    def __init__(self, at=None, seconds=1.0, **fields):
+        self.at, self.seconds, self.fields, self.calls = at or {}, seconds, fields, 0
 
     def __call__(self, G, *, stop):
         self.calls += 1
@@ -79,7 +79,7 @@ class Metric:
         if stop():
             raise RuntimeError("given up")
         value = sum(float(tensor.double().sum()) for tensor in G.parameters())
-        return {METRIC: {"results": {METRIC: value}, "total_time": self.seconds}}
+        return {METRIC: {"results": {METRIC: value}, "total_time": self.seconds, **self.fields}}
 
 
 def run_in(folder):
@@ -224,6 +224,20 @@ def test_metrics_that_calc_metrics_computed_are_not_made_up(tmp_path):
         with open(path, "ab") as file:
             file.write(to_line({"results": {METRIC: 1.0}, "snapshot_pkl": snapshot, "kimg": kimg, "seed": seed}))
     metric = Metric()
+    assert train(here, metric, kimg=2) == loop.EXIT_DONE
+    assert metric.calls == 2
+    assert [line.get("nimg", line.get("kimg")) for line in lines(here)] == [200, 1.4, 0.8, 800, 2000]
+
+
+def test_metrics_of_classes_that_calc_metrics_left_out_are_made_up(tmp_path):
+    """A line without classes is not what a run with --per-class would have written."""
+    here = tmp_path / "here"
+    assert train(here, Metric(seconds=7200, per_class={"nv": {}}), kimg=2, max_hours=1) == loop.EXIT_STOPPED
+    for kimg, fields in ((1.4, {"per_class": {"nv": {}}}), (0.8, {})):
+        with open(run_in(here) / f"metric-{METRIC}.jsonl", "ab") as file:
+            file.write(to_line({"results": {METRIC: 1.0}, "kimg": kimg, **fields,
+                                "snapshot_pkl": f"network-snapshot-{int(kimg):06d}.safetensors"}))
+    metric = Metric(per_class={"nv": {}})
     assert train(here, metric, kimg=2) == loop.EXIT_DONE
     assert metric.calls == 2
     assert [line.get("nimg", line.get("kimg")) for line in lines(here)] == [200, 1.4, 0.8, 800, 2000]

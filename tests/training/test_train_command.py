@@ -17,6 +17,7 @@ from imagesets.writer import ImageSetWriter
 from metrics.names import choose_metrics
 from tests.helpers.make_archives import make_folder, make_zip
 from tests.helpers.make_sets import enclose, make_set, pixels_of, png
+from tests.helpers.small_networks import small_generator
 from tests.helpers.training_runs import replaced
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import Tuning
@@ -172,6 +173,7 @@ SETTINGS_FLAGS = [
     ("", "precision", "auto"), ("--precision=auto", "precision", "auto"), ("--precision=bf16", "precision", "bf16"),
     ("--fp32=1", "precision", "fp32"), ("--precision=auto --fp32=0", "precision", "fp16"),
     ("", "batch_gpu", None), ("--batch-gpu=8", "batch_gpu", 8),
+    ("", "per_class", False), ("--cond=1 --per-class=1", "per_class", True),
 ]
 
 
@@ -187,9 +189,11 @@ def test_flag_reaches_the_settings(flags, name, value, inside, capsys):
     ("pr2k3_full_recall", "pr2k3_full", "pr2k3_full_recall", False),
     ("pr2k3_full_precision", "pr2k3_full", "pr2k3_full_precision", False),
     ("is10k", "is10k", "is10k_mean", False), ("is10k_mean", "is10k", "is10k_mean", False),
-    ("ppl2_wend", "ppl2_wend", "ppl2_wend", True)])
+    ("ppl2_wend", "ppl2_wend", "ppl2_wend", True), ("dc2k_full_coverage", "dc2k_full", "dc2k_full_coverage", False),
+    ("auth2k_full", "auth2k_full", "auth2k_full_authpct", False),
+    ("div2k_full", "div2k_full", "div2k_full_ratio", False)])
 def test_keep_best_takes_a_value_of_the_metrics_and_knows_which_is_better(text, metric, key, lower, inside, capsys):
-    names = "fid2k_full,kid500,pr2k3_full,is10k,ppl2_wend"
+    names = "fid2k_full,kid500,pr2k3_full,is10k,ppl2_wend,dc2k_full,auth2k_full,div2k_full"
     settings = start(capsys, f"--metrics={names}", f"--keep-best={text}")[0].settings
     assert settings.keep_best.to_dict() == {"metric": metric, "key": key, "lower_is_better": lower}
     assert (settings.keep, settings.num_newest, settings.keep_flags) == (None, 1, f"--keep-best={key}")
@@ -199,6 +203,28 @@ def test_what_is_kept_is_no_part_of_a_runs_identity(inside, capsys):
     flags = ["--metrics=kid5", "--detector=random-conv"]
     all_kept, some = (start(capsys, *flags, *more)[0] for more in ([], ["--keep=2", "--keep-best=kid5"]))
     assert all_kept.config == some.config
+
+
+def test_metrics_of_classes_are_no_part_of_a_runs_identity(inside, capsys):
+    flags = ["--metrics=kid5", "--detector=random-conv", "--cond=1"]
+    without, with_classes = (start(capsys, *flags, *more)[0] for more in ([], ["--per-class=1"]))
+    assert without.config == with_classes.config
+    assert dry_run(capsys, *flags, "--per-class=1")[0]["per_class"] is True
+
+
+def test_metrics_of_classes_need_classes(inside, capsys):
+    make_set("vectors.zip", 6, size=16, labels=[[0.5, 1.0]] * 6)
+    assert refuse(capsys, "--outdir=runs", "--data=vectors.zip", "--cond=1", "--per-class=1") == (
+        "--per-class is true, but vectors.zip has lists of numbers as labels; expected classes: leave --per-class out")
+
+
+def test_metrics_are_computed_for_classes_if_wanted(inside, capsys):
+    """The evaluator of a run with --per-class measures the classes of its data."""
+    trainer, _ = start(capsys, "--cond=1", "--metrics=kid2_full", "--detector=random-conv", "--per-class=1")
+    evaluate = train.make_evaluate(trainer.config, trainer.settings, 16)
+    found = evaluate(small_generator(c_dim=3), stop=lambda: False)["kid2_full"]["per_class"]
+    assert {name: record.get("num_real", record.get("reason")) for name, record in found.items()} == {
+        "nv": 3, "mel": 2, "bcc": "too few images: 1 real and 1 generated; the metric needs at least 2"}
 
 
 def test_dry_run_counts_network_files_and_their_bytes(inside, capsys):
@@ -607,9 +633,9 @@ def test_help_shows_every_flag_in_a_group_with_its_default(inside, capsys):
 NETWORK = "a network file: a .safetensors of a run, or a .pkl of NVIDIA's code"
 LICENSE = ("that NVIDIA published under the NVIDIA Source Code License-NC (for non-commercial use only); expected a "
            "file: download it from NVIDIA under that license, and give its path, such as --resume={}.pkl")
-METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k2_wend, or one of fid50k_full, "
-           "kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, ppl_zfull, ppl_wfull, ppl_zend, "
-           "ppl_wend")
+METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, dc600_full, auth_full, div_full, is10k, "
+           "ppl1k2_wend, or one of fid50k_full, kid50k_full, pr50k3_full, fid50k, kid50k, pr50k3, is50k, ppl2_wend, "
+           "ppl_zfull, ppl_wfull, ppl_zend, ppl_wend, dc5k5_full, auth5k_full, div5k_full")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -638,8 +664,10 @@ METRICS = ("names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, ppl1k
                   "8"),
     ("--batch-gpu=6", "--batch-gpu is 6; expected at most 4 images in a pass, or a multiple of 4: try 8"),
     ("--metrics=fid", f"metric 'fid' is not known; expected {METRICS}"),
-    ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, is10k, "
-                   "ppl1k2_wend"),
+    ("--metrics=", "no metric is named; expected names such as fid2k_full, kid500, kid_full, pr2k3_full, dc600_full, "
+                   "auth_full, div_full, is10k, ppl1k2_wend"),
+    ("--per-class=1", "--per-class is true without --cond=1; expected networks that know the classes: add --cond=1, or "
+                      "leave --per-class out"),
     ("--metrics=kid1k --detector=vgg", "detector 'vgg' is not known; expected one of inception-v3, vgg16, "
                                        "efficientnet-lite0, random-conv, timm:NAME"),
     ("--metrics=is1k --detector=vgg16", "metric is1k needs probabilities of classes, which vgg16 does not give; "
