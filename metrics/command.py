@@ -18,7 +18,7 @@ from dnnlib.cli import UserError, UserPath, join_values
 from dnnlib.lines import AppendFile, to_line
 from generation.network import NETWORK_HELP, OpenNetwork, choose_network, open_network
 from metrics.comparison import Item, Measured, difference_table, differences, find_items
-from metrics.detectors.registry import DETECTOR_NAMES
+from metrics.detectors.registry import DETECTOR_FORMS
 from metrics.evaluation import Evaluator
 from metrics.features import OtherProcessFailed
 from metrics.image_sources import SetImages
@@ -76,7 +76,6 @@ class MetricsCommand(click.Command):
 
 
 def _options() -> list[click.Option]:
-    detectors = ", ".join(DETECTOR_NAMES)
     return [
         _option("--network", UserPath(), f"{NETWORK_HELP} In the folder of a run, results are also added to its "
                 "metric-NAME.jsonl.", "FILE"),
@@ -95,26 +94,31 @@ def _options() -> list[click.Option]:
         _option("--mirror", bool, "Include horizontally flipped real images in metrics without _full.", "BOOL",
                 shown="as in training"),
         _option("--class", str, "Measure images of one class only.", "NAME|NUMBER", name="chosen"),
-        click.Option(["--per-class"], is_flag=True,
-                     help="Also measure each class of --data: its real images with generated ones of the class."),
+        _option("--per-class", bool,
+                "Also measure each class of --data: its real images with generated ones of the class.", "BOOL",
+                default=False, is_flag=False, flag_value=True),  # --per-class alone is enough
         _option("--ci", float, "Level of intervals, such as 0.95: give an interval for each value.", "LEVEL",
                 shown=f"no intervals; {DEFAULT_LEVEL} with --compare"),
         _option("--holdout", UserPath(),
                 "Data set of other real images: also measure these, as a floor that no generator can be shown to be "
                 "better than.", "PATH"),
         _option("--figure", UserPath(), "Draw the values, with intervals and floor, by class or by item.", "FILE.png"),
-        _option("--detector", str, f"Feature detector to use instead of the usual one: {detectors}. Values from "
+        _option("--detector", str, f"Feature detector to use instead of the usual one: {DETECTOR_FORMS}. Values from "
                 "different detectors cannot be compared.", "NAME",
-                shown=f"{USUAL_DETECTORS['fid']}; {USUAL_DETECTORS['pr']} for pr, {USUAL_DETECTORS['ppl']} for ppl"),
+                shown=f"{USUAL_DETECTORS['fid']}; {USUAL_DETECTORS['pr']} for pr and dc, {USUAL_DETECTORS['ppl']} for "
+                      "ppl"),
         _option("--detector-weights", UserPath(named=True),
-                "File with the detector's weights, instead of downloading them; NAME=FILE if several detectors are "
-                "needed, and lpips-vgg16=FOLDER with the two files that ppl needs. May be given several times.",
+                "File with the detector's weights, instead of downloading them; those of timm:NAME are never "
+                "downloaded. NAME=FILE if several detectors are needed, and lpips-vgg16=FOLDER with the two files that "
+                "ppl needs. May be given several times.",
                 "FILE", multiple=True),
         _option("--seed", int, "Random seed.", "INT", default=0),
         _option("--batch", int, "Batch size. Results depend on it slightly, since noise inputs are drawn per batch.",
                 "INT", shown="chosen by resolution"),
         _option("--device", str, DEVICE_HELP, "NAME", default="auto"),
         _option("--gpus", int, "Number of processes: one per GPU, or several on a CPU.", "INT", shown="1"),
+        _option("--workers", int, "Number of processes that decode the images of sets, for each process.", "INT",
+                shown="its share of the CPU cores, at most 8"),
         _option("--tune-malloc", bool, TUNE_MALLOC_HELP, "BOOL", default=True),
         _option("--verbose", bool, "Show progress.", "BOOL", default=True),
         click.Option(["--no-cache", "use_cache"], is_flag=True, flag_value=False, default=True,
@@ -173,6 +177,7 @@ class MeasureSettings:
     seed: int
     batch: int | None
     use_cache: bool
+    workers: int | None
     verbose: bool
 
     def __post_init__(self):
@@ -405,7 +410,7 @@ def _evaluator(settings: MeasureSettings, processes: Processes, *, mirror: bool)
     return Evaluator(settings.metrics, data=settings.data, detector=settings.detector,
                      weights=needed_detectors(settings.metrics, settings.detector, settings.detector_weights),
                      mirror=mirror, chosen=settings.chosen, seed=settings.seed, batch=settings.batch,
-                     device=processes.device, use_cache=settings.use_cache, ci=settings.ci,
+                     device=processes.device, use_cache=settings.use_cache, workers=settings.workers, ci=settings.ci,
                      holdout=settings.holdout, per_class=settings.per_class,
                      log=lambda line: click.echo(line, err=True), progress=settings.verbose)
 

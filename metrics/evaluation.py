@@ -79,6 +79,7 @@ class Evaluator:
     batch:     batch size; results depend on it, since noise is drawn per batch. None = chosen by resolution
     device:    None = the generator's
     use_cache: keep features of image sets on disk
+    workers:   number of processes that decode the images of sets, for each process; None = its share of the cores
     ci:        level of intervals, such as 0.95; None computes none
     holdout:   path of other real images, which give the floor: the same metric between them and the data set
     per_class: also measure each class of the data set
@@ -92,8 +93,8 @@ class Evaluator:
     def __init__(self, metrics: str | Sequence[str], *, data: str | os.PathLike | None = None,
                  detector: str | None = None, weights: Mapping[str, str | None] | None = None, mirror: bool = False,
                  chosen: str | None = None, seed: int = 0, batch: int | None = None,
-                 device: torch.device | str | None = None, use_cache: bool = True, ci: float | None = None,
-                 holdout: str | os.PathLike | None = None, per_class: bool = False,
+                 device: torch.device | str | None = None, use_cache: bool = True, workers: int | None = None,
+                 ci: float | None = None, holdout: str | os.PathLike | None = None, per_class: bool = False,
                  log: Callable[[str], None] = lambda line: None, progress: bool = False):
         self.requests = parse_metrics(metrics)
         self.detector_names = {request.name: choose_detector(request, detector) for request in self.requests}
@@ -102,9 +103,11 @@ class Evaluator:
             raise UserError(f"--seed is {seed}; expected 0 to {_LARGEST_SEED}")
         if batch is not None and batch < 1:
             raise UserError(f"--batch is {batch}; expected at least 1")
+        if workers is not None and workers < 1:
+            raise UserError(f"--workers is {workers}; expected at least 1")
         if ci is not None and not 0 < ci < 1:
             raise UserError(f"--ci is {ci:g}; expected a level between 0 and 1, such as 0.95")
-        self.ci = ci
+        self.ci, self._workers = ci, workers
         self._weights, self._progress, self._log = dict(weights or {}), progress, log
         self._logged: set[str] = set()  # notes on classes
         self._stop: Callable[[], bool] | None = None
@@ -234,7 +237,8 @@ class Evaluator:
         if missing:
             some = [wanted[index] for index in missing]
             with self._showing(max(each.count for each in some), unit) as on_images:
-                found = compute_features(source, some, batch=batch, device=self._device, on_images=on_images)
+                found = compute_features(source, some, batch=batch, device=self._device, on_images=on_images,
+                                         cache=self._cache, workers=self._workers)
             for index, features in zip(missing, found or ()):
                 cached[index] = features
                 if keys:
@@ -292,7 +296,8 @@ class Evaluator:
         with self._showing(sum(totals.values()), "generated images of classes") as on_images:
             for name, total in totals.items():
                 source = GeneratedImages(G, labels[name], count=total, seed=self.seed, device=self._device)
-                found = compute_features(source, wanted[name], batch=batch, device=self._device, on_images=on_images)
+                found = compute_features(source, wanted[name], batch=batch, device=self._device, on_images=on_images,
+                                         cache=self._cache, workers=self._workers)
                 for each, features in zip(wanted[name], found or ()):
                     samples.add(each.detector.name, Sample(features=features), name)
 
