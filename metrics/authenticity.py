@@ -62,7 +62,7 @@ def authenticity(train: np.ndarray | Tensor, fake: np.ndarray | Tensor, train_gr
         found = _are_authentic(of_train, of_fakes, groups, of_half, fake_half)
         in_halves[split] = [found[fake_half == half].mean() for half in (0, 1)]
     authpct = halves_jackknife(100 * authentic.mean(), 100 * in_halves, {"real": train_groups, "fake": None},
-                               {"real": len(train), "fake": len(fake)}, least=0.0, most=100.0)
+                               {"real": len(train), "fake": len(fake)}, is_share=True, most=100.0)
     if heldout is None:
         return Authenticity(authpct, None)
     of_heldout = nearest(screen, sets[2], 1, among=trains, on_rows=on_rows)

@@ -55,15 +55,18 @@ class Jackknife:
 
     estimate: float
     without: Mapping[str, np.ndarray]  # side -> float64 [G], the estimate without each group of this side
-    is_share: bool = False  # a share of images, from 0 to 1
+    is_share: bool = False  # a share of images, from 0 to 1, or to `most` where that is finite, as for percent
     least: float = -math.inf  # the smallest value that the quantity can have
     most: float = math.inf  # the largest one
     unit: str = "group"  # what is left out; image where all groups are of one image
     method: str = "delete-group jackknife"
     dealt: Mapping[str, int] = field(default_factory=dict)  # numbers of groups by side, where units are made of groups
+    splits: int | None = None  # number of random splits that the variance is a mean over; None = it is of all units
 
     @property
     def num_units(self) -> dict[str, int]:
+        if self.splits is not None:
+            return {"splits": self.splits, **self.dealt}
         return {**{side: len(values) for side, values in self.without.items()}, **self.dealt}
 
     def variances(self) -> dict[str, float]:
@@ -93,7 +96,8 @@ class Jackknife:
         error = math.sqrt(sum(variances.values()))
         reach = _critical(level, self._freedom(variances))
         if self.is_share:
-            low, high = _share_bounds(estimate, error, self._fewest(), reach)
+            whole = self.most if math.isfinite(self.most) else 1.0
+            low, high = (whole * end for end in _share_bounds(estimate / whole, error / whole, self._fewest(), reach))
         else:
             low, high = (min(max(end, self.least), self.most)
                          for end in (estimate - reach * error, estimate + reach * error))
@@ -137,17 +141,21 @@ class Jackknife:
                 without[f"{side} of first"] = values - other.estimate
                 without[f"{side} of second"] = self.estimate - other.without[side]
         return Jackknife(estimate=self.estimate - other.estimate, without=without, unit=self.unit, method=self.method,
-                         dealt=self.dealt)
+                         dealt=self.dealt, splits=self.splits)
 
     def _fewest(self) -> int:
-        return min(self.num_units.values())
+        return min((self.dealt or self.num_units).values())
 
     def _freedom(self, variances: Mapping[str, float]) -> float:
         total = sum(variances.values())
-        parts = sum(variance**2 / (min([len(self.without[side]), *self.dealt.values()]) - 1)
-                    for side, variance in variances.items())
-        # Of variances that are all 0, the side with the fewest groups.
-        return total**2 / parts if parts > 0 else self._fewest() - 1
+        parts = 0.0
+        for side, variance in variances.items():
+            counts = [*self.dealt.values(), *([] if self.splits else [len(self.without[side])])]
+            parts += variance**2 / (min(counts) - 1)
+        if parts == 0:  # variances that are all 0: the side with the fewest groups
+            return self._fewest() - 1
+        # A mean over random splits adds the relative variance 2 / splits to that of a variance, which is 2 / freedom.
+        return 1 / (parts / total**2 + (0 if self.splits is None else 1 / self.splits))
 
 
 def random_halves(name: str, count: int, groups: np.ndarray | None, fewest: int) -> np.ndarray:
@@ -155,6 +163,9 @@ def random_halves(name: str, count: int, groups: np.ndarray | None, fewest: int)
 
     name:    of the side, such as real, for the message
     fewest:  number of images needed
+
+    Groups are dealt in order of first appearance: images in another order are dealt otherwise, by which a standard
+    error from SPLITS splits moves by 9 % (1 / sqrt(2 SPLITS)), and the estimate does not.
 
     Raises TooFew if there are fewer images, or fewer than four groups.
     """
@@ -188,7 +199,8 @@ def halves_jackknife(estimate: float, values: np.ndarray, groups: Mapping[str, n
     step = apart / math.sqrt(2 * len(apart) - 1)  # so that the variance of a jackknife is the mean of apart^2
     dealt = {side: int(group_numbers(numbers, counts[side]).max()) + 1 for side, numbers in groups.items()}
     return Jackknife(estimate=float(estimate), without={"blocks": np.concatenate([estimate + step, estimate - step])},
-                     unit=unit_of(*groups.values()), method="random halves of groups", dealt=dealt, **properties)
+                     unit=unit_of(*groups.values()), method="random halves of groups", dealt=dealt, splits=len(apart),
+                     **properties)
 
 
 def check_level(level: float) -> None:

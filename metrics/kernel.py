@@ -79,10 +79,10 @@ def permuted_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, rea
     real_groups:  int64 [N]; None = images are independent; fake_groups likewise
     on_rows:      called with the number of finished rows of the kernel matrix; there are N + M
 
-    The distance is that of `kernel_jackknife`. Groups stay whole: in random order they go to the first side until it
-    has N images, or as close to N as the last group allows, and at least two groups are on each side. The p-value
-    (1 + number of permutations with at least the distance at hand) / (1 + permutations) is valid for any number of
-    groups (Phipson and Smyth 2010), if groups of both sets have similar sizes.
+    The distance is that of `kernel_jackknife`. Groups stay whole, and as many as the first set has go to the first
+    side. The p-value (1 + number of permutations with at least the distance at hand) / (1 + permutations) is valid for
+    any number of groups (Phipson and Smyth 2010). If one set has larger groups, it is too high rather than too low: of
+    300 pairs of sets of one distribution, 20 groups of 5 images and 20 of 1, it was up to 0.05 in 2 to 3 %.
 
     Raises ValueError if features have another shape or type or are too many; TooFew, which is one, if a set has fewer
     than two groups.
@@ -101,9 +101,7 @@ def permuted_distances(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, rea
     on_first = np.zeros([len(sizes), 1 + permutations], dtype=bool)  # groups; column 0 is the sets at hand
     on_first[:num_real, 0] = True
     for column in range(1, 1 + permutations):
-        order = random.permutation(len(sizes))
-        nearest = np.abs(sizes[order].cumsum() - len(real)).argmin() + 1
-        on_first[order[:np.clip(nearest, 2, len(sizes) - 2)], column] = True
+        on_first[random.permutation(len(sizes))[:num_real], column] = True
     distances, scale = _dealt_distances(torch.cat([real, fake]), groups, sizes, on_first, on_rows)
     # The same two sides in another order may differ by rounding.
     at_least = int((distances[1:] >= distances[0] - 1e-12 * scale).sum())

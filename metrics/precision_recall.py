@@ -55,7 +55,8 @@ def neighborhoods(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, ks: Iter
     Results are those of float64 differences of the features, see metrics/distances.py. Memory beyond the features:
     0.3 GB, and for jackknife 16 bytes for each image and each of its 3 k + 12 nearest others.
 
-    In simulations intervals at 95 % contained the mean over fresh draws in 90 to 100 % of draws.
+    In simulations intervals at 95 % contained the mean over fresh draws in 89 to 100 % of draws, with 16 images or with
+    4 to 10 groups in 86 to 100 %.
 
     Raises ValueError if features have another shape or type, or are at most k; TooFew if jackknife needs more.
     """

@@ -84,7 +84,7 @@ def test_authenticity_with_groups_equals_brute_force(seed):
     found = authenticity(train, fake, groups + 100).authpct
     assert found.estimate == pytest.approx(brute_force(train, fake, groups))
     assert 0 < found.estimate < 100
-    assert found.num_units == {"blocks": 128, "real": 12, "fake": 30}
+    assert found.num_units == {"splits": 64, "real": 12, "fake": 30}
 
 
 def test_authenticity_varies_over_draws_as_its_standard_error_says():

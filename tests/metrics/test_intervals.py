@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metrics.intervals import Jackknife, TooFew, bootstrap_mean, group_numbers, holm, unit_of
+from metrics.intervals import Jackknife, TooFew, bootstrap_mean, group_numbers, halves_jackknife, holm, unit_of
 
 
 def leave_out(values, groups=None):
@@ -152,6 +152,39 @@ def assert_wilson(interval, share, number, reach):
 def test_share_of_some_equals_wilsons(count):
     found = mean_of((np.arange(20) < count).astype(float), is_share=True).interval(0.9)
     assert_wilson(found, count / 20, 19, scipy.stats.t.ppf(0.95, 19))  # the jackknife's error divides by n - 1
+
+
+def test_percent_that_is_most_has_the_bounds_of_a_share():
+    values = (np.arange(20) < 3).astype(float)
+    share, percent = (mean_of(each, is_share=True, **most).interval() for each, most in (
+        (values, {}), (100 * values, {"most": 100.0})))
+    assert (percent.low, percent.high) == pytest.approx((100 * share.low, 100 * share.high), rel=1e-11)
+    none = mean_of(np.zeros(20), is_share=True, most=100.0).interval()
+    assert (none.low, none.high) == (0, pytest.approx(100 * mean_of(np.zeros(20), is_share=True).interval().high))
+
+
+def of_halves(estimate, values, **properties):
+    groups = {"real": np.arange(3000) // 3, "fake": None}
+    return halves_jackknife(estimate, values, groups, {"real": 3000, "fake": 500}, **properties)
+
+
+def test_share_of_all_in_all_halves_equals_wilsons_of_the_side_with_the_fewest_groups():
+    found = of_halves(1.0, np.ones([64, 2]), is_share=True).interval()
+    square = scipy.stats.t.ppf(0.975, 499) ** 2
+    assert (found.low, found.high) == pytest.approx((500 / (500 + square), 1), rel=1e-12)
+
+
+def test_interval_from_random_halves_has_fewer_degrees_of_freedom_than_splits():
+    values = np.random.RandomState(0).randn(64, 2)
+    found = of_halves(5.0, values)
+    error = np.sqrt(np.square(np.diff(values, axis=1) / 2).mean())
+    # Of a variance from 500 images, and of a mean over 64 squares.
+    for jackknife in (found, found.minus(of_halves(0.0, np.zeros([64, 2])))):
+        interval, freedom = jackknife.interval(), 1 / (1 / 499 + 1 / 64)
+        assert interval.std_error == pytest.approx(error, rel=1e-12)
+        assert interval.high - 5 == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * error, rel=1e-9)
+        assert jackknife.p_value() == pytest.approx(2 * scipy.stats.t.sf(5 / error, freedom), rel=1e-9)
+    assert found.interval().num_units == {"splits": 64, "real": 1000, "fake": 500}
 
 
 def test_share_that_is_equal_in_all_groups_is_not_certain():
