@@ -1,4 +1,4 @@
-"""What a record says of two samples: values, intervals, the floor that held-out images give, and the same by class."""
+"""What a record states about two samples: values, intervals, the floor of held-out images, and the same by class."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Assessment:
 
 def assess(requests: Sequence[MetricRequest], real: Sample | None, fake: Sample, heldout: Sample | None,
            scoring: Scoring, on_rows: Callable[[int], None]) -> dict[str, Assessment]:
-    """Return what is found by metrics that `share_work`, by name.
+    """Return by name the records and jackknives of metrics of equal `share_work`.
 
     real:     None if the metrics need no reals
     heldout:  held-out images for the floor and C_T; None = neither
@@ -50,7 +50,7 @@ def assess(requests: Sequence[MetricRequest], real: Sample | None, fake: Sample,
 
 def _floors(requests: Sequence[MetricRequest], real: Sample, fake: Sample, heldout: Sample,
             scores: Mapping[str, Score], scoring: Scoring, on_rows: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """Return by name what the metrics give for held-out images in place of the fakes, or the reason why nothing.
+    """Return by name the values of held-out images in place of the fakes, or the reason why there are none.
 
     scores:  those of the fakes
     """
@@ -80,9 +80,9 @@ def _floors(requests: Sequence[MetricRequest], real: Sample, fake: Sample, heldo
 def assess_classes(requests: Sequence[MetricRequest], detector: str, counts: Mapping[str, int], *,
                    real: Samples | None, fake: Samples, heldout: Samples | None, scoring: Scoring,
                    on_rows: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """Return the fields on classes of metrics that `share_work`, by name: per_class and worst_class.
+    """Return by name the fields per_class and worst_class of metrics of equal `share_work`.
 
-    detector:       name of that of the samples
+    detector:       name of the detector of the features
     counts:         how many fakes of each class are used, by its name
     real, heldout:  None as in `assess`
     """
@@ -123,7 +123,7 @@ def assess_classes(requests: Sequence[MetricRequest], detector: str, counts: Map
 
 def assess_paths(request: MetricRequest, distances: Tensor, level: float | None,
                  class_names: Sequence[str]) -> Assessment:
-    """Return what is found by a perceptual path length.
+    """Return the record and jackknife of a perceptual path length.
 
     distances:    float32 [N], as `PathSteps.distances` returns them
     level:        of intervals; None computes none
@@ -157,7 +157,8 @@ def _note_unequal_numbers(records: Sequence[dict[str, Any]]) -> None:
     for record, share in zip(records, shares):
         if share < max(shares) / 2:
             _add_note(record, f"{record['num_fake']} generated for {record['num_real']} real images, less than half as "
-                              "many as in another class: recall and coverage are lower by that; compare with the floor")
+                              "many for each as in another class, which lowers recall and coverage; compare with the "
+                              "floor")
 
 
 def _add_note(record: dict[str, Any], note: str) -> None:

@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What a value of the first item has more than that of the second."""
+    """A value of the first item minus that of the second."""
 
     metric: str
     key: str
@@ -79,7 +79,7 @@ class Difference:
 def find_items(texts: Sequence[str], requests: Sequence[MetricRequest]) -> list[Item]:
     """Return the networks and sets that --compare names: runs stand for their newest network.
 
-    requests:  the metrics, which a set may not have
+    requests:  the metrics; a set does not have all of them
 
     Raises UserError if one is missing, named twice, or a set that a metric cannot measure.
     """
@@ -128,7 +128,7 @@ def difference_table(found: Sequence[Difference], level: float) -> list[str]:
     named = sorted((each for each in tested if each.is_named), key=lambda each: each.p_holm)
     lines = []
     if named:
-        lines = [f"Differences that are not 0 (Holm's correction for {plural(len(tested), 'test')}, "
+        lines = [f"Differences distinguishable from 0 (Holm's correction for {plural(len(tested), 'test')}, "
                  f"{100 * level:.6g}% intervals):"]
         lines += format_table([["first", "second", "value", "first - second", "interval", "p"], *(
             [each.first, each.second, each.key, *_shown(each.interval), f"{each.p_holm:.2g}"] for each in named)],
@@ -148,7 +148,7 @@ def difference_table(found: Sequence[Difference], level: float) -> list[str]:
 def _names(paths: Sequence[str]) -> list[str]:
     """Return the shortest ends of different paths that tell them apart: the last part, or more if needed.
 
-    The names of folders above may contain names of people or places.
+    Folders above are left out, since their names may be those of people or places.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     return ["/".join(next(each[-count:] for count in range(1, len(each) + 1)

@@ -6,11 +6,9 @@ and of each class; `metrics.scores` turns them into the values of each metric.
 
 import os
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,11 +41,10 @@ from metrics.perceptual_path import PathSteps, check_path_requests
 from metrics.reference import RealSubset, Reference
 from metrics.samples import Sample, Samples, missing_items
 from metrics.scores import Scoring, share_work
-from torch_utils.device import find_versions
+from torch_utils.device import find_project_version, find_versions
 from torch_utils.distributed import any_process, is_main
 
 _LARGEST_SEED = 2**32 - 1
-_PROJECT_FILE = Path(__file__).parent.parent / "pyproject.toml"
 
 
 class Stopped(Exception):
@@ -283,7 +280,7 @@ class Evaluator:
 
     def _add_classes(self, samples: Samples, G: nn.Module, requests: list[MetricRequest],
                      counts: Mapping[tuple[str, str], int], batch: int) -> None:
-        """Add a network's fakes of each class. None without `counts`, the result of `_class_counts`.
+        """Add a network's fakes of each class, as many as `_class_counts` returned; none without --per-class.
 
         Batches do not cross classes: noise is drawn per batch, and a class gives the values that --class gives.
         """
@@ -385,7 +382,7 @@ class Evaluator:
         reals, heldout = self._reals.get(subset), None if subset is None else self._heldout.get(subset.mirror)
         real, fake = None if reals is None else reals.get(detector), fakes.get(detector).first(first.num_fakes)
         scoring = Scoring(seed=self.seed, level=self.ci, device=self._device)
-        is_known = first.kind in ("pr", "dc") and self.ci is None and heldout is None and not counts
+        is_known = first.k is not None and self.ci is None and heldout is None and not counts
         num_rows = 2 * len(real) + len(fake) if is_known else None
         beat()
         with self._showing(num_rows, f"rows for {', '.join(request.name for request in some)}",
@@ -415,7 +412,8 @@ class Evaluator:
                 "detector": network.name, "detector_sha256": network.weights_sha256,
                 "preprocessing": network.preprocessing, "seed": self.seed, "batch": batch,
                 "class": self.reference.chosen, "data_sha256": None if selection is None else selection.content_hash(),
-                "device": self._device.type, "versions": _software_versions()}
+                "device": self._device.type,
+                "versions": {**find_versions("torch", "numpy"), "project": find_project_version()}}
 
     def _log_once(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -434,15 +432,6 @@ class Evaluator:
                     raise Stopped("measuring was canceled")
 
             yield advance
-
-
-def _software_versions() -> dict[str, str]:
-    """Return the versions of torch, numpy and the project ("unknown" if its file cannot be read)."""
-    try:  # not from installed metadata: the project also runs without being installed
-        project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]["version"]
-    except (OSError, ValueError, KeyError):
-        project = "unknown"
-    return {**find_versions("torch", "numpy"), "project": project}
 
 
 @contextmanager

@@ -92,14 +92,14 @@ def frechet_jackknife(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, real
     real, fake = as_feature_pair(real, fake, at_least=1)
     count, num_features = min(len(real), len(fake)), real.shape[1]
     if count < IMAGES_PER_FEATURE * num_features:
-        raise TooFew(f"fid: {count:,} images, an interval needs at least {IMAGES_PER_FEATURE} for each of the "
+        raise TooFew(f"there are {count:,} images; an interval needs at least {IMAGES_PER_FEATURE} for each of the "
                      f"{num_features:,} dimensions of the features ({IMAGES_PER_FEATURE * num_features:,})")
     numbers = group_numbers(real_groups, len(real)), group_numbers(fake_groups, len(fake))
     num_groups = [int(side.max()) + 1 for side in numbers]
     num_blocks = min(BLOCKS, *num_groups)
     if num_blocks < 2:
-        raise TooFew(f"fid: {num_groups[0]:,} and {num_groups[1]:,} groups of real and fake images, an interval needs "
-                     "at least 2 of each")
+        raise TooFew(f"there are {num_groups[0]:,} groups of real and {num_groups[1]:,} of fake images; an interval "
+                     "needs at least 2 of each")
     random = np.random.RandomState(seed)
     blocks = [(random.permutation(total) % num_blocks)[side] for total, side in zip(num_groups, numbers)]
     whole = [FeatureStats.of(side) for side in (real, fake)]
@@ -176,17 +176,6 @@ class FeatureStats:
                 block -= shift
                 self._pool(len(block), origin.cpu(), shift.cpu(), (block.T @ block).cpu())
 
-    def merge(self, other: "FeatureStats") -> "FeatureStats":
-        """Return the statistics of both sets of features together; neither object changes.
-
-        Raises ValueError if F differs.
-        """
-        self._fit(other.num_features)
-        both = FeatureStats(self.num_features)
-        for part in (self, other):
-            both._pool(part.count, part._origin, part._shift, part._scatter)
-        return both
-
     def without(self, part: "FeatureStats") -> "FeatureStats":
         """Return the statistics of the features that are not in a part of these; neither object changes.
 
@@ -205,8 +194,6 @@ class FeatureStats:
         return rest
 
     def _pool(self, count: int, origin: Tensor, shift: Tensor, scatter: Tensor) -> None:
-        if count == 0:
-            return
         if self.count == 0:
             self.count, self._origin, self._shift = count, origin.clone(), shift.clone()
             self._scatter.copy_(scatter)

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from dnnlib.cli import UserError
 from dnnlib.workers import ordered_map, usable_cores
-from imagesets.classes import (
-    class_names,
-    find_class,
-    label_vectors,
-    missing_labels,
-)
+from imagesets.classes import class_names, find_class, label_vectors, missing_labels
 from imagesets.pixel_hashes import equal_images, known_pixel_hashes
 from imagesets.reader import ImageSet, Shape, load_pixels
 from metrics.intervals import group_numbers
@@ -200,10 +195,6 @@ class SelectedImages:
         with closing(ordered_map(self.images.item, items, workers, chunk=chunk)) as decoded:
             for rows in ranges:
                 yield _stack(islice(decoded, len(rows)))
-
-    def groups(self) -> np.ndarray | None:
-        """Return the groups of the images, as `SetImages.groups` does."""
-        return self.images.groups(self.items)
 
     def content_hash(self, count: int | None = None) -> str:
         """Return the hash of the first `count` images, or of all."""

@@ -23,7 +23,7 @@ _ROUNDING = 1e-12  # standard errors of shares below it are of estimates that ar
 
 
 class TooFew(ValueError):
-    """There are too few images or groups for an interval; the message says what is there and what is needed."""
+    """There are too few images or groups for an interval; the message gives their number and what is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Jackknife:
     most: float = math.inf  # the largest one
     unit: str = "group"  # what is left out; image where all groups are of one image
     method: str = "delete-group jackknife"
-    dealt: Mapping[str, int] = field(default_factory=dict)  # numbers of groups by side, where units are made of groups
+    dealt: Mapping[str, int] = field(default_factory=dict)  # groups by side, where units are made of groups
     splits: int | None = None  # number of random splits that the variance is a mean over; None = it is of all units
 
     @property
@@ -105,7 +105,7 @@ class Jackknife:
                         method=self.method, unit=self.unit, num_units=self.num_units)
 
     def p_value(self) -> float:
-        """Return the two-sided p-value of the true value being 0: below 1 - level where `interval` excludes 0.
+        """Return the two-sided p-value for a true value of 0: below 1 - level where `interval` excludes 0.
 
         Raises TooFew as `variances` does.
         """
@@ -183,7 +183,7 @@ def random_halves(name: str, count: int, groups: np.ndarray | None, fewest: int)
 
 def halves_jackknife(estimate: float, values: np.ndarray, groups: Mapping[str, np.ndarray | None],
                      counts: Mapping[str, int], **properties) -> Jackknife:
-    """Return an estimate with the variance that its values in two halves of all sides tell.
+    """Return an estimate with its variance, computed from the values in two halves of all sides.
 
     values:      float64 [SPLITS, 2], from the halves of each split
     groups:      by side, int64 [N]; None = each image is its own group
@@ -237,8 +237,8 @@ def bootstrap_mean(values: np.ndarray, groups: np.ndarray | None = None, *, is_s
     groups:    int64 [N]; None = images are independent
     is_share:  values are from 0 to 1; where all groups have the same mean, Wilson's bounds for as many images
 
-    The percentiles are further out than the level, as Student's t is from a Gaussian, because few groups resampled
-    vary too little (Hesterberg 2015). The order of the images does not matter.
+    The percentiles are further out than those of the level, as Student's t is wider than a Gaussian, because means
+    of few resampled groups vary too little (Hesterberg 2015). The order of the images does not matter.
 
     Raises TooFew if there are fewer than two groups.
     """

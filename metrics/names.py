@@ -118,7 +118,7 @@ class MetricRequest:
         """The smallest number of images, on each side, for which the metric is defined."""
         if self.k is not None:
             return self.k + 1
-        return {"auth": 3, "div": 3, "is": IS_SPLITS}.get(self.kind, 2)
+        return {"auth": 4, "div": 3, "is": IS_SPLITS}.get(self.kind, 2)
 
 
 def parse_metrics(text: str | Iterable[str]) -> tuple[MetricRequest, ...]:

@@ -30,7 +30,7 @@ class Neighborhoods:
     coverage: float  # share of reals with at least one fake in their neighborhood (eq. 6)
     # name -> float64 per image, whose mean is the value: of fakes for precision, density, of reals for recall, coverage
     indicators: Mapping[str, np.ndarray]
-    jackknives: Mapping[str, Jackknife] = field(default_factory=dict)  # name -> value and those of random halves
+    jackknives: Mapping[str, Jackknife] = field(default_factory=dict)  # name -> value, with the error by random halves
 
 
 def precision_recall(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, k: int,
@@ -81,7 +81,7 @@ def neighborhoods(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, ks: Iter
 
 
 def _count_pairs(screen: Screen, a: Block, b: Block, of_reals: "_Balls", of_fakes: "_Balls") -> None:
-    """Find out which reals of a and fakes of b are in each other's neighborhoods."""
+    """Count the reals of a and fakes of b that are in each other's neighborhoods."""
     low = screen.lower_bounds(a, b)
     close = low <= of_reals.reach[a.start:a.start + len(a.x), None].to(low.dtype)
     close |= low <= of_fakes.reach[b.start:b.start + len(b.x)].to(low.dtype)
@@ -100,8 +100,8 @@ class _Balls:
     """Neighborhoods of one set's images, the centers, and which images of the other set, the points, are in them.
 
     All that matters about the distance of a point to a center is its rank: how many other centers are nearer to the
-    center. The point is in the neighborhood if its rank is below k. In a half, if fewer than k of those nearer are of
-    the same half.
+    center. The point is in the neighborhood if its rank is below k; within a half, if fewer than k of the nearer
+    centers are in that half.
     """
 
     def __init__(self, screen: Screen, centers: FeatureSet, num_points: int, ks: list[int],
@@ -137,7 +137,12 @@ class _Tally:
 
     def __init__(self, k: int, num_centers: int, num_points: int, same: Tensor | None, halves: Tensor | None,
                  point_halves: Tensor | None, device: torch.device):
-        """same: int64 [C, length], in which splits each of the nearest other centers is in the center's half."""
+        """Start with no pairs.
+
+        same:                  int64 [C, length], in which splits each of the nearest other centers is in the center's
+                               half; None = without halves
+        halves, point_halves:  int64 [C] and [P], of centers and points, as `random_halves` returns them
+        """
         self.k, self.halves, self.point_halves = k, halves, point_halves
         self.num_inside = torch.zeros(num_centers, dtype=torch.int64, device=device)
         self.num_around = torch.zeros(num_points, dtype=torch.int64, device=device)

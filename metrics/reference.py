@@ -23,7 +23,7 @@ class RealSubset(NamedTuple):
 
 
 class Reference:
-    """The data set of real images, and the held-out one if there is, opened and checked.
+    """The data set of real images and, if there is one, that of held-out images, opened and checked.
 
     data:       path of the data set; None if no metric needs one
     mirror:     training used flipped images too
@@ -100,9 +100,9 @@ class Reference:
         other:  whose shape it is, for the message: "the network makes {} ones"
         """
         if self.selections and self.images.shape != shape:
-            raise UserError(f"{self.images.path} has {describe_shape(self.images.shape)} images, but "
-                            f"{other.format(describe_shape(shape))}; expected the same: convert the data set with "
-                            "dataset_tool.py")
+            found = other.replace("{}", describe_shape(shape))
+            raise UserError(f"{self.images.path} has {describe_shape(self.images.shape)} images, but {found}; expected "
+                            "the same: convert the data set with dataset_tool.py")
 
     def check_class(self, other: SetImages) -> None:
         """Raise UserError if the number of the class has another name in another set, or it needs classes."""
@@ -114,7 +114,7 @@ class Reference:
             other.class_names()
 
     def check_holdout(self, requests: Sequence[MetricRequest]) -> None:
-        """Raise UserError if held-out images do not fit the data set, are too few, or are known from it."""
+        """Raise UserError if held-out images do not fit the data set, are too few, or are also in it."""
         self.check_shape(self.holdout.shape, f"--holdout={self.holdout.path} has {{}} ones")
         self.check_class(self.holdout)
         for request in requests:

@@ -71,13 +71,13 @@ def interval_record(jackknife: Jackknife | str, level: float) -> dict[str, Any]:
 
 
 def share_work(request: MetricRequest) -> str:
-    """Return a text that is equal for metrics of equal samples that one computation gives: those of neighborhoods."""
+    """Return a key that is equal for metrics of the same samples that are computed together, as pr and dc are."""
     return "neighborhoods" if request.kind in _NEIGHBORHOOD_KINDS else request.name
 
 
 def score_all(requests: Sequence[MetricRequest], real: Sample | None, fake: Sample, heldout: Sample | None,
               scoring: Scoring, on_rows: Callable[[int], None]) -> dict[str, Score]:
-    """Return the values of metrics that `share_work` by name, with jackknives if intervals are wanted.
+    """Return by name the scores of metrics of equal `share_work`, with jackknives if intervals are wanted.
 
     real:     None if the metrics need no reals
     heldout:  held-out images for C_T, or None

@@ -9,6 +9,7 @@ import errno
 import os
 import platform
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,6 +179,15 @@ def find_versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return versions
+
+
+def find_project_version() -> str:
+    """Return the version of this project; "unknown" if its pyproject.toml cannot be read."""
+    try:  # not from installed metadata: the project also runs without being installed
+        text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        return tomllib.loads(text)["project"]["version"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
 
 
 # Memory

@@ -353,7 +353,7 @@ FLAGS = [
     _flag("--per-class", bool, RUN, "Also compute --metrics for each class; the worst class goes to TensorBoard. Needs "
           "--cond=1.", "BOOL"),
     _flag("--detector", str, RUN, "Feature detector of the metrics, in place of the usual ones; see calc_metrics.py "
-          "--help.", "NAME", standard="inception-v3; vgg16 for pr"),
+          "--help.", "NAME", standard="inception-v3; vgg16 for pr and dc"),
     _flag("--detector-weights", UserPath(named=True), RUN,
           "File with the weights of the feature detector; NAME=FILE if several are needed, and "
           "lpips-vgg16=FOLDER with the two files that ppl needs. Can be repeated.", "FILE",

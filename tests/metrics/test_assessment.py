@@ -129,7 +129,7 @@ def test_copies_within_groups_do_not_narrow_the_interval(tmp_path, fake):
 def test_few_images_have_no_interval_of_fid_and_the_reason(data, fake):
     found = measure_set(fake, "fid40_full", data=data, ci=LEVEL)["fid40_full"]
     assert found["ci"] == {"fid40_full": {"reason": (
-        "fid: 40 images, an interval needs at least 10 for each of the 6 dimensions of the features (60)")}}
+        "there are 40 images; an interval needs at least 10 for each of the 6 dimensions of the features (60)")}}
 
 
 def test_one_group_has_no_interval_and_the_reason(tmp_path, fake):
@@ -328,8 +328,8 @@ def test_class_with_fewer_generated_images_for_each_real_one_says_so(tmp_path):
     data = make(tmp_path / "data.zip", range(112), labels=[0] * 80 + [1] * 32)
     found = Evaluator("dc32_full,kid32_full", data=data, per_class=True).evaluate(small_generator())
     assert {name: [each.get("note") for each in record["per_class"].values()] for name, record in found.items()} == {
-        "dc32_full": ["32 generated for 80 real images, less than half as many as in another class: recall and "
-                      "coverage are lower by that; compare with the floor", None], "kid32_full": [None, None]}
+        "dc32_full": ["32 generated for 80 real images, less than half as many for each as in another class, which "
+                      "lowers recall and coverage; compare with the floor", None], "kid32_full": [None, None]}
 
 
 def test_class_without_reals_or_held_out_images_says_so(tmp_path, fake):

@@ -413,7 +413,7 @@ def test_compared_sets_are_named_where_they_differ(capsys, sets, tmp_path):
     assert list(rows) == ["fake.zip", "copy.zip", "dark.zip"]
     for name, row in rows.items():
         assert float(row["value"]) == pytest.approx(values[name], abs=0.5 * 10**-len(row["value"].split(".")[1]))
-    named = err[err.index("Differences that are not 0"):].splitlines()[2:]
+    named = err[err.index("Differences distinguishable from 0"):].splitlines()[2:]
     assert {tuple(line.split()[:3]) for line in named if ".zip" in line} == {
         (each["first"], each["second"], each["key"]) for each in found if each["distinguishable"]}
     with PIL.Image.open(tmp_path / "a.png") as picture:

@@ -114,7 +114,7 @@ def test_named_difference_is_in_the_table_and_the_others_are_counted(draw):
     items = [measured(name, real=reals, fake=draw(40, mean)) for name, mean in (("run a", 0), ("b", 0), ("c", 5))]
     found = differences(items, 0.99)
     lines = difference_table(found, 0.99)
-    assert lines[0] == "Differences that are not 0 (Holm's correction for 3 tests, 99% intervals):"
+    assert lines[0] == "Differences distinguishable from 0 (Holm's correction for 3 tests, 99% intervals):"
     assert lines[1].split() == ["first", "second", "value", "first", "-", "second", "interval", "p"]
     assert {tuple(line.split("  ")[0:1]) for line in lines[2:4]} == {("run a",), ("b",)}
     assert lines[4:] == ["No other difference of 3 is distinguishable from 0."]

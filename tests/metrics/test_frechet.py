@@ -158,38 +158,11 @@ def test_add_in_any_pieces_equals_direct_result(mean, pieces):
     assert_same(stats, features)
 
 
-@pytest.mark.parametrize("mean", [0.0, 1e6])
-@pytest.mark.parametrize("cuts", [[300], [1, 2, 3], [599], [50, 51, 400]])
-def test_merge_of_any_partition_equals_direct_result(mean, cuts):
-    features = spread_features(mean=mean)
-    parts = [FeatureStats.of(part) for part in np.split(features, cuts)]
-    forward, backward = parts[0], parts[-1]
-    for part in parts[1:]:
-        forward = forward.merge(part)
-    for part in parts[-2::-1]:
-        backward = part.merge(backward)
-    assert_same(forward, features)
-    assert_same(backward, features)
-
-
-def test_merge_parts_of_far_apart_means_equals_direct_result():
+def test_add_features_of_a_far_apart_mean_equals_direct_result():
     a, b = spread_features(mean=-1e6, seed=1), spread_features(200, mean=1e6, seed=2)
-    assert_same(FeatureStats.of(a).merge(FeatureStats.of(b)), np.concatenate([a, b]))
-
-
-def test_merge_leaves_both_parts_alone():
-    a, b = spread_features(50, seed=1), spread_features(70, seed=2)
-    left, right = FeatureStats.of(a), FeatureStats.of(b)
-    both = left.merge(right)
-    both.add(a)
-    assert_same(left, a)
-    assert_same(right, b)
-
-
-def test_merge_with_empty_changes_nothing():
-    features = spread_features(40)
-    assert_same(FeatureStats(7).merge(FeatureStats.of(features)), features, rel=1e-15)
-    assert_same(FeatureStats.of(features).merge(FeatureStats(7)), features, rel=1e-15)
+    stats = FeatureStats.of(a)
+    stats.add(b)
+    assert_same(stats, np.concatenate([a, b]))
 
 
 def test_of_equal_large_features_has_no_spread():
@@ -223,8 +196,6 @@ def test_moments_of_too_few_features_raise():
 def test_add_other_width_raises():
     with pytest.raises(ValueError, match=r"^features have 4 dimensions; expected 3 like those before$"):
         FeatureStats(3).add(np.ones([2, 4]))
-    with pytest.raises(ValueError, match=r"^features have 4 dimensions; expected 3 like those before$"):
-        FeatureStats(3).merge(FeatureStats(4))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e6])
@@ -325,12 +296,12 @@ def test_frechet_jackknife_few_groups_are_as_many_blocks():
 
 
 @pytest.mark.parametrize(("num_real", "num_fake", "num_features", "groups", "message"), [
-    (1001, 1280, 128, None, r"^fid: 1,001 images, an interval needs at least 10 for each of the 128 dimensions of the "
-                            r"features \(1,280\)$"),
-    (1280, 1279, 128, None, r"^fid: 1,279 images, an interval needs at least 10 for each of the 128 dimensions of the "
-                            r"features \(1,280\)$"),
-    (20, 50, 2, np.zeros(20, dtype=np.int64), r"^fid: 1 and 50 groups of real and fake images, an interval needs at "
-                                              r"least 2 of each$")])
+    (1001, 1280, 128, None, r"^there are 1,001 images; an interval needs at least 10 for each of the 128 dimensions of "
+                            r"the features \(1,280\)$"),
+    (1280, 1279, 128, None, r"^there are 1,279 images; an interval needs at least 10 for each of the 128 dimensions of "
+                            r"the features \(1,280\)$"),
+    (20, 50, 2, np.zeros(20, dtype=np.int64), r"^there are 1 groups of real and 50 of fake images; an interval needs "
+                                              r"at least 2 of each$")])
 def test_frechet_jackknife_of_too_few_raises(num_real, num_fake, num_features, groups, message):
     with pytest.raises(TooFew, match=message):
         frechet_jackknife(np.ones([num_real, num_features]), np.ones([num_fake, num_features]), groups)

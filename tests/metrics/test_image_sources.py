@@ -81,11 +81,12 @@ def test_select_of_a_class_is_that_of_a_set_of_this_class_alone(labeled, count, 
 def test_groups_of_flipped_images_are_those_of_their_originals(tmp_path):
     path = make_set(tmp_path / "a.zip", 5, labels=[0, 1, 1, 1, 0], groups=["p1", "p2", "p1", None, None])
     images = SetImages(path)
-    assert images.select().groups().tolist() == [0, 1, 0, 2, 3]
-    assert images.select(mirror=True).groups().tolist() == [0, 1, 0, 2, 3] * 2
+    assert images.groups(images.select().items).tolist() == [0, 1, 0, 2, 3]
+    assert images.groups(images.select(mirror=True).items).tolist() == [0, 1, 0, 2, 3] * 2
     assert images.groups(np.array([9, 7, 0])).tolist() == [3, 0, 0]
     assert images.groups(np.array([4, 0, 1])) is None  # one image each
-    assert SetImages(path, "1").select(mirror=True).groups().tolist() == [1, 0, 2] * 2
+    of_class = SetImages(path, "1")
+    assert of_class.groups(of_class.select(mirror=True).items).tolist() == [1, 0, 2] * 2
 
 
 def test_shared_groups_are_the_named_ones_that_both_sets_have(tmp_path):

@@ -64,7 +64,8 @@ def test_parse_metric_unknown_name_gives_a_hint(name):
 @pytest.mark.parametrize(("name", "expected"), [
     ("fid1", "2"), ("kid1_full", "2, or kid_full for all images"), ("pr3_full", "4, or pr_full for all images"),
     ("is9", "10"), ("pr1k1000_full", "1001, or pr_full for all images"),
-    ("dc5_full", "6, or dc_full for all images"), ("div2_full", "3, or div_full for all images")])
+    ("dc5_full", "6, or dc_full for all images"), ("div2_full", "3, or div_full for all images"),
+    ("auth3_full", "4, or auth_full for all images")])
 def test_parse_metric_too_few_images_raises(name, expected):
     with pytest.raises(UserError, match=rf"^metric {name} takes \d+ images; expected at least {expected}$"):
         parse_metric(name)

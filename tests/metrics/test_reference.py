@@ -87,7 +87,7 @@ def test_labels_of_fakes_by_class_for_a_network_without_classes_raises(labeled, 
 def test_reference_holdout_that_gives_no_floor_raises(tmp_path, held, settings, message):
     data = make_set(tmp_path / "a.zip", 6, labels=[0, 1, 0, 0, 1, 0], classes=CLASSES,
                     groups=["p1", "p2", "p3", None, None, None])
-    held = make_set(tmp_path / "h.zip", **{"labels": [0] * len(held["images"]), "classes": CLASSES, **held})
+    held = make_set(tmp_path / "h{p}.zip", **{"labels": [0] * len(held["images"]), "classes": CLASSES, **held})
     with pytest.raises(UserError) as caught:
         make_reference(data, holdout=held, **settings)
     assert str(caught.value) == message.format(data=data, held=held)
