@@ -12,6 +12,7 @@ from metrics.feature_tensors import as_feature_pair, as_features
 from metrics.intervals import SPLITS, Jackknife, TooFew, group_numbers, halves_jackknife, random_halves
 
 _NEAREST = 20  # training images looked at around each image, at least
+_MOST_NEAREST = 500  # bounds the memory where a group is large: 8 KB for each image
 _CELL_FAKES = 20  # a cell with fewer tells little (Meehan et al. 2020 ask for 20 as well)
 _CELL_IMAGES = 100  # held-out images and fakes in a cell, at least, on average
 _MOST_CELLS = 20
@@ -26,22 +27,27 @@ class Authenticity(NamedTuple):
 
 
 def authenticity(train: np.ndarray | Tensor, fake: np.ndarray | Tensor, train_groups: np.ndarray | None = None,
-                 heldout: np.ndarray | Tensor | None = None, heldout_groups: np.ndarray | None = None, *, seed: int = 0,
+                 heldout: np.ndarray | Tensor | None = None, heldout_groups: np.ndarray | None = None, *,
+                 fake_groups: np.ndarray | None = None, jackknife: bool = True, seed: int = 0,
                  on_rows: Callable[[int], None] = lambda count: None) -> Authenticity:
     """Return AuthPct (Alaa et al. 2022) and, given held-out images, C_T (Meehan et al. 2020).
 
     train, fake, heldout:  [N, F], [M, F] and [H, F], floating point: images that the network was trained on, made by
                            it, and real ones that it never saw
-    *_groups:              int64 [N] and [H]; None = each image is its own group
+    *_groups:              int64 [N], [M] and [H]; None = each image is its own group
+    jackknife:             False omits what the interval of AuthPct needs, which takes time and four groups on each side
     seed:                  random seed of the cells of C_T
     on_rows:               called with the number of finished rows of distances; there are N + M + H
 
-    Raises ValueError if features have another shape or type, TooFew for fewer than four fakes or training groups.
+    Raises ValueError if features have another shape or type, TooFew for too few groups.
     """
     train, fake = as_feature_pair(train, fake, at_least=1)
     groups = group_numbers(train_groups, len(train))
-    train_halves = random_halves("training", len(train), groups, 4)
-    fake_halves = random_halves("fake", len(fake), None, 4)
+    if groups.max() < 1:
+        raise TooFew(f"there are {len(train)} training images of 1 group; expected at least 2 groups, since distances to "
+                     "images of other groups are needed")
+    halves = [random_halves(*side, 4) for side in (("training", len(train), train_groups),
+                                                   ("fake", len(fake), fake_groups))] if jackknife else None
     trains, fakes = FeatureSet(train), FeatureSet(fake)
     sets = [trains, fakes]
     if heldout is not None:
@@ -52,23 +58,26 @@ def authenticity(train: np.ndarray | Tensor, fake: np.ndarray | Tensor, train_gr
         sets.append(FeatureSet(heldout))
     screen = Screen(*sets)
     # LIMIT: long enough for images of other groups in the same half; rarely none is left, then the last image counts.
-    length = _NEAREST + 4 * int(np.bincount(groups).max())
+    length = min(_NEAREST + 4 * int(np.bincount(groups).max()), _MOST_NEAREST)
     of_train = nearest(screen, trains, min(length, len(train) - 1), on_rows=on_rows)
     of_fakes = nearest(screen, fakes, min(length, len(train)), among=trains, on_rows=on_rows)
     authentic = _are_authentic(of_train, of_fakes, groups)
-    in_halves = np.empty([SPLITS, 2])
-    for split in range(SPLITS):
-        of_half, fake_half = (halves >> split & 1 for halves in (train_halves, fake_halves))
-        found = _are_authentic(of_train, of_fakes, groups, of_half, fake_half)
-        in_halves[split] = [found[fake_half == half].mean() for half in (0, 1)]
-    authpct = halves_jackknife(100 * authentic.mean(), 100 * in_halves, {"real": train_groups, "fake": None},
-                               {"real": len(train), "fake": len(fake)}, is_share=True, most=100.0)
+    authpct = Jackknife(estimate=100 * float(authentic.mean()), without={})
+    if halves is not None:
+        in_halves = np.empty([SPLITS, 2])
+        for split in range(SPLITS):
+            train_half, fake_half = (side >> split & 1 for side in halves)
+            found = _are_authentic(of_train, of_fakes, groups, train_half, fake_half)
+            in_halves[split] = [found[fake_half == half].mean() for half in (0, 1)]
+        authpct = halves_jackknife(authpct.estimate, 100 * in_halves, {"real": train_groups, "fake": fake_groups},
+                                   {"real": len(train), "fake": len(fake)}, is_share=True, most=100.0)
     if heldout is None:
         return Authenticity(authpct, None)
     of_heldout = nearest(screen, sets[2], 1, among=trains, on_rows=on_rows)
     distances = [found.squares[:, 0].cpu().numpy() for found in (of_fakes, of_heldout)]
     try:
-        ct = _copying_statistic((train, fake, heldout), *distances, group_numbers(heldout_groups, len(heldout)), seed)
+        ct = _copying_statistic((train, fake, heldout), *distances, group_numbers(fake_groups, len(fake)),
+                                group_numbers(heldout_groups, len(heldout)), seed)
     except TooFew as error:
         return Authenticity(authpct, None, str(error))
     return Authenticity(authpct, ct)
@@ -105,7 +114,7 @@ def _first(found: Nearest, allowed: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _copying_statistic(sets: tuple[Tensor, Tensor, Tensor], of_fakes: np.ndarray, of_heldout: np.ndarray,
-                       heldout_groups: np.ndarray, seed: int) -> Jackknife:
+                       fake_groups: np.ndarray, heldout_groups: np.ndarray, seed: int) -> Jackknife:
     """Return C_T: by how many standard deviations fakes are nearer to training images than held-out images are.
 
     sets:                  features of training images, fakes and held-out images
@@ -141,16 +150,17 @@ def _copying_statistic(sets: tuple[Tensor, Tensor, Tensor], of_fakes: np.ndarray
         z = (wins - pairs / 2) / np.maximum(deviation, np.finfo(float).tiny)
         return (weights * z).sum(axis=-1) / np.maximum(weights.sum(axis=-1), 1)
 
-    in_cell = np.eye(num_cells)
-    shape = [heldout_groups.max() + 1, num_cells]
-    place = heldout_groups * num_cells + heldout_cells
-    group_wins, group_sizes = (np.bincount(place, weights, math.prod(shape)).reshape(shape)
-                               for weights in (wins_of_heldout, None))
-    return Jackknife(
-        estimate=float(statistic(wins, num_fakes, num_heldout)),
-        without={"heldout": statistic(wins - group_wins, num_fakes, num_heldout - group_sizes),
-                 "fake": statistic(wins - wins_of_fakes[:, None] * in_cell[fake_cells],
-                                   num_fakes - in_cell[fake_cells], num_heldout)})
+    def by_group(groups: np.ndarray, cells: np.ndarray, wins: np.ndarray) -> list[np.ndarray]:
+        """Return wins and numbers of images by group and cell: [groups, cells] each."""
+        shape = groups.max() + 1, num_cells
+        return [np.bincount(groups * num_cells + cells, weights, math.prod(shape)).reshape(shape)
+                for weights in (wins, None)]
+
+    heldout_wins, heldout_sizes = by_group(heldout_groups, heldout_cells, wins_of_heldout)
+    fake_wins, fake_sizes = by_group(fake_groups, fake_cells, wins_of_fakes)
+    return Jackknife(estimate=float(statistic(wins, num_fakes, num_heldout)),
+                     without={"heldout": statistic(wins - heldout_wins, num_fakes, num_heldout - heldout_sizes),
+                              "fake": statistic(wins - fake_wins, num_fakes - fake_sizes, num_heldout)})
 
 
 def _num_below(values: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -179,7 +179,8 @@ def _authenticity_score(request: MetricRequest, real: Sample, fake: Sample, held
                         on_rows: Callable[[int], None]) -> Score:
     train, generated, *other = _tensors(real, fake, *(() if heldout is None else (heldout,)), device=scoring.device)
     found = authenticity(train, generated, real.groups, *(other or (None,)),
-                         None if heldout is None else heldout.groups, seed=scoring.seed, on_rows=on_rows)
+                         None if heldout is None else heldout.groups, fake_groups=fake.groups,
+                         jackknife=scoring.level is not None, seed=scoring.seed, on_rows=on_rows)
     jackknives = dict(zip(request.keys, (found.authpct, found.ct), strict=True))
     jackknives = {key: jackknife for key, jackknife in jackknives.items() if jackknife is not None}
     return Score(results=_estimates(jackknives), jackknives=jackknives,

@@ -31,6 +31,12 @@ NOT_RUN = {
     "scripts/gpu_acceptance.sh": "builds the CUDA operators and takes many minutes",
     "python -m torch_utils.ops.build --kind=cuda":
         "compiles for minutes; tests/torch_utils/ops/test_cuda_library.py does it",
+    "python calc_metrics.py --compare ham128-b.zip nevi.zip --data=ham128-a.zip --detector=efficientnet-lite0 "
+    "--metrics=fid250,fid500,fid1k,fid2k,kid250,kid500,kid1k,kid2k,pr250,pr500,pr1k,pr2k,dc250,dc500,dc1k,dc2k":
+        "needs thousands of images; a shorter comparison is run",
+    "python -m pytest -m slow -s tests/metrics/test_interval_coverage.py "
+    "tests/metrics/test_interval_coverage_kernel.py tests/metrics/test_interval_coverage_frechet.py":
+        "runs slow tests, which `make slow` runs",
     "python tests/end_to_end/check_parity.py FOLDER":
         "tests/end_to_end/test_parity.py runs the same checks on tests/data",
 }
@@ -43,7 +49,7 @@ SMALLER = [
     (r"--gpus=\d+", "--gpus=2"),
     (r"--nproc-per-node=\d+", "--nproc-per-node=2"),
     (r"\b(fid|kid)\d+k", r"\g<1>20"),
-    (r"\bpr\d+k\d", "pr20"),
+    (r"\b(pr|dc)\d+k\d", r"\g<1>20"),
 ]
 # What a command gets in addition, where it does not say it itself.
 ADDED = {
@@ -171,11 +177,15 @@ def make_files(folder, document):
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
     for name in ("N.safetensors", "network-snapshot-001000.safetensors",
-                 "runs/00007-isic256/network-snapshot-000200.safetensors"):
+                 "runs/00007-isic256/network-snapshot-000200.safetensors",
+                 "runs/00008-isic256/network-snapshot-000200.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_generator(folder / name, classes, img_resolution=16)
     for name in ("isic256.zip", "heldout.zip", *(["synthetic.zip"] if document == "docs/metrics.md" else [])):
         make_phantoms(folder / name)
+    if document == "docs/metrics.md":
+        write_phantoms(folder / "ham128.zip", workers=1, count=60, resolution=16, classes={"mel": 0.4, "nv": 0.6},
+                       seed=1, bias={})
     make_folder(folder / "photos", jpegs(f"ISIC_{index:07d}" for index in range(3)))
     make_folder(folder, {"lesion.jpg": jpegs(["ISIC_0000009"])["ISIC_0000009.jpg"]})
 

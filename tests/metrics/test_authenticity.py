@@ -127,6 +127,28 @@ def test_authenticity_order_of_images_changes_nothing():
     assert authenticity(random.permutation(train), fake).authpct.estimate == found.authpct.estimate
 
 
+def test_authenticity_fakes_of_one_group_count_as_one():
+    train, fake, heldout = draws(80, 60, 80)
+    twice, groups = np.repeat(fake, 2, axis=0), np.repeat(np.arange(60), 2)
+    once, by_group, by_image = (authenticity(train, *some, heldout=heldout, fake_groups=each).authpct.interval()
+                                for some, each in (([fake], None), ([twice], groups), ([twice], None)))
+    assert by_group.std_error == pytest.approx(once.std_error, rel=1e-9)
+    assert by_image.std_error < 0.9 * once.std_error
+    found = authenticity(train, twice, heldout=heldout, fake_groups=groups).ct
+    assert found.num_units == {"heldout": 80, "fake": 60}
+    expected = [authenticity(train, twice[groups != group], heldout=heldout).ct.estimate for group in range(60)]
+    np.testing.assert_allclose(found.without["fake"], expected, rtol=1e-9)
+
+
+def test_authenticity_without_jackknife_needs_two_groups():
+    train, fake = draws(40, 10)
+    groups = np.arange(40) % 2
+    found = authenticity(train, fake, groups, jackknife=False).authpct
+    assert found.estimate == pytest.approx(brute_force(train, fake, groups))
+    with pytest.raises(TooFew, match=r"^there are 40 training images of 1 group; expected at least 2 groups, since "):
+        authenticity(train, fake, np.zeros(40, dtype=int), jackknife=False)
+
+
 def test_authenticity_too_few_images_says_what_is_missing():
     train, fake, heldout = draws(50, 19, 40)
     found = authenticity(train, fake, heldout=heldout)

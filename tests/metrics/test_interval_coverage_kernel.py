@@ -45,6 +45,8 @@ def test_kernel_interval_by_group_covers_and_the_one_by_image_does_not(correlati
         by_group.append(kernel_jackknife(real, fake, groups).interval())
         by_image.append(kernel_jackknife(real, fake).interval())
     truth = true_distance(shift)
+    print(f"KID {truth:.4f}: covered by group {share_covered(by_group, truth):.1%}, by image "
+          f"{share_covered(by_image, truth):.1%} of {TRIALS}")
     estimates = np.array([interval.estimate for interval in by_group])
     # The closed form is the mean of the estimates, within three of its standard errors.
     assert estimates.mean() == pytest.approx(truth, abs=3 * estimates.std() / TRIALS**0.5)
