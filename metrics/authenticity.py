@@ -44,8 +44,8 @@ def authenticity(train: np.ndarray | Tensor, fake: np.ndarray | Tensor, train_gr
     train, fake = as_feature_pair(train, fake, at_least=1)
     groups = group_numbers(train_groups, len(train))
     if groups.max() < 1:
-        raise TooFew(f"there are {len(train)} training images of 1 group; expected at least 2 groups, since distances to "
-                     "images of other groups are needed")
+        raise TooFew(f"there are {len(train)} training images of 1 group; expected at least 2 groups, since distances "
+                     "to images of other groups are needed")
     halves = [random_halves(*side, 4) for side in (("training", len(train), train_groups),
                                                    ("fake", len(fake), fake_groups))] if jackknife else None
     trains, fakes = FeatureSet(train), FeatureSet(fake)

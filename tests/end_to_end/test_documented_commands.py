@@ -147,8 +147,8 @@ def write_table(path, rows):
         writer.writerows(rows)
 
 
-def make_phantoms(path, count=60):
-    write_phantoms(path, workers=1, count=count, resolution=16, classes={"benign": 0.6, "melanoma": 0.4}, seed=0,
+def make_phantoms(path, seed, count=60):
+    write_phantoms(path, workers=1, count=count, resolution=16, classes={"benign": 0.6, "melanoma": 0.4}, seed=seed,
                    bias={})
 
 
@@ -181,8 +181,9 @@ def make_files(folder, document):
                  "runs/00008-isic256/network-snapshot-000200.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_generator(folder / name, classes, img_resolution=16)
-    for name in ("isic256.zip", "heldout.zip", *(["synthetic.zip"] if document == "docs/metrics.md" else [])):
-        make_phantoms(folder / name)
+    names = ["isic256.zip", "heldout.zip", *(["synthetic.zip"] if document == "docs/metrics.md" else [])]
+    for seed, name in enumerate(names):
+        make_phantoms(folder / name, seed)
     if document == "docs/metrics.md":
         write_phantoms(folder / "ham128.zip", workers=1, count=60, resolution=16, classes={"mel": 0.4, "nv": 0.6},
                        seed=1, bias={})
