@@ -115,7 +115,13 @@ class SetImages:
         return len(equal_images(*hashes))
 
     def shared_groups(self, other: "SetImages") -> tuple[list[str], int]:
-        """Return the named groups that also occur in the other set, and how many images of this set they have."""
+        """Return the named groups that also occur in the other set, and how many images of this set they have.
+
+        None do if the sets are drawings by different seeds, whose patients are others although they have equal names.
+        """
+        sources = [images._set.source or {} for images in (self, other)]
+        if all(source.get("phantom") for source in sources) and sources[0].get("seed") != sources[1].get("seed"):
+            return [], 0
         named = [images._set.named_groups() for images in (self, other)]
         mine, theirs = ([groups[row] for row in images.rows] for groups, images in zip(named, (self, other)))
         known = set(theirs) - {None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dnnlib.cli import UserError
+from imagesets.phantoms.make import write_phantoms
 from imagesets.reader import ImageSet
 from metrics import image_sources
 from metrics.image_sources import FakeLabels, GeneratedImages, SetImages, draw_latents, to_rgb
@@ -95,6 +96,17 @@ def test_shared_groups_are_the_named_ones_that_both_sets_have(tmp_path):
     assert other.shared_groups(one) == (["p3", "p1"], 3)
     assert one.shared_groups(other) == (["p1", "p3"], 2)
     assert SetImages(one.path).shared_groups(SetImages(make_set(tmp_path / "c.zip", images=[7, 8]))) == ([], 0)
+
+
+def test_shared_groups_of_drawings_count_for_equal_seeds_only(tmp_path):
+    sets = []
+    for number, seed in enumerate((0, 0, 1)):
+        write_phantoms(tmp_path / f"{number}.zip", workers=1, count=3, resolution=16, classes={"benign": 1.0},
+                       seed=seed, bias={})
+        sets.append(SetImages(tmp_path / f"{number}.zip"))
+    names = [f"patient{number:06d}" for number in range(3)]
+    assert sets[0].shared_groups(sets[1]) == (names, 3)
+    assert sets[0].shared_groups(sets[2]) == ([], 0)
 
 
 def test_content_hash_follows_images_order_and_mirroring_not_names(labeled, tmp_path):
