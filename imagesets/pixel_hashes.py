@@ -78,6 +78,22 @@ def equal_images(hashes: Sequence[Hashable], others: Sequence[Hashable]) -> list
     return [(place, first[found]) for place, found in enumerate(hashes) if found in first]
 
 
+def equal_files(images: ImageSet, rows: Sequence[int], others: ImageSet,
+                other_rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return as `equal_images` does the images of `rows` whose files are equal to others'.
+
+    Only files of equal size and CRC-32 are read. These alone do not tell: PNGs contain the CRC-32 of their data, so
+    that the whole file's takes only 2**16 values, and without compression all sizes are equal.
+    """
+    sides = (images, rows), (others, other_rows)
+    checksums = [[each.checksums()[row] for row in some] for each, some in sides]
+    common = set(checksums[0]).intersection(checksums[1])
+    return equal_images(*(
+        [hashlib.sha256(each.read(each.names[row])).digest() if checksum in common else checksum
+         for row, checksum in zip(some, found, strict=True)]
+        for (each, some), found in zip(sides, checksums, strict=True)))
+
+
 def _find(images: ImageSet, rows: Sequence[int]) -> tuple[list[str | None], dict[int, int], Path]:
     """Return the known hashes, {index in rows: row} of the missing ones, and the cache file for these."""
     checksums = images.checksums()

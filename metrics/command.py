@@ -257,7 +257,7 @@ def measure(settings: MeasureSettings, processes: Processes) -> None:
             for key, value in result["results"].items():
                 if kimg is not None:
                     curves.setdefault(name, {}).setdefault(key, []).append((kimg, value))
-        _show(settings, class_rows(found), "class")
+        _show(settings, class_rows(found), "class", f"{path.name}:" if len(snapshots) > 1 else None)
     if settings.run is not None and is_main():
         for name, found in curves.items():
             save_curves(RunFolder(settings.run).measured(name), found)
@@ -391,12 +391,12 @@ def _naming(item: Item) -> Iterator[None]:
         raise UserError(text if item.path in text else f"{item.name}: {text}") from error
 
 
-def _show(settings: MeasureSettings, rows: Sequence[Row], first: str) -> None:
+def _show(settings: MeasureSettings, rows: Sequence[Row], first: str, title: str | None = None) -> None:
     """Print the table that an option asks for, and draw the figure."""
     if not is_main():
         return
     if settings.compare or settings.per_class or settings.ci is not None or settings.holdout is not None:
-        _print_lines(result_table(rows, first))
+        _print_lines([*([] if title is None else [title]), *result_table(rows, first)])
     if settings.figure is not None:
         save_figure(settings.figure, rows)
 

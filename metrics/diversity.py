@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metrics.feature_tensors import as_feature_pair
-from metrics.intervals import Jackknife
+from metrics.intervals import Jackknife, TooFew
 from metrics.pair_sums import mean_within
 
 _BLOCK = 4096  # rows converted to float64 at a time: bounds the memory
@@ -33,16 +33,16 @@ def diversity(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, real_groups:
     Distances are sqrt(|x|^2 + |y|^2 - 2 x.y) in float64 of features minus their mean: those of equal images come out
     as up to 3e-8 of their distance to the mean instead of 0, larger ones are exact to more digits.
 
-    Raises ValueError if features have another shape or type, or if all real images have equal features; TooFew, which
-    is one, if a set has fewer than three groups.
+    Raises ValueError if features have another shape or type; TooFew, which is one, if a set has fewer than three groups
+    or all real images have equal features.
     """
     real, fake = as_feature_pair(real, fake, at_least=1)
     of_fake = mean_within(_distances_around(fake), fake, fake_groups, "fake", on_rows)
     of_real = mean_within(_distances_around(real), real, real_groups, "real", on_rows)
     without = {"real": of_real.without[0], "fake": of_fake.without[0]}
     if min(of_real.mean, without["real"].min()) <= 0:
-        raise ValueError("the real images, or all but one group of them, have equal features; expected different ones, "
-                         "for a diversity to compare with")
+        raise TooFew("the real images, or all but one group of them, have equal features; expected different ones, "
+                     "for a diversity to compare with")
     ratio = Jackknife(estimate=of_fake.mean / of_real.mean, least=0.0,
                       without={"real": of_fake.mean / without["real"], "fake": without["fake"] / of_real.mean})
     return Diversity(fake=Jackknife(estimate=of_fake.mean, without={"fake": without["fake"]}, least=0.0),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dnnlib.cli import UserError
 from dnnlib.workers import ordered_map, usable_cores
 from imagesets.classes import class_names, find_class, label_vectors, missing_labels
-from imagesets.pixel_hashes import equal_images, known_pixel_hashes
+from imagesets.pixel_hashes import equal_files, equal_images, known_pixel_hashes
 from imagesets.reader import ImageSet, Shape, load_pixels
 from metrics.intervals import group_numbers
 from torch_utils.distributed import Place
@@ -111,7 +111,7 @@ class SetImages:
         """Return how many images are also in the other set: by pixel hashes if both sets have them, else by file."""
         hashes = known_pixel_hashes(self._set, self.rows), known_pixel_hashes(other._set, other.rows)
         if None in hashes:
-            hashes = tuple([images._set.checksums()[row] for row in images.rows] for images in (self, other))
+            return len(equal_files(self._set, self.rows, other._set, other.rows))
         return len(equal_images(*hashes))
 
     def shared_groups(self, other: "SetImages") -> tuple[list[str], int]:

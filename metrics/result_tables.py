@@ -86,7 +86,8 @@ def rounding(interval: Record) -> Callable[[float | None], str]:
     def show(number: float | None) -> str:
         if number is None or not math.isfinite(number):
             return "-"
-        return f"{number:.4g}" if decimals is None else f"{number:.{decimals}f}"
+        text = f"{number:.4g}" if decimals is None else f"{number:.{decimals}f}"
+        return text if text.strip("-0.") else text.removeprefix("-")  # 0, not -0
 
     return show
 

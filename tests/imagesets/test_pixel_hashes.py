@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -12,8 +13,9 @@ from dataset_tool import main as dataset_tool
 from dnnlib.cli import UserError, run
 from imagesets.convert import convert
 from imagesets.phantoms.make import write_phantoms
-from imagesets.pixel_hashes import hash_pixels, hash_set, known_pixel_hashes, read_pixel_hashes
+from imagesets.pixel_hashes import equal_files, hash_pixels, hash_set, known_pixel_hashes, read_pixel_hashes
 from imagesets.reader import ImageSet, describe_shape, load_pixels
+from tests.helpers.make_archives import make_zip
 from tests.helpers.make_sets import make_set, pixels_of, png
 
 
@@ -134,6 +136,22 @@ def test_hash_of_an_image_that_was_changed_afterwards_does_not_count(cache, tmp_
     after = read_pixel_hashes(ImageSet(tmp_path / "set"))
     assert after == list(decoded(tmp_path / "set").values())
     assert [first == second for first, second in zip(before, after)] == [True, True, False, True]
+
+
+def test_files_of_equal_size_and_checksum_are_equal_only_if_their_bytes_are(tmp_path):
+    first, pair = {}, None
+    for index in range(2000):  # the checksums of such PNGs have 16 bits: about 30 of these pairs share one
+        stream = io.BytesIO()
+        PIL.Image.fromarray(pixels_of(index)).save(stream, "png", compress_level=0)
+        other = first.setdefault(zlib.crc32(stream.getvalue()), stream.getvalue())
+        if other != stream.getvalue():
+            pair = other, stream.getvalue()
+            break
+    images = ImageSet(make_zip(tmp_path / "a.zip", {"0.png": pair[0]}))
+    others = ImageSet(make_zip(tmp_path / "b.zip", {"0.png": pair[1], "1.png": pair[0]}))
+    assert images.checksums()[0] == others.checksums()[0]
+    assert equal_files(images, [0], others, [0]) == []
+    assert equal_files(images, [0], others, [0, 1]) == [(0, 1)]
 
 
 def test_hashes_that_cannot_be_kept_are_returned_all_the_same(cache, tmp_path, monkeypatch):

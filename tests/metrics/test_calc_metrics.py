@@ -141,6 +141,13 @@ def test_run_measures_all_snapshots_and_draws_a_curve(capsys, data, tmp_path):
     assert not (folder / "metric-fid20_full.png").exists()
 
 
+def test_tables_of_a_run_are_titled_with_the_snapshot(capsys, data, tmp_path):
+    code, _, err = measure(capsys, f"--run={save_run(tmp_path / 'run')}", f"--data={data}", "--metrics=kid20_full",
+                           "--ci=0.95")
+    titles = [line for line in err.splitlines() if line.startswith("network-snapshot")]
+    assert (code, titles) == (0, ["network-snapshot-000000.safetensors:", "network-snapshot-000200.safetensors:"])
+
+
 @pytest.mark.parametrize("when", ["000200", "000000"])  # before it is to be opened, and just then
 def test_run_whose_network_file_is_removed_meanwhile_is_measured_without_it(capsys, data, tmp_path, monkeypatch, when):
     folder = save_run(tmp_path / "run")

@@ -75,8 +75,8 @@ def test_diversity_order_of_images_changes_nothing():
 
 
 def test_diversity_of_equal_real_images_raises():
-    with pytest.raises(ValueError, match=r"^the real images, or all but one group of them, have equal features; "
-                                         r"expected different ones, for a diversity to compare with$"):
+    with pytest.raises(TooFew, match=r"^the real images, or all but one group of them, have equal features; "
+                                     r"expected different ones, for a diversity to compare with$"):
         diversity(np.ones([5, 3]), features(5, 3))
 
 

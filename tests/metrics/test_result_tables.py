@@ -50,6 +50,11 @@ def test_interval_has_two_digits_of_its_half_width_and_names_another_estimate():
     ]
 
 
+def test_value_that_rounds_to_0_has_no_sign():
+    kid = KID | {"results": {"kid_full": -0.001}, "ci": {"kid_full": interval(-0.002, -0.31, 0.29)}}
+    assert result_table(class_rows({"kid_full": kid}), "class")[2] == "all    7010  5000   0.00  [-0.31, 0.29]"
+
+
 def test_floor_stands_beside_the_value_at_its_number_of_images():
     record = FID | {"floor": {"results": {"fid_full": 24.8}, "num_fake": 500, "at_equal_size": {"fid_full": 44.5}}}
     assert result_table(class_rows({"fid_full": record}), "class") == [
