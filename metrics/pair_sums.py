@@ -29,18 +29,14 @@ class PairMean(NamedTuple):
 
 
 def pair_blocks(values_of: PairValues, a: Tensor, b: Tensor | None = None, groups: np.ndarray | None = None,
-                on_rows: Callable[[int], None] = lambda count: None, *,
-                square: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+                on_rows: Callable[[int], None] = lambda count: None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, columns, float64 values of their pairs) for all of a [N, F] with all of b [M, F].
 
     b:        None = pairs within a, each once: the values of all others are 0
     groups:   int64 [N], only without b: the values of pairs within a group are 0
     on_rows:  called with the number of finished rows
-    square:   blocks have as many rows as columns, for a `values_of` that is faster for a block with itself
     """
     num_rows, num_columns = _CPU_BLOCK if a.device.type == "cpu" else _GPU_BLOCK
-    if square:
-        num_rows = num_columns
     others = a if b is None else b
     numbers = None if groups is None else torch.from_numpy(groups).to(a.device)
     for first in range(0, len(a), num_rows):
