@@ -135,7 +135,8 @@ def difference_table(found: Sequence[Difference], level: float) -> list[str]:
             left=(0, 1, 2, 4))
     rest = len(tested) - len(named)
     if rest:
-        lines.append(f"No {'other ' * bool(named)}difference of {len(tested)} is distinguishable from 0.")
+        what = "difference is" if rest == 1 else f"{rest} differences are"
+        lines.append(f"The {'other ' * bool(named)}{what} not distinguishable from 0.")
     reasons: dict[tuple[str, str], int] = {}
     for each in found:
         if each.p_value is None:

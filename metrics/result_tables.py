@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dnnlib.text import fitted, format_table
 from metrics.assessment import FEWEST_TO_JUDGE
+from metrics.intervals import holm
 from torch_utils.plots import Dot, save_intervals
 
 Record = Mapping[str, Any]
@@ -184,6 +185,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     if any(record.get("floor") for record in records):
         yield ("floor: held-out images against the other real ones; at its n: the value for as many fakes as held-out "
                "images")
+    yield from _permutation_notes(rows)
     if any(row.worst for row in rows):
         yield f"*: the worst of the classes with at least {FEWEST_TO_JUDGE} images on each side"
     missing: dict[str, dict[str, str]] = {}  # what there is not -> row -> reason
@@ -199,6 +201,27 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"no {what} ({', '.join(reasons)}): {reason}"
         else:
             yield f"no {what} ({', '.join(reasons)}); of {name}: {reason}"
+
+
+def _permutation_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for each metric on whether the held-out images differ from the other real ones beyond chance."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}  # metric -> row -> p-value, and the smallest one by chance
+    for row in rows:
+        for metric, record in row.records.items():
+            test, intervals = (record.get("floor") or {}).get("permutation") or {}, record.get("ci") or {}
+            levels = [each["level"] for each in intervals.values() if "level" in each]
+            if "p_value" in test and levels:
+                found.setdefault(metric, {})[row.name] = test["p_value"], 1 - levels[0]
+    for metric, tests in found.items():
+        adjusted = holm([p_value for p_value, _ in tests.values()])
+        below = [f"{name}: p = {p:.2g}" for (name, (_, limit)), p in zip(tests.items(), adjusted, strict=True)
+                 if p < limit]
+        if below:
+            yield (f"floor of {metric}: held-out and other real images differ more than random parts of them do "
+                   f"({', '.join(below)}); then the floor is too high: were they split at random?")
+        else:
+            yield (f"floor of {metric}: held-out and other real images differ no more than random parts of them do "
+                   f"(permutation of groups, p = {min(adjusted):.2g} or more)")
 
 
 def _numbers(row: Row) -> str:

@@ -245,7 +245,7 @@ def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool,
         hashes = valid.pixel_hashes(workers=workers), dataset.pixel_hashes(workers=workers)
     else:
         hashes = valid.known_pixel_hashes(), dataset.known_pixel_hashes()
-    equal = equal_images(*((valid.checksums(), dataset.checksums()) if None in hashes else hashes))
+    equal = valid.equal_files(dataset) if None in hashes else equal_images(*hashes)
     advice = "hold out part of one data set with dataset_tool.py split"
     if equal:
         mine, theirs = equal[0]

@@ -11,7 +11,7 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.classes import label_vectors, missing_labels
-from imagesets.pixel_hashes import hash_set, known_pixel_hashes, read_pixel_hashes
+from imagesets.pixel_hashes import equal_files, hash_set, known_pixel_hashes, read_pixel_hashes
 from imagesets.reader import ImageSet, Shape, describe_shape, load_pixels
 from training.config import DatasetFacts
 
@@ -115,10 +115,9 @@ class ImageDataset(torch.utils.data.Dataset):
         groups = self._set.named_groups()
         return [groups[row] for row in self._chosen]
 
-    def checksums(self) -> list[tuple[int, int]]:
-        """Return (size, CRC-32) of the file of each image."""
-        checksums = self._set.checksums()
-        return [checksums[row] for row in self._chosen]
+    def equal_files(self, other: "ImageDataset") -> list[tuple[int, int]]:
+        """Return (index, index in the other) of each image whose file is also in the other data set."""
+        return equal_files(self._set, self._chosen, other._set, other._chosen)
 
     def known_pixel_hashes(self) -> list[str] | None:
         """Return the hashes of the images' pixels if they are known without decoding, else None."""

@@ -106,7 +106,7 @@ def test_p_values_are_adjusted_for_all_pairs_and_values_together(draw):
     assert {each.num_tests for each in found} == {45}
     assert sum(each.p_value < 0.05 for each in found) > 0
     assert sum(each.is_named for each in found) == 0
-    assert difference_table(found, 0.95) == ["No difference of 45 is distinguishable from 0."]
+    assert difference_table(found, 0.95) == ["The 45 differences are not distinguishable from 0."]
 
 
 def test_named_difference_is_in_the_table_and_the_others_are_counted(draw):
@@ -117,7 +117,7 @@ def test_named_difference_is_in_the_table_and_the_others_are_counted(draw):
     assert lines[0] == "Differences distinguishable from 0 (Holm's correction for 3 tests, 99% intervals):"
     assert lines[1].split() == ["first", "second", "value", "first", "-", "second", "interval", "p"]
     assert {tuple(line.split("  ")[0:1]) for line in lines[2:4]} == {("run a",), ("b",)}
-    assert lines[4:] == ["No other difference of 3 is distinguishable from 0."]
+    assert lines[4:] == ["The other difference is not distinguishable from 0."]
     record = next(each for each in found if (each.first, each.second) == ("run a", "c")).as_record()
     assert f"  {record['difference']:.2f}  " in next(line for line in lines if line.startswith("run a"))
     assert json.loads(json.dumps(record, allow_nan=False)) == record

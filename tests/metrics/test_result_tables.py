@@ -65,6 +65,22 @@ def test_floor_stands_beside_the_value_at_its_number_of_images():
     ]
 
 
+@pytest.mark.parametrize(("p_value", "line"), [
+    (0.004, "floor of kid_full: held-out and other real images differ more than random parts of them do (mel: p = "
+            "0.012); then the floor is too high: were they split at random?"),
+    (0.02, "floor of kid_full: held-out and other real images differ no more than random parts of them do "
+           "(permutation of groups, p = 0.06 or more)")])
+def test_floor_of_real_parts_that_differ_beyond_chance_is_told(p_value, line):
+    def record(p_value):
+        return {"results": {"kid_full": 0.1}, "num_real": 90, "num_fake": 90, "ci": {"kid_full": interval(0.1, 0, 0.2)},
+                "floor": {"results": {"kid_full": 0.01}, "num_fake": 90, "at_equal_size": {"kid_full": 0.1},
+                          "permutation": {"p_value": p_value}}}
+
+    found = record(0.5) | {"per_class": {"mel": record(p_value), "nv": record(0.9)}}
+    # Holm's correction for three tests
+    assert [each for each in result_table(class_rows({"kid_full": found}), "class") if "random parts" in each] == [line]
+
+
 def test_class_with_too_few_images_says_so_in_its_row():
     record = by_class(KID, "kid_full", {"nevus": 0.01})
     record["per_class"]["vasc"] = {"reason": "too few images: 1 real, 0 generated; expected at least 2"}
