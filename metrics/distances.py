@@ -165,8 +165,11 @@ def _equal_rows(features: Tensor) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-2**62, 2**62, [features.shape[1]], generator=generator).mul_(2).add_(1)
     factors = factors.to(features.device)
-    hashes = torch.cat([(part.contiguous().view(whole).long() * factors).sum(dim=1)
-                        for part in features.split(_EXACT_VALUES // features.shape[1] + 1)])
+    hashes = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    rows = _EXACT_VALUES // features.shape[1] + 1
+    for part, target in zip(features.split(rows), hashes.split(rows)):
+        # In place: small results between large temporary ones would fragment memory, by 0.7 GB for 50,000 images.
+        torch.sum(part.contiguous().view(whole).long() * factors, dim=1, out=target)
     values, inverse, counts = hashes.unique(return_inverse=True, return_counts=True)
     if len(values) == len(features):
         return None
