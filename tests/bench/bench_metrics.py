@@ -1,16 +1,23 @@
 """Time the metrics against other implementations on the same features, interleaved in one process.
 
     python -m tests.bench.bench_metrics [--quick] [--threads N] [--repeats N]
+    python -m tests.bench.bench_metrics --large [--threads N]
 
 Prints one record per line, `<metric>/<implementation>/<dtype>/<shape>`, and all of them as JSON in the last line. The
 implementations take turns, so that other load on the machine affects all equally; numbers are medians after a warm-up.
-The features are float32, as from detectors; `apart` is the difference between the two results.
+The features are float32, as from detectors; `apart` is the difference between the two results. --large computes
+precision, recall, density and coverage once, of two memory-mapped sets of 50,000 images, and prints the largest memory.
 """
 
 import argparse
 import json
 import platform
+import resource
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -26,12 +33,15 @@ SUBSETS, SUBSET_SIZE, NEIGHBORS = 100, 1000, 3
 DENSITY_NEIGHBORS = 5
 
 
-def features(count: int, num_features: int, seed: int) -> Tensor:
-    """Return float32 [count, num_features] like a detector's: correlated, never negative, with unequal variances."""
+def features(count: int, num_features: int, seed: int, shift: float | None = None) -> Tensor:
+    """Return float32 [count, num_features] like a detector's: correlated, never negative, with unequal variances.
+
+    shift:  of all values; None = one for each seed
+    """
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(64, num_features, generator=torch.Generator().manual_seed(0)) / 8
     x = torch.randn(count, 64, generator=generator) @ mix + 0.3 * torch.randn(count, num_features, generator=generator)
-    return (x + 0.02 * seed).clamp(min=0)
+    return (x + (0.02 * seed if shift is None else shift)).clamp(min=0)
 
 
 def frechet_works(num_features: int) -> dict[str, Callable[[], object]]:
@@ -127,15 +137,37 @@ def benchmark(repeats: int, quick: bool) -> list[dict]:
     return records
 
 
+def measure_large(count: int, num_features: int) -> dict:
+    """Compare two sets of this size once; return seconds, results and the largest memory in GiB, maps included."""
+    chunk = 1000
+    with tempfile.TemporaryDirectory() as folder:
+        sets = []
+        for side in (1, 2):
+            path = Path(folder) / f"{side}.bin"
+            with open(path, "wb") as file:
+                for start in range(0, count, chunk):
+                    file.write(features(chunk, num_features, side * count + start, shift=0.02 * side).numpy().tobytes())
+            sets.append(np.memmap(path, np.float32, "r", shape=(count, num_features)))
+        began = time.perf_counter()
+        found = neighborhoods(*sets, (NEIGHBORS, DENSITY_NEIGHBORS))
+        seconds = time.perf_counter() - began
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return {"name": f"neighborhoods/ours/float32/2x{count}x{num_features}", "seconds": round(seconds, 1),
+            "largest_memory_gib": round(largest, 2),
+            "value": [found[NEIGHBORS].precision, found[NEIGHBORS].recall, found[DENSITY_NEIGHBORS].density,
+                      found[DENSITY_NEIGHBORS].coverage]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="at most 1000 images of 256 features")
+    parser.add_argument("--large", action="store_true", help="only the memory for 50,000 images: minutes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each (default: 3)")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    records = benchmark(options.repeats, options.quick)
+    records = [measure_large(50_000, 2048)] if options.large else benchmark(options.repeats, options.quick)
     print(json.dumps({"records": records, "repeats": options.repeats, "threads": torch.get_num_threads(),
                       "device": platform.processor() or platform.machine(), "torch": torch.__version__,
                       "commit": commit()}))
