@@ -221,7 +221,8 @@ def _permutation_notes(rows: Sequence[Row]) -> Iterator[str]:
                    f"({', '.join(below)}); then the floor is too high: were they split at random?")
         else:
             yield (f"floor of {metric}: held-out and other real images differ no more than random parts of them do "
-                   f"(permutation of groups, p = {min(adjusted):.2g} or more)")
+                   f"(permutation of groups, {'smallest ' * (len(tests) > 1)}p = "
+                   f"{min(p_value for p_value, _ in tests.values()):.2g})")
 
 
 def _numbers(row: Row) -> str:

@@ -69,7 +69,7 @@ def test_floor_stands_beside_the_value_at_its_number_of_images():
     (0.004, "floor of kid_full: held-out and other real images differ more than random parts of them do (mel: p = "
             "0.012); then the floor is too high: were they split at random?"),
     (0.02, "floor of kid_full: held-out and other real images differ no more than random parts of them do "
-           "(permutation of groups, p = 0.06 or more)")])
+           "(permutation of groups, smallest p = 0.02)")])
 def test_floor_of_real_parts_that_differ_beyond_chance_is_told(p_value, line):
     def record(p_value):
         return {"results": {"kid_full": 0.1}, "num_real": 90, "num_fake": 90, "ci": {"kid_full": interval(0.1, 0, 0.2)},
