@@ -18,7 +18,9 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	ops_training loss step state transfer snapshot augment pixels geometry \
 	image_generator generate run_output one_image_video projection pivotal_tuning similarity \
 	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
-	perceptual_path feature_tensors frechet inception_score kernel precision_recall loop_validation
+	perceptual_path feature_tensors frechet inception_score kernel precision_recall density_coverage authenticity \
+	diversity intervals interval_coverage interval_coverage_kernel interval_coverage_frechet scores assessment \
+	comparison timm_encoder loop_validation
 
 .PHONY: help setup demo test test-portable slow nightly soak bench lint clean
 

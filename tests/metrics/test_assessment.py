@@ -69,7 +69,8 @@ def close(found):
     """Return a record for comparison, with numbers that may differ by the rounding of sums in another order."""
     if isinstance(found, dict):
         return {key: close(value) for key, value in found.items()}
-    return pytest.approx(found, rel=1e-9, abs=1e-12) if isinstance(found, float) else found
+    # Products of KID are float32 and near 1: their rounding differs with the place of an image in a block.
+    return pytest.approx(found, rel=1e-9, abs=1e-8) if isinstance(found, float) else found
 
 
 # ---- Intervals ----
