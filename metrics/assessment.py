@@ -115,7 +115,7 @@ def assess_classes(requests: Sequence[MetricRequest], detector: str, counts: Map
                 _add_note(record, f"fewer than {FEWEST_TO_JUDGE} images on a side: not considered as the worst class")
             classes[request.name][name] = record
     for request in requests:
-        if request.kind in ("pr", "dc"):
+        if request.k is not None:
             _note_unequal_numbers([record for record in classes[request.name].values() if "results" in record])
     return {request.name: {"per_class": classes[request.name],
                            "worst_class": _worst_classes(request, classes[request.name])} for request in requests}

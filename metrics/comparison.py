@@ -14,14 +14,10 @@ from typing import Any, NamedTuple
 from dnnlib.cli import UserError
 from dnnlib.text import format_table, plural
 from generation.network import choose_network
-from metrics.intervals import Interval, Jackknife, TooFew, holm
+from metrics.intervals import SHARED_SIDES, Interval, Jackknife, TooFew, holm
 from metrics.names import MetricRequest
 from metrics.result_tables import rounding
 from training.run_folder import RunFolder, list_snapshots
-
-# Sides of a jackknife that are the same images for all items. A block, or half, has reals and fakes; its reals are the
-# same for all items.
-_SHARED_SIDES = ("real", "heldout", "blocks")
 
 
 class Item(NamedTuple):
@@ -159,7 +155,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _difference(first: Jackknife, second: Jackknife, are_networks: bool, level: float,
                 names: Mapping[str, str]) -> Difference:
     paired = tuple(side for side, values in first.without.items()
-                   if len(values) == len(second.without[side]) and (are_networks or side in _SHARED_SIDES))
+                   if len(values) == len(second.without[side]) and (are_networks or side in SHARED_SIDES))
     difference = first.minus(second, paired)
     try:
         return Difference(**names, paired=paired, interval=difference.interval(level), p_value=difference.p_value())

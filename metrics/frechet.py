@@ -1,6 +1,6 @@
 """The Frechet distance between two Gaussians (FID), and the mean and covariance of features that it compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -71,12 +71,14 @@ def _factor(cov: Tensor, name: str) -> Tensor:
 
 
 def frechet_jackknife(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, real_groups: np.ndarray | None = None,
-                      fake_groups: np.ndarray | None = None, *, seed: int = 0,
+                      fake_groups: np.ndarray | None = None, *, stats: "Sequence[FeatureStats] | None" = None,
+                      seed: int = 0,
                       on_step: Callable[[int], None] = lambda count: None) -> Jackknife:
     """Return the Frechet distance extrapolated to infinitely many images, with a jackknife over blocks of groups.
 
     real:     [N, F], floating point, with groups int64 [N]; None = each image is its own group
     fake:     [M, F], likewise with groups int64 [M]
+    stats:    those of real and fake features, if they are known already
     seed:     deals the groups of each side to BLOCKS blocks, or as many as the side with fewer groups has groups
     on_step:  called with 1 after each distance; there is one more than blocks
 
@@ -102,7 +104,7 @@ def frechet_jackknife(real: np.ndarray | Tensor, fake: np.ndarray | Tensor, real
                      "needs at least 2 of each")
     random = np.random.RandomState(seed)
     blocks = [(random.permutation(total) % num_blocks)[side] for total, side in zip(num_groups, numbers)]
-    whole = [FeatureStats.of(side) for side in (real, fake)]
+    whole = [FeatureStats.of(side) for side in (real, fake)] if stats is None else stats
     distance = _distance(*whole)
     on_step(1)
     without = np.empty(num_blocks)

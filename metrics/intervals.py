@@ -19,6 +19,8 @@ import numpy as np
 DEFAULT_LEVEL = 0.95
 RESAMPLES = 1000
 SPLITS = 64  # of a set into halves, one per bit of an int64
+# Sides on which all that is compared with equal reals has the same images. A block, or half, has reals and fakes.
+SHARED_SIDES = ("real", "heldout", "blocks")
 _ROUNDING = 1e-12  # standard errors of shares below it are of estimates that are equal up to rounding
 
 
@@ -117,7 +119,7 @@ class Jackknife:
             return 1.0 if self.estimate == 0 else 0.0
         return float(2 * t.sf(abs(self.estimate) / error, self._freedom(variances)))
 
-    def minus(self, other: "Jackknife", paired: Sequence[str] = ("real", "blocks")) -> "Jackknife":
+    def minus(self, other: "Jackknife", paired: Sequence[str] = SHARED_SIDES) -> "Jackknife":
         """Return the difference to another estimate.
 
         paired:  sides on which both estimates use the same groups, in the same order, so that their errors cancel;

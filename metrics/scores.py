@@ -21,7 +21,6 @@ from metrics.samples import Sample
 # Binkowski et al. 2018; the same numbers as in Karras et al. 2020.
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 _MEMORY_FACTOR = 4  # GPU memory to that of features: theirs in float32, a float64 copy, and blocks of pairs
-_NEIGHBORHOOD_KINDS = ("pr", "dc")
 _FAKE_SIDE = ("precision", "density")  # values per generated image; those of recall and coverage are per real one
 
 
@@ -72,7 +71,7 @@ def interval_record(jackknife: Jackknife | str, level: float) -> dict[str, Any]:
 
 def share_work(request: MetricRequest) -> str:
     """Return a key that is equal for metrics of the same samples that are computed together, as pr and dc are."""
-    return "neighborhoods" if request.kind in _NEIGHBORHOOD_KINDS else request.name
+    return request.name if request.k is None else "neighborhoods"
 
 
 def score_all(requests: Sequence[MetricRequest], real: Sample | None, fake: Sample, heldout: Sample | None,
@@ -86,7 +85,7 @@ def score_all(requests: Sequence[MetricRequest], real: Sample | None, fake: Samp
     Raises ValueError if there are too few images.
     """
     request = requests[0]
-    if request.kind in _NEIGHBORHOOD_KINDS:
+    if request.k is not None:
         scores = _neighborhood_scores(requests, real, fake, scoring, on_rows)
     elif request.kind == "is":
         scores = {request.name: _inception_score(request, fake, scoring)}
@@ -113,7 +112,8 @@ def _frechet_score(request: MetricRequest, real: Sample, fake: Sample, scoring: 
                 "high by an amount that depends on the numbers of images; compare only values for equal numbers, "
                 "or use kid"}
     found = _or_reason(scoring, lambda: frechet_jackknife(
-        real.features.values, fake.features.values, real.groups, fake.groups, seed=scoring.seed, on_step=on_rows))
+        real.features.values, fake.features.values, real.groups, fake.groups, stats=stats, seed=scoring.seed,
+        on_step=on_rows))
     return Score(results={request.name: distance}, fields=note, jackknives={request.name: found})
 
 
