@@ -114,7 +114,7 @@ def is_first_process() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes of a run, seen from one of them."""
+    """The processes of a run, seen from one of them; `count` 1 communicates with no other, also within a group."""
 
     rank: int
     count: int
@@ -131,7 +131,7 @@ class Processes:
         LIMIT: does not overlap with the backward pass. Two processes on a CPU sum 25 million float32 in 0.1 s, while
         one pass through networks of that size takes seconds; not yet measured between GPUs.
         """
-        if world_size() == 1:
+        if self.count == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -139,6 +139,22 @@ class Processes:
                 dist.all_reduce(flat)
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def any(self, flag: bool) -> bool:
+        """Return on every process whether `flag` is set on any, as `any_process` does. Raises ProcessLost."""
+        return flag if self.count == 1 else any_process(flag)
+
+    def any_each(self, flags: Sequence[bool]) -> list[bool]:
+        """Reduce several flags as `any` does, in one exchange. Raises ProcessLost."""
+        return list(flags) if self.count == 1 else any_process_each(flags)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's value on every process, as `broadcast_object` does. Raises ProcessLost."""
+        return value if self.count == 1 else broadcast_object(value)
+
+    def first_text(self, text: str) -> str:
+        """Return on all processes the first text that is not empty, in one line, "" if there is none."""
+        return " ".join(text.split()) if self.count == 1 else first_text(text)
 
     def share(self, total: int) -> range:
         """Return this process's share of `total` items: images of a batch, or micro-batches."""
@@ -150,10 +166,11 @@ class Processes:
 
 
 @contextmanager
-def join(device: torch.device | str) -> Iterator[Processes]:
+def join(device: torch.device | str, *, patience: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Processes]:
     """Join the process group of the run, and leave it together with the others.
 
-    device:  several processes on "cuda" each use the GPU of their local rank
+    device:    several processes on "cuda" each use the GPU of their local rank
+    patience:  how long a process waits for one that is alive but busy; one that died is noticed in any case
 
     An error within the block is passed on to the others, which end with `ProcessLost`; of several processes that fail
     at once, one keeps its error. Raises UserError when the environment is invalid or the others do not join in time.
@@ -169,7 +186,7 @@ def join(device: torch.device | str) -> Iterator[Processes]:
     # Processes on one machine share its cores.
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_count))
     follow_launcher()
-    watch = _meet(place, device)
+    watch = _meet(place, device, patience)
     try:
         yield Processes(rank=place.rank, count=place.count, device=device)
         barrier()  # no process leaves while another may still need it
@@ -280,7 +297,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _meet(place: Place, device: torch.device) -> ProcessWatch:
+def _meet(place: Place, device: torch.device, patience: timedelta) -> ProcessWatch:
     global _watch
     # Imported early: its functions bind the default process group at import time, and torch._dynamo would import it in
     # the middle of a run. That would keep the group, with gloo's threads, alive after destroy_process_group; a thread
@@ -292,7 +309,7 @@ def _meet(place: Place, device: torch.device) -> ProcessWatch:
         watch_store = _connect(place, timedelta(seconds=launch.WATCH_GRACE_SECONDS), holds_store=False)
         watch = ProcessWatch(watch_store, rank=place.rank, count=place.count, end=_end_now)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=place.rank, world_size=place.count, timeout=COLLECTIVE_TIMEOUT)
+                                rank=place.rank, world_size=place.count, timeout=patience)
     except RuntimeError as error:
         raise UserError(f"process {place.rank} of {place.count} could not join the others at {place.address}:"
                         f"{place.port} ({' '.join(str(error).split())[:200]}); expected all of them to start within "

@@ -260,6 +260,49 @@ class DatasetFacts(Config):
             raise ConfigError(f"data set {self.name} has labels of length {self.c_dim}; expected a length >= 0")
 
 
+LOCAL_LENGTHS, SHARED_NETWORKS, EMA_PLACES = ("equal", "proportional"), ("G,D", "G"), ("sites", "server")
+SITE_WEIGHTS, PAYLOADS = ("images", "equal"), ("float32", "bfloat16")
+SERVER_OPTIMIZERS, ON_REFUSED = ("fedavg", "fedavgm", "fedadam"), ("continue", "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(FlagConfig):
+    """Decentralized training: rounds of training at several sites, each on its own images, with a mean after each."""
+
+    sites: tuple[str, ...]  # names; the number of a site decides its random seed
+    rounds: int
+    round_kimg: float  # thousands of images of a site in a round; if local is "proportional", the mean over sites
+    local: str = "equal"  # all sites train on equally many images, or proportionally to the images they have
+    share: str = "G,D"  # networks that are averaged; with "G" each site keeps its own discriminator
+    ema: str = "sites"  # where the moving average of the generator is updated: after each iteration, or each round
+    weights: str = "images"  # weight of a site in the mean: images seen in the round, or equal
+    payload: str = "float32"  # type of the numbers sent
+    server_optimizer: str = "fedavg"  # how the mean changes the networks
+    server_lr: float = 1  # of fedavgm and fedadam
+    server_momentum: float = 0.9  # of fedavgm; beta1 of fedadam
+    server_beta2: float = 0.99  # of fedadam
+    server_tau: float = 1e-3  # of fedadam
+    fedprox_mu: float = 0  # weight of FedProx's term, which holds a site's networks near those of the server
+    max_update_norm: float = 10  # an update is refused if its norm is larger than this multiple of the median
+    on_refused: str = "continue"  # with the other sites, or stop
+    join: tuple[str, ...] = ()  # NAME:ROUND, the first round of a site
+    leave: tuple[str, ...] = ()  # NAME:ROUND, the last round of a site
+
+    def check(self) -> None:
+        self.require(bool(self.sites), "sites", "at least one name")
+        self.require_at_least(1, "rounds")
+        for name in ("round_kimg", "server_lr", "server_tau"):
+            self.require(getattr(self, name) > 0, name, "a number > 0")
+        self.require(self.max_update_norm > 1, "max_update_norm", "a number > 1")
+        self.require(self.fedprox_mu >= 0, "fedprox_mu", "a number >= 0")
+        for name in ("server_momentum", "server_beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "a number >= 0 and < 1")
+        for name, choices in (("local", LOCAL_LENGTHS), ("share", SHARED_NETWORKS), ("ema", EMA_PLACES),
+                              ("weights", SITE_WEIGHTS), ("payload", PAYLOADS),
+                              ("server_optimizer", SERVER_OPTIMIZERS), ("on_refused", ON_REFUSED)):
+            self.require(getattr(self, name) in choices, name, f"one of {' and '.join(choices)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """All settings that decide what a training run computes."""
@@ -288,6 +331,7 @@ class TrainConfig(Config):
     num_workers: int = 3  # data loading workers, per training process
     allow_tf32: bool = True
     cudnn_benchmark: bool = True
+    federation: FederationConfig | None = None  # None = one data set
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
@@ -304,6 +348,11 @@ class TrainConfig(Config):
     def batch(self) -> int:
         """Total batch size, over all processes."""
         return self.step.batch
+
+    @property
+    def length(self) -> tuple[float, str]:
+        """How long to train, and the unit, which is also the name of the flag."""
+        return (self.kimg, "kimg") if self.federation is None else (self.federation.rounds, "rounds")
 
     @property
     def precision(self) -> str:

@@ -19,7 +19,7 @@ from dnnlib.lines import read_lines
 from dnnlib.workers import usable_cores
 from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
 from torch_utils.device import SIGNS_OF_READERS, OutOfMemory, ran_out_of_memory
-from torch_utils.distributed import Processes, any_process, any_process_each, broadcast_object, first_text, join
+from torch_utils.distributed import Processes, join
 from torch_utils.images import to_unit_range
 from torch_utils.ops.compiled import auto_implementation
 from torch_utils.stats import Collector
@@ -33,7 +33,7 @@ from training.run_report import SKIPPED_PREFIX, error_text
 from training.sampling import LabelDistribution, TrainingOrder, image_weights, iterate_batches
 from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
-from training.step import StepResult, train_step
+from training.step import Proximal, StepResult, train_step
 from training.transfer import transfer_for
 
 EXIT_DONE = 0  # the code of OutOfMemory is 4
@@ -69,7 +69,7 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, eva
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         loop = None
         try:
-            loop = _Loop(config, settings, dataset, weights, processes, run, stop, evaluate)
+            loop = TrainingLoop(config, settings, dataset, weights, processes, run, stop, evaluate)
             return loop.train()
         except Exception as error:  # memory may run out anywhere, and PyTorch reports it in several ways
             if not ran_out_of_memory(error):
@@ -90,22 +90,30 @@ def _open_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset,
         run = choose_run(settings.outdir, config, hash_content(dataset, weights), **settings.asked(),
                          classes=dataset.label_names or [])
     chosen = None if run is None else (str(run.path), run.continues, run.left_alone, run.record.config)
-    path, continues, left_alone, config = broadcast_object(chosen)
+    path, continues, left_alone, config = processes.broadcast(chosen)
     return run or RunFolder(path, continues=continues, left_alone=left_alone), config
 
 
-class _Loop:
-    """One process's part in a run."""
+class TrainingLoop:
+    """One process's part in a run.
+
+    A site of a decentralized training (federated/site.py) calls `train_until` for each round instead of `train`.
+
+    state:  before the first iteration; None creates one
+    title:  starts each line on the screen
+    """
 
     def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset,
                  weights: np.ndarray | None, processes: Processes, run: RunFolder, stop: StopRequest,
-                 evaluate: Evaluate | None):
+                 evaluate: Evaluate | None, *, state: TrainingState | None = None, title: str = ""):
         self.config, self.dataset, self.processes, self.run, self.stop = config, dataset, processes, run, stop
         self.same_command = settings.same_command
         self.order = TrainingOrder(len(dataset), seed=config.seed, weights=weights)
         self.labels = LabelDistribution(dataset.label_table(),
                                         None if weights is None else weights[:dataset.num_images])
-        self.state = TrainingState.create(config, processes.device)
+        self.state = TrainingState.create(config, processes.device) if state is None else state
+        self.proximal: Proximal | None = None
+        self.end_nimg = config.kimg * 1000
         several = {"reduce": self._sum, "rank": processes.rank, "num_processes": processes.count}
         self.collector = Collector(processes.device, **(several if processes.count > 1 else {}))
         self.valid = None
@@ -120,20 +128,26 @@ class _Loop:
         self.ends: list[int] = []  # images seen at each end that the run reached with a network snapshot
         self.tick_start_nimg = 0
         self.has_started = self.has_stepped = False  # in this process: the state is loaded; an iteration was done
-        self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate, stop)
+        self.output = RunOutput(config, settings, dataset, self.state, processes, run, evaluate, stop, title=title)
 
     def train(self) -> int:
         """Train to the end, or until the run is asked to stop; return the exit code."""
-        self._start()
+        self.start()
+        code = self.train_until(self.config.kimg * 1000)
+        return self._finish() if code is None else code
+
+    def train_until(self, nimg: int) -> int | None:
+        """Run iterations until this many images are seen; return the exit code if the run stops before, else None."""
+        self.end_nimg = nimg
         if self._is_done():
-            return self._finish()
+            return None
         # No more data loading workers than cores that the training processes leave free, but at least one.
         num_workers = min(self.config.num_workers, max(usable_cores() // self.processes.count - 1, 1))
         batches = iterate_batches(self.dataset, self.order, nimg=self.state.nimg, batch=self.config.batch,
                                   rows=self.processes.share(self.config.batch), num_workers=num_workers,
                                   pin_memory=self.processes.device.type == "cuda")
         batch, failure = _read_batch(batches)
-        if any_process(failure is not None):
+        if self.processes.any(failure is not None):
             return self._stop_for_failure(failure)
         while True:
             failing = self._step(*batch)
@@ -141,16 +155,16 @@ class _Loop:
                 self.output.log(f"stopped: {failing}; {self._advise_other_run()}")
                 return EXIT_DIVERGED
             if self._tick_is_full() or self._is_done():
-                self._end_tick()
+                self.end_tick()
             if self._is_done():
-                return self._finish()
+                return None
             # Read before the processes exchange flags, so that all know whether each has its next images.
             batch, failure = _read_batch(batches)
-            stops, saves, fails = any_process_each([self.stop.wanted(), self.output.state_is_due(),
-                                                    failure is not None])
+            stops, saves, fails = self.processes.any_each([self.stop.wanted(), self.output.state_is_due(),
+                                                           failure is not None])
             # The state may be saved already: that happens before metrics, which end early when the run stops.
-            if (stops or saves or fails) and any_process(self.output.state_is_older()):
-                self._save_state()
+            if (stops or saves or fails) and self.processes.any(self.output.state_is_older()):
+                self.save_state()
             if fails:
                 return self._stop_for_failure(failure)
             if stops:
@@ -160,11 +174,11 @@ class _Loop:
 
     def _stop_for_failure(self, failure: DiskFailure | None) -> int:
         """Log what failed, in this process or another one; the state is saved already."""
-        reason = first_text("" if failure is None else str(failure))
+        reason = self.processes.first_text("" if failure is None else str(failure))
         self.output.log(f"stopped after {self.state.nimg} images: {reason}; {self.output.continuation()}")
         return EXIT_STOPPED
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Continue from the newest state, or start from scratch. Raises UserError if the run's state is missing."""
         try:
             found = self.checkpoints.load()
@@ -180,7 +194,7 @@ class _Loop:
                               transfer_for(self.state, self.config, self.dataset).lines())
         else:
             saved, message = found
-            self._load(saved)
+            self.load_state_dict(saved)
             self.output.resume(self.tick, saved["seconds"], [] if message is None else [message],
                                operators=saved.get("operators"))
         self.has_started = True
@@ -192,7 +206,8 @@ class _Loop:
         return (f"the last state was saved before that, and {self.same_command} tries again from there; a larger "
                 f"--gamma or --precision=fp32 starts another run{keeps}")
 
-    def _load(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned. Raises UserError if it does not fit this run."""
         if saved.get("loop_version") != LOOP_VERSION:
             raise UserError(f"{self.checkpoints.newest} has version {saved.get('loop_version')!r}; expected "
                             f"{LOOP_VERSION}: continue with the program that wrote it, or start from scratch with "
@@ -219,7 +234,7 @@ class _Loop:
                              label_law=self.labels, image_shape=reals.shape[1:], device=device)
         inputs = StepInputs(reals=reals, labels=labels.to(device, non_blocking=True), phases=phases)
         nimg = state.nimg
-        result = train_step(state, inputs, config.step, self.processes)
+        result = train_step(state, inputs, config.step, self.processes, self.proximal)
         if not self.has_stepped:
             self.has_stepped = True
             self.output.note_pass(nimg)
@@ -239,21 +254,20 @@ class _Loop:
                 self.output.log(f"{phase} skipped before image {self.state.nimg}: not finite: {names}")
 
     def _is_done(self) -> bool:
-        return self.state.nimg >= self.config.kimg * 1000
+        return self.state.nimg >= self.end_nimg
 
     def _tick_is_full(self) -> bool:
         """The first tick is a single iteration, so that a run shows early that it works."""
         return self.tick == 0 or self.state.nimg >= self.tick_start_nimg + self.config.kimg_per_tick * 1000
 
-    def _end_tick(self) -> None:
+    def end_tick(self) -> None:
         """Report a tick, and write the files that are due.
 
         A tick that is cut short by the end of the run is extra: if the run is continued later, the other ticks end, and
         files are written, as if there had been no such tick. But files from an end of the run are not replaced by files
         of the same name a few images later: other runs and image sets may depend on them.
         """
-        self._score_valid()
-        self.output.report(self.tick, self.collector.flush())
+        self.report_tick()
         is_done, number = self._is_done(), self.tick - self.extra_ticks
         has_new_name = is_done or self.run.snapshot(self.state.nimg) not in map(self.run.snapshot, self.ends)
         if has_new_name and (is_done or number % self.config.image_snapshot_ticks == 0):
@@ -263,19 +277,30 @@ class _Loop:
             self.output.metrics.make_up_replaced(self.state.nimg)
             self.output.save_networks()
             self.output.metrics.expect(self.tick, self.state.nimg)
+        self.count_tick()
+        if is_done and self.output.network_failure is None and self.state.nimg not in self.ends:
+            self.ends.append(self.state.nimg)
+        if saves:
+            self.save_state()
+        if saves and has_new_name:
+            self.output.evaluate()
+            self.output.remove_networks(self.ends)
+        self.output.begin_tick()
+
+    def report_tick(self) -> dict[str, dict[str, float]]:
+        """Report the statistics of a tick that just ended; return them."""
+        self._score_valid()
+        found = self.collector.flush()
+        self.output.report(self.tick, found)
+        return found
+
+    def count_tick(self) -> None:
+        """Begin to count the images of the next tick."""
         if self._tick_is_full():
             self.tick_start_nimg = self.state.nimg
         else:
             self.extra_ticks += 1
         self.tick += 1
-        if is_done and self.output.network_failure is None and self.state.nimg not in self.ends:
-            self.ends.append(self.state.nimg)
-        if saves:
-            self._save_state()
-        if saves and has_new_name:
-            self.output.evaluate()
-            self.output.remove_networks(self.ends)
-        self.output.begin_tick()
 
     def _score_valid(self) -> None:
         """Report D's scores on the held-out images; the main process computes them."""
@@ -290,15 +315,18 @@ class _Loop:
         self.collector.add("Loss/scores/valid", scores)
         self.collector.add("Loss/signs/valid", scores.sign())
 
-    def _save_state(self) -> None:
+    def save_state(self) -> None:
         """Save a resumable state; if the disk is full, log a warning and keep the previous state."""
-        state = {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
-                 "training": self.state.state_dict(),
-                 "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
-                 "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "ends": list(self.ends),
-                 "missing_metrics": self.output.metrics.state_dict(), "tick_start_nimg": self.tick_start_nimg,
-                 "seconds": self.output.clock.total()}
-        self.output.save_state(self.checkpoints, state)
+        self.output.save_state(self.checkpoints, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a continuation needs, for `write_checkpoint`."""
+        return {"loop_version": LOOP_VERSION, "operators": auto_implementation(self.processes.device.type),
+                "training": self.state.state_dict(),
+                "collected": self.collector.state_dict(), "skipped": self.skipped.state_dict(),
+                "reported_ticks": self.tick, "extra_ticks": self.extra_ticks, "ends": list(self.ends),
+                "missing_metrics": self.output.metrics.state_dict(), "tick_start_nimg": self.tick_start_nimg,
+                "seconds": self.output.clock.total()}
 
     def _finish(self) -> int:
         """Mark the run as finished once its last files are written; return the exit code."""
@@ -309,7 +337,7 @@ class _Loop:
             return EXIT_STOPPED
         self.output.remove_networks(self.ends)
         missing = self._mark_finished() if self.processes.rank == 0 else None
-        if any_process(missing is not None):
+        if self.processes.any(missing is not None):
             self.output.log(f"not finished after {self.state.nimg} images: {missing}; once that is fixed, "
                             f"{self.same_command} continues at image {self.output.saved_nimg or 0}")
             return EXIT_STOPPED
@@ -322,14 +350,14 @@ class _Loop:
         Metrics that take longer than a whole command may run are left to calc_metrics.py, as are those that fail.
         """
         metrics = self.output.metrics
-        is_signal = any_process(self.stop.wanted() and self.stop.seconds_left() != 0)
+        is_signal = self.processes.any(self.stop.wanted() and self.stop.seconds_left() != 0)
         if not metrics.missing:
             return False
         kimg = ", ".join(f"{missing.nimg / 1000:.1f}" for missing in metrics.missing)
         if metrics.left_out is not None and (is_signal or self.has_stepped or metrics.has_computed):
             self.output.log(f"stopped after {self.state.nimg} images ({metrics.left_out}); {self.same_command} "
                             f"computes the metrics at kimg {kimg}")
-            self._save_state()
+            self.save_state()
             return True
         self.output.log(f"warning: the metrics at kimg {kimg} were not computed; compute them with calc_metrics.py "
                         f"--run={self.run.path}")

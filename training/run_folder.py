@@ -37,6 +37,7 @@ from training.run_record import (
 )
 
 LOCK_NAME = "lock.json"
+SERVER_FOLDER = "server"  # of a decentralized training, beside those of its sites
 _CHOOSING_LOCK_NAME = ".choosing-a-run.json"
 _UNNAMED_RUN = ".new-run"  # a run's folder until it has its number
 _SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.(safetensors|pkl)")  # .pkl: in a folder of NVIDIA's code
@@ -125,7 +126,7 @@ class RunFolder:
         return Path(found[-1]) if found else None
 
     def mark_finished(self) -> None:
-        """Record that the run reached its end: the same command leaves it alone, a larger --kimg continues it."""
+        """Record that the run reached its end: the same command leaves it alone, a larger length continues it."""
         self.record = replace(self.record, finished=True)
         write_record(self.path, self.record)
 
@@ -190,10 +191,10 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
     batch_gpu_given:  the user gave --batch-gpu; otherwise a continued run keeps its own
     classes:          names of the classes in the order of their numbers, [] without names; None does not compare them
 
-    An unfinished run is continued up to the largest config.kimg that was ever requested. A finished one is continued if
-    config.kimg is larger, and otherwise left alone: see RunFolder.left_alone. Half-written files of killed processes
-    are removed.
-    Raises UserError if the run is being trained by another process, has a larger config.kimg than this, has the same
+    An unfinished run is continued up to the largest config.length that was ever requested. A finished one is continued
+    if config.length is larger, and otherwise left alone: see RunFolder.left_alone. Half-written files of killed
+    processes are removed.
+    Raises UserError if the run is being trained by another process, has a larger config.length than this, has the same
     class names in another order, or is finished without a resumable state, or if outdir cannot be used; nothing is
     changed then.
     """
@@ -213,6 +214,33 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
                 _make(plan.path, RunRecord(config=config, identity=request.identity, precision_given=precision_given,
                                            classes=request.classes))
             return _take(plan, request)
+
+
+def open_run(path: str | os.PathLike, config: TrainConfig, content_hash: str, *,
+             classes: Sequence[str] | None = None) -> RunFolder:
+    """Return the run in this very folder, which is created if it does not exist, with its lock held.
+
+    Raises UserError if another process trains the run, or it has another identity.
+    """
+    path = Path(path)
+    request = RunRequest(config=config, identity=identify(config, content_hash), new=False, precision_given=True,
+                         batch_gpu_given=True, classes=None if classes is None else tuple(classes))
+    with _outdir_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _choosing(path.parent):
+            record = read_record(path)
+            if record is None:
+                _make(path, RunRecord(config=config, identity=request.identity, precision_given=True,
+                                      classes=request.classes))
+                return _take(RunPlan(path=path, config=config), request)
+            config = _settle(record, request)
+            there = {**record.identity, "options": comparable_options(record.config)}
+            here = {**request.identity, "options": comparable_options(config)}
+            if there != here or _has_other_classes(record, request):
+                found = describe_difference(there, here) or "the classes differ"
+                raise UserError(f"{path} was started with other settings ({found}); expected the same, or another "
+                                "folder")
+            return _take(RunPlan(path=path, config=config, record=record), request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,20 +335,20 @@ def _settle(record: RunRecord, request: RunRequest) -> TrainConfig:
 
 def _plan_known(path: Path, record: RunRecord, request: RunRequest, notes: list[str]) -> RunPlan:
     """Decide whether a run of equal identity is continued or left alone. Raises UserError if neither is possible."""
-    asked, longest, config = request.config.kimg, record.config.kimg, _settle(record, request)
-    left_alone = None
+    (asked, unit), (longest, _), config = request.config.length, record.config.length, _settle(record, request)
+    left_alone, states = None, path if config.federation is None else path / SERVER_FOLDER
     if record.finished and asked <= longest:
-        left_alone = f"already finished at {longest} kimg: {path}; --new starts another run"
-    elif record.finished and _images_of_state(path) is None:
-        raise UserError(f"{path} is finished at {longest} kimg, but its resumable state is missing; expected "
-                        f"{CheckpointPair(path).newest.name}, to continue to {asked} kimg: copy it back, or start "
-                        "another run with --new")
+        left_alone = f"already finished at {longest} {unit}: {path}; --new starts another run"
+    elif record.finished and _progress(states, unit) is None:
+        raise UserError(f"{path} is finished at {longest} {unit}, but its resumable state is missing; expected "
+                        f"{CheckpointPair(states).newest.relative_to(path)}, to continue to {asked} {unit}: copy it "
+                        "back, or start another run with --new")
     elif asked < longest:
-        nimg = _images_of_state(path) or 0
-        if nimg < asked * 1000:
-            raise UserError(f"--kimg is {asked}, but {path}, now at {nimg / 1000:g} kimg, was started with {longest}; "
-                            f"expected --kimg={longest} or more to continue it, or --new to start another run")
-        left_alone = (f"already finished at {nimg / 1000:g} kimg (of {longest} requested before): {path}; --new "
+        reached = _progress(states, unit) or 0
+        if reached < asked:
+            raise UserError(f"--{unit} is {asked}, but {path}, now at {reached:g} {unit}, was started with {longest}; "
+                            f"expected --{unit}={longest} or more to continue it, or --new to start another run")
+        left_alone = (f"already finished at {reached:g} {unit} (of {longest} requested before): {path}; --new "
                       "starts another run")
     elif config.step.micro_batch != request.config.step.micro_batch:
         notes = [*notes, f"{path}: {config.step.micro_batch} images per pass, as the run had before "
@@ -328,13 +356,15 @@ def _plan_known(path: Path, record: RunRecord, request: RunRequest, notes: list[
     return RunPlan(path=path, config=config, record=record, left_alone=left_alone, notes=tuple(notes))
 
 
-def _images_of_state(path: Path) -> int | None:
-    """Return the number of images seen at a run's newest state, None if it has none."""
+def _progress(folder: Path, unit: str) -> float | None:
+    """Return how far the newest state in a folder is, in a unit of TrainConfig.length; None if there is none."""
     try:
-        found = CheckpointPair(path).load()
+        found = CheckpointPair(folder).load()
     except DamagedCheckpoint as error:
         raise UserError(f"{error} (--new does so)") from error
-    return None if found is None else found[0]["training"]["nimg"]
+    if found is None:
+        return None
+    return found[0]["rounds"] if unit == "rounds" else found[0]["training"]["nimg"] / 1000
 
 
 def _explain(old: TrainConfig, new: TrainConfig, there: dict[str, Any], here: dict[str, Any]) -> str:

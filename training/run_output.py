@@ -46,10 +46,11 @@ class RunOutput:
     """Writes the files of one run, in the main process; the others take part in computing metrics only."""
 
     def __init__(self, config: TrainConfig, settings: RunSettings, dataset: ImageDataset, state: TrainingState,
-                 processes: Processes, run: RunFolder, evaluate: Evaluate | None, stop: StopRequest):
+                 processes: Processes, run: RunFolder, evaluate: Evaluate | None, stop: StopRequest, *,
+                 title: str = ""):
         self.config, self.settings, self.dataset, self.state = config, settings, dataset, state
         self.run, self.is_main = run, processes.rank == 0
-        self.reporter = Reporter(run.path, is_main=self.is_main)
+        self.reporter = Reporter(run.path, is_main=self.is_main, title=title)
         self.metrics = SnapshotMetrics(config.metrics, evaluate, run=run, reporter=self.reporter, processes=processes,
                                        stop=stop, continuation=self.continuation)
         self.clock = TickClock(total_nimg=config.kimg * 1000)

@@ -33,6 +33,9 @@ FREE_OPTIONS = frozenset({
     "gpus", "batch_gpu", "step.micro_batch", "num_workers", "cudnn_benchmark",
     "resume",  # the path of the network; its content is in the identity
     "resume_partial",  # decides whether the run may start; the layers taken follow from the network
+    # Of decentralized training; the server's state records which sites took part in the rounds so far.
+    "federation.rounds", "federation.sites", "federation.join", "federation.leave", "federation.max_update_norm",
+    "federation.on_refused",
 })  # fmt: skip
 
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")
@@ -55,7 +58,7 @@ class RunRecord:
     config: TrainConfig
     identity: dict[str, Any]  # as `identify` returns it
     versions: dict[str, str] = field(default_factory=lambda: software_versions())  # of the last process that trained
-    finished: bool = False  # the run reached config.kimg; only a larger one continues it
+    finished: bool = False  # the run reached config.length; only a larger one continues it
     precision_given: bool = False  # by the user, when the run started; else --precision=auto keeps the recorded one
     passes: tuple[PassSize, ...] = ()  # the pass sizes that were used, which may differ from the requested ones
     classes: tuple[str, ...] | None = None  # names in the order of their numbers, () without; None in earlier records
@@ -81,7 +84,10 @@ class RunRecord:
                                 self.passes[-1].batch_gpu)
             if size != config.step.micro_batch:
                 config = replace(config, batch_gpu=size, step=replace(config.step, micro_batch=size))
-        return replace(config, kimg=max(config.kimg, self.config.kimg))
+        federation = config.federation
+        if None not in (federation, self.config.federation):
+            federation = replace(federation, rounds=max(federation.rounds, self.config.federation.rounds))
+        return replace(config, kimg=max(config.kimg, self.config.kimg), federation=federation)
 
 
 def identify(config: TrainConfig, content_hash: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from training.run_folder import RunFolder
 
 SKIPPED_PREFIX = "Trouble/skipped/"  # prefix of a statistic for each phase: 1 for a skipped step, else 0
 _GB = 2**30
-_PROGRESS = re.compile(rb"\S+ \S+ +tick (\d+) +kimg ")  # date, time, and the start of a progress line
+_PROGRESS = re.compile(rb"\S+ \S+ +(?:tick|round) (\d+) +kimg ")  # date, time, and the start of a progress line
 _PREFIX = "events.out.tfevents."  # TensorBoard finds files by this prefix, and reads them in the order of their names
 _NUMBERED = re.compile(re.escape(_PREFIX) + r"(\d{5,})")
 
@@ -163,10 +163,12 @@ class Reporter:
     folder:       of the run; must exist
     is_main:      False creates a reporter that does nothing, for all processes but one
     tensorboard:  also write event files
+    title:        starts each line on the screen, where several runs report; "" for none
     """
 
-    def __init__(self, folder: str | os.PathLike, *, is_main: bool, tensorboard: bool = True):
+    def __init__(self, folder: str | os.PathLike, *, is_main: bool, tensorboard: bool = True, title: str = ""):
         self.run = RunFolder(folder)
+        self._title = title
         self._is_main = is_main
         self._log = AppendFile(self.run.log, durable=False)
         self._stats = AppendFile(self.run.stats, durable=True)
@@ -196,7 +198,8 @@ class Reporter:
         """Print lines, and write them to the log with date and time."""
         if not self._is_main:
             return
-        _print(text, sys.stderr if to_stderr else sys.stdout)
+        shown = "\n".join(f"{self._title}{line}" for line in text.splitlines())
+        _print(shown, sys.stderr if to_stderr else sys.stdout)
         with self._surviving_lines(self.run.log):
             self._log.append(_dated(text))
 
@@ -273,7 +276,7 @@ class Reporter:
             if self._is_main and key not in self._warned:
                 self._warned.add(key)
                 text = f"warning: failed to {action} ({error_text(error)}); {consequence}"
-                _print(text, sys.stdout)
+                _print(f"{self._title}{text}", sys.stdout)
                 with suppress(OSError):  # It is on the screen, and in the log once that can be written.
                     self._log.append(_dated(text))
 

@@ -13,7 +13,7 @@ from dnnlib.files import DiskFailure, sha256_of
 from dnnlib.lines import read_lines
 from dnnlib.progress import format_seconds
 from torch_utils.device import lost_device
-from torch_utils.distributed import Processes, ProcessLost, any_process, broadcast_object, first_text
+from torch_utils.distributed import Processes, ProcessLost
 from training.config import BestValue
 from training.run_folder import RunFolder
 from training.run_report import Reporter
@@ -75,7 +75,7 @@ class SnapshotMetrics:
         networks = saved.get("networks", []) if self._evaluate is not None else []
         missing = [Missing(tick=tick, nimg=nimg) for tick, nimg in networks]
         missing = [each for each in missing if self._list_missing(each)] if self._is_main else None
-        self.missing = broadcast_object(missing)
+        self.missing = self._processes.broadcast(missing)
         self._given_up_after = saved.get("given_up_after")
         found = [self._given_up_after, self._recorded_seconds() if self._is_main else None]
         self._seconds = max((seconds for seconds in found if seconds is not None), default=None)
@@ -93,7 +93,7 @@ class SnapshotMetrics:
         """
         if not self.missing:
             return
-        failure = broadcast_object(failure)  # so that all processes drop what the main process drops
+        failure = self._processes.broadcast(failure)  # so that all processes drop what the main process drops
         newest, snapshot, more = self.missing[-1], self._run.snapshot(self.missing[-1].nimg).name, {}
         if failure is not None:
             snapshot, more = None, {"snapshot_note": f"{snapshot} could not be written ({failure})"}
@@ -127,8 +127,8 @@ class SnapshotMetrics:
     def _measure_file(self, missing: Missing) -> bool:
         """Compute the metrics of a network on disk that no line has yet; return as `_measure` does."""
         path = self._run.snapshot(missing.nimg)
-        is_there, are_missing = broadcast_object((self._is_file_of(path, missing), bool(self._list_missing(missing)))
-                                                 if self._is_main else None)
+        found = (self._is_file_of(path, missing), bool(self._list_missing(missing))) if self._is_main else None
+        is_there, are_missing = self._processes.broadcast(found)
         if are_missing and not is_there:
             self._reporter.log(f"warning: metrics at kimg {missing.nimg / 1000:.1f} were not computed: {path.name} is "
                                "missing, damaged, or another network")
@@ -143,7 +143,7 @@ class SnapshotMetrics:
             digest = sha256_of(path) if self._is_main else None
         except Exception as found:  # as below
             error = found
-        if any_process(error is not None):
+        if self._processes.any(error is not None):
             reason = self._reason_unless_lost(error)
             self.missing.remove(missing)
             self._reporter.log(f"warning: failed to compute metrics at kimg {missing.nimg / 1000:.1f} ({reason}); "
@@ -176,7 +176,7 @@ class SnapshotMetrics:
 
     def _is_left_out(self) -> bool:
         """Tell whether there is no time for metrics."""
-        self.left_out = "another process was asked to stop" if any_process(self._stop.wanted()) else None
+        self.left_out = "another process was asked to stop" if self._processes.any(self._stop.wanted()) else None
         if self._is_main:
             left = self._stop.seconds_left()
             if self._stop.wanted():
@@ -184,14 +184,14 @@ class SnapshotMetrics:
             elif self.left_out is None and None not in (left, self._seconds) and self._seconds > left:
                 self.left_out = (f"metrics took at least {format_seconds(self._seconds)} the last time, and "
                                  f"{format_seconds(left)} of --max-hours is left")
-        self.left_out = broadcast_object(self.left_out)
+        self.left_out = self._processes.broadcast(self.left_out)
         return self.left_out is not None
 
     def _note_failure(self, missing: Missing, error: Exception, seconds: float) -> None:
         """Handle an error: computation aborted by a stop, GPU lost, or metric failed."""
         reason = self._reason_unless_lost(error)
-        if any_process(self._stop.wanted()):
-            self.left_out = broadcast_object(self._stop.reason or "another process was asked to stop")
+        if self._processes.any(self._stop.wanted()):
+            self.left_out = self._processes.broadcast(self._stop.reason or "another process was asked to stop")
             self.has_given_up, self._given_up_after = True, max(seconds, self._given_up_after or 0)
             return
         self.missing.remove(missing)
@@ -200,8 +200,8 @@ class SnapshotMetrics:
     def _reason_unless_lost(self, error: Exception | None) -> str:
         """Return what failed, in this process or another one; raise if a GPU no longer works."""
         is_lost = error is not None and lost_device(error, self._processes.device)
-        reason = first_text("" if error is None else f"{type(error).__name__}: {error}")
-        if any_process(is_lost):
+        reason = self._processes.first_text("" if error is None else f"{type(error).__name__}: {error}")
+        if self._processes.any(is_lost):
             self._reporter.log(f"stopped: the GPU failed while computing metrics ({reason}); {self._continuation()}")
             if is_lost:
                 raise error

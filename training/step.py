@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_utils.distributed import Processes
 from training.ada import adapt_augmentation
@@ -26,8 +26,26 @@ class StepResult:
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
-def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
-               processes: Processes | None = None) -> StepResult:
+@dataclass(frozen=True, kw_only=True)
+class Proximal:
+    """The proximal term of FedProx, (mu / 2) * ||w - anchor||^2 (Li et al. 2020, "Federated Optimization", eq. 2).
+
+    It is added to the losses of Gmain and Dmain, whose gradients are sums over micro-batches: once for each of them.
+    """
+
+    mu: float
+    anchors: dict[str, list[Tensor]]  # "G" and "D" -> values like those of its parameters, in their order
+
+    def add_gradients(self, phase: Phase, network: nn.Module, gradients: list[Tensor], count: int) -> None:
+        """Add count * mu * (w - anchor) to the gradients of a main phase, in place."""
+        if phase.value in ("Gmain", "Dmain"):
+            parameters = [parameter.detach() for parameter in network.parameters()]
+            apart = torch._foreach_sub(parameters, self.anchors[phase.value[0]])
+            torch._foreach_add_(gradients, apart, alpha=count * self.mu)
+
+
+def train_step(state: TrainingState, batch: StepInputs, config: StepConfig, processes: Processes | None = None,
+               proximal: Proximal | None = None) -> StepResult:
     """Run one iteration in place: the phases that are due, then the moving average, then the augmentation.
 
         for Gmain, Greg, Dmain, Dreg:  one Adam step on the gradients of all micro-batches of all processes
@@ -36,6 +54,7 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
 
     batch:      this process's share of the images
     processes:  the processes that take the step together, with equal states before and after; None for a single one
+    proximal:   holds the networks near given ones; None does not
 
     Raises ValueError, before anything changes, if the inputs do not fit the state or the configuration.
     """
@@ -49,7 +68,8 @@ def train_step(state: TrainingState, batch: StepInputs, config: StepConfig,
         plan[phase] = cut(phase, batch, config, state)
     result, norms = StepResult(), {}
     for phase, parts in plan.items():
-        result.stats[phase.value], norms[phase] = _run_phase(phase, parts, state, config, processes)
+        result.stats[phase.value], norms[phase] = _run_phase(phase, parts, state, config, processes,
+                                                              proximal)
     _update_average(state, ema_beta(config.batch, state.nimg, config.ema.kimg, config.ema.rampup))
     state.nimg += config.batch
     state.iteration += 1
@@ -95,7 +115,7 @@ class GradientSum:
 
 
 def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, config: StepConfig,
-               processes: Processes | None) -> tuple[dict[str, Tensor], Tensor]:
+               processes: Processes | None, proximal: Proximal | None) -> tuple[dict[str, Tensor], Tensor]:
     """Accumulate the gradients of all micro-batches and processes, then take the step if all values are finite.
 
     The result of that check stays on the device until the end of the iteration, so that nothing here synchronizes.
@@ -124,6 +144,8 @@ def _run_phase(phase: Phase, parts: list[MicroBatch], state: TrainingState, conf
         # divides by the number of processes, which matters only where gradients come near Adam's eps. A value that is
         # not finite in one process is not finite in the sum, so all processes skip the step together.
         processes.sum([*sums, total, *work.sums()])
+    if proximal is not None:
+        proximal.add_gradients(phase, network, sums, config.batch // config.micro_batch)
     # Norms are finite if gradients and the sums of their squares, which Adam averages, are. The largest magnitude
     # would do too, but takes 13 times as long on CPUs.
     norms = torch.stack([*torch._foreach_norm(sums), total.abs()])

@@ -19,6 +19,7 @@ from tests.helpers.parity_checks import compare_state, golden_inputs, golden_sta
 from tests.helpers.training_runs import flattened, state, statistics
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import Tuning
+from torch_utils.distributed import Processes
 from torch_utils.ops.compiled import auto_means
 from training import loop, options
 from training.config import RunSettings
@@ -46,11 +47,11 @@ def stop_after(monkeypatch, iterations, saves_at=None):
     """Let another process ask to stop after some iterations, and to save a state at one; return what the loop asked."""
     asked = []
 
-    def answer(flags):
+    def answer(_, flags):
         asked.append(list(flags))
         return [len(asked) == iterations, len(asked) == saves_at, False]
 
-    monkeypatch.setattr(loop, "any_process_each", answer)
+    monkeypatch.setattr(Processes, "any_each", answer)
     return asked
 
 
@@ -178,7 +179,7 @@ def num_ticks(outdir):
 
 def stop_at(monkeypatch, outdir, ticks):
     """Let another process ask to stop after some ticks of the run, each of one iteration."""
-    monkeypatch.setattr(loop, "any_process_each", lambda flags: [num_ticks(outdir) == ticks, *flags[1:]])
+    monkeypatch.setattr(Processes, "any_each", lambda _, flags: [num_ticks(outdir) == ticks, *flags[1:]])
 
 
 def saved_in(outdir):
