@@ -125,6 +125,14 @@ class RunFolder:
         found = list_snapshots(self.path)
         return Path(found[-1]) if found else None
 
+    def inside(self, name: str) -> "RunFolder":
+        """Return the names of files in a folder inside the run's, under the same lock, with the record copied there."""
+        folder = RunFolder(self.path / name, record=self.record, lock=self._lock, continues=self.continues)
+        folder.path.mkdir(exist_ok=True)
+        remove_abandoned(folder.path)
+        write_record(folder.path, self.record)
+        return folder
+
     def mark_finished(self) -> None:
         """Record that the run reached its end: the same command leaves it alone, a larger length continues it."""
         self.record = replace(self.record, finished=True)

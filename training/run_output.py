@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,15 @@ class RunOutput:
             with self.reporter.surviving("write a sample grid"):
                 self._save_fakes(self.run.fakes(self.state.nimg))
 
+    @property
+    def run_name(self) -> str:
+        """The name of the run, as network snapshots record it."""
+        return self.run.path.name
+
+    def networks(self) -> Networks:
+        """Return the networks of a network snapshot."""
+        return Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema)
+
     def save_networks(self) -> None:
         """Write a network snapshot."""
         if not self.is_main:
@@ -135,15 +144,14 @@ class RunOutput:
         classes, counts = self.dataset.class_indices() if self.dataset.use_labels else None, None
         if classes is not None:
             counts = torch.bincount(torch.from_numpy(classes), minlength=self.dataset.label_dim).tolist()
-        info = {"kimg": self.state.nimg / 1000, "run": self.run.path.name, "classes": self.dataset.classes,
+        info = {"kimg": self.state.nimg / 1000, "run": self.run_name, "classes": self.dataset.classes,
                 "class_counts": counts, "label_kind": self.dataset.label_kind,
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution,
                 **self._training}
         path, self._network_sha256, self.network_failure = self.run.snapshot(self.state.nimg), None, None
         with self.reporter.surviving("write a network snapshot"):
             try:
-                save_network(path, Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema,
-                                            config={"info": info}))
+                save_network(path, replace(self.networks(), config={"info": info}))
             except OSError as error:
                 self.network_failure = error_text(error)
                 raise

@@ -66,6 +66,11 @@ class SnapshotMetrics:
         self._given_up_after: float | None = None  # seconds after which one was aborted; None once one completed
         self._seconds: float | None = None  # duration of the last computation; known in the main process
 
+    @property
+    def wanted(self) -> bool:
+        """Whether metrics are computed."""
+        return self._evaluate is not None
+
     def state_dict(self) -> dict[str, Any]:
         return {"networks": [[missing.tick, missing.nimg] for missing in self.missing],
                 "given_up_after": self._given_up_after}

@@ -508,11 +508,11 @@ def run_out_of_memory(monkeypatch, largest, error, after=3):
     """Let passes of more than `largest` images run out of memory, after some iterations."""
     step, calls = loop.train_step, []
 
-    def limited(state, inputs, config, processes):
+    def limited(state, inputs, config, processes, proximal):
         calls.append(config.micro_batch)
         if config.micro_batch > largest and len(calls) > after:
             raise error
-        return step(state, inputs, config, processes)
+        return step(state, inputs, config, processes, proximal)
 
     monkeypatch.setattr(loop, "train_step", limited)
     return calls

@@ -9,7 +9,7 @@ import pytest
 from dnnlib.cli import UserError
 from dnnlib.typed_config import Config, ConfigError
 from tests.training.test_run_folder import CONTENT, config_of, edit
-from training.config import TrainConfig
+from training.config import FederationConfig, TrainConfig
 from training.run_record import (
     FREE_OPTIONS,
     RunRecord,
@@ -38,13 +38,18 @@ def another(value):
     return f"{value}x" if isinstance(value, str) else ["other"] if isinstance(value, list) else 1
 
 
+def every_option():
+    """Return a configuration in which all parts are there."""
+    return replace(config_of(cond=True), federation=FederationConfig(sites=("a", "b"), rounds=2, round_kimg=1))
+
+
 def leaves():
-    return [name for name, _ in flatten(config_of(cond=True).to_dict())]
+    return [name for name, _ in flatten(every_option().to_dict())]
 
 
 @pytest.mark.parametrize("name", leaves())
 def test_identity_every_option_is_free_or_changes_it(name, monkeypatch, tmp_path):
-    base = config_of(cond=True)
+    base = every_option()
     for part in Config.__subclasses__():  # one value alone is changed, whether it makes sense or not
         monkeypatch.setattr(part, "check", lambda self: None)
     value = dict(flatten(base.to_dict()))[name]

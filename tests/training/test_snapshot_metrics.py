@@ -35,7 +35,7 @@ NIMG = [200, 800, 1400, 2000, 2600, 3000]  # of the networks that `train` writes
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Networks of four channels, and a step that does not learn but changes the generator's weights each time."""
-    def step(state, inputs, config, processes):
+    def step(state, inputs, config, processes, proximal):
         with torch.no_grad():
             for parameter in state.G_ema.parameters():
                 parameter += math.cos(state.nimg)
