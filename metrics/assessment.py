@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from metrics.intervals import Jackknife, TooFew
 from metrics.names import MetricRequest
 from metrics.perceptual_path import EPSILON, path_length, path_length_jackknife
 from metrics.samples import Sample, Samples
 from metrics.scores import Score, Scoring, interval_record, permutation_record, score_all
+from torch_utils.device import find_project_version, find_versions
 
 # Images of a class, on each side, to be called the worst one: with fewer, chance decides which class it is.
 FEWEST_TO_JUDGE = 30
@@ -137,6 +139,16 @@ def assess_paths(request: MetricRequest, distances: Tensor, level: float | None,
         reason = {"reason": "path lengths of classes are not measured; measure one with calc_metrics.py --class"}
         record |= {"per_class": dict.fromkeys(class_names, reason), "worst_class": {}}
     return Assessment(record=record, jackknives=jackknives)
+
+
+def method_fields(network: nn.Module, *, seed: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Return the fields of a record that state how a value was computed.
+
+    network:  the detector, or the distance between images
+    """
+    return {"detector": network.name, "detector_sha256": network.weights_sha256,
+            "preprocessing": network.preprocessing, "seed": seed, "batch": batch, "device": device.type,
+            "versions": {**find_versions("torch", "numpy"), "project": find_project_version()}}
 
 
 def _too_few(request: MetricRequest, num_real: int | None, num_fake: int) -> str | None:

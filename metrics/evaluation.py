@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dnnlib.cache import cache_folder
 from dnnlib.cli import UserError
 from dnnlib.progress import Progress
-from metrics.assessment import Assessment, assess, assess_classes, assess_paths
-from metrics.detectors.base import exact_float32
+from metrics.assessment import Assessment, assess, assess_classes, assess_paths, method_fields
+from metrics.detectors.base import Detector
 from metrics.detectors.registry import open_detector, open_similarity
 from metrics.features import (
     FeatureCache,
@@ -30,10 +30,12 @@ from metrics.features import (
     compute_features,
     compute_rows,
     from_main,
+    measuring,
     on_main,
     on_main_for_long,
     together,
 )
+from metrics.frechet import FeatureStats
 from metrics.image_sources import FakeLabels, GeneratedImages, ImageSource, SelectedImages, SetImages
 from metrics.intervals import Jackknife, TooFew
 from metrics.names import LPIPS, MetricRequest, choose_detector, parse_metrics
@@ -41,7 +43,6 @@ from metrics.perceptual_path import PathSteps, check_path_requests
 from metrics.reference import RealSubset, Reference
 from metrics.samples import Sample, Samples, missing_items
 from metrics.scores import Scoring, share_work
-from torch_utils.device import find_project_version, find_versions
 from torch_utils.distributed import any_process, is_main
 
 _LARGEST_SEED = 2**32 - 1
@@ -49,6 +50,12 @@ _LARGEST_SEED = 2**32 - 1
 
 class Stopped(Exception):
     """Measuring was canceled, because the caller's `stop` returned True."""
+
+
+def raise_if_stopped(stop: Callable[[], bool] | None, *, is_alone: bool = False) -> None:
+    """Raise Stopped if `stop` returns True, in any process; all call it together unless `is_alone`."""
+    if stop is not None and (stop() if is_alone else any_process(stop())):
+        raise Stopped("measuring was canceled")
 
 
 class Results(dict[str, dict[str, Any]]):
@@ -166,7 +173,7 @@ class Evaluator:
         if self._device is None:
             self._device = next((parameter.device for parameter in G.parameters()), torch.device("cpu"))
         batch = self.batch or choose_batch(G.img_resolution)
-        with _measuring(G, self._device):
+        with measuring(G, self._device):
             self._open_networks()
             wanted = self._wanted(requests)
             fakes, counts = Samples(), self._class_counts(requests)
@@ -190,7 +197,7 @@ class Evaluator:
         requests = self.check_images(images)
         self._device = self._device or torch.device("cpu")
         batch = self.batch or choose_batch(max(images.shape[1:]))
-        with _measuring(None, self._device):
+        with measuring(None, self._device):
             self._open_networks()
             wanted = self._wanted(requests)
             count = max(each.count for each in wanted)
@@ -200,6 +207,17 @@ class Evaluator:
             counts = {(request.name, name): min(request.num_fakes, len(items)) for request in requests
                       for name, items in classes.items()}
             return self._finish(requests, fakes, counts, {}, batch, started)
+
+    def real_statistics(self, name: str) -> tuple[FeatureStats, Detector] | None:
+        """Return the statistics of the reals that a metric uses, and its detector; None except on the main process."""
+        request = next(each for each in self.requests if each.name == name)
+        self._device, self._stop = self._device or torch.device("cpu"), None
+        with measuring(None, self._device):
+            self._open_networks()
+            self._compute_reals(self.batch or choose_batch(max(self.reference.images.shape[1:])))
+        detector = self.detector_names[name]
+        sample = self._reals[self.reference.subset(request)].get(detector)
+        return None if sample is None else (sample.features.stats, self._networks[detector])
 
     def _open_networks(self) -> None:
         """Open the detectors, if not open yet. Raises UserError if weights are missing."""
@@ -409,11 +427,8 @@ class Evaluator:
         selection = self.reference.selections.get(subset)
         return {"num_real": self.reference.num_reals(request), "num_fake": request.num_fakes,
                 "mirrored_reals": subset is not None and subset.mirror,
-                "detector": network.name, "detector_sha256": network.weights_sha256,
-                "preprocessing": network.preprocessing, "seed": self.seed, "batch": batch,
-                "class": self.reference.chosen, "data_sha256": None if selection is None else selection.content_hash(),
-                "device": self._device.type,
-                "versions": {**find_versions("torch", "numpy"), "project": find_project_version()}}
+                **method_fields(network, seed=self.seed, batch=batch, device=self._device),
+                "class": self.reference.chosen, "data_sha256": None if selection is None else selection.content_hash()}
 
     def _log_once(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -428,22 +443,6 @@ class Evaluator:
             def advance(count: int) -> None:
                 if progress is not None:
                     progress.advance(count)
-                if self._stop is not None and (self._stop() if is_alone else any_process(self._stop())):
-                    raise Stopped("measuring was canceled")
+                raise_if_stopped(self._stop, is_alone=is_alone)
 
             yield advance
-
-
-@contextmanager
-def _measuring(G: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Put G in eval mode; disable gradients and TF32; leave the global random state as it was."""
-    modes = {} if G is None else {module: module.training for module in G.modules()}
-    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    try:
-        if G is not None:
-            G.eval()
-        with random_state, exact_float32(), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

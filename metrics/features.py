@@ -14,8 +14,8 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnnlib.files import DiskFailure, atomic_write, retrying
-from metrics.detectors.base import Detector
+from metrics.detectors.base import Detector, exact_float32
 from metrics.frechet import FeatureStats
 from metrics.image_sources import ImageSource, SelectedImages
 from torch_utils.distributed import (
@@ -226,6 +226,21 @@ def _split(count: int, batch: int) -> list[range]:
 def choose_batch(resolution: int) -> int:
     """Return the batch size; not by device, so that results can be compared between devices."""
     return min(max(_PIXELS // resolution**2, _SMALLEST_BATCH), _LARGEST_BATCH)
+
+
+@contextmanager
+def measuring(G: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Put G in eval mode; disable gradients and TF32; leave the global random state as it was."""
+    modes = {} if G is None else {module: module.training for module in G.modules()}
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    try:
+        if G is not None:
+            G.eval()
+        with random_state, exact_float32(), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class FeatureCache:

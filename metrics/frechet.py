@@ -29,8 +29,8 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
     Raises ValueError if a shape does not fit, a value is not finite, or cov is not a covariance.
     """
-    mu1, cov1 = _checked(mu1, cov1, "1")
-    mu2, cov2 = _checked(mu2, cov2, "2")
+    mu1, cov1 = _checked(mu1, cov1, "mu1", "cov1")
+    mu2, cov2 = _checked(mu2, cov2, "mu2", "cov2")
     if len(mu1) != len(mu2):
         raise ValueError(f"mu1 has {len(mu1)} dimensions, mu2 {len(mu2)}; expected equal numbers: use one detector")
     root_trace = torch.linalg.svdvals(_factor(cov1, "cov1").T @ _factor(cov2, "cov2")).sum()
@@ -39,17 +39,18 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     return (means + spreads).clamp(min=0).item()
 
 
-def _checked(mu: np.ndarray, cov: np.ndarray, number: str) -> tuple[Tensor, Tensor]:
-    mu, cov = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (mu, cov))
-    if mu.ndim != 1 or len(mu) == 0:
-        raise ValueError(f"mu{number} is {list(mu.shape)}; expected [F]")
-    if cov.shape != (len(mu), len(mu)):
-        raise ValueError(f"cov{number} is {list(cov.shape)}; expected {[len(mu)] * 2} like mu{number}")
-    if not (mu.isfinite().all() and cov.isfinite().all()):
-        raise ValueError(f"mu{number} or cov{number} has values that are not finite; expected none")
+def _checked(mean: np.ndarray, cov: np.ndarray, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
+    """Return copies as float64. Raises ValueError unless they are [F] and [F, F], finite, and cov is symmetric."""
+    mean, cov = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (mean, cov))
+    if mean.ndim != 1 or len(mean) == 0:
+        raise ValueError(f"{mean_name} is {list(mean.shape)}; expected [F]")
+    if cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"{cov_name} is {list(cov.shape)}; expected {[len(mean)] * 2} like {mean_name}")
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise ValueError(f"{mean_name} or {cov_name} has values that are not finite; expected none")
     if (cov - cov.T).abs().max() > _ASYMMETRY * cov.abs().max():
-        raise ValueError(f"cov{number} is not symmetric; expected a covariance")
-    return mu, cov
+        raise ValueError(f"{cov_name} is not symmetric; expected a covariance")
+    return mean, cov
 
 
 def _factor(cov: Tensor, name: str) -> Tensor:
@@ -124,7 +125,7 @@ def _distance(one: "FeatureStats", two: "FeatureStats") -> float:
 
 
 class FeatureStats:
-    """Number, mean and covariance of features [N, F], accumulated block by block in float64.
+    """Number, mean and covariance of features [N, F], accumulated block by block in float64, or merged from parts.
 
     Deviations are pooled as in Chan, Golub and LeVeque (1979). All sums are of differences from one of the features
     (`_origin`), so that a mean far from 0 does not cost digits. Memory: two float64 [F, F].
@@ -145,6 +146,27 @@ class FeatureStats:
         features = as_features(features, at_least=1)
         stats = cls(features.shape[1])
         stats.add(features)
+        return stats
+
+    @classmethod
+    def of_moments(cls, count: int, mean: np.ndarray, covariance: np.ndarray) -> "FeatureStats":
+        """Return the statistics of `count` features of which only these are known.
+
+        mean:        [F], floating point
+        covariance:  [F, F], divided by the count
+
+        Raises ValueError if the count is not positive, a shape does not fit, a value is not finite, or the covariance
+        is not symmetric and positive semidefinite.
+        """
+        if count < 1:
+            raise ValueError(f"the count is {count}; expected at least 1")
+        mean, covariance = _checked(mean, covariance, "the mean", "the covariance")
+        slack = _NEGATIVE * covariance.abs().max()  # at most that of `_factor`: no entry exceeds the largest eigenvalue
+        shifted = covariance + slack * torch.eye(len(mean), dtype=torch.float64)
+        if slack > 0 and torch.linalg.cholesky_ex(shifted).info:
+            raise ValueError("the covariance has eigenvalues below 0; expected none")
+        stats = cls(len(mean))
+        stats.count, stats._origin, stats._scatter = count, mean, covariance * count
         return stats
 
     @property
@@ -177,6 +199,12 @@ class FeatureStats:
                 shift = block.mean(dim=0)
                 block -= shift
                 self._pool(len(block), origin.cpu(), shift.cpu(), (block.T @ block).cpu())
+
+    def merge(self, part: "FeatureStats") -> None:
+        """Add the features of other statistics, which do not change. Raises ValueError if F differs."""
+        self._fit(part.num_features)
+        if part.count > 0:
+            self._pool(part.count, part._origin, part._shift, part._scatter)
 
     def without(self, part: "FeatureStats") -> "FeatureStats":
         """Return the statistics of the features that are not in a part of these; neither object changes.

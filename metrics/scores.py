@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metrics.authenticity import authenticity
 from metrics.diversity import diversity
-from metrics.frechet import frechet_distance, frechet_jackknife
+from metrics.frechet import FeatureStats, frechet_distance, frechet_jackknife
 from metrics.inception_score import inception_score, score_jackknife
 from metrics.intervals import Jackknife, TooFew, bootstrap_mean, unit_of
 from metrics.kernel import MAX_PERMUTED, kernel_distances, kernel_jackknife, permuted_distances
@@ -105,16 +105,22 @@ def score_all(requests: Sequence[MetricRequest], real: Sample | None, fake: Samp
 def _frechet_score(request: MetricRequest, real: Sample, fake: Sample, scoring: Scoring,
                    on_rows: Callable[[int], None]) -> Score:
     stats = [side.features.stats for side in (real, fake)]
-    distance = frechet_distance(stats[0].mean, stats[0].covariance(), stats[1].mean, stats[1].covariance())
-    fewest, num_features = min(len(real), len(fake)), real.features.values.shape[1]
-    note = {} if fewest > num_features else {
-        "note": f"{fewest} images span less than the {num_features} dimensions of the features: the value is too "
-                "high by an amount that depends on the numbers of images; compare only values for equal numbers, "
-                "or use kid"}
+    score = score_statistics(request, *stats)
     found = _or_reason(scoring, lambda: frechet_jackknife(
         real.features.values, fake.features.values, real.groups, fake.groups, stats=stats, seed=scoring.seed,
         on_step=on_rows))
-    return Score(results={request.name: distance}, fields=note, jackknives={request.name: found})
+    return replace(score, jackknives={request.name: found})
+
+
+def score_statistics(request: MetricRequest, real: FeatureStats, fake: FeatureStats) -> Score:
+    """Return the score of a fid metric, which needs no more of the two sides than these."""
+    distance = frechet_distance(real.mean, real.covariance(), fake.mean, fake.covariance())
+    fewest = min(real.count, fake.count)
+    note = {} if fewest > real.num_features else {
+        "note": f"{fewest} images span less than the {real.num_features} dimensions of the features: the value is too "
+                "high by an amount that depends on the numbers of images; compare only values for equal numbers, "
+                "or use kid"}
+    return Score(results={request.name: distance}, fields=note)
 
 
 def _kernel_score(request: MetricRequest, real: Sample, fake: Sample, scoring: Scoring,

@@ -101,6 +101,19 @@ def test_evaluate_records_what_a_result_comes_from(data):
     assert (capped["subsets"], capped["subset_size"], "subset_std" in capped) == (1, 10, False)
 
 
+def test_real_statistics_are_those_that_the_metric_uses(data):
+    evaluator = Evaluator("kid10,fid_full", data=data, mirror=True)
+    evaluator.evaluate(small_generator(), stop=lambda: False)
+    stats, detector = evaluator.real_statistics("fid_full")
+    expected = FeatureStats.of(reals_of(data, slice(None)))
+    np.testing.assert_allclose(stats.mean, expected.mean, rtol=1e-6)
+    np.testing.assert_allclose(stats.covariance(), expected.covariance(), rtol=1e-5, atol=1e-9)
+    assert (stats.count, detector.name) == (COUNT, "inception-v3")
+    assert evaluator.real_statistics("kid10")[0].count == 10
+    alone = Evaluator("fid_full", data=data).real_statistics("fid_full")[0]  # of no generator
+    np.testing.assert_array_equal(alone.mean, stats.mean)
+
+
 def test_evaluate_few_images_for_fid_are_noted(data):
     notes = [Evaluator(f"fid{count}_full", data=data).evaluate(small_generator())[f"fid{count}_full"].get("note")
              for count in (6, 7)]

@@ -217,6 +217,72 @@ def test_without_all_raises():
         stats.without(FeatureStats(2))
 
 
+PARTS = [(100, -1e3, 1), (1000, 5.0, 2), (13, 400.0, 3)]  # number, mean and seed of features
+
+
+@pytest.mark.parametrize("from_moments", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_merge_of_parts_equals_statistics_of_all(order, from_moments):
+    features = [spread_features(count, mean=mean, seed=seed) for count, mean, seed in PARTS]
+    parts = [FeatureStats.of(part) for part in features]
+    if from_moments:
+        parts = [FeatureStats.of_moments(part.count, part.mean, part.covariance()) for part in parts]
+    merged = FeatureStats(7)
+    for index in order:
+        merged.merge(parts[index])
+    assert_same(merged, np.concatenate([features[index] for index in order]))
+    for part, alone in zip(parts, features):
+        assert_same(part, alone)
+
+
+def test_merge_of_parts_gives_the_distance_of_all():
+    features = [spread_features(count, mean=mean, seed=seed) for count, mean, seed in PARTS]
+    merged, all_, other = FeatureStats(7), FeatureStats.of(np.concatenate(features)), gaussian(7, 4)
+    for part in features:
+        merged.merge(FeatureStats.of(part))
+    found, expected = (frechet_distance(stats.mean, stats.covariance(), *other) for stats in (merged, all_))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_merge_takes_up_what_is_added_before_and_after():
+    features = spread_features(30)
+    merged = FeatureStats.of(features[:10])
+    merged.merge(FeatureStats(7))
+    merged.merge(FeatureStats.of(features[10:25]))
+    merged.add(features[25:])
+    assert_same(merged, features)
+    with pytest.raises(ValueError, match=r"^features have 2 dimensions; expected 7 like those before$"):
+        merged.merge(FeatureStats(2))
+
+
+def test_of_moments_keeps_them():
+    stats = FeatureStats.of(spread_features(20, mean=1e3))
+    again = FeatureStats.of_moments(20, stats.mean, stats.covariance())
+    assert again.count == 20
+    np.testing.assert_array_equal(again.mean, stats.mean)
+    np.testing.assert_allclose(again.covariance(), stats.covariance(), rtol=1e-15)
+
+
+@pytest.mark.parametrize("covariance", [np.zeros([2, 2]), np.ones([2, 2]), np.diag([1.0, 0])])
+def test_of_moments_takes_singular_covariances(covariance):
+    np.testing.assert_array_equal(FeatureStats.of_moments(3, np.ones(2), covariance).covariance(), covariance)
+
+
+@pytest.mark.parametrize(("count", "mean", "covariance", "message"), [
+    (0, np.ones(2), np.eye(2), r"^the count is 0; expected at least 1$"),
+    (3, np.ones([2, 1]), np.eye(2), r"^the mean is \[2, 1\]; expected \[F\]$"),
+    (3, np.ones(2), np.eye(3), r"^the covariance is \[3, 3\]; expected \[2, 2\] like the mean$"),
+    (3, np.ones(2), np.diag([1, np.inf]),
+     r"^the mean or the covariance has values that are not finite; expected none$"),
+    (3, np.ones(2), np.triu(np.ones([2, 2])), r"^the covariance is not symmetric; expected a covariance$"),
+    (3, np.ones(2), np.diag([1, -1e-3]), r"^the covariance has eigenvalues below 0; expected none$"),
+    (3, np.ones(2), 1 - np.eye(2), r"^the covariance has eigenvalues below 0; expected none$"),
+])
+def test_of_moments_of_no_features_raises(count, mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStats.of_moments(count, mean, covariance)
+
+
 def clusters(num_groups, size, num_features, seed=0):
     """Return correlated features of `num_groups` groups of `size` images, and their groups."""
     random = np.random.RandomState(seed)
