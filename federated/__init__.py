@@ -1,0 +1,1 @@
+"""Train one network at several institutions, whose images never leave them."""
