@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dnnlib.text import plural
-from training.config import EmaConfig, FederationConfig
+from federated.agreement import W_AVG
+from training.config import SERVER_LR, EmaConfig, FederationConfig
 from training.state import ema_beta
 
 # [E, c_dim] each: column k embeds class k. That of G_ema is the moving average of G's.
 LABEL_EMBEDDINGS = ("G.mapping.embed.weight", "D.mapping.embed.weight", "G_ema.mapping.embed.weight")
-W_AVG = "G.mapping.w_avg"
 NORM_ROUNDS = 5  # earlier rounds whose norms an update is compared with
 
 
@@ -188,12 +188,13 @@ class FedAdam(ServerOptimizer):
 
 def make_server_optimizer(federation: FederationConfig) -> ServerOptimizer:
     """Return the server optimizer of a run, before its first step."""
-    lr, beta = federation.server_lr, federation.server_momentum
+    kind, beta = federation.server_optimizer, federation.server_momentum
+    lr = SERVER_LR[kind] if federation.server_lr is None else federation.server_lr
     return {
         "fedavg": FedAvg(),
         "fedavgm": FedAvgM(lr=lr, momentum=beta),
         "fedadam": FedAdam(lr=lr, beta1=beta, beta2=federation.server_beta2, tau=federation.server_tau),
-    }[federation.server_optimizer]
+    }[kind]
 
 
 def round_beta(ema: EmaConfig, *, batch: int, start_nimg: int, end_nimg: int) -> float:

@@ -70,6 +70,10 @@ class Schedule:
         self._last = {site: leaves.get(site, self.rounds) for site in self.sites}
         self._check_membership()
 
+    def first_round(self, site: str) -> int:
+        """Return the first round that a site takes part in."""
+        return self._first[site]
+
     def members(self, number: int) -> list[str]:
         """Return the names of the sites that take part in a round, sorted."""
         return sorted(site for site in self.sites if self._first[site] <= number <= self._last[site])

@@ -15,13 +15,14 @@ import PIL.Image
 
 from dnnlib.cli import GroupedCommand, UserError, check_outdir
 from dnnlib.files import retrying
+from dnnlib.text import shorten
 from dnnlib.workers import usable_cores
 from imagesets.classes import LABELS, VECTOR
 from imagesets.pixel_hashes import equal_images
 from imagesets.reader import describe_shape
 from torch_utils.device import DeviceChoice, choose_device, choose_precision, tune_malloc
 from torch_utils.distributed import Place
-from training.config import BestValue, RunSettings, TrainConfig
+from training.config import BestValue, DatasetFacts, RunSettings, TrainConfig
 from training.dataset import ImageDataset
 from training.dry_run import describe_run, meta_state
 from training.network_file import find_network, network_files
@@ -54,6 +55,31 @@ ChooseMetrics = Callable[[str | None, str | None, Sequence[str], str | None],
 
 _CHANNELS = {"L": 1, "RGB": 3}
 _PICTURES = {"ffhq": "faces of FFHQ", "celebahq": "faces of CelebA-HQ", "lsundog": "dogs of LSUN"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedFlags:
+    """The flags of a command, checked as far as possible without the data."""
+
+    options: TrainOptions  # with the precision to use, and the newest of `resume_files`
+    settings: RunSettings
+    device: DeviceChoice
+    resume: str | None  # --resume as given
+    resume_files: list[str]  # that it matches
+    notes: tuple[str, ...]  # on the device, for the run's log
+    warning: str | None  # on metrics
+
+    def resolve(self, facts: DatasetFacts) -> TrainConfig:
+        """Return the configuration; that of a run from --resume still needs `settle_resume`."""
+        config = resolve(self.options, facts)
+        return config if self.settings.name is None else replace(config, run_name=self.settings.name)
+
+    def settle_resume(self, config: TrainConfig) -> tuple[TrainConfig, str | None]:
+        """Return the configuration with the file that training starts from, and a note for the user or None."""
+        if not self.resume_files:
+            return config, None
+        path, note = choose_resume(self.resume, self.resume_files, config, self.settings)
+        return replace(config, resume=path), note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,53 +131,50 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, dry_run: bo
     Raises UserError, one line, if the run cannot work; nothing is written then.
     """
     place = Place.from_environment()
-    options, settings, metrics_note = _parse(flags, choose_metrics, place)
-    check_outdir(settings.outdir)
-    files = resume_files(options.resume)
-    resume, options = options.resume, replace(options, resume=files[-1] if files else options.resume)
-    processes, is_main = place.processes(options.gpus), place.rank == 0
-    device = choose_device(settings.device, place.local_count if place.is_started else processes)
-    memory = (tune_malloc(settings.tune_malloc).note,) if device.name == "cpu" else ()
-    precision = choose_precision(settings.precision, device.name).name
-    config = resolve(replace(options, precision=precision), ImageDataset(settings.data).facts())
-    if settings.name is not None:
-        config = replace(config, run_name=settings.name)
-    resume_note = None
-    if files:
-        path, resume_note = choose_resume(resume, files, config, settings)
-        config = replace(config, resume=path)
+    for name in ("outdir", "data"):
+        if not flags.get(name):
+            raise UserError(f"--{name} is missing; expected both --outdir and --data, such as --outdir=runs "
+                            "--data=isic256.zip: see --help")
+    started = place.processes(flags["gpus"]) if place.is_started else flags["gpus"]
+    parsed = parse_flags({**flags, "gpus": started}, choose_metrics, place, place.processes(started))
+    settings, is_main = parsed.settings, place.rank == 0
+    config, resume_note = parsed.settle_resume(parsed.resolve(ImageDataset(settings.data).facts()))
     dataset, valid_note = _open_data(config, settings, thorough=is_main)
     alerts, transferred = [], None
     if is_main:
         transferred = check_resume_weights(config, dataset)
         alerts = _check_pixels(config, settings, dataset, compute=not dry_run)
 
-    warnings = tuple(line for line in (metrics_note, resume_note, valid_note, *alerts) if line is not None)
-    notes = (f"device: {device.name} ({device.reason})", *memory, *warnings)
-    settings = replace(settings, device=device.name, notes=notes)
-    return PreparedRun(config=config, settings=settings, dataset=dataset, device=device, warnings=warnings,
+    warnings = tuple(line for line in (parsed.warning, resume_note, valid_note, *alerts) if line is not None)
+    settings = replace(settings, notes=(*parsed.notes, *warnings))
+    return PreparedRun(config=config, settings=settings, dataset=dataset, device=parsed.device, warnings=warnings,
                        alerts=tuple(alerts), transferred=transferred)
 
 
-def _parse(flags: dict[str, Any], choose_metrics: ChooseMetrics,
-           place: Place) -> tuple[TrainOptions, RunSettings, str | None]:
-    """Sort flags into options and settings; also return a note on metrics, or None."""
-    for name in ("outdir", "data"):
-        if not flags.get(name):
-            raise UserError(f"--{name} is missing; expected both --outdir and --data, such as --outdir=runs "
-                            "--data=isic256.zip: see --help")
+def parse_flags(flags: dict[str, Any], choose_metrics: ChooseMetrics, place: Place, processes: int) -> ParsedFlags:
+    """Sort flags into options and settings, and check all that does not depend on the data.
+
+    flags:      as for `prepare`
+    processes:  that work at the same time on this machine, unless they were started elsewhere
+    """
     metrics, note, best = choose_metrics(flags["metrics"], flags["detector"], flags["detector_weights"],
                                          flags["keep_best"])
-    started = place.processes(flags["gpus"]) if place.is_started else flags["gpus"]
-    changed = {"metrics": metrics, "gpus": started,
-               "precision": None if flags["precision"] == "auto" else flags["precision"]}
+    changed = {"metrics": metrics, "precision": None if flags["precision"] == "auto" else flags["precision"]}
     options = TrainOptions(**{field.name: changed.get(field.name, flags[field.name]) for field in fields(TrainOptions)})
     if best is not None:
         best = BestValue(**dict(zip([field.name for field in fields(BestValue)], best, strict=True)))
     precision = "auto" if options.fp32 is None else "fp32" if options.fp32 else "fp16"  # if --precision is not given
     given = {**flags, "precision": options.precision or precision, "keep_best": best}
     settings = RunSettings(**{field.name: given[field.name] for field in fields(RunSettings) if field.name in given})
-    return options, settings, note
+    check_outdir(settings.outdir)
+    files = resume_files(options.resume)
+    device = choose_device(settings.device, place.local_count if place.is_started else processes)
+    memory = (tune_malloc(settings.tune_malloc).note,) if device.name == "cpu" else ()
+    used = {"precision": choose_precision(settings.precision, device.name).name,
+            "resume": files[-1] if files else options.resume}
+    return ParsedFlags(options=replace(options, **used), settings=replace(settings, device=device.name), device=device,
+                       resume=options.resume, resume_files=files, warning=note,
+                       notes=(f"device: {device.name} ({device.reason})", *memory))
 
 
 def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) -> tuple[ImageDataset, str | None]:
@@ -162,9 +185,7 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
     choice = config.dataset
     dataset = ImageDataset(settings.data, use_labels=choice.use_labels, xflip=choice.xflip, max_size=choice.max_size,
                            seed=config.seed)
-    if settings.per_class and not choice.use_labels:
-        raise UserError("--per-class is true without --cond=1; expected networks that know the classes: add --cond=1, "
-                        "or leave --per-class out")
+    check_per_class(settings, use_labels=choice.use_labels)
     if settings.per_class and dataset.label_kind == VECTOR:
         raise UserError(f"--per-class is true, but {dataset.path} has {LABELS[VECTOR]}; expected classes: leave "
                         "--per-class out")
@@ -177,14 +198,26 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
     return dataset, None
 
 
+def check_per_class(settings: RunSettings, *, use_labels: bool) -> None:
+    """Raise UserError if --per-class is given for networks without labels."""
+    if settings.per_class and not use_labels:
+        raise UserError("--per-class is true without --cond=1; expected networks that know the classes: add --cond=1, "
+                        "or leave --per-class out")
+
+
 def _check_pixels(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, *, compute: bool) -> list[str]:
     """Hash the pixels of the training images, compare them with --valid, and return warnings about overlap."""
-    workers = max(min(config.num_workers, usable_cores()), 1)
+    workers = hashing_workers(config)
     if compute:
         dataset.pixel_hashes(workers=workers)
     if settings.valid is None:
         return []
     return check_held_out(ImageDataset(settings.valid), dataset, compute=compute, workers=workers)
+
+
+def hashing_workers(config: TrainConfig) -> int:
+    """Return the number of processes that decode images to hash their pixels."""
+    return max(min(config.num_workers, usable_cores()), 1)
 
 
 def check_images(dataset: ImageDataset) -> None:
@@ -212,12 +245,14 @@ def _headers(dataset: ImageDataset) -> Iterator[tuple[int, int, int] | None]:
                 yield None
 
 
-def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
-    """Raise UserError unless --valid is another data set that a discriminator for `dataset` can score.
+def check_valid(valid: ImageDataset, dataset: ImageDataset, *, name: str = "--valid") -> str | None:
+    """Raise UserError unless `valid` is another data set that a discriminator for `dataset` can score.
+
+    name:  of the flag that gives `valid`
 
     Return a note if the labels of the two cannot be matched by name.
     """
-    flag = f"--valid={valid.path}"
+    flag = f"{name}={valid.path}"
     if valid.path.resolve() == dataset.path.resolve():
         raise UserError(f"{flag} is the data set of --data itself; expected images that are not trained on")
     if valid.image_shape != dataset.image_shape:
@@ -231,39 +266,55 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset) -> str | None:
     check_images(valid)
     if dataset.use_labels and (valid.label_names is None) != (dataset.label_names is None):
         nameless = flag if valid.label_names is None else f"--data={dataset.path}"
-        return f"{nameless} does not name its classes; those of --valid are matched by number"
+        return f"{nameless} does not name its classes; those of {name} are matched by number"
     return None
 
 
-def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1) -> list[str]:
-    """Raise UserError if an image of --valid is also trained on; return warnings on other causes of hidden overfitting.
+def check_held_out(valid: ImageDataset, dataset: ImageDataset, *, compute: bool, workers: int = 1,
+                   name: str = "--valid") -> list[str]:
+    """Raise UserError if an image of `valid` is also trained on; return warnings on other causes of hidden overfitting.
 
-    compute:  decode images whose pixel hashes are not recorded, in `workers` processes; False compares files instead
+    compute, workers:  as for `find_equal_images`
+    name:              of the flag that gives `valid`
     """
-    flag = f"--valid={valid.path}"
-    if compute:
-        hashes = valid.pixel_hashes(workers=workers), dataset.pixel_hashes(workers=workers)
-    else:
-        hashes = valid.known_pixel_hashes(), dataset.known_pixel_hashes()
-    equal = valid.equal_files(dataset) if None in hashes else equal_images(*hashes)
+    flag = f"{name}={valid.path}"
+    equal, by_files = find_equal_images(valid, dataset, compute=compute, workers=workers)
     advice = "hold out part of one data set with dataset_tool.py split"
     if equal:
         mine, theirs = equal[0]
         raise UserError(f"{flag}: {len(equal)} of {valid.num_images} images are also in --data={dataset.path}, such as "
                         f"{valid.image_names()[mine]}, which is {dataset.image_names()[theirs]} there (apart from "
                         f"order, labels and mirroring); expected images that are not trained on: {advice}")
-    known = set(dataset.named_groups()) - {None}
-    shared = [group for group in valid.named_groups() if group in known]
     lines = []
-    if None in hashes:
+    if by_files:
         lines.append(f"{flag} is compared with --data file by file only, since pixel hashes are not recorded; training "
                      "decodes all images, and rejects equal images in different files")
+    shared = find_shared_groups(valid, dataset)
     if not shared:
         return lines
     groups = list(dict.fromkeys(shared))
     return [*lines, f"warning: {len(groups)} groups (patients or lesions) of {flag} are also in --data={dataset.path} "
-            f"({', '.join(groups[:3])}{', ...' if len(groups) > 3 else ''}), with {len(shared)} of "
-            f"{valid.num_images} images; their scores hide overfitting: {advice}"]
+            f"({shorten(groups)}), with {len(shared)} of {valid.num_images} images; their scores hide overfitting: "
+            f"{advice}"]
+
+
+def find_equal_images(mine: ImageDataset, theirs: ImageDataset, *, compute: bool,
+                      workers: int = 1) -> tuple[list[tuple[int, int]], bool]:
+    """Return (index, index of its copy) of each image of `mine` that is also in `theirs`; whether files were compared.
+
+    compute:  decode images whose pixel hashes are not recorded, in `workers` processes; False compares files instead
+    """
+    if compute:
+        hashes = mine.pixel_hashes(workers=workers), theirs.pixel_hashes(workers=workers)
+    else:
+        hashes = mine.known_pixel_hashes(), theirs.known_pixel_hashes()
+    return (mine.equal_files(theirs), True) if None in hashes else (equal_images(*hashes), False)
+
+
+def find_shared_groups(mine: ImageDataset, theirs: ImageDataset) -> list[str]:
+    """Return the group of each image of `mine` that is in a patient or lesion of `theirs`."""
+    known = set(theirs.named_groups()) - {None}
+    return [group for group in mine.named_groups() if group in known]
 
 
 def resume_files(resume: str | None) -> list[str]:

@@ -262,7 +262,10 @@ class DatasetFacts(Config):
 
 LOCAL_LENGTHS, SHARED_NETWORKS, EMA_PLACES = ("equal", "proportional"), ("G,D", "G"), ("sites", "server")
 SITE_WEIGHTS, PAYLOADS = ("images", "equal"), ("float32", "bfloat16")
-SERVER_OPTIMIZERS, ON_REFUSED = ("fedavg", "fedavgm", "fedadam"), ("continue", "stop")
+ON_REFUSED = ("continue", "stop")
+# Server optimizers -> their learning rates, with which Adam moves each weight in a round by about as much; None = none.
+SERVER_LR = {"fedavg": None, "fedavgm": 1, "fedadam": 0.01}
+SERVER_OPTIMIZERS = tuple(SERVER_LR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +281,7 @@ class FederationConfig(FlagConfig):
     weights: str = "images"  # weight of a site in the mean: images seen in the round, or equal
     payload: str = "float32"  # type of the numbers sent
     server_optimizer: str = "fedavg"  # how the mean changes the networks
-    server_lr: float = 1  # of fedavgm and fedadam
+    server_lr: float | None = None  # of fedavgm and fedadam; None = SERVER_LR
     server_momentum: float = 0.9  # of fedavgm; beta1 of fedadam
     server_beta2: float = 0.99  # of fedadam
     server_tau: float = 1e-3  # of fedadam
@@ -292,7 +295,8 @@ class FederationConfig(FlagConfig):
         self.require(bool(self.sites), "sites", "at least one name")
         self.require_at_least(1, "rounds")
         for name in ("round_kimg", "server_lr", "server_tau"):
-            self.require(getattr(self, name) > 0, name, "a number > 0")
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "a number > 0")
         self.require(self.max_update_norm > 1, "max_update_norm", "a number > 1")
         self.require(self.fedprox_mu >= 0, "fedprox_mu", "a number >= 0")
         for name in ("server_momentum", "server_beta2"):
@@ -300,7 +304,7 @@ class FederationConfig(FlagConfig):
         for name, choices in (("local", LOCAL_LENGTHS), ("share", SHARED_NETWORKS), ("ema", EMA_PLACES),
                               ("weights", SITE_WEIGHTS), ("payload", PAYLOADS),
                               ("server_optimizer", SERVER_OPTIMIZERS), ("on_refused", ON_REFUSED)):
-            self.require(getattr(self, name) in choices, name, f"one of {' and '.join(choices)}")
+            self.require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)

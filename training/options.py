@@ -137,8 +137,8 @@ class TrainOptions(FlagConfig):
             value = getattr(self, name)
             if value not in (None, "same", False) and not self.resumes:
                 flag = self.label(name)
-                raise ConfigError(f"{flag} is {_shown(value)} without --resume; expected a network to start from: "
-                                  f"add --resume, or leave {flag} out")
+                raise ConfigError(f"{flag} is {show_value(value)} without --resume; expected a network to start "
+                                  f"from: add --resume, or leave {flag} out")
         for metric in self.metrics or ():
             times = self.metrics.count(metric)
             if times > 1:
@@ -159,8 +159,8 @@ class TrainOptions(FlagConfig):
 
     def _check_precision(self) -> None:
         if self.fp32 is not None and self.precision is not None and self.fp32 != (self.precision == "fp32"):
-            raise ConfigError(f"--precision is {self.precision} with --fp32={_shown(self.fp32)}; expected the two to "
-                              "agree: leave --fp32 out")
+            raise ConfigError(f"--precision is {self.precision} with --fp32={show_value(self.fp32)}; expected the two "
+                              "to agree: leave --fp32 out")
         if self.nhwc and (self.fp32 or self.precision == "fp32"):
             raise ConfigError("--nhwc is true in full precision; expected fp16 or bf16, as it affects half-precision "
                               "layers only: use --precision=fp16, the default on a GPU, or leave --nhwc out")
@@ -301,22 +301,28 @@ RUN, DATA, MODEL, AUGMENT, START, SPEED = (
     "Speed and devices")
 
 
-def _flag(names: str, kind: object, group: str, text: str, metavar: str | None = None, *, standard: str | None = None,
-          **attributes) -> Flag:
-    """Declare an option; `standard` describes a default that is not in DEFAULTS."""
-    name = names.split()[-1].removeprefix("--").replace("-", "_")
+def make_flag(names: str, kind: object, group: str, text: str, metavar: str | None = None, *,
+              standard: str | None = None, **attributes) -> Flag:
+    """Declare an option; `standard` describes its default, None leaves it out."""
     if isinstance(kind, click.Choice):
         metavar = "NAME"
         text = f"{text} One of: {', '.join(kind.choices)}."
-    if standard is None and name in DEFAULTS:
-        standard = _shown(DEFAULTS[name])
     shown = text if standard is None else f"{text} [default: {standard}]"
-    if name not in TrainOptions.__dataclass_fields__:  # there, None marks a flag that was not given
-        attributes.setdefault("default", DEFAULTS.get(name))
     return Flag(names.split(), group=group, type=kind, help=shown, metavar=metavar, **attributes)
 
 
-def _shown(value: Any) -> str:
+def _flag(names: str, kind: object, group: str, text: str, metavar: str | None = None, *, standard: str | None = None,
+          **attributes) -> Flag:
+    """Declare an option of train.py; `standard` describes a default that is not in DEFAULTS."""
+    name = names.split()[-1].removeprefix("--").replace("-", "_")
+    if standard is None and name in DEFAULTS:
+        standard = show_value(DEFAULTS[name])
+    if name not in TrainOptions.__dataclass_fields__:  # there, None marks a flag that was not given
+        attributes.setdefault("default", DEFAULTS.get(name))
+    return make_flag(names, kind, group, text, metavar, standard=standard, **attributes)
+
+
+def show_value(value: Any) -> str:
     """Format a value as on the command line."""
     if isinstance(value, tuple):
         return ",".join(value)
@@ -349,7 +355,7 @@ FLAGS = [
           standard="no limit"),
     _flag("--metrics", str, RUN, "Quality metrics to compute for each network snapshot, separated by commas, or none. "
           "Can be repeated.", "LIST", multiple=True, callback=join_values,
-          standard=f"{_shown(DEFAULTS['metrics'])} if its feature detector is available, else none"),
+          standard=f"{show_value(DEFAULTS['metrics'])} if its feature detector is available, else none"),
     _flag("--per-class", bool, RUN, "Also compute --metrics for each class; the worst class goes to TensorBoard. Needs "
           "--cond=1.", "BOOL"),
     _flag("--detector", str, RUN, "Feature detector of the metrics, in place of the usual ones; see calc_metrics.py "

@@ -8,6 +8,7 @@ import pytest
 
 import calc_metrics
 import dataset_tool
+import federate
 import generate
 import projector
 import train
@@ -23,8 +24,10 @@ from training.snapshot import convert_command
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {"train.py": train.main, "generate.py": generate.main, "projector.py": projector.main,
             "calc_metrics.py": calc_metrics.main, "dataset_tool.py": dataset_tool.main, "scripts/demo.py": demo.main,
+            "federate.py": federate.main,
             "torch_utils/ops/build.py": build.main, "training/nvidia_pickle.py": convert_command}
-COMMANDS = {**PROGRAMS, **{f"dataset_tool.py {name}": command for name, command in dataset_tool.main.commands.items()}}
+COMMANDS = {**PROGRAMS, **{f"{program} {name}": command for program in ("dataset_tool.py", "federate.py")
+                          for name, command in PROGRAMS[program].commands.items()}}
 OPTIONS = [pytest.param(program, option, id=f"{program} {option.opts[-1]}") for program, command in COMMANDS.items()
            for option in command.params if isinstance(option, click.Option)]
 # What stands in the place of a value that is a path: FILE, NAME=FILE, none|classes|FILE, [FILE], IN.pkl, ...
@@ -68,7 +71,8 @@ def test_options_that_may_be_given_several_times_are_these():
     several = {option.id for option in OPTIONS if option.values[1].multiple}
     assert several - {"dataset_tool.py --source", "dataset_tool.py --include", "dataset_tool.py --exclude"} == {
         "train.py --metrics", "calc_metrics.py --metrics", "train.py --detector-weights",
-        "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias"}
+        "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias",
+        *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave"))}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

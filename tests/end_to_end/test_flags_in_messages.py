@@ -22,12 +22,16 @@ SETS = "dataset_tool.py"  # the program that converts
 ARGUMENTS = {"torch_utils.ops.build", "scripts.demo"}
 # The demonstration's page: a style sheet, whose variables look like flags, and commands that test_demo.py checks.
 PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps"}
+# Of training runs, which choose no class for their metrics.
+CLASS_OF_METRICS = {
+    "imagesets.classes:find_class", "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_class",
+    "metrics.reference:Reference.labels_of_fakes", "metrics.image_sources:SetImages.__init__"}
 # Texts that a program's code refers to but never reaches, with the reason.
 UNREACHED = {
-    ("train.py", "--class"): {  # it chooses no class for its metrics
-        "imagesets.classes:find_class", "metrics.reference:Reference.__init__",
-        "metrics.reference:Reference.check_class", "metrics.reference:Reference.labels_of_fakes",
-        "metrics.image_sources:SetImages.__init__"},
+    ("train.py", "--class"): CLASS_OF_METRICS,
+    ("federate.py", "--class"): CLASS_OF_METRICS,
+    ("federate.py", "--subset"): {"training.options:FLAGS", "training.options:_dataset_config"},  # sites train on all
+    ("federate.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # as in train.py
     ("train.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # its metrics have no intervals
     ("train.py", "--holdout"): {  # nor a floor
         "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_holdout"},

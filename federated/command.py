@@ -1,0 +1,177 @@
+"""The commands of federate.py: their flags, and what they print."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from dnnlib.cli import Flag, GroupedCommand, UserError, UserPath, expand_user, join_values
+from federated.institutions import PreparedFederation, prepare_federation
+from federated.simulation_plan import describe_simulation, is_large
+from torch_utils.distributed import Place
+from training.command import ChooseMetrics
+from training.config import (
+    EMA_PLACES,
+    LOCAL_LENGTHS,
+    ON_REFUSED,
+    PAYLOADS,
+    SERVER_LR,
+    SERVER_OPTIMIZERS,
+    SHARED_NETWORKS,
+    SITE_WEIGHTS,
+    FederationConfig,
+)
+from training.options import DATA, DEFAULTS, MODEL, RUN, SPEED, make_flag, show_value
+from training.options import FLAGS as TRAIN_FLAGS
+
+GROUP_HELP = """Train one network at several institutions, whose images stay where they are.
+
+\b
+python federate.py simulate --data=a.zip,b.zip,c.zip --outdir=runs --rounds=100 --cond=1
+"""
+
+HELP = """Simulate decentralized training (federated learning) of a StyleGAN2 generator on one machine.
+
+Each data set belongs to an institution, a "site". In each round every site trains the networks of the server on its own
+images; then the server averages what the sites send back.
+
+\b
+python federate.py simulate --data=a.zip,b.zip,c.zip --outdir=runs --rounds=100 --cond=1 --mirror=1
+python federate.py simulate --data=a.zip,b.zip --outdir=runs --rounds=20 --round-kimg=0.5 --cfg=tiny
+python federate.py simulate --data=a.zip,b.zip,c.zip --outdir=runs --rounds=100 --cond=1 --dry-run
+
+The same command again continues its run where it stopped. A finished run is left alone, unless --rounds is larger
+than before. BOOL is 1 or 0, true or false, yes or no. Exit codes are those of train.py.
+"""
+
+ROUNDS, SERVER = "Rounds and sites", "The server"
+
+
+def _split_paths(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the paths of an option that may be repeated and takes lists; None when it is not given.
+
+    LIMIT: paths that contain a comma cannot be given.
+    """
+    paths = [path.strip() for value in values for path in value.split(",")]
+    if "" in paths:
+        raise UserError(f"{parameter.opts[-1]} has an empty path; expected data sets separated by commas, such as "
+                        f"{parameter.opts[-1]}=a.zip,b.zip")
+    return tuple(expand_user(path, parameter.opts[-1]) for path in paths) if paths else None
+
+
+def _split_entries(context: click.Context, parameter: click.Parameter,
+                   values: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the entries of an option that may be repeated and takes lists; None if it is not given."""
+    joined = join_values(context, parameter, values)
+    return None if joined is None else tuple(entry.strip() for entry in joined.split(","))
+
+
+def _flag(name: str, kind: object, text: str, metavar: str | None = None, *, group: str = SERVER,
+          standard: str | None = None, **attributes) -> Flag:
+    """Declare an option that is a field of FederationConfig, with its default or that described by `standard`."""
+    field = FederationConfig.__dataclass_fields__.get(name.removeprefix("--").replace("-", "_"))
+    if standard is None and field is not None:
+        standard = show_value(field.default)
+    return make_flag(name, kind, group, text, metavar, standard=standard, **attributes)
+
+
+_OWN = [
+    make_flag("--data", UserPath(), DATA, "Training data of each institution, separated by commas: zips or folders "
+              "made by dataset_tool.py, of one size and with the same classes. Can be repeated. Required.", "PATH,...",
+              multiple=True, callback=_split_paths),
+    _flag("--sites", str, "Names of the institutions, in the order of --data.", "NAME,...", group=ROUNDS,
+          standard="the names of the files without .zip"),
+    make_flag("--rounds", int, ROUNDS, "Number of rounds. A larger value continues a finished run. Required.", "N"),
+    _flag("--round-kimg", float, "Thousands of images that each site sees in a round; with --local=proportional, the "
+          "mean over sites.", "N", group=ROUNDS, standard="the smallest data set once; with --local=proportional, each "
+          "data set once"),
+    make_flag("--kimg", str, ROUNDS, "Refused: --rounds and --round-kimg set the length.", hidden=True),
+    _flag("--local", click.Choice(LOCAL_LENGTHS), "Images of a site in a round: equal at all sites, or proportional to "
+          "its number of images.", group=ROUNDS),
+    _flag("--join", str, "First round of a site that does not take part from the start, such as c:5. Can be repeated.",
+          "NAME:ROUND", group=ROUNDS, standard="all sites in round 1", multiple=True, callback=_split_entries),
+    _flag("--leave", str, "Last round of a site that does not stay to the end, such as b:7. Can be repeated.",
+          "NAME:ROUND", group=ROUNDS, standard="all sites in the last round", multiple=True, callback=_split_entries),
+
+    _flag("--share", str, "Networks that are averaged: generator and discriminator, or the generator alone, so that "
+          "each site keeps the discriminator, which knows most about its images.", "|".join(SHARED_NETWORKS)),
+    _flag("--ema", click.Choice(EMA_PLACES), "Where the moving average of the generator is updated. sites: after each "
+          "iteration, and averaged as well; server: after each round, which saves a third of the bytes."),
+    _flag("--weights", click.Choice(SITE_WEIGHTS), "Weight of a site in the mean: the images that it saw in the round, "
+          "or equal."),
+    _flag("--payload", click.Choice(PAYLOADS), "Type of the numbers that are sent; bfloat16 halves the bytes."),
+    _flag("--server-optimizer", click.Choice(SERVER_OPTIMIZERS), "How the mean changes the networks. fedavg: replaces "
+          "them; fedavgm: with momentum; fedadam: as a gradient of Adam."),
+    _flag("--server-lr", float, "Learning rate of fedavgm and fedadam.", "FLOAT",
+          standard=" or ".join(f"{lr:g} with {name}" for name, lr in SERVER_LR.items() if lr is not None)),
+    _flag("--server-momentum", float, "Momentum of fedavgm; beta1 of fedadam.", "FLOAT"),
+    _flag("--server-beta2", float, "Beta2 of fedadam.", "FLOAT"),
+    _flag("--server-tau", float, "Added to the denominator of fedadam.", "FLOAT"),
+    _flag("--fedprox-mu", float, "Weight of FedProx's term in the losses of the sites, which holds their networks near "
+          "those of the server.", "FLOAT"),
+    _flag("--max-update-norm", float, "Refuse an update whose norm, per local iteration, is more than this multiple of "
+          "the median over the sites and the last five rounds.", "FLOAT"),
+    _flag("--on-refused", click.Choice(ON_REFUSED), "When an update is refused: continue with the other sites, or "
+          "stop."),
+
+    make_flag("--snap", int, RUN, "Save a network snapshot, and compute --metrics, every N rounds; a grid of sample "
+              "images is made after each round.", "N", standard="1"),
+    make_flag("--metrics", str, RUN, "Quality metrics to compute for each network snapshot, separated by commas, or "
+              "none. They need --holdout or --share-statistics. Can be repeated.", "LIST", multiple=True,
+              callback=join_values, standard="fid50k_full if its feature detector and one of the two are available, "
+              "else none"),
+    make_flag("--holdout", UserPath(), DATA, "Data set that --metrics compare with; no site trains on it.", "PATH"),
+    make_flag("--share-statistics", bool, RUN, "Compare with feature statistics (number, mean and covariance) of "
+              "the sites' images, which alone leave the sites: FID against their union, and against each.",
+              is_flag=True, default=False),
+    make_flag("--cond", bool, DATA, "Train conditional networks, on the classes of the data sets.", "BOOL",
+              standard=show_value(DEFAULTS["cond"])),
+    make_flag("--batch", int, MODEL, "Batch size of each site.", "INT", standard="from --cfg"),
+    make_flag("--gpus", int, SPEED, "Number of processes that train sites at the same time: one per GPU, or several on "
+              "a CPU. Each site is trained by one of them.", "INT", standard="1"),
+]
+_LEFT_OUT = {"subset"}  # a part of a data set is made with dataset_tool.py
+_ORDER = (RUN, DATA, ROUNDS, SERVER)  # the other groups follow as in train.py
+
+
+def _simulate_flags() -> list[Flag]:
+    """Return the flags of train.py, each once, and in their places those with a meaning of their own here."""
+    own = {flag.name: flag for flag in _OWN}
+    found = [own.pop(flag.name, flag) for flag in TRAIN_FLAGS if flag.name not in _LEFT_OUT] + [*own.values()]
+    return sorted(found, key=lambda flag: _ORDER.index(flag.group) if flag.group in _ORDER else len(_ORDER))
+
+
+FLAGS = _simulate_flags()
+
+
+def make_simulate_command(run: Callable[[PreparedFederation], int], choose_metrics: ChooseMetrics) -> click.Command:
+    """Return the command that simulates the institutions.
+
+    run:             trains, and returns the exit code
+    choose_metrics:  checks the given metrics, or chooses the default ones; raises UserError
+    """
+    def callback(dry_run: bool, **flags: Any) -> int:
+        prepared = prepare_federation(flags, choose_metrics, dry_run=dry_run)
+        if Place.from_environment().launcher is None:  # otherwise the process that started this one has shown them
+            for line in prepared.alerts:
+                click.echo(line, err=True)
+        if not dry_run:
+            return run(prepared)
+        for line in prepared.warnings:
+            if line not in prepared.alerts:
+                click.echo(line, err=True)
+        if is_large(prepared.config):
+            click.echo("an iteration is timed on this device to estimate the hours, which takes a moment", err=True)
+        click.echo(json.dumps(describe_simulation(prepared), indent=1, allow_nan=False))
+        return 0
+
+    return GroupedCommand("simulate", callback=callback, params=list(FLAGS), help=HELP,
+                          short_help="Simulate the institutions on one machine.",
+                          context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+
+def make_group(**commands: click.Command) -> click.Group:
+    """Return the command line of federate.py; commands by name."""
+    return click.Group("federate", commands=commands, help=GROUP_HELP,
+                       context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -1,0 +1,444 @@
+"""The server of a decentralized training: it sends the networks, takes the mean of the updates, and writes the results.
+
+It holds no images. Its folder has the files of a run: log, statistics (a line per round), TensorBoard events, grids of
+samples, network snapshots, metrics and a resumable state. Images are counted over all sites.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from dnnlib.cli import StopRequest, UserError
+from dnnlib.files import DiskFailure
+from dnnlib.progress import format_seconds
+from federated.aggregate import (
+    NORM_ROUNDS,
+    Contribution,
+    average,
+    cosines,
+    make_server_optimizer,
+    refuse_by_norm,
+    round_beta,
+    server_average,
+    trained,
+    update_norm,
+)
+from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors, start_tensors
+from federated.exchange import Refused, SiteUpdate, decode_update, encode_global, hash_of_global
+from federated.schedule import Schedule
+from imagesets.classes import CLASS
+from imagesets.reader import Shape
+from torch_utils.checkpoint import CheckpointPair, DamagedCheckpoint
+from torch_utils.distributed import Processes
+from torch_utils.stats import Collector
+from training.config import RunSettings, TrainConfig
+from training.dataset import ImageDataset
+from training.loop import Validation
+from training.run_folder import RunFolder
+from training.run_output import RunOutput
+from training.run_report import TickTimes, process_memory
+from training.snapshot import Networks
+from training.snapshot_metrics import Evaluate
+from training.state import TrainingState
+from training.transfer import Labels, transfer_weights
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """What a site declares about its images before the first round."""
+
+    num_images: int
+    class_counts: tuple[int, ...]  # () without classes
+    training_data: Mapping[str, Any]  # as ImageDataset.training_data
+    is_phantom: bool
+
+    @classmethod
+    def of(cls, dataset: ImageDataset) -> "SiteFacts":
+        counts: tuple[int, ...] = ()
+        if dataset.label_kind == CLASS:
+            counts = tuple(np.bincount(dataset.class_indices(), minlength=dataset.label_dim).tolist())
+        return cls(num_images=dataset.num_images, class_counts=counts, training_data=dataset.training_data(),
+                   is_phantom=dataset.source.get("phantom") is True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledFacts:
+    """What `RunOutput` needs to know about training images, of the images of all sites, which are elsewhere."""
+
+    sites: Mapping[str, SiteFacts]
+    image_shape: Shape
+    classes: Sequence[str] | None
+    label_dim: int  # of the networks; 0 = labels are not used
+    xflip: bool
+    path: ClassVar[str] = "images at the sites"
+
+    @property
+    def num_images(self) -> int:
+        return sum(site.num_images for site in self.sites.values())
+
+    @property
+    def resolution(self) -> int:
+        return self.image_shape[1]
+
+    @property
+    def use_labels(self) -> bool:
+        return self.label_dim > 0
+
+    @property
+    def label_kind(self) -> str | None:
+        return CLASS if self.use_labels else None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"phantom": all(site.is_phantom for site in self.sites.values())}
+
+    def class_indices(self) -> np.ndarray | None:
+        """Return the class of each image, those of one class together; None without classes."""
+        if not self.use_labels:
+            return None
+        counts = np.sum([site.class_counts for site in self.sites.values()], axis=0)
+        return np.repeat(np.arange(self.label_dim), counts)
+
+    def label_table(self) -> torch.Tensor:
+        """Return labels of unconditional networks, float32 [num_images, 0]."""
+        return torch.zeros(self.num_images, 0)
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what a network snapshot records about its training images, by site."""
+        groups = [site.training_data.get("num_groups") for site in self.sites.values()]
+        return {"num_images": self.num_images, "num_groups": None if None in groups else sum(groups),
+                "sites": {name: dict(site.training_data) for name, site in sorted(self.sites.items())}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """The numbers of a round, beside the sites' statistics; takes the place of training.run_report.Tick."""
+
+    number: int  # from 1
+    nimg: int  # images that all sites together have seen
+    times: TickTimes
+    updates: Mapping[str, SiteUpdate]  # those in the mean
+    refused: Mapping[str, str]  # site -> reason
+    norms: Mapping[str, float]  # of the updates, also of refused ones
+    cosines: Mapping[tuple[str, str], float]
+    bytes_down: Mapping[str, int]
+    bytes_up: Mapping[str, int]
+    site_nimg: Mapping[str, int]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers under their names in statistics and TensorBoard."""
+        times = self.times
+        found = {
+            "Progress/tick": self.number, "Progress/kimg": self.nimg / 1000, "Progress/sites": len(self.updates),
+            "Progress/refused": len(self.refused), "Timing/total_sec": times.total,
+            "Timing/total_hours": times.total / 3600, "Timing/sec_per_tick": times.tick,
+            "Timing/sec_per_kimg": times.per_kimg, "Timing/maintenance_sec": times.maintenance,
+            "Resources/cpu_mem_gb": process_memory() / 2**30}
+        for name, update in self.updates.items():
+            found[f"Sites/{name}/Progress/augment"] = update.numbers.augment_p
+            found[f"Sites/{name}/Progress/kimg"] = self.site_nimg[name] / 1000
+            found[f"Sites/{name}/Timing/sec"] = update.numbers.seconds
+        for kind, values in (("Update/norm", self.norms), ("Exchange/bytes_down", self.bytes_down),
+                             ("Exchange/bytes_up", self.bytes_up)):
+            found |= {f"{kind}/{name}": value for name, value in values.items()}
+        return found | {f"Update/cosine/{one}/{other}": value for (one, other), value in self.cosines.items()}
+
+    def line(self, stats: Mapping[str, Mapping[str, float]]) -> str:
+        """Return the progress line."""
+        left = "-" if self.times.left is None else format_seconds(self.times.left)
+        fields = [f"round {self.number:<4} kimg {self.nimg / 1000:<7.1f} time {format_seconds(self.times.total):<9} "
+                  f"left {left:<9} sec/kimg {self.times.per_kimg:<7.2f}"]
+        for name in sorted(self.updates):
+            def mean(statistic: str, name: str = name) -> str:
+                entry = stats.get(f"Sites/{name}/{statistic}")
+                return "-" if entry is None else f"{entry['mean']:.3f}"
+            fields.append(f"{name}: G {mean('Loss/G/loss')} D {mean('Loss/D/loss')} "
+                          f"augment {self.updates[name].numbers.augment_p:.3f} norm {self.norms[name]:.3g}")
+        if self.cosines:
+            fields.append(f"cosine {min(self.cosines.values()):.3f}")
+        return "  ".join(fields)
+
+
+class ServerOutput(RunOutput):
+    """Writes the files of the server: those of a run, without images of the sites."""
+
+    @property
+    def run_name(self) -> str:
+        return self.run.path.parent.name
+
+    def networks(self) -> Networks:
+        """Return what a network snapshot holds; a discriminator that stays at the sites is in none."""
+        found = super().networks()
+        return replace(found, D=None) if self.config.federation.share == "G" else found
+
+    def start(self, lines: list[str]) -> None:
+        self.reporter.start(ticks=0, nimg=0)
+        self._introduce(lines)
+        if self.is_main:
+            with self.reporter.surviving("write a sample grid"):
+                self._save_fakes(self.run.fakes_init)
+
+    def report_round(self, report: RoundReport, statistics: Mapping[str, Mapping[str, float]]) -> None:
+        self.reporter.tick(report, statistics)
+
+
+@dataclass(kw_only=True)
+class _Sent:
+    """What the sites got in the round that runs."""
+
+    number: int
+    tensors: dict[str, torch.Tensor]  # copies of the server's, before they were rounded
+    base_hash: str
+    bytes_down: dict[str, int] = field(default_factory=dict)
+
+
+class Server:
+    """The networks of all sites, round by round.
+
+    Every process has one: the main process does the work, the others take part in `evaluate`.
+
+    run:    the folder of the server's files
+    facts:  by site, of its images
+    shape:  of an image
+    valid:  held-out images on which D is scored; None = not
+    """
+
+    def __init__(self, config: TrainConfig, settings: RunSettings, *, run: RunFolder, schedule: Schedule,
+                 facts: Mapping[str, SiteFacts], shape: Shape, classes: Sequence[str] | None, processes: Processes,
+                 stop: StopRequest, evaluate: Evaluate | None, valid: ImageDataset | None = None):
+        self.config, self.schedule, self.run, self.processes = config, schedule, run, processes
+        federation = config.federation
+        self.state = TrainingState.create(config, processes.device)
+        pooled = PooledFacts(sites=facts, image_shape=shape, classes=None if classes is None else list(classes),
+                             label_dim=config.dataset.c_dim, xflip=config.dataset.xflip)
+        self.agreement = Agreement.of(self.state, share=federation.share, ema=federation.ema,
+                                      payload=federation.payload, classes=classes, label_kind=pooled.label_kind)
+        self.optimizer = make_server_optimizer(federation)
+        self.rounds = 0  # that are finished
+        self.norms: list[list[float]] = []  # per local step, of the updates in the means of the last rounds
+        self.members: list[list[str]] = []  # that took part in each round
+        self.checkpoints = CheckpointPair(run.path)
+        self._sent: _Sent | None = None
+        self._valid = None
+        if valid is not None and federation.share != "G":
+            group = min(config.discriminator.mbstd_group_size, config.step.micro_batch)
+            self._valid = Validation(valid, group=group, seed=config.seed)
+        self.output = ServerOutput(config, settings, pooled, self.state, processes, run, evaluate, stop)
+        self._labels = Labels(c_dim=config.dataset.c_dim, names=classes, kind=pooled.label_kind)
+
+    def start(self) -> None:
+        """Continue from the newest state, or start from the networks of --resume, or of the seed."""
+        found = None
+        if self.processes.rank == 0:
+            try:
+                found = self.checkpoints.load()
+            except DamagedCheckpoint as error:
+                raise UserError(f"{error} (--new does so)") from error
+        if self.processes.broadcast(found is None):
+            lines = self._resume() if self.config.resume is not None else []
+            self.output.start([*self._introduction(), *lines, "starts at round 1"])
+            return
+        saved, message = found or ({}, None)
+        if self.processes.rank == 0:
+            self._load(saved)
+        self.rounds = self.processes.broadcast(self.rounds)
+        self.output.metrics.load_state_dict(saved.get("missing_metrics", {}))
+        self.output.resume(self.rounds + 1, saved.get("seconds", 0.0),
+                           [*self._introduction(), *([] if message is None else [message]),
+                            f"continues at round {self.rounds + 1}"])
+
+    def _introduction(self) -> list[str]:
+        federation, number = self.config.federation, self.rounds + 1
+        sites = [f"{name} ({self.output.dataset.sites[name].num_images} images, "
+                 f"{self.schedule.num_images(name, number)} in round {number})" for name in federation.sites]
+        mebibytes = self.agreement.num_bytes / 2**20
+        return [f"sites: {', '.join(sites)}",
+                f"rounds: {federation.rounds}; {federation.server_optimizer} over {federation.share}, "
+                f"{federation.payload}, {mebibytes:.1f} MiB to and from each site in a round"]
+
+    def _resume(self) -> list[str]:
+        """Take the weights of --resume; return lines for the log."""
+        config = self.config
+        return transfer_weights(self.state, config.resume, self._labels, new_classes=config.resume_classes == "new",
+                                partial=config.resume_partial).lines()
+
+    def messages(self, number: int) -> dict[str, bytes]:
+        """Return what the sites get at the start of a round, by name. Raises UserError if the plan was changed."""
+        members = self.schedule.members(number)
+        tensors = {name: tensor.detach().to("cpu", copy=True)
+                   for name, tensor in local_tensors(self.state, self.agreement).items()}
+        self._sent = _Sent(number=number, tensors=tensors, base_hash=hash_of_global(self.agreement, tensors))
+        constants, found, usual = constants_hash(self.state), {}, None
+        for name in members:
+            is_new = self.config.resume is not None and self.schedule.first_round(name) == number
+            if is_new:
+                start = start_tensors(self.state, self.agreement)
+                found[name] = encode_global(self.agreement, tensors, round=number, constants_hash=constants,
+                                            start=start)
+            else:
+                usual = usual or encode_global(self.agreement, tensors, round=number, constants_hash=constants)
+                found[name] = usual
+            self._sent.bytes_down[name] = len(found[name])
+        return found
+
+    def finish_round(self, answers: Mapping[str, bytes | str]) -> str | None:
+        """Take the mean of the updates, and write what is due; return why the run stops, or None.
+
+        answers:  by site, its update, or the reason why there is none
+        """
+        sent, federation, steps = self._sent, self.config.federation, {}
+        refused = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
+        updates: dict[str, SiteUpdate] = {}
+        for name, answer in sorted(answers.items()):
+            if name not in refused:
+                try:
+                    updates[name] = decode_update(
+                        answer, self.agreement, site=name, round=sent.number, base=sent.tensors,
+                        base_hash=sent.base_hash, constants_hash=constants_hash(self.state))
+                except Refused as error:
+                    refused[name] = str(error)
+        names = trained(self.agreement.tensors)
+        norms = {name: update_norm(update.tensors, sent.tensors, names) for name, update in updates.items()}
+        steps = {name: norms[name] / updates[name].numbers.num_iterations for name in updates}
+        refused |= refuse_by_norm(steps, self.norms, federation.max_update_norm)
+        for name, reason in sorted(refused.items()):
+            self.output.log(f"round {sent.number}: the update of {name} is refused: {reason}")
+        updates = {name: update for name, update in updates.items() if name not in refused}
+        if not updates or (refused and federation.on_refused == "stop"):
+            why = "no update is left" if not updates else "--on-refused=stop"
+            return f"stopped in round {sent.number} ({why}); the networks are those of round {self.rounds}"
+        self._update(updates)
+        self.norms = [*self.norms, [steps[name] for name in sorted(updates)]][-NORM_ROUNDS:]
+        self.members.append(self.schedule.members(sent.number))
+        self.rounds = sent.number
+        self._report(updates, refused, norms, {name: len(answer) for name, answer in answers.items()
+                                               if not isinstance(answer, str)})
+        return None
+
+    def _update(self, updates: Mapping[str, SiteUpdate]) -> None:
+        """Replace the networks."""
+        sent, federation, batch = self._sent, self.config.federation, self.config.batch
+        mean = average({name: Contribution(tensors=update.tensors, num_images=update.numbers.num_images,
+                                           images_of_class=update.numbers.images_of_class)
+                        for name, update in updates.items()}, federation.weights)
+        mean = {name: tensor.float() for name, tensor in mean.items()}
+        after = self.optimizer.step(sent.tensors, mean)
+        averaged = {f"G_ema.{name}": value.detach().cpu() for name, value in self.state.G_ema.named_parameters()}
+        load_tensors(self.state, after)
+        if federation.ema == "server":
+            beta = round_beta(self.config.step.ema, batch=batch,
+                              start_nimg=self.schedule.mean_end_nimg(sent.number - 1),
+                              end_nimg=self.schedule.mean_end_nimg(sent.number))
+            current = {f"G.{name}": value.detach().cpu() for name, value in self.state.G.named_parameters()}
+            load_tensors(self.state, server_average(averaged, current, beta))
+        self.state.nimg += sum(update.numbers.num_images for update in updates.values())
+
+    def _report(self, updates: Mapping[str, SiteUpdate], refused: Mapping[str, str], norms: Mapping[str, float],
+                bytes_up: Mapping[str, int]) -> None:
+        """Report the round."""
+        sent, output, nimg = self._sent, self.output, self.state.nimg
+        found = {f"Sites/{name}/{statistic}": dict(entry) for name, update in updates.items()
+                 for statistic, entry in update.numbers.statistics.items()}
+        found |= _pooled([update.numbers.statistics for update in updates.values()])
+        found |= self._score_valid()
+        output.report_round(RoundReport(
+            number=sent.number, nimg=nimg, times=output.clock.end(nimg), updates=updates, refused=refused,
+            norms=norms, cosines=cosines({name: update.tensors for name, update in updates.items()}, sent.tensors,
+                                         trained(self.agreement.tensors)),
+            bytes_down=sent.bytes_down, bytes_up=bytes_up,
+            site_nimg={name: self.schedule.end_nimg(name, sent.number) for name in updates}), found)
+
+    def write_files(self) -> str | None:
+        """Write what is due after a round, and compute metrics; all processes call this.
+
+        Returns why the run has to stop, or None: from a state of an earlier round than the sites' it could not go on.
+        """
+        output, metrics = self.output, self.output.metrics
+        self.rounds, self.state.nimg = self.processes.broadcast((self.rounds, self.state.nimg))
+        output.save_images()
+        is_due = (self.rounds == self.config.federation.rounds
+                  or self.rounds % self.config.network_snapshot_ticks == 0)
+        if is_due:
+            metrics.make_up_replaced(self.state.nimg)
+            output.save_networks()
+            metrics.expect(self.rounds, self.state.nimg)
+        self.save_state()
+        if is_due and metrics.wanted:
+            averaged = {name: value.cpu() for name, value in self.state.G_ema.state_dict().items()}
+            self.state.G_ema.load_state_dict(self.processes.broadcast(averaged))
+            output.evaluate()
+        output.remove_networks(())
+        output.begin_tick()
+        failure = self.processes.broadcast(output.state_failure)
+        return None if failure is None else f"the server's state could not be saved: {failure}"
+
+    def finish(self) -> str | None:
+        """Write the last files again if that failed; return what is missing, or None."""
+        self.output.complete_networks()
+        self.output.metrics.make_up()
+        for what, reason in (("network snapshot", self.output.network_failure), ("state", self.output.state_failure)):
+            if reason is not None:
+                return f"the last {what} could not be written ({reason})"
+        if self.output.metrics.missing and self.output.metrics.left_out is not None:
+            return f"metrics are missing ({self.output.metrics.left_out})"
+        return None
+
+    def save_state(self) -> None:
+        """Save a resumable state; if the disk is full, log a warning and keep the previous state."""
+        state = self.state
+        self.output.save_state(self.checkpoints, {
+            "version": STATE_VERSION, "rounds": self.rounds, "nimg": state.nimg, "norms": self.norms,
+            "members": self.members, "optimizer": self.optimizer.state_dict(),
+            **{role: dict(getattr(state, role).state_dict()) for role in ("G", "D", "G_ema")},
+            "missing_metrics": self.output.metrics.state_dict(), "seconds": self.output.clock.total()})
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        if saved.get("version") != STATE_VERSION:
+            raise UserError(f"{self.checkpoints.newest} has version {saved.get('version')!r}; expected "
+                            f"{STATE_VERSION}: continue with the program that wrote it, or start from scratch with "
+                            "--new")
+        for number, members in enumerate(saved["members"], start=1):
+            if members != self.schedule.members(number):
+                raise UserError(f"round {number} of {self.run.path.parent} was trained by {', '.join(members)}, but "
+                                f"--sites, --join and --leave now plan {', '.join(self.schedule.members(number))}; "
+                                "expected changes in later rounds only, or --new to start another run")
+        try:
+            for role in ("G", "D", "G_ema"):
+                getattr(self.state, role).load_state_dict(saved[role])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self.checkpoints.newest}: {error}") from error
+        self.rounds, self.state.nimg = saved["rounds"], saved["nimg"]
+        self.norms, self.members = saved["norms"], saved["members"]
+
+    def _score_valid(self) -> dict[str, dict[str, float]]:
+        """Return the statistics of D's scores on the held-out images; {} without."""
+        if self._valid is None:
+            return {}
+        collector = Collector()
+        try:
+            scores = self._valid.score(self.state.D, self.processes.device)
+        except DiskFailure as error:  # training does not depend on them
+            self.output.log(f"warning: failed to score --valid: {error}; training continues")
+            return {}
+        collector.add("Loss/scores/valid", scores)
+        collector.add("Loss/signs/valid", scores.sign())
+        return collector.flush()
+
+
+def _pooled(statistics: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the statistics of all sites together, as those of a single run."""
+    found: dict[str, dict[str, float]] = {}
+    for name in sorted({name for site in statistics for name in site}):
+        entries = [site[name] for site in statistics if name in site]
+        number = sum(entry["num"] for entry in entries)
+        mean = sum(entry["num"] * entry["mean"] for entry in entries) / number
+        square = sum(entry["num"] * (entry["std"]**2 + entry["mean"]**2) for entry in entries) / number
+        found[name] = {"num": number, "mean": mean, "std": math.sqrt(max(square - mean**2, 0.0))}
+    return found

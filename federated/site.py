@@ -1,0 +1,193 @@
+"""One institution ("site"): it trains on its own images, round by round, and keeps its state on its own disk.
+
+Optimizer moments, augmentation strength, path length mean and the place in the data order stay here from round to
+round; only the networks are replaced by those of the server at the start of each round. A site that is killed
+continues its round from its last state; one that has finished the round makes the same update again.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.cli import StopRequest, UserError
+from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors
+from federated.exchange import STATISTICS, GlobalMessage, SiteNumbers, decode_global, encode_update
+from federated.schedule import Schedule, site_seed
+from imagesets.classes import CLASS
+from torch_utils.distributed import Processes
+from training.config import RunSettings, TrainConfig
+from training.dataset import ImageDataset, hash_content
+from training.loop import TrainingLoop
+from training.run_folder import RunFolder, open_run
+from training.state import TrainingState
+from training.step import Proximal
+
+
+class SiteStopped(Exception):
+    """Training ended before the end of a round: the site was asked to stop, or its steps kept failing."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"exit code {exit_code}")
+        self.exit_code = exit_code  # as of training.loop
+
+
+@dataclass(kw_only=True)
+class _Round:
+    """The round that a site trains, or has trained last."""
+
+    number: int = 0
+    base_hash: str = ""  # of the networks from the server
+    start_nimg: int = 0
+    is_done: bool = False
+    seconds: float = 0.0  # of training, by earlier processes too
+    statistics: dict[str, list[float]] | None = None  # name -> number, sum, sum of squares
+
+
+class SiteLoop(TrainingLoop):
+    """The training loop of a site. It writes no network snapshots: its networks are those of the server, changed."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.round = _Round(statistics={})
+        self._began: float | None = None  # when the training of this round began in this process
+
+    def end_tick(self) -> None:
+        """Report a tick, and add its statistics to those of the round."""
+        for name, entry in self.report_tick().items():
+            number, mean, std = (entry[key] for key in ("num", "mean", "std"))
+            moments = (number, number * mean, number * (std**2 + mean**2))
+            sums = self.round.statistics.get(name, [0.0, 0.0, 0.0])
+            self.round.statistics[name] = [old + new for old, new in zip(sums, moments)]
+        self.count_tick()
+        if self.tick == 1:  # as of any run: a state is missed from the second tick on
+            self.save_state()
+        self.output.begin_tick()
+
+    def train_round(self, message: GlobalMessage, end_nimg: int) -> None:
+        """Train until the site has seen `end_nimg` images, from the networks of the message unless that began already.
+
+        Raises SiteStopped.
+        """
+        if self.round.is_done:
+            return
+        self._began = time.monotonic()
+        self.output.begin_tick()  # waiting for other sites is no part of a tick
+        code = self.train_until(end_nimg)
+        if code is not None:
+            raise SiteStopped(code)
+        self.round.seconds, self._began, self.round.is_done = self._seconds(), None, True
+        self.save_state()
+
+    def begin_round(self, message: GlobalMessage, start_nimg: int) -> None:
+        """Replace the networks by those of the message, at the place in the plan where the round starts."""
+        load_tensors(self.state, {**(message.start or {}), **message.tensors})
+        self.state.nimg, self.state.iteration = start_nimg, start_nimg // self.config.batch
+        if self.tick_start_nimg < start_nimg and self.tick == 0:  # it joined later
+            self.tick_start_nimg = start_nimg
+        self.round = _Round(number=message.round, base_hash=message.base_hash, start_nimg=start_nimg, statistics={})
+
+    def round_statistics(self) -> dict[str, dict[str, float]]:
+        """Return the statistics of the round as a Collector does, those that an update may declare."""
+        found = {}
+        for name, (number, total, squares) in sorted(self.round.statistics.items()):
+            if name in STATISTICS:
+                mean = total / number
+                found[name] = {"num": int(number), "mean": mean, "std": max(squares / number - mean**2, 0.0)**0.5}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        now = self.round
+        return {**super().state_dict(), "round": {
+            "number": now.number, "base_hash": now.base_hash, "start_nimg": now.start_nimg, "is_done": now.is_done,
+            "seconds": self._seconds(), "statistics": {name: list(sums) for name, sums in now.statistics.items()}}}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.round = _Round(**saved["round"])
+
+    def _seconds(self) -> float:
+        return self.round.seconds + (0 if self._began is None else time.monotonic() - self._began)
+
+
+class Site:
+    """An institution in a decentralized training.
+
+    config:    common to all sites, with `federation`
+    settings:  of this machine; `data` is not read
+    schedule:  of all sites
+    dataset:   the site's images, with their sampling weights
+    folder:    for its files
+    """
+
+    def __init__(self, name: str, *, config: TrainConfig, settings: RunSettings, schedule: Schedule,
+                 dataset: ImageDataset, weights: np.ndarray | None, folder: Path, device: torch.device,
+                 stop: StopRequest):
+        self.name, self.dataset, self.schedule = name, dataset, schedule
+        federation, classes = config.federation, dataset.label_names
+        own = replace(
+            config, run_name=folder.name, seed=site_seed(config.seed, federation.sites.index(name)), metrics=(),
+            resume=None, resume_classes="same", resume_partial=False,  # what is resumed comes from the server
+            kimg=-(-schedule.end_nimg(name, federation.rounds) // 1000),
+            dataset=replace(config.dataset, name=dataset.name, max_size=dataset.num_images))
+        self.run: RunFolder = open_run(folder, own, hash_content(dataset, weights), classes=classes or [])
+        try:
+            state = TrainingState.create(config, device)  # from the seed of all sites
+            self.loop = SiteLoop(own, settings, dataset, weights, Processes(rank=0, count=1, device=device), self.run,
+                                 stop, None, state=state, title=f"[{name}] ")
+            self.agreement = Agreement.of(state, share=federation.share, ema=federation.ema,
+                                          payload=federation.payload, classes=classes, label_kind=dataset.label_kind)
+            self.loop.start()
+        except BaseException:
+            self.run.release()
+            raise
+
+    def close(self) -> None:
+        """Release the lock of the site's folder."""
+        self.run.release()
+
+    def train_round(self, data: bytes) -> bytes:
+        """Take part in the round that a global message begins; return the update.
+
+        Raises SiteStopped, Refused if the message does not fit this site, and UserError if the round is not the next.
+        """
+        loop, state = self.loop, self.loop.state
+        message = decode_global(data, self.agreement, constants_hash=constants_hash(state))
+        if loop.round.number < message.round:
+            loop.begin_round(message, self.schedule.start_nimg(self.name, message.round))
+        elif (loop.round.number, loop.round.base_hash) != (message.round, message.base_hash):
+            what = "again, from other networks" if message.round == loop.round.number else "now"
+            raise UserError(f"{self.run.path} has trained round {loop.round.number}, and the server begins round "
+                            f"{message.round} {what}; expected the round after: restore the server's newest state, or "
+                            "start another run with --new")
+        mu = loop.config.federation.fedprox_mu
+        loop.proximal = None if mu == 0 else Proximal(mu=mu, anchors=self._anchors(message))
+        loop.train_round(message, self.schedule.end_nimg(self.name, message.round))
+        return encode_update(self.agreement, local_tensors(state, self.agreement), message, site=self.name,
+                             constants_hash=constants_hash(state), numbers=self._numbers())
+
+    def _anchors(self, message: GlobalMessage) -> dict[str, list[torch.Tensor]]:
+        """Return the networks of a message, parameter by parameter; networks that do not travel are not held."""
+        state, found = self.loop.state, {}
+        for role in ("G", "D"):
+            names = [f"{role}.{name}" for name, _ in getattr(state, role).named_parameters()]
+            if names and names[0] in message.tensors:
+                found[role] = [message.tensors[name].to(state.device) for name in names]
+        return found
+
+    def _numbers(self) -> SiteNumbers:
+        """Return what the site declares about the round that it finished."""
+        loop, began = self.loop, self.loop.round.start_nimg
+        num_images = loop.state.nimg - began
+        images_of_class: tuple[int, ...] = ()
+        if self.dataset.label_kind == CLASS:
+            rows = loop.order.items(began, num_images) % self.dataset.num_images  # flipped copies come second
+            classes = self.dataset.class_indices()[rows]
+            images_of_class = tuple(np.bincount(classes, minlength=self.dataset.label_dim).tolist())
+        pipe = loop.state.augment_pipe
+        return SiteNumbers(num_images=num_images, num_iterations=num_images // loop.config.batch,
+                           images_of_class=images_of_class, augment_p=0.0 if pipe is None else pipe.p.item(),
+                           seconds=loop.round.seconds, statistics=loop.round_statistics())
