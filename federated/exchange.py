@@ -31,7 +31,7 @@ from training.run_report import SKIPPED_PREFIX
 
 FORMAT_NAME = "stylegan2-ada-federated"
 PROTOCOL_VERSION = 1
-HEADER_LIMIT = 2**20  # bytes; a header of the largest networks has about 60,000
+HEADER_LIMIT = 2**20  # bytes; that of the 1024x1024 networks has about 45,000
 # The statistics that an update may declare, by their names in stats.jsonl.
 STATISTICS = ("Loss/G/loss", "Loss/G/reg", "Loss/pl_penalty", "Loss/D/loss", "Loss/D/reg", "Loss/r1_penalty",
               *(f"Loss/{what}/{of}" for what in ("scores", "signs") for of in ("fake", "real", "valid")),
@@ -191,7 +191,11 @@ def _pack(agreement: Agreement, kind: str, own: Mapping[str, Any], tensors: Mapp
     header = {"format": FORMAT_NAME, "version": PROTOCOL_VERSION, "kind": kind, "agreement": agreement.facts(), **own,
               "tensors": tensors_hash(tensors)}
     header["seal"] = _seal(header)
-    return safetensors.torch.save({**tensors, **start}, metadata={_HEADER_KEY: _to_json(header)})
+    data = safetensors.torch.save({**tensors, **start}, metadata={_HEADER_KEY: _to_json(header)})
+    if _header_size(data) > HEADER_LIMIT:
+        raise Refused(f"its header has {_header_size(data)} bytes; expected at most {HEADER_LIMIT}: shorten the names "
+                      "of the classes")
+    return data
 
 
 def _unpack(data: bytes, agreement: Agreement, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -208,7 +212,8 @@ def _unpack(data: bytes, agreement: Agreement, kind: str) -> tuple[dict[str, Any
     if difference := _first_difference(header["agreement"], agreement.facts()):
         raise Refused(difference)
     dtype = PAYLOADS[agreement.payload]
-    start = agreement.start if header.get("start") is not None else {}
+    lists = {"tensors": agreement.tensors, **({"start": agreement.start} if header.get("start") is not None else {})}
+    start = lists.get("start", {})
     _check_layout(_layout(agreement.tensors, dtype) | _layout(start, torch.float32), found)
     expected = bytes_of(agreement.tensors, dtype) + bytes_of(start, torch.float32)
     if len(data) - offset != expected:
@@ -220,7 +225,7 @@ def _unpack(data: bytes, agreement: Agreement, kind: str) -> tuple[dict[str, Any
     except safetensors.SafetensorError as error:
         raise Refused(f"it is not in the safetensors format ({_shown(str(error))})") from error
     tensors = {name: tensors[name] for name in [*agreement.tensors, *start]}
-    for key, names in [("tensors", agreement.tensors), *([("start", start)] if start else [])]:
+    for key, names in lists.items():
         if header[key] != tensors_hash({name: tensors[name] for name in names}):
             raise Refused("its tensors were changed or damaged on the way")
     _check_finite(tensors)
@@ -229,7 +234,7 @@ def _unpack(data: bytes, agreement: Agreement, kind: str) -> tuple[dict[str, Any
 
 def _read_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Return the header, the layout of the tensors, and where their bytes begin. Tensors are not read."""
-    offset = 8 + int.from_bytes(data[:8], "little")
+    offset = 8 + _header_size(data)
     if not 8 < offset <= min(len(data), 8 + HEADER_LIMIT):
         raise Refused(f"it is not in the safetensors format, or its header has more than {HEADER_LIMIT} bytes")
     try:
@@ -242,6 +247,10 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise Refused("its header is not that of a message between a server and a site, or is damaged") from error
     return header, found, offset
+
+
+def _header_size(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
 
 
 def _parse(text: str) -> Any:

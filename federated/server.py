@@ -301,8 +301,10 @@ class Server:
                     updates[name] = decode_update(
                         answer, self.agreement, site=name, round=sent.number, base=sent.tensors,
                         base_hash=sent.base_hash, constants_hash=constants_hash(self.state))
+                    self._check_length(updates[name])
                 except Refused as error:
                     refused[name] = str(error)
+                    updates.pop(name, None)
         names = trained(self.agreement.tensors)
         norms = {name: update_norm(update.tensors, sent.tensors, names) for name, update in updates.items()}
         steps = {name: norms[name] / updates[name].numbers.num_iterations for name in updates}
@@ -320,6 +322,13 @@ class Server:
         self._report(updates, refused, norms, {name: len(answer) for name, answer in answers.items()
                                                if not isinstance(answer, str)})
         return None
+
+    def _check_length(self, update: SiteUpdate) -> None:
+        """Raise Refused unless a site trained as long as planned: its weight in the mean depends on that."""
+        planned, numbers = self.schedule.num_images(update.site, update.round), update.numbers
+        if (numbers.num_images, numbers.num_iterations) != (planned, planned // self.config.batch):
+            raise Refused(f"it was trained on {numbers.num_images} images in {numbers.num_iterations} iterations; "
+                          f"expected {planned} in {planned // self.config.batch}, as planned")
 
     def _update(self, updates: Mapping[str, SiteUpdate]) -> None:
         """Replace the networks."""

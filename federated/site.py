@@ -15,7 +15,7 @@ import torch
 
 from dnnlib.cli import StopRequest, UserError
 from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors
-from federated.exchange import STATISTICS, GlobalMessage, SiteNumbers, decode_global, encode_update
+from federated.exchange import STATISTICS, GlobalMessage, Refused, SiteNumbers, decode_global, encode_update
 from federated.schedule import Schedule, site_seed
 from imagesets.classes import CLASS
 from torch_utils.distributed import Processes
@@ -158,6 +158,8 @@ class Site:
         message = decode_global(data, self.agreement, constants_hash=constants_hash(state))
         if loop.round.number < message.round:
             loop.begin_round(message, self.schedule.start_nimg(self.name, message.round))
+            if constants_hash(state) != message.constants_hash:
+                raise Refused("the constants that came with the message are not those that it names")
         elif (loop.round.number, loop.round.base_hash) != (message.round, message.base_hash):
             what = "again, from other networks" if message.round == loop.round.number else "now"
             raise UserError(f"{self.run.path} has trained round {loop.round.number}, and the server begins round "

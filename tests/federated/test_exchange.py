@@ -218,6 +218,16 @@ def test_sender_refuses_what_the_receiver_would(wire):
     assert refusal(encode_global, wire.agreement, good, round=7, constants_hash="", start={}).endswith("is missing")
 
 
+def test_sender_refuses_a_start_that_is_not_finite_and_a_header_that_is_too_large(wire):
+    start = {name: torch.zeros(shape) for name, shape in wire.agreement.start.items()}
+    start["D.b8.resample_filter"] = torch.full([4, 4], math.nan)
+    assert refusal(encode_global, wire.agreement, wire.base, round=7, constants_hash="", start=start) == \
+        "the tensor D.b8.resample_filter has values that are not finite"
+    agreement = replace(wire.agreement, classes=("x" * 2**20, "y"))
+    assert re.fullmatch("its header has 10[0-9]+ bytes; expected at most 1048576: shorten the names of the classes",
+                        refusal(encode_global, agreement, wire.base, round=7, constants_hash=""))
+
+
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"seconds": math.inf}, "seconds is Infinity; expected a number from 0 to 9007199254740992"),
     ({"augment_p": math.nan}, "augment_p is NaN; expected a number from 0 to 1"),
