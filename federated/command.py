@@ -158,12 +158,13 @@ def make_simulate_command(run: Callable[[PreparedFederation], int], choose_metri
                 click.echo(line, err=True)
         if not dry_run:
             return run(prepared)
-        for line in prepared.warnings:
+        if is_large(prepared.config):
+            click.echo("timing an iteration to estimate the hours, which takes a moment", err=True)
+        found = describe_simulation(prepared)
+        for line in (*prepared.warnings, *found["warnings"]):
             if line not in prepared.alerts:
                 click.echo(line, err=True)
-        if is_large(prepared.config):
-            click.echo("an iteration is timed on this device to estimate the hours, which takes a moment", err=True)
-        click.echo(json.dumps(describe_simulation(prepared), indent=1, allow_nan=False))
+        click.echo(json.dumps(found, indent=1, allow_nan=False))
         return 0
 
     return GroupedCommand("simulate", callback=callback, params=list(FLAGS), help=HELP,
@@ -173,5 +174,5 @@ def make_simulate_command(run: Callable[[PreparedFederation], int], choose_metri
 
 def make_group(**commands: click.Command) -> click.Group:
     """Return the command line of federate.py; commands by name."""
-    return click.Group("federate", commands=commands, help=GROUP_HELP,
+    return click.Group("federate", commands=commands, help=GROUP_HELP, no_args_is_help=False,  # which is no one line
                        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,6 +4,8 @@ Everything that can be checked is checked before anything is written, as `traini
 institution is a "site" with a name and a data set of its own, and all of them train the same networks.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -84,6 +86,23 @@ class PreparedFederation:
     warnings: tuple[str, ...]  # on choices made for the user; also in settings.notes
     alerts: tuple[str, ...] = ()  # the warnings that are always shown on standard error
     transferred: Transferred | None = None  # what is taken from --resume; None without it
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of what the sites of the first round train on: others may join while a run is going on."""
+        first = self.schedule.members(1)
+        parts = sorted((each.name, each.content_hash) for each in self.institutions if each.name in first)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def sites_of_processes(self) -> list[list[str]]:
+        """Return the names of the sites that each process trains, sorted: the work is shared out evenly."""
+        work, sites = [0] * self.num_processes, [[] for _ in range(self.num_processes)]
+        images = {site: self.schedule.end_nimg(site, self.schedule.rounds) for site in self.schedule.sites}
+        for site in sorted(images, key=lambda site: -images[site]):
+            place = work.index(min(work))
+            work[place] += images[site]
+            sites[place].append(site)
+        return [sorted(names) for names in sites]
 
 
 def prepare_federation(flags: dict[str, Any], choose_metrics: ChooseMetrics, *,

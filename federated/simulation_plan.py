@@ -3,65 +3,80 @@
 Hours are estimated by timing the iterations of one micro-batch on the device at hand.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from federated.aggregate import make_server_optimizer, trained
 from federated.agreement import Agreement, bytes_of
 from federated.institutions import Institution, PreparedFederation
+from federated.schedule import Schedule
 from torch_utils.checkpoint import CheckpointPair
-from torch_utils.device import ran_out_of_memory
+from torch_utils.device import choose_precision, ran_out_of_memory
 from torch_utils.ops.compiled import make_ready
 from training.config import StepConfig, TrainConfig
-from training.dry_run import count_parameters, describe_settings, meta_state, state_bytes
+from training.dry_run import count_parameters, describe_settings, estimate_memory, meta_state, state_bytes
 from training.phases import StepInputs, draw_phases
-from training.run_folder import SERVER_FOLDER, RunFolder
+from training.run_folder import SERVER_FOLDER, RunFolder, plan_run
 from training.sampling import LabelDistribution
 from training.state import TrainingState
 from training.step import train_step
 
 _LARGE = 10_000_000  # trained weights from which on an iteration may take many seconds on a CPU
-_BASIS = ("iterations of one micro-batch of random images, timed once each on this device, with each regularization as "
-          "often as it is due; not counted: loading images, averaging, files, metrics and D's scores on --valid")
+_REPEATS = 3  # of an iteration that is timed
+_BASIS = ("iterations of one micro-batch of random images, timed on this device, with each regularization as often as "
+          "it is due; not counted: loading images, averaging, files, metrics and D's scores on --valid")
 
 
 def describe_simulation(prepared: PreparedFederation) -> dict[str, Any]:
     """Return the settings under the names of `describe_settings`, and everything else known before the start.
 
-    As plain JSON types. Raises UserError if the simulation would not start.
+    "warnings" are lines to show to the user. Raises UserError if the simulation would not start.
     """
-    config, federation, schedule = prepared.config, prepared.config.federation, prepared.schedule
-    state, agreement = meta_state(config), agree(prepared)
-    rounds = range(1, federation.rounds + 1)
-    sites = [_describe_site(each, prepared) for each in prepared.institutions]
-    parts = sum(site["rounds"] for site in sites)  # one site in one round
-    seconds = time_iteration(config, prepared.settings.device)
+    settings, datasets = prepared.settings, [each.dataset for each in prepared.institutions]
+    run = plan_run(settings.outdir, prepared.config, prepared.content_hash, **settings.asked(),
+                   classes=datasets[0].label_names or [])
+    config, federation = run.config, run.config.federation
+    schedule = Schedule(federation, sizes=[dataset.num_images for dataset in datasets], batch=config.batch)
+    prepared = replace(prepared, config=config, schedule=schedule)
+    state = meta_state(config)
+    precision = choose_precision(settings.precision, prepared.device.name, config.precision)
+    agreement = Agreement.of(state, share=federation.share, ema=federation.ema, payload=federation.payload,
+                             classes=datasets[0].label_names, label_kind=datasets[0].label_kind)
+    sites = [_describe_site(each, schedule) for each in prepared.institutions]
+    warnings = (precision.warning, run.left_alone, *run.not_continued)
     return {
         **describe_settings(config),
+        "rounds": federation.rounds,
+        "images": sum(site["images_in_all"] for site in sites),
+        "sites": sites,
+        "federation": federation.to_dict(),
+        "bytes": _describe_bytes(agreement, sites, resumes=config.resume is not None),
+        "hours": _describe_hours(prepared),
+        "memory_per_process": _describe_memory(prepared, state),
+        "files": _describe_files(prepared, state, agreement),
+        "cfg": config.cfg,
         "gpus": prepared.num_processes,
         "seed": config.seed,
-        "device": {"name": prepared.device.name, "reason": prepared.device.reason},
-        "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
-        "federation": federation.to_dict(),
-        "sites": sites,
-        "images": schedule.total_images(federation.rounds),
-        "balance": prepared.settings.balance,
-        "valid": prepared.settings.valid,
+        "resume": config.resume,
+        "resume_takes": [] if prepared.transferred is None else prepared.transferred.lines(),
+        "balance": settings.balance,
+        "valid": settings.valid,
         "holdout": prepared.holdout,
         "share_statistics": prepared.share_statistics,
-        "bytes": {
-            "of_a_round": {"to_a_site": agreement.num_bytes, "from_a_site": agreement.num_bytes},
-            "at_the_start_to_a_site": 0 if config.resume is None else bytes_of(agreement.start, torch.float32),
-            "in_all": 2 * parts * agreement.num_bytes
-                      + (0 if config.resume is None else len(sites) * bytes_of(agreement.start, torch.float32)),
-        },
-        "hours": _describe_hours(prepared, seconds, rounds),
-        "files": _describe_files(prepared, state_bytes(state)),
-        "notes": list(prepared.settings.notes),
-        "warnings": list(prepared.warnings),
+        "device": {"name": prepared.device.name, "reason": prepared.device.reason},
+        "precision": {"name": precision.name, "reason": precision.reason},
+        "parameters": {"G": count_parameters(state.G), "D": count_parameters(state.D)},
+        "run_folder": str(run.path),
+        "continues": run.continues,
+        "already_finished": run.left_alone is not None,
+        "notes": [*settings.notes, *run.notes],
+        "warnings": [line for line in warnings if line is not None],
     }
 
 
@@ -71,63 +86,94 @@ def is_large(config: TrainConfig) -> bool:
     return count_parameters(state.G) + count_parameters(state.D) > _LARGE
 
 
-def agree(prepared: PreparedFederation) -> Agreement:
-    """Return what the server and the sites agree on."""
-    federation, dataset = prepared.config.federation, prepared.institutions[0].dataset
-    return Agreement.of(meta_state(prepared.config), share=federation.share, ema=federation.ema,
-                        payload=federation.payload, classes=dataset.label_names, label_kind=dataset.label_kind)
-
-
-def _describe_site(each: Institution, prepared: PreparedFederation) -> dict[str, Any]:
+def _describe_site(each: Institution, schedule: Schedule) -> dict[str, Any]:
     """Return a site's data and rounds."""
-    schedule, dataset = prepared.schedule, each.dataset
     rounds = [number for number in range(1, schedule.rounds + 1) if each.name in schedule.members(number)]
     images = [schedule.num_images(each.name, number) for number in rounds]
-    return {"name": each.name, "path": each.path, "images": dataset.num_images,
-            "items": len(dataset),  # including mirrored images
-            "classes": dataset.label_names, "images_of_a_round": [min(images, default=0), max(images, default=0)],
-            "rounds": len(rounds), "first_round": min(rounds, default=None), "last_round": max(rounds, default=None),
-            "kimg": sum(images) / 1000}
+    return {"name": each.name, "data": each.path, "images": each.dataset.num_images,
+            "items": len(each.dataset),  # including mirrored images
+            "classes": each.dataset.label_names, "rounds": len(rounds), "first_round": min(rounds, default=None),
+            "last_round": max(rounds, default=None), "images_of_a_round": sorted(set(images)),
+            "images_in_all": sum(images)}
 
 
-def _describe_hours(prepared: PreparedFederation, seconds: float | None, rounds: Sequence[int]) -> dict[str, Any]:
-    """Return the estimated hours of the simulation; seconds: of an iteration, None if memory ran out."""
+def _describe_bytes(agreement: Agreement, sites: Sequence[dict[str, Any]], *, resumes: bool) -> dict[str, int]:
+    """Return the bytes of the tensors that are sent.
+
+    sites:    as `_describe_site` returns them
+    resumes:  the server sends the constants of --resume to each site, once
+    """
+    start = bytes_of(agreement.start, torch.float32) if resumes else 0
+    return {"to_a_site_in_a_round": agreement.num_bytes, "from_a_site_in_a_round": agreement.num_bytes,
+            "to_a_site_at_its_start": start,
+            "in_all": sum(2 * site["rounds"] * agreement.num_bytes + (start if site["rounds"] else 0)
+                          for site in sites)}
+
+
+def _describe_hours(prepared: PreparedFederation) -> dict[str, Any]:
+    """Return the estimated hours of the training, of all sites in turn and with the processes of --gpus."""
+    schedule, seconds = prepared.schedule, time_iteration(prepared.config, prepared.settings.device)
     if seconds is None:
         return {"in_turn": None, "with_gpus": None, "seconds_per_kimg": None, "basis": "memory ran out"}
+    in_turn = together = 0  # images, of which the slowest process decides
+    for number in range(1, schedule.rounds + 1):
+        images = {site: schedule.num_images(site, number) for site in schedule.members(number)}
+        in_turn += sum(images.values())
+        together += max(sum(images.get(site, 0) for site in sites) for sites in prepared.sites_of_processes())
     per_image = seconds / prepared.config.batch
-    in_turn = together = 0.0
-    for number in rounds:
-        times = [per_image * prepared.schedule.num_images(site, number) for site in prepared.schedule.members(number)]
-        in_turn += sum(times)
-        together += max(sum(times[rank::prepared.num_processes]) for rank in range(prepared.num_processes))
-    shared = "; processes on a CPU share its cores, so that several save less time" if (
-        prepared.device.name == "cpu" and prepared.num_processes > 1) else ""
-    return {"in_turn": in_turn / 3600, "with_gpus": together / 3600, "seconds_per_kimg": 1000 * per_image,
-            "basis": _BASIS + shared}
+    shares_cores = prepared.device.name == "cpu" and prepared.num_processes > 1
+    return {"in_turn": in_turn * per_image / 3600, "with_gpus": together * per_image / 3600,
+            "seconds_per_kimg": 1000 * per_image,
+            "basis": _BASIS + ("; processes on a CPU share its cores and save less time" if shares_cores else "")}
 
 
-def _describe_files(prepared: PreparedFederation, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Return when each file of the run's folder is written, and its bytes; KKKKKK stands for thousands of images.
+def _describe_memory(prepared: PreparedFederation, state: TrainingState) -> dict[str, Any]:
+    """Return the peak memory of the process with the most sites, one of which trains at a time."""
+    site = estimate_memory(prepared.config, state)
+    networks = site.weights + site.averaged_generator
+    others = max(len(sites) for sites in prepared.sites_of_processes()) - 1
+    return {**site.to_dict(), "other_sites": others * (networks + site.adam), "server": networks,
+            "total": site.total + others * (networks + site.adam) + networks}
 
-    sizes:  of `training.dry_run.state_bytes`
-    """
-    config, schedule, states = prepared.config, prepared.schedule, CheckpointPair("")
-    server, site = RunFolder(SERVER_FOLDER), RunFolder("site-NAME")
-    snap = config.network_snapshot_ticks
-    # File names count thousands of images: snapshots in the same thousand replace each other.
-    snapshots = len({schedule.mean_end_nimg(number) // 1000 for number in range(1, schedule.rounds + 1)
-                     if number % snap == 0 or number == schedule.rounds})
-    when = "after each round" if snap == 1 else f"after every {snap} rounds, and at the end"
+
+def _describe_files(prepared: PreparedFederation, state: TrainingState,
+                    agreement: Agreement) -> dict[str, dict[str, Any]]:
+    """Return when each file of the run's folder is written, and its bytes; KKKKKK stands for thousands of images."""
+    config, schedule, states, sizes = prepared.config, prepared.schedule, CheckpointPair(""), state_bytes(state)
+    server, site, snap = RunFolder(SERVER_FOLDER), RunFolder("site-NAME"), config.network_snapshot_ticks
+    snapshot = sizes["network-snapshot"]
+    if config.federation.share == "G":  # D stays at the sites
+        snapshot -= sum(tensor.nbytes for tensor in state.D.state_dict().values())
+    moments = len(make_server_optimizer(config.federation).MOMENTS)
+    server_state = sizes["network-snapshot"] + moments * bytes_of(
+        {name: agreement.tensors[name] for name in trained(agreement.tensors)}, torch.float32)
+    # File names count thousands of images of all sites: snapshots in the same thousand replace each other.
+    ends = accumulate(sum(schedule.num_images(name, number) for name in schedule.members(number))
+                      for number in range(1, schedule.rounds + 1))
+    written = len({end // 1000 for number, end in enumerate(ends, start=1)
+                   if number % snap == 0 or number == schedule.rounds})
+    due = "after each round" if snap == 1 else f"after every {snap} rounds, and at the end"
+    tick = f"a line every {config.kimg_per_tick:g} kimg of the site, and at the end of a round"
+    at_sites = f"after each round, and at least every {config.state_minutes:g} minutes"
     files = {
+        RunFolder("").options: ("at the start", None),
+        server.options: ("at the start", None),
         server.log: ("a line for each round", None),
         server.stats: ("a line for each round", None),
         server.path / "events.*": ("for TensorBoard", None),
+        server.fakes_init: ("at the start", None),
         server.fakes(None): ("after each round", None),
-        server.snapshot(None): (f"{when}: {snapshots} in all", sizes["network-snapshot"]),
+        server.snapshot(None): (f"{due}; {written} in all", snapshot),
         **{server.metric(name): ("a line for each network snapshot", None) for name in config.metrics},
-        site.log: ("a line for each tick", None),
-        site.stats: ("a line for each tick", None),
-        site.path / states.newest.name: ("after each round of the site", sizes["training-state"]),
+        server.path / states.newest.name: ("after each round", server_state),
+        server.path / states.previous.name: ("the state before that", server_state),
+        site.options: ("at the start of the site", None),
+        site.log: (tick, None),
+        site.stats: (tick, None),
+        site.path / "events.*": ("for TensorBoard", None),
+        site.reals: ("at the start of the site", None),
+        site.fakes_init: ("at the start of the site", None),
+        site.path / states.newest.name: (at_sites, sizes["training-state"]),
         site.path / states.previous.name: ("the state before that", sizes["training-state"]),
     }
     return {str(path): {"written": when, "bytes": size} for path, (when, size) in files.items()}
@@ -158,7 +204,7 @@ def time_iteration(config: TrainConfig, device: str) -> float | None:
 
 
 def _time_step(state: TrainingState, step: StepConfig, iteration: int) -> float:
-    """Return the seconds of an iteration; it ends when the device has done it."""
+    """Return the seconds of an iteration, the median of several if these are short."""
     G, rng = state.G, torch.Generator().manual_seed(0)
     shape = (G.img_channels, G.img_resolution, G.img_resolution)
     labels = torch.eye(G.c_dim) if G.c_dim else torch.zeros(1, 0)
@@ -166,7 +212,10 @@ def _time_step(state: TrainingState, step: StepConfig, iteration: int) -> float:
                          num_ws=G.num_ws, label_law=LabelDistribution(labels), image_shape=shape, device=state.device)
     inputs = StepInputs(reals=(2 * torch.rand(step.batch, *shape, generator=rng) - 1).to(state.device),
                         labels=labels[torch.arange(step.batch) % len(labels)].to(state.device), phases=phases)
-    state.iteration = iteration
-    started = time.monotonic()
-    train_step(state, inputs, step)
-    return time.monotonic() - started
+    times: list[float] = []
+    while len(times) < _REPEATS and sum(times) < 1:
+        state.iteration = iteration
+        started = time.monotonic()
+        train_step(state, inputs, step)  # it waits for the device
+        times.append(time.monotonic() - started)
+    return statistics.median(times)
