@@ -7,8 +7,6 @@ Sites train in turn in one process, or at the same time in several processes, ea
 are encoded, checked and decoded as if they were sent.
 """
 
-import hashlib
-import json
 import pickle
 from collections.abc import Mapping
 from datetime import timedelta
@@ -72,18 +70,11 @@ def _open_run(prepared: PreparedFederation, processes: Processes) -> tuple[RunFo
     """Let the main process choose the run's folder; return it with the configuration to train with."""
     run = None
     if processes.rank == 0:
-        run = choose_run(prepared.settings.outdir, prepared.config, _content_hash(prepared),
+        run = choose_run(prepared.settings.outdir, prepared.config, prepared.content_hash,
                          **prepared.settings.asked(), classes=prepared.institutions[0].dataset.label_names or [])
     chosen = None if run is None else (str(run.path), run.continues, run.left_alone, run.record.config)
     path, continues, left_alone, config = processes.broadcast(chosen)
     return run or RunFolder(path, continues=continues, left_alone=left_alone), config
-
-
-def _content_hash(prepared: PreparedFederation) -> str:
-    """Return a SHA-256 of what the sites of the first round train on; others may join while the run is going on."""
-    first = prepared.schedule.members(1)
-    parts = sorted((each.name, each.content_hash) for each in prepared.institutions if each.name in first)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _shared_statistics(prepared: PreparedFederation, processes: Processes) -> StatisticsEvaluator:
@@ -138,7 +129,7 @@ class _Simulation:
         server, is_main = self.server, self.processes.rank == 0
         messages = self.processes.broadcast(server.messages(number) if is_main else None)
         mine: dict[str, Answer] = {}
-        for name in self._mine():
+        for name in self.prepared.sites_of_processes()[self.processes.rank]:
             if name in messages and EXIT_STOPPED not in mine.values():
                 mine[name] = self._answer(self._site(name), messages[name])
         answers = _gathered(mine, self.processes)
@@ -184,18 +175,6 @@ class _Simulation:
 
     def _folder(self, name: str) -> Path:
         return self.run.path / f"site-{name}"
-
-    def _mine(self) -> list[str]:
-        """Return the sites of this process, in the order of their names: the work is shared out evenly."""
-        rounds = self.config.federation.rounds
-        work = [0] * self.processes.count
-        mine = []
-        for each in sorted(self.prepared.institutions, key=lambda each: -self.schedule.end_nimg(each.name, rounds)):
-            place = work.index(min(work))
-            work[place] += self.schedule.end_nimg(each.name, rounds)
-            if place == self.processes.rank:
-                mine.append(each.name)
-        return sorted(mine)
 
     def _finish(self) -> int:
         """Mark the run as finished once its last files are written; return the exit code."""
