@@ -177,12 +177,8 @@ class ServerOutput(RunOutput):
         found = super().networks()
         return replace(found, D=None) if self.config.federation.share == "G" else found
 
-    def start(self, lines: list[str]) -> None:
-        self.reporter.start(ticks=0, nimg=0)
-        self._introduce(lines)
-        if self.is_main:
-            with self.reporter.surviving("write a sample grid"):
-                self._save_fakes(self.run.fakes_init)
+    def _save_reals(self) -> None:
+        """Draw nothing: the images are at the sites, which draw their own grids."""
 
     def report_round(self, report: RoundReport, statistics: Mapping[str, Mapping[str, float]]) -> None:
         self.reporter.tick(report, statistics)

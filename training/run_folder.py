@@ -127,7 +127,8 @@ class RunFolder:
 
     def inside(self, name: str) -> "RunFolder":
         """Return the names of files in a folder inside the run's, under the same lock, with the record copied there."""
-        folder = RunFolder(self.path / name, record=self.record, lock=self._lock, continues=self.continues)
+        folder = RunFolder(self.path / name, record=self.record, lock=self._lock, continues=self.continues,
+                           notes=self.notes, not_continued=self.not_continued)
         folder.path.mkdir(exist_ok=True)
         remove_abandoned(folder.path)
         write_record(folder.path, self.record)

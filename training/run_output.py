@@ -74,7 +74,7 @@ class RunOutput:
             self.log(line, to_stderr=True)
         if self.is_main:
             with self.reporter.surviving("write a sample grid"):
-                save_reals(self.run.reals, self._samples(), self.dataset)
+                self._save_reals()
                 self._save_fakes(self.run.fakes_init)
         self.clock.begin(0)
 
@@ -241,6 +241,9 @@ class RunOutput:
             self._grid = choose_grid(self.dataset, z_dim=self.state.G.z_dim, seed=self.config.seed,
                                      screen=screen_for(self.state.device))
         return self._grid
+
+    def _save_reals(self) -> None:
+        save_reals(self.run.reals, self._samples(), self.dataset)
 
     def _save_fakes(self, path: Path) -> None:
         save_fakes(path, self._samples(), self.state.G_ema, batch=self.config.step.micro_batch)
