@@ -9,6 +9,7 @@ import torch
 import federated.site
 from dnnlib.cli import StopRequest
 from federated.exchange import encode_update
+from tests.helpers.federated_states import forged
 from tests.helpers.make_sets import make_set
 from tests.helpers.simulations import (
     differing,
@@ -114,7 +115,18 @@ def other_classes(agreement, tensors, received, **named):
     return encode_update(replace(agreement, classes=("mel", "nv")), tensors, received, **named)
 
 
+def other_architecture(agreement, tensors, received, **named):
+    networks = {**agreement.networks, "D": {**agreement.networks["D"], "architecture": "orig"}}
+    return encode_update(replace(agreement, networks=networks), tensors, received, **named)
+
+
+def extra_tensor(agreement, tensors, received, **named):
+    return forged(encode_update(agreement, tensors, received, **named), tensors={"images": torch.zeros(3, 16, 16)})
+
+
 @pytest.mark.parametrize(("change", "reason"), [
+    (other_architecture, "D.architecture is orig there and resnet here"),
+    (extra_tensor, "it has a tensor images"),
     (hundredfold, "its norm per local step is "),
     (not_finite, "D.b4.fc.weight has values that are not finite; expected finite ones"),
     (other_classes, "classes is [mel, nv] there and [nv, mel] here")])
