@@ -6,6 +6,7 @@ import torch
 
 from dnnlib.cli import run
 from federated.command import make_group, make_simulate_command
+from federated.compare_arms import make_compare_command
 from federated.institutions import PreparedFederation
 from metrics.evaluation import Evaluator
 from metrics.names import choose_metrics, needed_detectors, parse_metrics, require_detectors
@@ -45,7 +46,7 @@ def make_evaluate(prepared: PreparedFederation) -> Evaluate | None:
 
 
 # Each command is registered here, under its name.
-main = make_group(simulate=make_simulate_command(simulate, choose_metrics))
+main = make_group(simulate=make_simulate_command(simulate, choose_metrics), compare=make_compare_command())
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -72,7 +72,9 @@ def test_options_that_may_be_given_several_times_are_these():
     assert several - {"dataset_tool.py --source", "dataset_tool.py --include", "dataset_tool.py --exclude"} == {
         "train.py --metrics", "calc_metrics.py --metrics", "train.py --detector-weights",
         "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias",
-        *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave"))}
+        *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave")),
+        *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
+                                                       "leave"))}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -31,7 +31,10 @@ UNREACHED = {
     ("train.py", "--class"): CLASS_OF_METRICS,
     ("federate.py", "--class"): CLASS_OF_METRICS,
     ("federate.py", "--subset"): {"training.options:FLAGS", "training.options:_dataset_config"},  # sites train on all
-    ("federate.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # as in train.py
+    ("federate.py", "--network"): {  # compare opens the networks of its arms
+        "generation.network:choose_network", "generation.network:open_network"},
+    ("federate.py", "--source"): {"federated.compare_arms:write_union"},  # arguments of dataset_tool.py
+    ("federate.py", "--dest"): {"federated.compare_arms:write_union"},
     ("train.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # its metrics have no intervals
     ("train.py", "--holdout"): {  # nor a floor
         "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_holdout"},
