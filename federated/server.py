@@ -218,7 +218,7 @@ class Server:
         self.optimizer = make_server_optimizer(federation)
         self.rounds = 0  # that are finished
         self.norms: list[list[float]] = []  # per local step, of the updates in the means of the last rounds
-        self.members: list[list[str]] = []  # that took part in each round
+        self.plans: list[dict[str, int]] = []  # of each round: site -> its image counter at the end
         self.checkpoints = CheckpointPair(run.path)
         self._sent: _Sent | None = None
         self._valid = None
@@ -313,7 +313,7 @@ class Server:
             return f"stopped in round {sent.number} ({why}); the networks are those of round {self.rounds}"
         self._update(updates)
         self.norms = [*self.norms, [steps[name] for name in sorted(updates)]][-NORM_ROUNDS:]
-        self.members.append(self.schedule.members(sent.number))
+        self.plans.append(self._plan(sent.number))
         self.rounds = sent.number
         self._report(updates, refused, norms, {name: len(answer) for name, answer in answers.items()
                                                if not isinstance(answer, str)})
@@ -399,7 +399,7 @@ class Server:
         state = self.state
         self.output.save_state(self.checkpoints, {
             "version": STATE_VERSION, "rounds": self.rounds, "nimg": state.nimg, "norms": self.norms,
-            "members": self.members, "optimizer": self.optimizer.state_dict(),
+            "plans": self.plans, "optimizer": self.optimizer.state_dict(),
             **{role: dict(getattr(state, role).state_dict()) for role in ("G", "D", "G_ema")},
             "missing_metrics": self.output.metrics.state_dict(), "seconds": self.output.clock.total()})
 
@@ -408,11 +408,13 @@ class Server:
             raise UserError(f"{self.checkpoints.newest} has version {saved.get('version')!r}; expected "
                             f"{STATE_VERSION}: continue with the program that wrote it, or start from scratch with "
                             "--new")
-        for number, members in enumerate(saved["members"], start=1):
-            if members != self.schedule.members(number):
-                raise UserError(f"round {number} of {self.run.path.parent} was trained by {', '.join(members)}, but "
-                                f"--sites, --join and --leave now plan {', '.join(self.schedule.members(number))}; "
-                                "expected changes in later rounds only, or --new to start another run")
+        for number, plan in enumerate(saved["plans"], start=1):
+            if plan != self._plan(number):
+                there, here = (", ".join(f"{name} up to image {nimg}" for name, nimg in each.items())
+                               for each in (plan, self._plan(number)))
+                raise UserError(f"round {number} of {self.run.path.parent} was trained by {there}, but --sites, "
+                                f"--join, --leave and --local now plan {here}; expected changes in later rounds only, "
+                                "or --new to start another run")
         try:
             for role in ("G", "D", "G_ema"):
                 getattr(self.state, role).load_state_dict(saved[role])
@@ -420,7 +422,11 @@ class Server:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.checkpoints.newest}: {error}") from error
         self.rounds, self.state.nimg = saved["rounds"], saved["nimg"]
-        self.norms, self.members = saved["norms"], saved["members"]
+        self.norms, self.plans = saved["norms"], saved["plans"]
+
+    def _plan(self, number: int) -> dict[str, int]:
+        """Return the image counters of the sites of a round at its end."""
+        return {name: self.schedule.end_nimg(name, number) for name in self.schedule.members(number)}
 
     def _score_valid(self) -> dict[str, dict[str, float]]:
         """Return the statistics of D's scores on the held-out images; {} without."""

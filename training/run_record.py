@@ -110,7 +110,8 @@ def comparable_options(config: TrainConfig) -> dict[str, Any]:
 
     Derived from the configuration also for a recorded run, so that records older than an option still compare equal.
     """
-    return {name: value for name, value in flatten(config.to_dict()) if name not in FREE_OPTIONS}
+    free = FREE_OPTIONS if config.federation is None else {*FREE_OPTIONS, "dataset.max_size"}  # sites may join
+    return {name: value for name, value in flatten(config.to_dict()) if name not in free}
 
 
 def without_precision(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,13 +34,13 @@ class Proximal:
     """
 
     mu: float
-    anchors: dict[str, list[Tensor]]  # "G" and "D" -> values like those of its parameters, in their order
+    anchors: dict[str, list[Tensor]]  # "G", "D" -> values like those of its parameters, in their order; may lack one
 
     def add_gradients(self, phase: Phase, network: nn.Module, gradients: list[Tensor], count: int) -> None:
-        """Add count * mu * (w - anchor) to the gradients of a main phase, in place."""
-        if phase.value in ("Gmain", "Dmain"):
-            parameters = [parameter.detach() for parameter in network.parameters()]
-            apart = torch._foreach_sub(parameters, self.anchors[phase.value[0]])
+        """Add count * mu * (w - anchor) to the gradients of a main phase, in place; nothing without anchors."""
+        anchors = {"Gmain": self.anchors.get("G"), "Dmain": self.anchors.get("D")}.get(phase.value)
+        if anchors is not None:
+            apart = torch._foreach_sub([parameter.detach() for parameter in network.parameters()], anchors)
             torch._foreach_add_(gradients, apart, alpha=count * self.mu)
 
 

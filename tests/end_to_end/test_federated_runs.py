@@ -26,11 +26,12 @@ SHORT = ("--rounds=3", "--round-kimg=0.028", "--batch=4", "--cfg=tiny", "--cond=
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with institutions of 40, 24 and 16 phantoms of 16x16, and held-out ones."""
+    """A folder with institutions of about 40, 24 and 16 phantoms of 16x16, of different patients, and held-out ones."""
     folder = tmp_path_factory.mktemp("federated")
-    for seed, (name, count) in enumerate((("a", 40), ("b", 24), ("c", 16), ("held", 24))):
-        write_phantoms(folder / f"{name}.zip", workers=1, count=count, resolution=16, classes=CLASSES, seed=seed,
-                       bias={})
+    write_phantoms(folder / "all.zip", workers=1, count=104, resolution=16, classes=CLASSES, seed=0, bias={})
+    run(folder, ("dataset_tool.py", "split", "all.zip"), "--parts=a:0.385,b:0.23,c:0.155,held:0.23")
+    for name in ("a", "b", "c", "held"):
+        (folder / f"all-{name}.zip").rename(folder / f"{name}.zip")
     return folder
 
 
@@ -150,14 +151,15 @@ def test_networks_of_the_server_are_opened_by_the_other_programs(unbroken, workp
 
 @pytest.mark.slow
 def test_metrics_of_held_out_images_and_of_shared_statistics(workplace, tmp_path):
-    write_phantoms(tmp_path / "big.zip", workers=1, count=110, resolution=16, classes=CLASSES, seed=9, bias={})
     short = ["--rounds=1", "--detector=random-conv", "--data=a.zip,b.zip"]
     simulate(workplace, *short, f"--outdir={tmp_path / 'held'}", "--holdout=held.zip", "--metrics=kid20_full")
     (line,) = (only_run(tmp_path / "held") / "server" / "metric-kid20_full.jsonl").read_text().splitlines()
-    assert json.loads(line)["num_real"] == 24
-    write_phantoms(tmp_path / "more.zip", workers=1, count=130, resolution=16, classes=CLASSES, seed=10, bias={})
-    data = f"--data={tmp_path / 'big.zip'},{tmp_path / 'more.zip'}"
-    simulate(workplace, *short[:2], data, f"--outdir={tmp_path / 'shared'}", "--share-statistics",
+    assert json.loads(line)["num_fake"] == 20
+    write_phantoms(tmp_path / "many.zip", workers=1, count=240, resolution=16, classes=CLASSES, seed=9, bias={})
+    run(tmp_path, ("dataset_tool.py", "split", "many.zip"), "--institutions=2")
+    big, more = (str(tmp_path / f"many-institution{number}.zip") for number in (1, 2))
+    data = f"--data={big},{more}"
+    simulate(workplace, *short[:2], data, "--sites=big,more", f"--outdir={tmp_path / 'shared'}", "--share-statistics",
              "--metrics=fid20_full")
     server = only_run(tmp_path / "shared") / "server"
     (line,) = (server / "metric-fid20_full.jsonl").read_text().splitlines()
@@ -165,8 +167,7 @@ def test_metrics_of_held_out_images_and_of_shared_statistics(workplace, tmp_path
     assert record["num_real"] == 240
     assert set(record["sites"]) == {"big", "more"}
     # calc_metrics.py on the union gives the same value, though the images are in another place.
-    run(workplace, ("dataset_tool.py",), f"--source={tmp_path / 'big.zip'}", f"--source={tmp_path / 'more.zip'}",
-        f"--dest={tmp_path / 'union.zip'}")
+    run(workplace, ("dataset_tool.py",), f"--source={big}", f"--source={more}", f"--dest={tmp_path / 'union.zip'}")
     found = json.loads(run(workplace, ("calc_metrics.py",), f"--network={server}", f"--data={tmp_path / 'union.zip'}",
                            "--metrics=fid20_full", "--detector=random-conv", "--device=cpu"))
     assert newest(tmp_path / "shared")

@@ -12,8 +12,8 @@ from federated.simulation import simulate
 from metrics.names import choose_metrics
 from tests.helpers.training_runs import flattened
 
-# Three rounds of seven iterations: path length regularization is due in each, R1 in the first and the third.
-SMALL = ("--outdir=runs", "--rounds=3", "--round-kimg=0.028", "--batch=4", "--cfg=tiny", "--precision=fp32",
+# Three rounds of five iterations, in which regularizations are due.
+SMALL = ("--outdir=runs", "--rounds=3", "--round-kimg=0.02", "--batch=4", "--cfg=tiny", "--precision=fp32",
          "--workers=0", "--tick=0.012", "--cond=1")
 # Fields of states and statistics that may differ between two equal runs. Updates tell how long the site trained: so do
 # their bytes, by a few digits.
