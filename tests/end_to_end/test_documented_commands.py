@@ -47,6 +47,9 @@ SMALLER = [
     (r"--count=\d+", "--count=24"),
     (r"([a-z]+):5000\b", r"\1:12"),
     (r"--gpus=\d+", "--gpus=2"),
+    (r"--rounds=\d+", "--rounds=2"),
+    (r"--round-kimg=[\d.]+", "--round-kimg=0.008"),
+    (r"--kimg=\d+", "--kimg=1"),
     (r"--nproc-per-node=\d+", "--nproc-per-node=2"),
     (r"\b(fid|kid)\d+k", r"\g<1>20"),
     (r"\b(pr|dc)\d+k\d", r"\g<1>20"),
@@ -58,6 +61,9 @@ ADDED = {
     "projector.py": ["--num-steps=3", "--detector=pixels", "--save-video=0", "--device=cpu"],
     "calc_metrics.py": ["--metrics=kid20_full", "--detector=random-conv", "--device=cpu"],
     "dataset_tool.py": [],
+    "federate.py simulate": ["--cfg=tiny", "--round-kimg=0.008", "--batch=8", "--workers=1", "--device=cpu"],
+    "federate.py compare": ["--cfg=tiny", "--batch=8", "--detector=random-conv", "--device=cpu",
+                            "--dry-run"],  # it makes five runs; tests/federated/test_compare_arms.py makes them
     "-m training.nvidia_pickle": [],
     "-m torch_utils.ops.build": [],
 }
@@ -154,8 +160,8 @@ def make_phantoms(path, seed, count=60):
 
 def make_workplace(folder):
     """Make a folder in which the printed commands find the programs and all files that they name."""
-    for name in ("train.py", "generate.py", "projector.py", "calc_metrics.py", "dataset_tool.py", "training",
-                 "torch_utils", "metrics", "dnnlib", "imagesets", "latent"):
+    for name in ("train.py", "generate.py", "projector.py", "calc_metrics.py", "dataset_tool.py", "federate.py",
+                 "training", "torch_utils", "metrics", "dnnlib", "imagesets", "latent", "federated", "generation"):
         (folder / name).symlink_to(ROOT / name)
     python = folder / "bin" / "python"
     python.parent.mkdir()
@@ -172,7 +178,9 @@ def make_files(folder, document):
         make_ham10000(folder)
         make_isic2020(folder)
         make_isic2019(folder)
-    if document == "README.md":
+    if document == "docs/federated.md":  # it is divided twice, with both classes in each part
+        make_phantoms(folder / "isic256.zip", seed=0, count=300)
+    if document in ("README.md", "docs/federated.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
