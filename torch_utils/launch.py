@@ -172,7 +172,13 @@ def follow_launcher() -> None:
     LIMIT: only on Linux. Elsewhere the processes notice the loss of the launcher's store within a minute.
     """
     pid = find_launcher()
-    if pid is None or not sys.platform.startswith("linux"):
+    if pid is not None:
+        end_with_parent(pid)
+
+
+def end_with_parent(pid: int) -> None:
+    """Let the system kill this process when its parent, of this process id, ends. Does nothing except on Linux."""
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != pid:  # it ended before

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dnnlib.cli import SIGNALS, UserError
 from dnnlib.files import DiskFailure, retrying
 from dnnlib.text import shorten
 from imagesets.classes import class_name, missing_labels
+from torch_utils.launch import end_with_parent
 from torch_utils.seeding import seed_for
 from training.dataset import ImageDataset
 
@@ -107,7 +109,7 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
     """
     items = (order.items(start + rows.start, len(rows)).tolist() for start in itertools.count(nimg, batch))
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=items, num_workers=num_workers, pin_memory=pin_memory,
-                                         worker_init_fn=_leave_stopping_to_the_parent)
+                                         worker_init_fn=partial(_leave_stopping_to_the_parent, os.getpid()))
     try:
         yield from map(tuple, loader)
     except (UserError, DiskFailure) as error:
@@ -117,11 +119,13 @@ def iterate_batches(dataset: ImageDataset, order: TrainingOrder, *, nimg: int, b
         raise kind(text) from None
 
 
-def _leave_stopping_to_the_parent(_: int) -> None:
+def _leave_stopping_to_the_parent(parent: int, _: int) -> None:
     """Ignore the signals that ask a whole run to stop: it still needs images to finish an iteration.
 
-    SIGTERM from the parent process, which terminates its workers in this way, is obeyed.
+    SIGTERM from the parent process, which terminates its workers in this way, is obeyed; and the worker ends when the
+    parent is killed. PyTorch's own check misses a parent that is killed while the worker starts.
     """
+    end_with_parent(parent)
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # LIMIT: on other systems a SIGTERM to all processes ends the workers
