@@ -14,6 +14,7 @@ import torch
 
 from dnnlib.cli import StopRequest, UserError
 from dnnlib.files import DiskFailure
+from dnnlib.lines import read_lines
 from dnnlib.progress import format_seconds
 from federated.aggregate import (
     NORM_ROUNDS,
@@ -220,6 +221,7 @@ class Server:
         self.norms: list[list[float]] = []  # per local step, of the updates in the means of the last rounds
         self.plans: list[dict[str, int]] = []  # of each round: site -> its image counter at the end
         self.checkpoints = CheckpointPair(run.path)
+        self._stop, self._has_trained = stop, False  # a round, in this process
         self._sent: _Sent | None = None
         self._valid = None
         if valid is not None and federation.share != "G":
@@ -236,6 +238,11 @@ class Server:
                 found = self.checkpoints.load()
             except DamagedCheckpoint as error:
                 raise UserError(f"{error} (--new does so)") from error
+            rounds = read_lines(self.run.stats) if found is None and self.run.continues else []
+            if len(rounds) > 1:  # the first line is written before a state; starting again would lose the others
+                raise UserError(f"{self.run.path} has trained {len(rounds)} rounds, but its resumable state is "
+                                f"missing; expected {self.checkpoints.newest.name} or "
+                                f"{self.checkpoints.previous.name}: copy one back, or start another run with --new")
         if self.processes.broadcast(found is None):
             lines = self._resume() if self.config.resume is not None else []
             self.output.start([*self._introduction(), *lines, "starts at round 1"])
@@ -364,7 +371,7 @@ class Server:
 
         Returns why the run has to stop, or None: from a state of an earlier round than the sites' it could not go on.
         """
-        output, metrics = self.output, self.output.metrics
+        output, metrics, self._has_trained = self.output, self.output.metrics, True
         self.rounds, self.state.nimg = self.processes.broadcast((self.rounds, self.state.nimg))
         output.save_images()
         is_due = (self.rounds == self.config.federation.rounds
@@ -378,20 +385,34 @@ class Server:
             averaged = {name: value.cpu() for name, value in self.state.G_ema.state_dict().items()}
             self.state.G_ema.load_state_dict(self.processes.broadcast(averaged))
             output.evaluate()
+            if metrics.has_given_up:  # a state remembers how long they took: the next command may have no time either
+                self.save_state()
         output.remove_networks(())
         output.begin_tick()
         failure = self.processes.broadcast(output.state_failure)
         return None if failure is None else f"the server's state could not be saved: {failure}"
 
     def finish(self) -> str | None:
-        """Write the last files again if that failed; return what is missing, or None."""
-        self.output.complete_networks()
-        self.output.metrics.make_up()
-        for what, reason in (("network snapshot", self.output.network_failure), ("state", self.output.state_failure)):
+        """Write the last files again if that failed; return what is missing, or None.
+
+        Metrics that take longer than a whole command may run are left to calc_metrics.py, as are those that fail.
+        """
+        output, metrics = self.output, self.output.metrics
+        output.complete_networks()
+        metrics.make_up()
+        output.remove_networks(())
+        is_signal = self.processes.any(self._stop.wanted() and self._stop.seconds_left() != 0)
+        for what, reason in (("network snapshot", output.network_failure), ("state", output.state_failure)):
             if reason is not None:
                 return f"the last {what} could not be written ({reason})"
-        if self.output.metrics.missing and self.output.metrics.left_out is not None:
-            return f"metrics are missing ({self.output.metrics.left_out})"
+        if metrics.missing and metrics.left_out is not None and (is_signal or self._has_trained
+                                                                 or metrics.has_computed):
+            self.save_state()
+            return f"metrics are missing ({metrics.left_out})"
+        if metrics.missing:
+            kimg = ", ".join(f"{missing.nimg / 1000:.1f}" for missing in metrics.missing)
+            output.log(f"warning: the metrics at kimg {kimg} were not computed; compute them with calc_metrics.py "
+                       f"--run={self.run.path}")
         return None
 
     def save_state(self) -> None:

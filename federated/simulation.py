@@ -28,6 +28,7 @@ from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, describe_out_of_memory
 from training.run_folder import SERVER_FOLDER, RunFolder, choose_run
+from training.run_report import error_text
 from training.snapshot_metrics import Evaluate
 
 # A process that has trained its sites waits for the others: a round may take hours. One that died is noticed anyway.
@@ -180,7 +181,10 @@ class _Simulation:
         """Mark the run as finished once its last files are written; return the exit code."""
         missing = self.server.finish()
         if missing is None and self.processes.rank == 0:
-            self.run.mark_finished()
+            try:
+                self.run.mark_finished()
+            except OSError as error:
+                missing = f"its options could not be written ({error_text(error)})"
         if self.processes.any(missing is not None):
             self.server.output.log(f"not finished after {self.server.rounds} rounds: {missing}; once that is fixed, "
                                    f"{self.same_command} continues")

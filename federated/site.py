@@ -21,7 +21,7 @@ from imagesets.classes import CLASS
 from torch_utils.distributed import Processes
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, hash_content
-from training.loop import TrainingLoop
+from training.loop import EXIT_STOPPED, TrainingLoop
 from training.run_folder import RunFolder, open_run
 from training.state import TrainingState
 from training.step import Proximal
@@ -81,6 +81,9 @@ class SiteLoop(TrainingLoop):
             raise SiteStopped(code)
         self.round.seconds, self._began, self.round.is_done = self._seconds(), None, True
         self.save_state()
+        if self.output.state_failure is not None:  # the server must not get ahead of the newest state
+            self.output.log(f"stopped after round {self.round.number}: {self.output.continuation()}")
+            raise SiteStopped(EXIT_STOPPED)
 
     def begin_round(self, message: GlobalMessage, start_nimg: int) -> None:
         """Replace the networks by those of the message, at the place in the plan where the round starts."""
@@ -157,6 +160,7 @@ class Site:
         loop, state = self.loop, self.loop.state
         message = decode_global(data, self.agreement, constants_hash=constants_hash(state))
         if loop.round.number < message.round:
+            self._check_state(message.round)
             loop.begin_round(message, self.schedule.start_nimg(self.name, message.round))
             if constants_hash(state) != message.constants_hash:
                 raise Refused("the constants that came with the message are not those that it names")
@@ -170,6 +174,17 @@ class Site:
         loop.train_round(message, self.schedule.end_nimg(self.name, message.round))
         return encode_update(self.agreement, local_tensors(state, self.agreement), message, site=self.name,
                              constants_hash=constants_hash(state), numbers=self._numbers())
+
+    def _check_state(self, number: int) -> None:
+        """Raise UserError if a round begins and the site's state is missing; warn if it is of an earlier round."""
+        trained, first = self.loop.round.number, self.schedule.first_round(self.name)
+        if trained == 0 and number > first:
+            raise UserError(f"{self.run.path} has no resumable state, but the site takes part since round {first}, and "
+                            f"round {number} begins; expected {self.loop.checkpoints.newest.name}: copy it back, let "
+                            f"the site leave with --leave={self.name}:{number - 1}, or start another run with --new")
+        if 0 < trained < number - 1:
+            self.loop.output.log(f"warning: the site's newest state is of round {trained}, and round {number} begins: "
+                                 "what the rounds between changed in its optimizers and augmentation is lost")
 
     def _anchors(self, message: GlobalMessage) -> dict[str, list[torch.Tensor]]:
         """Return the networks of a message, parameter by parameter; networks that do not travel are not held."""

@@ -31,7 +31,7 @@ from torch_utils.ops.compiled import describe as describe_operators
 from torch_utils.seeding import generator_for, seed_for
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
-from training.run_folder import RunFolder, list_snapshots
+from training.run_folder import SERVER_FOLDER, RunFolder, list_snapshots
 from training.run_record import read_record
 from training.run_report import Reporter, Tick, TickClock, error_text, process_memory, take_peak_gpu_memory
 from training.snapshot import Networks, save_network
@@ -273,7 +273,8 @@ def snapshots_to_remove(newest: Path, settings: RunSettings, values: Mapping[str
         if finite:
             stay.add(found[max(finite)[1]])  # the newer of two equal ones
     others = [path for path in found if path not in stay]
-    begun_from = _hashes_of_resume(newest.parent.parent) if others else set()
+    run = newest.parent.parent if newest.parent.name == SERVER_FOLDER else newest.parent
+    begun_from = _hashes_of_resume(run.parent) if others else set()
     return [path for path in others if not begun_from or sha256_of(path) not in begun_from]
 
 
