@@ -255,9 +255,9 @@ def _plan_rounds(config: TrainConfig, federation: FederationConfig, datasets: Se
     if not is_given:
         federation = replace(federation, round_kimg=default_round_kimg(sizes, federation.local))
     schedule = Schedule(federation, sizes=sizes, batch=config.batch)
-    names = "+".join(dataset.name for dataset in datasets)
     return replace(config, federation=federation, kimg=max(schedule.total_images(federation.rounds) // 1000, 1),
-                   image_snapshot_ticks=1, dataset=replace(config.dataset, name=names)), schedule
+                   image_snapshot_ticks=1,
+                   dataset=replace(config.dataset, name="+".join(federation.sites))), schedule
 
 
 def _note_on_averages(federation: FederationConfig, schedule: Schedule) -> str | None:

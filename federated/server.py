@@ -4,7 +4,6 @@ It holds no images. Its folder has the files of a run: log, statistics (a line p
 samples, network snapshots, metrics and a resumable state. Images are counted over all sites.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,7 +14,6 @@ import torch
 from dnnlib.cli import StopRequest, UserError
 from dnnlib.files import DiskFailure
 from dnnlib.lines import read_lines
-from dnnlib.progress import format_seconds
 from federated.aggregate import (
     NORM_ROUNDS,
     Contribution,
@@ -30,6 +28,7 @@ from federated.aggregate import (
 )
 from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors, start_tensors
 from federated.exchange import Refused, SiteUpdate, decode_update, encode_global, hash_of_global
+from federated.round_report import RoundReport, pool_statistics
 from federated.schedule import Schedule
 from imagesets.classes import CLASS
 from imagesets.reader import Shape
@@ -41,7 +40,6 @@ from training.dataset import ImageDataset
 from training.loop import Validation
 from training.run_folder import RunFolder
 from training.run_output import RunOutput
-from training.run_report import TickTimes, process_memory
 from training.snapshot import Networks
 from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
@@ -117,55 +115,6 @@ class PooledFacts:
                 "sites": {name: dict(site.training_data) for name, site in sorted(self.sites.items())}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundReport:
-    """The numbers of a round, beside the sites' statistics; takes the place of training.run_report.Tick."""
-
-    number: int  # from 1
-    nimg: int  # images that all sites together have seen
-    times: TickTimes
-    updates: Mapping[str, SiteUpdate]  # those in the mean
-    refused: Mapping[str, str]  # site -> reason
-    norms: Mapping[str, float]  # of the updates, also of refused ones
-    cosines: Mapping[tuple[str, str], float]
-    bytes_down: Mapping[str, int]
-    bytes_up: Mapping[str, int]
-    site_nimg: Mapping[str, int]
-
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers under their names in statistics and TensorBoard."""
-        times = self.times
-        found = {
-            "Progress/tick": self.number, "Progress/kimg": self.nimg / 1000, "Progress/sites": len(self.updates),
-            "Progress/refused": len(self.refused), "Timing/total_sec": times.total,
-            "Timing/total_hours": times.total / 3600, "Timing/sec_per_tick": times.tick,
-            "Timing/sec_per_kimg": times.per_kimg, "Timing/maintenance_sec": times.maintenance,
-            "Resources/cpu_mem_gb": process_memory() / 2**30}
-        for name, update in self.updates.items():
-            found[f"Sites/{name}/Progress/augment"] = update.numbers.augment_p
-            found[f"Sites/{name}/Progress/kimg"] = self.site_nimg[name] / 1000
-            found[f"Sites/{name}/Timing/sec"] = update.numbers.seconds
-        for kind, values in (("Update/norm", self.norms), ("Exchange/bytes_down", self.bytes_down),
-                             ("Exchange/bytes_up", self.bytes_up)):
-            found |= {f"{kind}/{name}": value for name, value in values.items()}
-        return found | {f"Update/cosine/{one}/{other}": value for (one, other), value in self.cosines.items()}
-
-    def line(self, stats: Mapping[str, Mapping[str, float]]) -> str:
-        """Return the progress line."""
-        left = "-" if self.times.left is None else format_seconds(self.times.left)
-        fields = [f"round {self.number:<4} kimg {self.nimg / 1000:<7.1f} time {format_seconds(self.times.total):<9} "
-                  f"left {left:<9} sec/kimg {self.times.per_kimg:<7.2f}"]
-        for name in sorted(self.updates):
-            def mean(statistic: str, name: str = name) -> str:
-                entry = stats.get(f"Sites/{name}/{statistic}")
-                return "-" if entry is None else f"{entry['mean']:.3f}"
-            fields.append(f"{name}: G {mean('Loss/G/loss')} D {mean('Loss/D/loss')} "
-                          f"augment {self.updates[name].numbers.augment_p:.3f} norm {self.norms[name]:.3g}")
-        if self.cosines:
-            fields.append(f"cosine {min(self.cosines.values()):.3f}")
-        return "  ".join(fields)
-
-
 class ServerOutput(RunOutput):
     """Writes the files of the server: those of a run, without images of the sites."""
 
@@ -180,6 +129,12 @@ class ServerOutput(RunOutput):
 
     def _save_reals(self) -> None:
         """Draw nothing: the images are at the sites, which draw their own grids."""
+
+    def save_round_images(self, number: int) -> None:
+        """Write a grid of fakes, named by the round: rounds may be shorter than the thousands that `fakes` counts."""
+        if self.is_main:
+            with self.reporter.surviving("write a sample grid"):
+                self._save_fakes(self.run.path / f"fakes-round{number:05d}.png")
 
     def report_round(self, report: RoundReport, statistics: Mapping[str, Mapping[str, float]]) -> None:
         self.reporter.tick(report, statistics)
@@ -228,6 +183,7 @@ class Server:
             group = min(config.discriminator.mbstd_group_size, config.step.micro_batch)
             self._valid = Validation(valid, group=group, seed=config.seed)
         self.output = ServerOutput(config, settings, pooled, self.state, processes, run, evaluate, stop)
+        self.output.clock.total_nimg = schedule.total_images(federation.rounds)
         self._labels = Labels(c_dim=config.dataset.c_dim, names=classes, kind=pooled.label_kind)
 
     def start(self) -> None:
@@ -277,18 +233,14 @@ class Server:
         tensors = {name: tensor.detach().to("cpu", copy=True)
                    for name, tensor in local_tensors(self.state, self.agreement).items()}
         self._sent = _Sent(number=number, tensors=tensors, base_hash=hash_of_global(self.agreement, tensors))
-        constants, found, usual = constants_hash(self.state), {}, None
-        for name in members:
-            is_new = self.config.resume is not None and self.schedule.first_round(name) == number
-            if is_new:
-                start = start_tensors(self.state, self.agreement)
-                found[name] = encode_global(self.agreement, tensors, round=number, constants_hash=constants,
-                                            start=start)
-            else:
-                usual = usual or encode_global(self.agreement, tensors, round=number, constants_hash=constants)
-                found[name] = usual
-            self._sent.bytes_down[name] = len(found[name])
-        return found
+        starts = {name: self.config.resume is not None and self.schedule.first_round(name) == number
+                  for name in members}
+        by_kind = {with_start: encode_global(
+            self.agreement, tensors, round=number, constants_hash=constants_hash(self.state),
+            start=start_tensors(self.state, self.agreement) if with_start else None)
+            for with_start in {*starts.values()}}
+        self._sent.bytes_down = {name: len(by_kind[starts[name]]) for name in members}
+        return {name: by_kind[starts[name]] for name in members}
 
     def finish_round(self, answers: Mapping[str, bytes | str]) -> str | None:
         """Take the mean of the updates, and write what is due; return why the run stops, or None.
@@ -357,7 +309,7 @@ class Server:
         sent, output, nimg = self._sent, self.output, self.state.nimg
         found = {f"Sites/{name}/{statistic}": dict(entry) for name, update in updates.items()
                  for statistic, entry in update.numbers.statistics.items()}
-        found |= _pooled([update.numbers.statistics for update in updates.values()])
+        found |= pool_statistics([update.numbers.statistics for update in updates.values()])
         found |= self._score_valid()
         output.report_round(RoundReport(
             number=sent.number, nimg=nimg, times=output.clock.end(nimg), updates=updates, refused=refused,
@@ -373,7 +325,7 @@ class Server:
         """
         output, metrics, self._has_trained = self.output, self.output.metrics, True
         self.rounds, self.state.nimg = self.processes.broadcast((self.rounds, self.state.nimg))
-        output.save_images()
+        output.save_round_images(self.rounds)
         is_due = (self.rounds == self.config.federation.rounds
                   or self.rounds % self.config.network_snapshot_ticks == 0)
         if is_due:
@@ -462,15 +414,3 @@ class Server:
         collector.add("Loss/scores/valid", scores)
         collector.add("Loss/signs/valid", scores.sign())
         return collector.flush()
-
-
-def _pooled(statistics: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Return the statistics of all sites together, as those of a single run."""
-    found: dict[str, dict[str, float]] = {}
-    for name in sorted({name for site in statistics for name in site}):
-        entries = [site[name] for site in statistics if name in site]
-        number = sum(entry["num"] for entry in entries)
-        mean = sum(entry["num"] * entry["mean"] for entry in entries) / number
-        square = sum(entry["num"] * (entry["std"]**2 + entry["mean"]**2) for entry in entries) / number
-        found[name] = {"num": number, "mean": mean, "std": math.sqrt(max(square - mean**2, 0.0))}
-    return found

@@ -143,8 +143,10 @@ class _Simulation:
         return None if failure is None else self._log_stop(f"after round {number}", failure)
 
     def _finish_round(self, number: int, answers: Mapping[str, Answer]) -> int | None:
-        if EXIT_STOPPED in answers.values():
-            return self._log_stop(f"in round {number}", self.stop.reason or "a site was stopped")
+        stopped = [name for name, answer in answers.items() if answer == EXIT_STOPPED]
+        if stopped:
+            return self._log_stop(f"in round {number}", self.stop.reason or (
+                f"site {stopped[0]} was stopped, see {self._folder(stopped[0]) / 'log.txt'}"))
         usable = {name: f"its training failed, see {self._folder(name) / 'log.txt'}" if answer == EXIT_DIVERGED
                   else answer for name, answer in answers.items()}
         stopped = self.server.finish_round(usable)
@@ -183,6 +185,7 @@ class _Simulation:
         if missing is None and self.processes.rank == 0:
             try:
                 self.run.mark_finished()
+                self.run.inside(SERVER_FOLDER)  # with the record as it is now
             except OSError as error:
                 missing = f"its options could not be written ({error_text(error)})"
         if self.processes.any(missing is not None):

@@ -21,7 +21,7 @@ from imagesets.classes import CLASS
 from torch_utils.distributed import Processes
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset, hash_content
-from training.loop import EXIT_STOPPED, TrainingLoop
+from training.loop import EXIT_DIVERGED, EXIT_STOPPED, TrainingLoop
 from training.run_folder import RunFolder, open_run
 from training.state import TrainingState
 from training.step import Proximal
@@ -43,6 +43,7 @@ class _Round:
     base_hash: str = ""  # of the networks from the server
     start_nimg: int = 0
     is_done: bool = False
+    has_failed: bool = False  # steps kept failing
     seconds: float = 0.0  # of training, by earlier processes too
     statistics: dict[str, list[float]] | None = None  # name -> number, sum, sum of squares
 
@@ -72,11 +73,16 @@ class SiteLoop(TrainingLoop):
 
         Raises SiteStopped.
         """
+        if self.round.has_failed:
+            raise SiteStopped(EXIT_DIVERGED)
         if self.round.is_done:
             return
         self._began = time.monotonic()
         self.output.begin_tick()  # waiting for other sites is no part of a tick
         code = self.train_until(end_nimg)
+        if code == EXIT_DIVERGED:  # the others may go on: a site that is killed later has to fail again
+            self.round.has_failed = True
+            self.save_state()
         if code is not None:
             raise SiteStopped(code)
         self.round.seconds, self._began, self.round.is_done = self._seconds(), None, True
@@ -106,7 +112,8 @@ class SiteLoop(TrainingLoop):
         now = self.round
         return {**super().state_dict(), "round": {
             "number": now.number, "base_hash": now.base_hash, "start_nimg": now.start_nimg, "is_done": now.is_done,
-            "seconds": self._seconds(), "statistics": {name: list(sums) for name, sums in now.statistics.items()}}}
+            "has_failed": now.has_failed, "seconds": self._seconds(),
+            "statistics": {name: list(sums) for name, sums in now.statistics.items()}}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
@@ -139,10 +146,12 @@ class Site:
         self.run: RunFolder = open_run(folder, own, hash_content(dataset, weights), classes=classes or [])
         try:
             state = TrainingState.create(config, device)  # from the seed of all sites
-            self.loop = SiteLoop(own, settings, dataset, weights, Processes(rank=0, count=1, device=device), self.run,
-                                 stop, None, state=state, title=f"[{name}] ")
+            alone = Processes(rank=0, count=1, device=device)
+            self.loop = SiteLoop(own, replace(settings, notes=()), dataset, weights, alone, self.run, stop, None,
+                                 state=state, title=f"[{name}] ")
             self.agreement = Agreement.of(state, share=federation.share, ema=federation.ema,
                                           payload=federation.payload, classes=classes, label_kind=dataset.label_kind)
+            self.loop.output.clock.total_nimg = schedule.end_nimg(name, federation.rounds)
             self.loop.start()
         except BaseException:
             self.run.release()

@@ -54,7 +54,7 @@ class TickClock:
     """
 
     def __init__(self, *, total_nimg: int, now: Callable[[], float] = time.monotonic):
-        self._now, self._total_nimg = now, total_nimg
+        self._now, self.total_nimg = now, total_nimg
         self._zero = self._ended = self._begun = now()
         self._nimg = 0  # at the start of the tick
         self._first: tuple[float, int] | None = None  # time and images seen when training began in this process
@@ -79,7 +79,7 @@ class TickClock:
         began, first_nimg = self._first or (self._begun, self._nimg)
         trained = nimg - first_nimg
         # The estimate includes maintenance after the first tick, since there will be more, but not the start-up.
-        left = (now - began) / trained * max(self._total_nimg - nimg, 0) if trained > 0 else None
+        left = (now - began) / trained * max(self.total_nimg - nimg, 0) if trained > 0 else None
         times = TickTimes(total=now - self._zero, tick=now - self._begun, maintenance=self._begun - self._ended,
                           images=nimg - self._nimg, left=left)
         self._ended = now

@@ -9,6 +9,7 @@ import torch
 import federated.site
 from dnnlib.cli import StopRequest
 from federated.exchange import encode_update
+from federated.site import SiteLoop
 from tests.helpers.federated_states import forged
 from tests.helpers.make_sets import make_set
 from tests.helpers.simulations import (
@@ -144,6 +145,25 @@ def test_refused_update_is_named_and_the_round_goes_on_with_the_others(change, r
     assert [line["Progress/sites"] for line in found] == [3, 2, 3]
     assert [line["Progress/refused"] for line in found] == [0, 1, 0]
     assert all(value.isfinite().all() for value in newest().values())
+
+
+def test_site_whose_steps_keep_failing_is_left_out_of_the_round_also_after_a_restart(monkeypatch, capsys):
+    train_until, calls = SiteLoop.train_until, []
+
+    def failing(self, nimg):
+        if self.run.path.name == "site-b" and self.round.number == 2:
+            calls.append(nimg)
+            return 3
+        return train_until(self, nimg)
+
+    monkeypatch.setattr(SiteLoop, "train_until", failing)
+    monkeypatch.setattr(StopRequest, "wanted", lambda self: len(calls) > 0)  # c is stopped in round 2
+    assert run_simulation(THREE) == 75
+    monkeypatch.setattr(StopRequest, "wanted", lambda self: False)
+    assert run_simulation(THREE) == 0
+    assert calls == [40]  # the second command did not try again
+    assert f"round 2: the update of b is refused: its training failed, see {only_run()}/site-b/log.txt" in log()
+    assert [line["Progress/sites"] for line in lines(only_run() / "server")] == [3, 2, 3]
 
 
 def test_refused_update_stops_the_run_if_asked_to(monkeypatch, capsys):
