@@ -153,7 +153,7 @@ class _Sent:
 class Server:
     """The networks of all sites, round by round.
 
-    Every process has one: the main process does the work, the others take part in `evaluate`.
+    Every process has one: the main process does the work, the others take part in `write_files` and `finish`.
 
     run:    the folder of the server's files
     facts:  by site, of its images
