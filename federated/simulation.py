@@ -116,6 +116,9 @@ class _Simulation:
         try:
             self.server.start()
             self.server.output.begin_tick()
+            if self.processes.rank == 0:
+                with self.server.output.reporter.surviving(f"write {self.run.options.name}"):
+                    self.run.note_pass(self.server.state.nimg, self.config.step.micro_batch)
             while self.server.rounds < self.config.federation.rounds:
                 code = self._train_round(self.server.rounds + 1)
                 if code is not None:

@@ -221,6 +221,13 @@ def unequal(a, b):
         torch.equal(a[name], b[name]) if isinstance(a.get(name), torch.Tensor) else a.get(name) == b.get(name))]
 
 
+def test_run_keeps_its_pass_size_without_being_told_again(capsys):
+    assert run_simulation("--data=a.zip", "--rounds=1", "--batch-gpu=2") == 0
+    assert run_simulation("--data=a.zip", "--rounds=2") == 0
+    assert f"{only_run()}: 2 images per pass, as the run had before (--batch-gpu changes this)" in log()
+    assert "images per pass from image" not in (only_run() / "site-a" / "log.txt").read_text()
+
+
 def test_run_of_other_settings_or_data_is_another_run(capsys):
     assert run_simulation("--data=a.zip,b.zip", "--rounds=1") == 0
     assert run_simulation("--data=a.zip,c.zip", "--sites=a,b", "--rounds=1") == 0
