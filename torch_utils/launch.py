@@ -178,7 +178,7 @@ def follow_launcher() -> None:
 
 def end_with_parent(pid: int) -> None:
     """Let the system kill this process when its parent, of this process id, ends. Does nothing except on Linux."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or not hasattr(signal, "SIGKILL"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != pid:  # it ended before
