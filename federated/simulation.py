@@ -55,7 +55,7 @@ def simulate(prepared: PreparedFederation, evaluate: Evaluate | None = None) -> 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         try:
             if prepared.share_statistics and config.metrics:
-                evaluate = _shared_statistics(prepared, processes).evaluate
+                evaluate = collect_statistics(prepared, processes).evaluate
             return _Simulation(prepared, config, processes, run, stop, evaluate).train()
         except Exception as error:  # memory may run out anywhere, and PyTorch reports it in several ways
             if not ran_out_of_memory(error):
@@ -78,7 +78,7 @@ def _open_run(prepared: PreparedFederation, processes: Processes) -> tuple[RunFo
     return run or RunFolder(path, continues=continues, left_alone=left_alone), config
 
 
-def _shared_statistics(prepared: PreparedFederation, processes: Processes) -> StatisticsEvaluator:
+def collect_statistics(prepared: PreparedFederation, processes: Processes) -> StatisticsEvaluator:
     """Let each site compute its statistics; return what measures the generator with these."""
     config, settings = prepared.config, prepared.settings
     weights = needed_detectors(config.metrics, settings.detector, settings.detector_weights)

@@ -21,6 +21,7 @@ from metrics.reference import Reference
 from tests.helpers.generator_files import pixels_in, save_generator
 from tests.helpers.make_sets import make_set, pixels_of, png
 from tests.helpers.projector_commands import attempt, names_in, project, record_in, rows_in, working_in
+from torch_utils.distributed import Processes
 from training import loop
 from training.command import check_valid
 from training.config import RunSettings
@@ -85,7 +86,7 @@ def train_once(folder, monkeypatch, **data):
     config = resolve(TrainOptions(cfg="tiny", cond=True, batch=4, kimg=1, tick=0.004, snap=1, workers=0,
                                   precision="fp32", metrics=()), dataset.facts())
     settings = RunSettings(outdir=str(folder / "runs"), data=str(dataset.path))
-    monkeypatch.setattr(loop, "any_process_each", lambda flags: [True, False, False])
+    monkeypatch.setattr(Processes, "any_each", lambda self, flags: [True, False, False])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loop.train(config, settings, dataset) == loop.EXIT_STOPPED

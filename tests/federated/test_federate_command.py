@@ -16,9 +16,11 @@ from dnnlib.cli import run
 from federated import simulation_plan
 from federated.agreement import Agreement, bytes_of
 from federated.command import make_simulate_command
+from federated.simulation import collect_statistics
 from metrics.evaluation import Evaluator
 from metrics.names import choose_metrics
 from tests.helpers.simulate_commands import BASE, enter_folder, prepare, refuse, site, with_base
+from torch_utils.distributed import Processes
 from training.config import FederationConfig
 from training.dry_run import describe_settings, meta_state, state_bytes
 from training.options import FLAGS as TRAIN_FLAGS
@@ -393,7 +395,8 @@ def test_metrics_compare_with_shared_statistics_of_all_sites_and_of_each(inside,
     flags = ["--data=c.zip,d.zip", "--metrics=fid50_full", "--detector=random-conv"]
     prepared = prepare(capsys, *flags, "--share-statistics")
     state = TrainingState.create(prepared.config, "cpu")
-    found = federate.make_evaluate(prepared)(state.G_ema, stop=lambda: False)["fid50_full"]
+    alone = Processes(rank=0, count=1, device=torch.device("cpu"))
+    found = collect_statistics(prepared, alone).evaluate(state.G_ema, stop=lambda: False)["fid50_full"]
     pooled = Evaluator("fid50_full", data="pooled.zip", detector="random-conv").evaluate(state.G_ema)["fid50_full"]
     assert found["results"]["fid50_full"] == pytest.approx(pooled["results"]["fid50_full"], rel=1e-9)
     assert (found["num_real"], found["num_real_of_sites"], sorted(found["sites"])) == (

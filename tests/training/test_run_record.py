@@ -50,7 +50,7 @@ def leaves():
 @pytest.mark.parametrize("name", leaves())
 def test_identity_every_option_is_free_or_changes_it(name, monkeypatch, tmp_path):
     base = every_option()
-    for part in Config.__subclasses__():  # one value alone is changed, whether it makes sense or not
+    for part in (*Config.__subclasses__(), FederationConfig):  # one value alone is changed, sensible or not
         monkeypatch.setattr(part, "check", lambda self: None)
     value = dict(flatten(base.to_dict()))[name]
     text = tmp_path / "network"
@@ -65,7 +65,14 @@ def test_identity_every_option_is_free_or_changes_it(name, monkeypatch, tmp_path
     assert changed is not None
     assert changed != base
     is_equal = identify(changed, CONTENT) == identify(base, CONTENT)
-    assert is_equal == (name in FREE_OPTIONS - {"resume"})  # resume stands for the network's content, tested below
+    free = {*FREE_OPTIONS, "dataset.max_size"} - {"resume"}  # resume stands for the network's content, tested below
+    assert is_equal == (name in free)
+
+
+def test_identity_holds_the_number_of_images_except_of_sites_which_may_join():
+    base = config_of(cond=True)
+    smaller = replace(base, dataset=replace(base.dataset, max_size=base.dataset.max_size - 1))
+    assert identify(smaller, CONTENT) != identify(base, CONTENT)
 
 
 def test_identity_free_options_all_exist():
