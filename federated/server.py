@@ -175,6 +175,7 @@ class Server:
         self.rounds = 0  # that are finished
         self.norms: list[list[float]] = []  # per local step, of the updates in the means of the last rounds
         self.plans: list[dict[str, int]] = []  # of each round: site -> its image counter at the end
+        self.ends: list[int] = []  # images seen at each end that the run reached
         self.checkpoints = CheckpointPair(run.path)
         self._stop, self._has_trained = stop, False  # a round, in this process
         self._sent: _Sent | None = None
@@ -332,6 +333,8 @@ class Server:
             metrics.make_up_replaced(self.state.nimg)
             output.save_networks()
             metrics.expect(self.rounds, self.state.nimg)
+        if self.rounds == self.config.federation.rounds:
+            self.ends.append(self.state.nimg)
         self.save_state()
         if is_due and metrics.wanted:
             averaged = {name: value.cpu() for name, value in self.state.G_ema.state_dict().items()}
@@ -339,7 +342,7 @@ class Server:
             output.evaluate()
             if metrics.has_given_up:  # a state remembers how long they took: the next command may have no time either
                 self.save_state()
-        output.remove_networks(())
+        output.remove_networks(self.ends)
         output.begin_tick()
         failure = self.processes.broadcast(output.state_failure)
         return None if failure is None else f"the server's state could not be saved: {failure}"
@@ -352,7 +355,7 @@ class Server:
         output, metrics = self.output, self.output.metrics
         output.complete_networks()
         metrics.make_up()
-        output.remove_networks(())
+        output.remove_networks(self.ends)
         is_signal = self.processes.any(self._stop.wanted() and self._stop.seconds_left() != 0)
         for what, reason in (("network snapshot", output.network_failure), ("state", output.state_failure)):
             if reason is not None:
@@ -372,7 +375,7 @@ class Server:
         state = self.state
         self.output.save_state(self.checkpoints, {
             "version": STATE_VERSION, "rounds": self.rounds, "nimg": state.nimg, "norms": self.norms,
-            "plans": self.plans, "optimizer": self.optimizer.state_dict(),
+            "plans": self.plans, "ends": self.ends, "optimizer": self.optimizer.state_dict(),
             **{role: dict(getattr(state, role).state_dict()) for role in ("G", "D", "G_ema")},
             "missing_metrics": self.output.metrics.state_dict(), "seconds": self.output.clock.total()})
 
@@ -395,7 +398,7 @@ class Server:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.checkpoints.newest}: {error}") from error
         self.rounds, self.state.nimg = saved["rounds"], saved["nimg"]
-        self.norms, self.plans = saved["norms"], saved["plans"]
+        self.norms, self.plans, self.ends = saved["norms"], saved["plans"], saved["ends"]
 
     def _plan(self, number: int) -> dict[str, int]:
         """Return the image counters of the sites of a round at its end."""

@@ -221,6 +221,17 @@ def unequal(a, b):
         torch.equal(a[name], b[name]) if isinstance(a.get(name), torch.Tensor) else a.get(name) == b.get(name))]
 
 
+def test_keep_leaves_the_network_of_an_earlier_end(monkeypatch, capsys):
+    def count_only(self, nimg):
+        self.state.nimg = nimg
+
+    monkeypatch.setattr(SiteLoop, "train_until", count_only)  # names count thousands, which would take long
+    for rounds in (1, 3):
+        assert run_simulation("--data=a.zip", "--keep=1", "--round-kimg=1", f"--rounds={rounds}") == 0
+    assert sorted(path.name for path in (only_run() / "server").glob("network-snapshot-*")) == [
+        "network-snapshot-000001.safetensors", "network-snapshot-000003.safetensors"]
+
+
 def test_run_keeps_its_pass_size_without_being_told_again(capsys):
     assert run_simulation("--data=a.zip", "--rounds=1", "--batch-gpu=2") == 0
     assert run_simulation("--data=a.zip", "--rounds=2") == 0

@@ -60,9 +60,9 @@ def without_times(folder):
 
 
 def state_of(folder):
-    """Return the newest state of a server or site, flat, without times."""
+    """Return the newest state of a server or site, flat, without times and the ends that the run reached before."""
     saved = torch.load(folder / "training-state.pt", weights_only=True)
-    return {name: value for name, value in flattened(saved).items() if not name.endswith("seconds")}
+    return {name: value for name, value in flattened(saved).items() if not name.endswith(("seconds", "ends"))}
 
 
 def unlike(first, second):
