@@ -1,6 +1,5 @@
 """The commands of federate.py: their flags, and what they print."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +8,7 @@ import click
 from dnnlib.cli import Flag, GroupedCommand, UserError, UserPath, expand_user, join_values
 from federated.institutions import PreparedFederation, prepare_federation
 from federated.simulation_plan import describe_simulation, is_large
-from torch_utils.distributed import Place
-from training.command import ChooseMetrics
+from training.command import ChooseMetrics, print_plan, show_alerts
 from training.config import (
     EMA_PLACES,
     LOCAL_LENGTHS,
@@ -153,18 +151,12 @@ def make_simulate_command(run: Callable[[PreparedFederation], int], choose_metri
     """
     def callback(dry_run: bool, **flags: Any) -> int:
         prepared = prepare_federation(flags, choose_metrics, dry_run=dry_run)
-        if Place.from_environment().launcher is None:  # otherwise the process that started this one has shown them
-            for line in prepared.alerts:
-                click.echo(line, err=True)
+        show_alerts(prepared.alerts)
         if not dry_run:
             return run(prepared)
         if is_large(prepared.config):
             click.echo("timing an iteration to estimate the hours, which takes a moment", err=True)
-        found = describe_simulation(prepared)
-        for line in (*prepared.warnings, *found["warnings"]):
-            if line not in prepared.alerts:
-                click.echo(line, err=True)
-        click.echo(json.dumps(found, indent=1, allow_nan=False))
+        print_plan(describe_simulation(prepared), prepared.warnings, prepared.alerts)
         return 0
 
     return GroupedCommand("simulate", callback=callback, params=list(FLAGS), help=HELP,

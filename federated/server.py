@@ -136,9 +136,6 @@ class ServerOutput(RunOutput):
             with self.reporter.surviving("write a sample grid"):
                 self._save_fakes(self.run.path / f"fakes-round{number:05d}.png")
 
-    def report_round(self, report: RoundReport, statistics: Mapping[str, Mapping[str, float]]) -> None:
-        self.reporter.tick(report, statistics)
-
 
 @dataclass(kw_only=True)
 class _Sent:
@@ -147,6 +144,7 @@ class _Sent:
     number: int
     tensors: dict[str, torch.Tensor]  # copies of the server's, before they were rounded
     base_hash: str
+    constants_hash: str
     bytes_down: dict[str, int] = field(default_factory=dict)
 
 
@@ -229,15 +227,16 @@ class Server:
                                 partial=config.resume_partial).lines()
 
     def messages(self, number: int) -> dict[str, bytes]:
-        """Return what the sites get at the start of a round, by name. Raises UserError if the plan was changed."""
+        """Return what the sites get at the start of a round, by name."""
         members = self.schedule.members(number)
         tensors = {name: tensor.detach().to("cpu", copy=True)
                    for name, tensor in local_tensors(self.state, self.agreement).items()}
-        self._sent = _Sent(number=number, tensors=tensors, base_hash=hash_of_global(self.agreement, tensors))
+        self._sent = _Sent(number=number, tensors=tensors, base_hash=hash_of_global(self.agreement, tensors),
+                           constants_hash=constants_hash(self.state))
         starts = {name: self.config.resume is not None and self.schedule.first_round(name) == number
                   for name in members}
         by_kind = {with_start: encode_global(
-            self.agreement, tensors, round=number, constants_hash=constants_hash(self.state),
+            self.agreement, tensors, round=number, constants_hash=self._sent.constants_hash,
             start=start_tensors(self.state, self.agreement) if with_start else None)
             for with_start in {*starts.values()}}
         self._sent.bytes_down = {name: len(by_kind[starts[name]]) for name in members}
@@ -248,7 +247,7 @@ class Server:
 
         answers:  by site, its update, or the reason why there is none
         """
-        sent, federation, steps = self._sent, self.config.federation, {}
+        sent, federation = self._sent, self.config.federation
         refused = {name: answer for name, answer in answers.items() if isinstance(answer, str)}
         updates: dict[str, SiteUpdate] = {}
         for name, answer in sorted(answers.items()):
@@ -256,7 +255,7 @@ class Server:
                 try:
                     updates[name] = decode_update(
                         answer, self.agreement, site=name, round=sent.number, base=sent.tensors,
-                        base_hash=sent.base_hash, constants_hash=constants_hash(self.state))
+                        base_hash=sent.base_hash, constants_hash=sent.constants_hash)
                     self._check_length(updates[name])
                 except Refused as error:
                     refused[name] = str(error)
@@ -312,7 +311,7 @@ class Server:
                  for statistic, entry in update.numbers.statistics.items()}
         found |= pool_statistics([update.numbers.statistics for update in updates.values()])
         found |= self._score_valid()
-        output.report_round(RoundReport(
+        output.reporter.tick(RoundReport(
             number=sent.number, nimg=nimg, times=output.clock.end(nimg), updates=updates, refused=refused,
             norms=norms, cosines=cosines({name: update.tensors for name, update in updates.items()}, sent.tensors,
                                          trained(self.agreement.tensors)),

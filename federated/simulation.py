@@ -26,7 +26,7 @@ from torch_utils.device import OutOfMemory, ran_out_of_memory
 from torch_utils.distributed import Processes, gather_rows, join
 from training.config import TrainConfig
 from training.dataset import ImageDataset
-from training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, describe_out_of_memory
+from training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, describe_out_of_memory, set_backends
 from training.run_folder import SERVER_FOLDER, RunFolder, choose_run
 from training.run_report import error_text
 from training.snapshot_metrics import Evaluate
@@ -51,8 +51,7 @@ def simulate(prepared: PreparedFederation, evaluate: Evaluate | None = None) -> 
             if processes.rank == 0:
                 print(run.left_alone, flush=True)
             return EXIT_DONE
-        torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        set_backends(config)
         try:
             if prepared.share_statistics and config.metrics:
                 evaluate = collect_statistics(prepared, processes).evaluate

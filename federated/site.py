@@ -171,7 +171,7 @@ class Site:
         if loop.round.number < message.round:
             self._check_state(message.round)
             loop.begin_round(message, self.schedule.start_nimg(self.name, message.round))
-            if constants_hash(state) != message.constants_hash:
+            if message.start is not None and constants_hash(state) != message.constants_hash:
                 raise Refused("the constants that came with the message are not those that it names")
         elif (loop.round.number, loop.round.base_hash) != (message.round, message.base_hash):
             what = "again, from other networks" if message.round == loop.round.number else "now"

@@ -104,21 +104,31 @@ def make_command(train: Callable[[TrainConfig, RunSettings, ImageDataset], int],
     """
     def callback(dry_run: bool, **flags: Any) -> int:
         run = prepare(flags, choose_metrics, dry_run=dry_run)
-        if Place.from_environment().launcher is None:  # otherwise the process that started this one has shown them
-            for line in run.alerts:
-                click.echo(line, err=True)
+        show_alerts(run.alerts)
         if dry_run:
             found = describe_run(run.config, run.settings, run.dataset, device=run.device,
                                  transferred=run.transferred)
-            for line in (*run.warnings, *found["warnings"]):
-                if line not in run.alerts:
-                    click.echo(line, err=True)
-            click.echo(json.dumps(found, indent=1, allow_nan=False))
+            print_plan(found, run.warnings, run.alerts)
             return 0
         return train(run.config, run.settings, run.dataset)
 
     return GroupedCommand(None, callback=callback, params=list(FLAGS), help=HELP,
                           context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+
+def show_alerts(alerts: Sequence[str]) -> None:
+    """Print the warnings that are always shown, unless the process that started this one has shown them."""
+    if Place.from_environment().launcher is None:
+        for line in alerts:
+            click.echo(line, err=True)
+
+
+def print_plan(found: dict[str, Any], warnings: Sequence[str], alerts: Sequence[str]) -> None:
+    """Print what --dry-run found as JSON, and on standard error all warnings but `alerts`, which are shown already."""
+    for line in (*warnings, *found["warnings"]):
+        if line not in alerts:
+            click.echo(line, err=True)
+    click.echo(json.dumps(found, indent=1, allow_nan=False))
 
 
 def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, dry_run: bool = False) -> PreparedRun:

@@ -65,8 +65,7 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, eva
             if processes.rank == 0:
                 print(run.left_alone, flush=True)
             return EXIT_DONE
-        torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        set_backends(config)
         loop = None
         try:
             loop = TrainingLoop(config, settings, dataset, weights, processes, run, stop, evaluate)
@@ -80,6 +79,12 @@ def train(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, eva
         finally:
             if processes.rank == 0:
                 run.release()
+
+
+def set_backends(config: TrainConfig) -> None:
+    """Set what PyTorch may do on GPUs."""
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
 
 def _open_run(config: TrainConfig, settings: RunSettings, dataset: ImageDataset, weights: np.ndarray | None,

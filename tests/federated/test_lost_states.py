@@ -7,9 +7,9 @@ import signal
 import pytest
 
 from tests.helpers.make_sets import make_set
+from tests.helpers.simulate_commands import isolate
 from tests.helpers.simulations import lines, only_run, run_simulation, state_of, unlike
 from torch_utils.checkpoint import CheckpointPair
-from torch_utils.device import Tuning
 from training.config import RunSettings
 from training.run_output import snapshots_to_remove
 
@@ -19,9 +19,7 @@ TWO = "--data=a.zip,b.zip"
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     """Working folder with two institutions, and held-out images."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=wanted, reason="a test"))
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    isolate(tmp_path, monkeypatch)
     for name, first, count in (("a", 0, 12), ("b", 100, 16), ("held", 200, 10)):
         make_set(f"{name}.zip", images=range(first, first + count), size=16, classes=["nv", "mel"],
                  labels=[index % 2 for index in range(count)])

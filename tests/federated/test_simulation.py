@@ -12,6 +12,7 @@ from federated.exchange import encode_update
 from federated.site import SiteLoop
 from tests.helpers.federated_states import forged
 from tests.helpers.make_sets import make_set
+from tests.helpers.simulate_commands import isolate
 from tests.helpers.simulations import (
     differing,
     lines,
@@ -22,7 +23,6 @@ from tests.helpers.simulations import (
     unlike,
 )
 from torch_utils.checkpoint import CheckpointPair
-from torch_utils.device import Tuning
 from training.discriminator import Discriminator
 from training.generator import Generator
 from training.snapshot import load_network, read_info
@@ -33,9 +33,7 @@ THREE = "--data=a.zip,b.zip,c.zip"
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     """Working folder with institutions of 12, 20 and 32 images of 16x16; b has no melanoma."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=wanted, reason="a test"))
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+    isolate(tmp_path, monkeypatch)
     write_sets(tmp_path)
 
 

@@ -15,19 +15,21 @@ CLASSES = ["nv", "mel"]
 
 
 def enter_folder(tmp_path, monkeypatch):
-    """Enter a folder with the sets of two institutions, of 20 and 30 images of 16x16, and return it; there is no GPU.
+    """Enter a folder with the sets of two institutions, of 20 and 30 images of 16x16, and return it; see `isolate`."""
+    isolate(tmp_path, monkeypatch)
+    site("a", range(20))
+    site("b", range(20, 50))
+    return tmp_path
 
-    The allocator of the test process is not changed.
-    """
+
+def isolate(tmp_path, monkeypatch):
+    """Enter a folder; there is no GPU, no other process, and the allocator of the test process is not changed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.command.tune_malloc", lambda wanted: Tuning(is_done=wanted, reason="a test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    site("a", range(20))
-    site("b", range(20, 50))
-    return tmp_path
 
 
 def site(name, images, *, size=16, classes=CLASSES, labels=None, **options):
