@@ -11,6 +11,7 @@ import dataset_tool
 import federate
 import generate
 import projector
+import study
 import train
 from dnnlib.cache import cache_folder
 from dnnlib.cli import UserPath, run
@@ -24,9 +25,9 @@ from training.snapshot import convert_command
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {"train.py": train.main, "generate.py": generate.main, "projector.py": projector.main,
             "calc_metrics.py": calc_metrics.main, "dataset_tool.py": dataset_tool.main, "scripts/demo.py": demo.main,
-            "federate.py": federate.main,
+            "federate.py": federate.main, "study.py": study.main,
             "torch_utils/ops/build.py": build.main, "training/nvidia_pickle.py": convert_command}
-COMMANDS = {**PROGRAMS, **{f"{program} {name}": command for program in ("dataset_tool.py", "federate.py")
+COMMANDS = {**PROGRAMS, **{f"{program} {name}": command for program in ("dataset_tool.py", "federate.py", "study.py")
                           for name, command in PROGRAMS[program].commands.items()}}
 OPTIONS = [pytest.param(program, option, id=f"{program} {option.opts[-1]}") for program, command in COMMANDS.items()
            for option in command.params if isinstance(option, click.Option)]

@@ -49,7 +49,7 @@ PROGRAMS = [*ROOT.glob("*.py"), *list_files("scripts", *{name.split(".")[0] for 
 
 
 def test_programs_import_what_is_listed_and_everything_listed_is_imported():
-    assert list_imports(PROGRAMS) == list_dependencies("offline", "timm") - NEVER_IMPORTED
+    assert list_imports(PROGRAMS) == list_dependencies("offline", "timm", "study") - NEVER_IMPORTED
 
 
 def test_tests_import_what_the_extra_dev_lists_and_everything_listed_is_needed():
@@ -69,7 +69,7 @@ def test_each_dependency_has_its_reason_above_it():
 def test_other_files_install_from_the_list():
     assert not [*ROOT.glob("requirements*.txt")]
     conda = (ROOT / "environment.yml").read_text().split("- pip:")[1].split()
-    assert conda == ["-", "-e", ".[offline]"]
+    assert conda == ["-", "-e", ".[offline,study]"]
     assert "pip install --quiet -e .[dev]" in (ROOT / "Makefile").read_text()
 
 

@@ -1,0 +1,1 @@
+"""Test what synthetic images are worth: protocols, classifiers trained on real and synthetic images."""
