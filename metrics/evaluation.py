@@ -25,11 +25,10 @@ from metrics.features import (
     FeatureCache,
     FeatureRequest,
     Features,
-    cache_key,
+    cached_features,
     choose_batch,
     compute_features,
     compute_rows,
-    from_main,
     measuring,
     on_main,
     on_main_for_long,
@@ -243,22 +242,8 @@ class Evaluator:
     def _features(self, source: ImageSource, wanted: list[FeatureRequest], batch: int,
                   unit: str) -> list[Features] | None:
         """Return the features for each request, from the cache if possible; None except on the main process."""
-        cached, keys = [None] * len(wanted), []
-        if isinstance(source, SelectedImages):
-            keys = on_main(lambda: [cache_key(source, each, batch, self._device) for each in wanted])
-            cached = on_main(lambda: [self._cache.read(key, count=each.count, classes=each.classes)
-                                      for key, each in zip(keys, wanted, strict=True)])
-        missing = from_main(lambda: [index for index, features in enumerate(cached) if features is None])
-        if missing:
-            some = [wanted[index] for index in missing]
-            with self._showing(max(each.count for each in some), unit) as on_images:
-                found = compute_features(source, some, batch=batch, device=self._device, on_images=on_images,
-                                         cache=self._cache, workers=self._workers)
-            for index, features in zip(missing, found or ()):
-                cached[index] = features
-                if keys:
-                    self._cache.write(keys[index], features)
-        return cached if is_main() else None
+        return cached_features(source, wanted, batch=batch, device=self._device, cache=self._cache,
+                               workers=self._workers, showing=lambda count: self._showing(count, unit))
 
     def _samples(self, selection: SelectedImages, wanted: list[FeatureRequest], classes: Mapping[str, np.ndarray],
                  batch: int, unit: str) -> Samples:

@@ -15,7 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +183,31 @@ def compute_features(source: ImageSource, requests: Sequence[FeatureRequest], *,
     parts = iter(tables)
     return [Features(values=next(parts), probabilities=next(parts) if request.classes else None)
             for request in requests]
+
+
+def cached_features(source: ImageSource, requests: Sequence[FeatureRequest], *, batch: int,
+                    device: torch.device, cache: "FeatureCache", workers: int | None = None,
+                    showing: Callable[[int], AbstractContextManager[Callable[[int], None]]]) -> list[Features] | None:
+    """Return what `compute_features` does, for images of a set from the cache where they are there.
+
+    showing:  called with the number of images that are computed, if any; gives the `on_images` for them
+    """
+    cached, keys = [None] * len(requests), []
+    if isinstance(source, SelectedImages):
+        keys = on_main(lambda: [cache_key(source, each, batch, device) for each in requests])
+        cached = on_main(lambda: [cache.read(key, count=each.count, classes=each.classes)
+                                  for key, each in zip(keys, requests, strict=True)])
+    missing = from_main(lambda: [index for index, features in enumerate(cached) if features is None])
+    if missing:
+        some = [requests[index] for index in missing]
+        with showing(max(each.count for each in some)) as on_images:
+            found = compute_features(source, some, batch=batch, device=device, on_images=on_images, cache=cache,
+                                     workers=workers)
+        for index, features in zip(missing, found or ()):
+            cached[index] = features
+            if keys:
+                cache.write(keys[index], features)
+    return cached if is_main() else None
 
 
 def compute_rows(count: int, batch: int, sizes: Sequence[tuple[int, int]], compute: Callable[[range], list[Tensor]],
