@@ -73,8 +73,8 @@ def parse_regimes(text: str) -> tuple[str, ...]:
     found = [name.strip() for name in text.split(",")]
     for name in found:
         if name not in REGIMES:
-            raise UserError(f"--regimes has {name!r}{suggestion(name, REGIMES)}; expected some of {', '.join(REGIMES)}, "
-                            "separated by commas")
+            raise UserError(f"--regimes has {name!r}{suggestion(name, REGIMES)}; expected some of "
+                            f"{', '.join(REGIMES)}, separated by commas")
     return tuple(name for name in REGIMES if name in found)
 
 
@@ -89,8 +89,8 @@ def parse_shares(text: str, flag: str, *, most: float | None = None) -> tuple[fl
         except ValueError:
             number = float("nan")
         if not (0 < number < float("inf")) or (most is not None and number > most):
-            raise UserError(f"{flag} has {part.strip() or 'an empty number'}; expected numbers above 0{bound}, separated "
-                            f"by commas, such as {flag}={example}")
+            raise UserError(f"{flag} has {part.strip() or 'an empty number'}; expected numbers above 0{bound}, "
+                            f"separated by commas, such as {flag}={example}")
         found.append(number)
     return tuple(sorted(set(found)))
 

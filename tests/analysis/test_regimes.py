@@ -59,7 +59,7 @@ def test_fraction_keeps_groups_whole_and_shares_of_labels():
     assert not set(GROUPS[chosen]) & set(np.delete(GROUPS, chosen))
     for label in (0, 1):
         # Whole groups of at most four images: the nearest number is at most two off.
-        assert abs((LABELS[chosen] == label).sum() - 0.3 * (LABELS == label).sum()) <= 2
+        assert abs((LABELS[chosen] == label).sum() - 0.3 * (label == LABELS).sum()) <= 2
 
 
 def test_smaller_fraction_and_dose_are_parts_of_larger_ones_and_seeds_differ():
@@ -107,8 +107,8 @@ def test_balance_fills_up_the_rarer_label_alone():
 
 @pytest.mark.parametrize(("condition", "message"), [
     (Condition(name="", regime=BOTH, dose=3),
-     f"--dose=3 of {len(LABELS)} real images needs {3 * len(LABELS)} synthetic images; the set has 1600: make more with "
-     "generate.py --count, or lower it"),
+     f"--dose=3 of {len(LABELS)} real images needs {3 * len(LABELS)} synthetic images; the set has 1600: make more "
+     "with generate.py --count, or lower it"),
     (Condition(name="", regime=BOTH, dose=1e-5),
      f"--dose=1e-05 of {len(LABELS)} real images takes no synthetic image; expected a larger one"),
     (Condition(name="", regime=REAL, fraction=0.01),
