@@ -33,7 +33,7 @@ _ROW = 46  # height of a histogram that has its own row
 _ROW_OF_DOTS = 40  # ... of a row of values
 _PANEL, _GAP = 216, 24  # least width of a panel of values, and room between two
 _MOST_PANELS = 4  # side by side
-_COLORS = ("#1f4ea0", "#c44e1e", "#288246", "#783c96", "#94741a", "#1a8a96", "#b03060", "#606060")
+COLORS = ("#1f4ea0", "#c44e1e", "#288246", "#783c96", "#94741a", "#1a8a96", "#b03060", "#606060")
 _STYLE = {
     "font.size": 9.5,
     "text.parse_math": False,  # a "$" in a name does not start a formula
@@ -44,7 +44,7 @@ _STYLE = {
     "grid.color": "#dedede",
     "legend.frameon": False,
 }
-_DOT, _MARKED, _FLOOR = _COLORS[0], _COLORS[1], "#303030"  # differ in lightness and shape too
+_DOT, _MARKED, _FLOOR = COLORS[0], COLORS[1], "#303030"  # differ in lightness and shape too
 _MOST_TOGETHER = 4  # histograms that can be told apart in one plot
 _LEAST_BINS, _MOST_BINS = 12, 60
 _MOST_MARKERS = 100  # points of a curve that are marked individually
@@ -64,7 +64,7 @@ class Dot(NamedTuple):
 
 
 @contextmanager
-def _own_style() -> Iterator[None]:
+def own_style() -> Iterator[None]:
     """Ignore the user's matplotlibrc and suppress log messages about caches; restore both at the end."""
     log, deaf = logging.getLogger("matplotlib"), logging.NullHandler()
     log.addHandler(deaf)  # without any handler Python prints log messages
@@ -99,7 +99,7 @@ def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], 
     A few names share the axes; more have a row each. Non-finite values are omitted, and counted in the title.
     Raises OSError.
     """
-    _save(path, _render(histogram_figure(values, quantity=quantity)))
+    write_figure(path, histogram_figure(values, quantity=quantity))
 
 
 def save_intervals(path: str | os.PathLike, rows: Sequence[tuple[str, str]],
@@ -112,10 +112,10 @@ def save_intervals(path: str | os.PathLike, rows: Sequence[tuple[str, str]],
 
     Raises OSError.
     """
-    _save(path, _render(intervals_figure(rows, panels, legend)))
+    write_figure(path, intervals_figure(rows, panels, legend))
 
 
-@_own_style()
+@own_style()
 def curves_figure(curves: dict[str, Curve]) -> "Figure":
     """Return the figure of `draw_curves`."""
     lines = math.ceil(len(curves) / 2)  # lines of the legend, which has two columns
@@ -124,9 +124,9 @@ def curves_figure(curves: dict[str, Curve]) -> "Figure":
     for index, (name, curve) in enumerate(curves.items()):
         finite = [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)]
         (line,) = axes.plot([x for x, _ in finite], [_clipped(y) for _, y in finite], linewidth=1.5, markersize=4,
-                            color=_COLORS[index % len(_COLORS)], marker="o" if len(finite) <= _MOST_MARKERS else None)
+                            color=COLORS[index % len(COLORS)], marker="o" if len(finite) <= _MOST_MARKERS else None)
         value = f" {finite[-1][1]:.4g}" if finite else ": no value"
-        entries.append((line, f"{_printable(name, _COLUMN - _NUMBER)}{value}"))
+        entries.append((line, f"{printable(name, _COLUMN - _NUMBER)}{value}"))
         times += [x for x, _ in finite]
     axes.margins(y=0.06)
     first, last = min(times), max(times) if any(times) else 1.0
@@ -138,7 +138,7 @@ def curves_figure(curves: dict[str, Curve]) -> "Figure":
     return axes.figure
 
 
-@_own_style()
+@own_style()
 def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "Figure":
     """Return the figure of `save_histogram`."""
     given = {name: np.asarray(numbers, dtype=np.float64).ravel() for name, numbers in values.items()}
@@ -147,7 +147,7 @@ def histogram_figure(values: dict[str, Sequence[float]], *, quantity: str) -> "F
     axes = _overlaid(finite, edges) if len(finite) <= _MOST_TOGETHER else _in_rows(finite, edges)
     axes.set_xlim(edges[0], edges[-1])
     _mark(axes.xaxis)
-    axes.set_xlabel(_printable(quantity, 2 * _COLUMN), loc="right")
+    axes.set_xlabel(printable(quantity, 2 * _COLUMN), loc="right")
     number = sum(map(len, finite.values()))
     missing = sum(map(len, given.values())) - number
     left_out = f"; {missing} non-finite omitted" if missing else ""
@@ -164,12 +164,12 @@ def _overlaid(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
     axes = _axes(top=top, height=_HEIGHT + _LINE * max(0, len(finite) - 2))
     entries = []
     for index, (name, numbers) in enumerate(finite.items()):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         outline = axes.stairs(_shares(numbers, edges), edges, color=color, linewidth=1.5)
         axes.stairs(_shares(numbers, edges), edges, color=color, alpha=0.2, fill=True)
         if len(numbers):
             axes.axvline(_clipped(np.median(numbers)), color=color, linestyle="--", linewidth=1.2)
-        entries.append((outline, f"{_printable(name, 2 * _COLUMN - _SUMMARY)}: {_summary(numbers)}"))
+        entries.append((outline, f"{printable(name, 2 * _COLUMN - _SUMMARY)}: {_summary(numbers)}"))
     axes.set_ylim(0, max(1.0, axes.dataLim.y1) * 1.05)
     _mark(axes.yaxis)
     axes.set_ylabel("% of values" if len(finite) < 2 else "% of the values of each name")
@@ -183,21 +183,21 @@ def _in_rows(finite: dict[str, np.ndarray], edges: np.ndarray) -> "Axes":
     shares = {name: _shares(numbers, edges) for name, numbers in finite.items()}
     scale = 0.85 / max(1.0, *(share.max() for share in shares.values()))
     for index, (name, share) in enumerate(shares.items()):
-        color, floor = _COLORS[index % len(_COLORS)], -float(index)
+        color, floor = COLORS[index % len(COLORS)], -float(index)
         axes.stairs(floor + scale * share, edges, baseline=floor, color=color, alpha=0.35, fill=True)
         axes.stairs(floor + scale * share, edges, baseline=floor, color=color, linewidth=1.2)
         if len(finite[name]):
             axes.plot([_clipped(np.median(finite[name]))] * 2, [floor, floor + 0.9], color=color, linestyle="--",
                       linewidth=1.2)
     axes.set_ylim(1 - len(finite), 1)
-    titles = [f"{_printable(name, _LEFT_OF_ROWS - 12)}\n{_summary(numbers)}" for name, numbers in finite.items()]
+    titles = [f"{printable(name, _LEFT_OF_ROWS - 12)}\n{_summary(numbers)}" for name, numbers in finite.items()]
     axes.set_yticks([0.4 - index for index in range(len(finite))], titles)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     return axes
 
 
-@_own_style()
+@own_style()
 def intervals_figure(rows: Sequence[tuple[str, str]], panels: Mapping[str, Sequence[Dot | None]],
                      legend: Mapping[str, str]) -> "Figure":
     """Return the figure of `save_intervals`, with up to four panels side by side."""
@@ -210,16 +210,16 @@ def intervals_figure(rows: Sequence[tuple[str, str]], panels: Mapping[str, Seque
     above = 16 + _LINE * math.ceil(len(entries) / 2)
     body = _ROW_OF_DOTS * len(rows)
     height = above + lines * (_TOP + body + _BOTTOM)
-    figure = _figure(width, height)
+    figure = make_figure(width, height)
     for index, (name, dots) in enumerate(panels.items()):
         line, column = divmod(index, columns)
         left, bottom = _LEFT_OF_ROWS + column * (panel + _GAP), height - above - line * (_TOP + body + _BOTTOM) - _TOP
         axes = figure.add_axes((left / width, (bottom - body) / height, panel / width, body / height))
         _draw_dots(axes, dots)
-        axes.set_title(_printable(name, panel), loc="left", fontsize=_STYLE["font.size"], pad=6)
+        axes.set_title(printable(name, panel), loc="left", fontsize=_STYLE["font.size"], pad=6)
         axes.set_ylim(0.5 - len(rows), 0.5)
         axes.set_yticks([-float(row) for row in range(len(rows))],
-                        [f"{_printable(first, _LEFT_OF_ROWS - 12)}\n{_printable(second, _LEFT_OF_ROWS - 12)}"
+                        [f"{printable(first, _LEFT_OF_ROWS - 12)}\n{printable(second, _LEFT_OF_ROWS - 12)}"
                          for first, second in rows] if column == 0 else [""] * len(rows))
         axes.tick_params(axis="y", length=0)
         _mark(axes.xaxis, 4)
@@ -291,11 +291,12 @@ def _clipped(values):
 
 def _axes(*, top: int, left: int = _LEFT, height: int = _HEIGHT) -> "Axes":
     """Return the axes of a new figure, with margins around them."""
-    return _figure(_WIDTH, height).add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH,
+    return make_figure(_WIDTH, height).add_axes((left / _WIDTH, _BOTTOM / height, (_WIDTH - left - _RIGHT) / _WIDTH,
                                              (height - top - _BOTTOM) / height))
 
 
-def _figure(width: int, height: int) -> "Figure":
+def make_figure(width: int, height: int) -> "Figure":
+    """Return an empty figure of a size in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -318,16 +319,24 @@ def _mark(axis, count: int = 6) -> None:
 
 def _legend(axes: "Axes", entries: Sequence[tuple], *, columns: int, top: int = 4) -> None:
     """Draw a legend above the axes."""
+    draw_legend(axes.figure, entries, columns=columns, at=(_LEFT / _WIDTH, 1 - top / _height(axes)))
+
+
+def draw_legend(figure: "Figure", entries: Sequence[tuple], *, columns: int = 1, at: tuple[float, float]) -> None:
+    """Draw a legend of (line, text) pairs.
+
+    at: upper left corner, as shares of the figure's width and height
+    """
     if not entries:
         return
-    legend = axes.figure.legend([line for line, _ in entries], ["-"] * len(entries), ncols=columns, loc="upper left",
-                                bbox_to_anchor=(_LEFT / _WIDTH, 1 - top / _height(axes)), borderaxespad=0, borderpad=0)
+    legend = figure.legend([line for line, _ in entries], ["-"] * len(entries), ncols=columns, loc="upper left",
+                           bbox_to_anchor=at, borderaxespad=0, borderpad=0)
     for place, (_, text) in zip(legend.get_texts(), entries):
         place.set_text(text)  # only now: legends omit texts that start with "_"
 
 
-def _printable(text: str, width: int) -> str:
-    """Replace characters that are not in the font by "?", and shorten a text that is wider than `width`."""
+def printable(text: str, width: int) -> str:
+    """Replace characters that are not in the font by "?", and shorten a text that is wider than `width` pixels."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
@@ -341,10 +350,15 @@ def _printable(text: str, width: int) -> str:
     return fitted(text, width, width_of)
 
 
-@_own_style()
+@own_style()
 def _render(figure: "Figure") -> PIL.Image.Image:
     figure.canvas.draw()
     return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
+
+
+def write_figure(path: str | os.PathLike, figure: "Figure") -> None:
+    """Write a figure that was made in `own_style` as a PNG. Raises OSError."""
+    _save(path, _render(figure))
 
 
 def _save(path: str | os.PathLike, picture: PIL.Image.Image) -> None:

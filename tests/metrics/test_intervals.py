@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metrics.intervals import Jackknife, TooFew, bootstrap_mean, group_numbers, halves_jackknife, holm, unit_of
+from metrics.intervals import (
+    GroupBootstrap,
+    Jackknife,
+    TooFew,
+    bootstrap_mean,
+    group_numbers,
+    halves_jackknife,
+    holm,
+    unit_of,
+)
 
 
 def leave_out(values, groups=None):
@@ -288,6 +297,82 @@ def test_bootstrap_of_a_share_of_all_equals_wilsons():
 def test_bootstrap_of_one_group_raises():
     with pytest.raises(TooFew, match=r"^there is 1 group of 5 images; an interval needs at least 2$"):
         bootstrap_mean(np.ones(5), np.zeros(5, dtype=np.int64))
+
+
+def test_group_bootstrap_weights_repeat_whole_groups():
+    groups = np.array([4, 4, 9, 7, 9, 4])
+    bootstrap = GroupBootstrap(groups, 6, resamples=50)
+    weights = np.concatenate(list(bootstrap.weights()))
+    assert weights.shape == (50, 6)
+    for number in (4, 7, 9):
+        assert (weights[:, groups == number] == weights[:, groups == number][:, :1]).all()
+    firsts = weights[:, [0, 2, 3]]
+    assert (firsts.sum(axis=1) == 3).all()  # as many groups as there are
+    assert len(np.unique(firsts, axis=0)) > 5
+    # The mean of a value with these weights is what bootstrap_mean takes the percentiles of.
+    values = np.arange(6.0)
+    found = GroupBootstrap(groups, 6, keys=[values], resamples=50)
+    weights = np.concatenate(list(found.weights()))
+    means = weights @ values / weights.sum(axis=1)
+    interval, expected = found.interval(values.mean(), means), bootstrap_mean(values, groups, resamples=50)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.std_error == pytest.approx(expected.std_error)
+
+
+def test_group_bootstrap_of_many_images_comes_in_blocks():
+    bootstrap = GroupBootstrap(np.arange(20_000) // 2, 20_000, resamples=250)
+    blocks = list(bootstrap.weights())
+    assert sum(map(len, blocks)) == 250
+    assert len(blocks) > 1
+    assert max(block.nbytes for block in blocks) <= 2**25
+    assert all(block.T.flags.c_contiguous for block in blocks)
+    drawn = np.array([np.bincount(each, minlength=10_000) for each in bootstrap.draws()])
+    assert (np.concatenate(blocks)[:, ::2] == drawn[:, bootstrap.numbers[::2]]).all()
+
+
+def test_group_bootstrap_with_required_kinds_has_them_in_each_resample():
+    is_rare = np.arange(20) < 2
+    bootstrap = GroupBootstrap(None, 20, required={"rare images": is_rare, "others": ~is_rare}, resamples=300)
+    weights = np.concatenate(list(bootstrap.weights()))
+    assert (weights[:, is_rare].sum(axis=1) > 0).all()
+    assert len(weights) == 300
+    plain = np.concatenate(list(GroupBootstrap(None, 20, resamples=300).weights()))
+    # Without: a chance of (18 / 20)^20 = 12 % each.
+    assert 20 < (plain[:, is_rare].sum(axis=1) == 0).sum() < 54
+    assert bootstrap.fewest == 2
+
+
+def test_group_bootstrap_fewer_groups_of_a_kind_widen_the_interval():
+    values = normal(1000)
+    few = GroupBootstrap(None, 100, required={"rare images": np.arange(100) < 5})
+    many = GroupBootstrap(None, 100)
+    assert few.interval(0, values).low < many.interval(0, values).low
+    assert few.p_value(values + 2) > many.p_value(values + 2)
+
+
+@pytest.mark.parametrize(("below", "at", "above"), [
+    (0, 0, 999), (30, 0, 969), (999, 0, 0), (400, 100, 499), (0, 999, 0)])
+def test_group_bootstrap_p_value_of_many_groups_is_twice_the_smaller_share(below, at, above):
+    differences = np.repeat([-1.0, 0.0, 1.0], [below, at, above])
+    share = (1 + min(below + at, at + above)) / 1000  # counts the one at hand
+    assert GroupBootstrap(None, 10**6).p_value(differences) == pytest.approx(min(1, 2 * share), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 12, 1000])
+def test_group_bootstrap_p_value_is_that_of_the_interval_which_ends_at_0(count):
+    bootstrap = GroupBootstrap(None, count)
+    differences = normal(4999, mean=1.5)
+    p_value = bootstrap.p_value(differences)
+    # The ends are 1 / 5000 apart in share from where the p-value is counted.
+    assert bootstrap.interval(1.5, differences, 1 - 1.1 * p_value).low > 0
+    assert bootstrap.interval(1.5, differences, 1 - 0.9 * p_value).low < 0
+
+
+def test_group_bootstrap_of_too_few_groups_raises():
+    with pytest.raises(TooFew, match=r"^there is 1 group with images of mel; an interval needs at least 2$"):
+        GroupBootstrap([1, 1, 2], 3, required={"images of mel": np.array([True, True, False])})
+    with pytest.raises(TooFew, match=r"^there is 0 groups of 0 images; an interval needs at least 2$"):
+        GroupBootstrap(None, 0)
 
 
 @pytest.mark.parametrize("interval_of", [
