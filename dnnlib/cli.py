@@ -131,6 +131,18 @@ def join_values(context: click.Context, parameter: click.Parameter, values: Sequ
     return ",".join(values) if values else None
 
 
+def split_paths(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the paths of an option that may be repeated and takes lists; None when it is not given.
+
+    LIMIT: paths that contain a comma cannot be given.
+    """
+    paths = [path.strip() for value in values for path in value.split(",")]
+    if "" in paths:
+        raise UserError(f"{parameter.opts[-1]} has an empty path; expected data sets separated by commas, such as "
+                        f"{parameter.opts[-1]}=a.zip,b.zip")
+    return tuple(expand_user(path, parameter.opts[-1]) for path in paths) if paths else None
+
+
 def run(command: click.Command, arguments: list[str] | None = None) -> int:
     """Run a click command and return its exit code.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import Flag, GroupedCommand, UserError, UserPath, expand_user, join_values
+from dnnlib.cli import Flag, GroupedCommand, UserPath, join_values, split_paths
 from federated.institutions import PreparedFederation, prepare_federation
 from federated.simulation_plan import describe_simulation, is_large
 from training.command import ChooseMetrics, print_plan, show_alerts
@@ -46,18 +46,6 @@ than before. BOOL is 1 or 0, true or false, yes or no. Exit codes are those of t
 ROUNDS, SERVER = "Rounds and sites", "The server"
 
 
-def _split_paths(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the paths of an option that may be repeated and takes lists; None when it is not given.
-
-    LIMIT: paths that contain a comma cannot be given.
-    """
-    paths = [path.strip() for value in values for path in value.split(",")]
-    if "" in paths:
-        raise UserError(f"{parameter.opts[-1]} has an empty path; expected data sets separated by commas, such as "
-                        f"{parameter.opts[-1]}=a.zip,b.zip")
-    return tuple(expand_user(path, parameter.opts[-1]) for path in paths) if paths else None
-
-
 def _split_entries(context: click.Context, parameter: click.Parameter,
                    values: Sequence[str]) -> tuple[str, ...] | None:
     """Return the entries of an option that may be repeated and takes lists; None if it is not given."""
@@ -77,7 +65,7 @@ def _flag(name: str, kind: object, text: str, metavar: str | None = None, *, gro
 _OWN = [
     make_flag("--data", UserPath(), DATA, "Training data of each institution, separated by commas: zips or folders "
               "made by dataset_tool.py, of one size and with the same classes. Can be repeated. Required.", "PATH,...",
-              multiple=True, callback=_split_paths),
+              multiple=True, callback=split_paths),
     _flag("--sites", str, "Names of the institutions, in the order of --data.", "NAME,...", group=ROUNDS,
           standard="the names of the files without .zip"),
     make_flag("--rounds", int, ROUNDS, "Number of rounds. A larger value continues a finished run. Required.", "N"),

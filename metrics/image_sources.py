@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Protocol
@@ -44,14 +44,14 @@ class ImageSource(Protocol):
 class SetImages:
     """The images of a data set, or of any folder or zip of images of one size; with `chosen`, only those of one class.
 
-    path:    zip or folder
+    path:    zip or folder, or one that is open
     chosen:  name or number of a class; None = all images
 
     Raises UserError if the set cannot be read, or does not have the class, or images of it.
     """
 
-    def __init__(self, path: str | os.PathLike, chosen: str | None = None):
-        self._set = ImageSet(path)
+    def __init__(self, path: str | os.PathLike | ImageSet, chosen: str | None = None):
+        self._set = path if isinstance(path, ImageSet) else ImageSet(path)
         self.path, self.classes, self.label_kind = self._set.path, self._set.classes, self._set.label_kind
         self.rows = np.arange(len(self._set))
         self.class_name: str | None = None  # of `chosen`, if it has a name
@@ -192,15 +192,8 @@ class SelectedImages:
 
         These processes end with the iterator: a caller that may be interrupted wraps it in contextlib.closing.
         """
-        items = [item for rows in ranges for item in self.items[rows.start:rows.stop].tolist()]
-        if len(items) < _FEWEST_IMAGES:
-            workers = 1
-        elif workers is None:  # the processes of a run on one machine share its cores
-            workers = min(max(usable_cores() // Place.from_environment().local_count, 1), _MOST_WORKERS)
-        chunk = min(max(_CHUNK_BYTES // math.prod(self.images.shape), 1), 32)
-        with closing(ordered_map(self.images.item, items, workers, chunk=chunk)) as decoded:
-            for rows in ranges:
-                yield _stack(islice(decoded, len(rows)))
+        batches = [self.items[rows.start:rows.stop].tolist() for rows in ranges]
+        yield from decode_batches(self.images.item, batches, math.prod(self.images.shape), workers)
 
     def content_hash(self, count: int | None = None) -> str:
         """Return the hash of the first `count` images, or of all."""
@@ -256,6 +249,25 @@ class GeneratedImages:
         # Half precision is what makes a GPU fast; most CPUs are slower with it.
         fp32 = torch.device(self.device).type == "cpu"
         return to_rgb(to_pixels(self.G.synthesis(ws, noise_mode="random", force_fp32=fp32, generator=noise)))
+
+
+def decode_batches(item: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]], image_bytes: int,
+                   workers: int | None = None) -> Iterator[Tensor]:
+    """Yield the images of each batch, uint8 [n, 3, H, W]; other processes decode them ahead if there are many.
+
+    item:         returns an image, uint8 [H, W, C], by its number in `batches`; picklable
+    image_bytes:  of the pixels of one
+    workers:      as for `SelectedImages.batches`
+    """
+    items = [number for batch in batches for number in batch]
+    if len(items) < _FEWEST_IMAGES:
+        workers = 1
+    elif workers is None:  # the processes of a run on one machine share its cores
+        workers = min(max(usable_cores() // Place.from_environment().local_count, 1), _MOST_WORKERS)
+    chunk = min(max(_CHUNK_BYTES // image_bytes, 1), 32)
+    with closing(ordered_map(item, items, workers, chunk=chunk)) as decoded:
+        for batch in batches:
+            yield _stack(islice(decoded, len(batch)))
 
 
 def draw_latents(rows: range, z_dim: int, seed: int, stream: str) -> Tensor:

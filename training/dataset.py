@@ -145,7 +145,7 @@ class ImageDataset(torch.utils.data.Dataset):
         found = {"pixels_sha256": hash_set(self.pixel_hashes()), "num_images": self.num_images, "num_groups": None}
         if any(group is not None for group in groups):
             found["num_groups"] = len({group or f"/{name}" for group, name in zip(groups, names, strict=True)})
-        histories = [history_of(part) for part in _generated_parts(self.source)]
+        histories = [history_of(part) for part in parts_of_source(self.source) if is_generated(part)]
         if histories:
             found["generated_from"] = [data for history in histories for data in history]
         return found
@@ -222,18 +222,27 @@ def choose_subset(num_images: int, max_size: int | None, seed: int) -> np.ndarra
     return np.sort(rows[:max_size])
 
 
-def _generated_parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the `source` of each part of a data set that a network generated, also if it was converted later.
+def is_generated(source: Mapping[str, Any]) -> bool:
+    """Return whether the `source` of a part, see parts_of_source, says that a network generated it."""
+    return source.get("generated") is True
+
+
+def parts_of_source(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the first `source` of each part of a data set, from before it was converted; {} where it is unknown.
 
     source:  of a data set; dataset_tool.py keeps that of the data it converted as "origin", and those of several
-             --source that it joined as "sources" in "origin"
+             --source that it joined as "sources" in "origin", in which sources without an origin are missing
     """
-    if source.get("generated") is True:
+    origin = source.get("origin")
+    if is_generated(source) or not isinstance(origin, Mapping):
         yield source
         return
-    origin = source.get("origin")
-    if isinstance(origin, Mapping):
-        parts = origin.get("sources")
-        for part in parts.values() if isinstance(parts, Mapping) else [origin]:
-            if isinstance(part, Mapping):
-                yield from _generated_parts(part)
+    parts = origin.get("sources")
+    if not isinstance(parts, Mapping):
+        yield from parts_of_source(origin)
+        return
+    joined = source.get("sources")
+    names = [part.get("name") for part in joined if isinstance(part, Mapping)] if isinstance(joined, list) else []
+    for part in [*parts.values(), *({} for name in names if name not in parts)]:
+        if isinstance(part, Mapping):
+            yield from parts_of_source(part)

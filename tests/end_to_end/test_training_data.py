@@ -9,13 +9,13 @@ import dataset_tool
 import generate
 import train
 from dnnlib.cli import run
+from dnnlib.files import EXIT_TEMPORARY
 from imagesets.pixel_hashes import hash_set, read_pixel_hashes
 from imagesets.reader import ImageSet
 from tests.helpers.make_sets import make_set
+from tests.helpers.training_runs import train_one_step
 from training.dataset import ImageDataset, choose_subset
 from training.snapshot import load_network, read_info, save_network
-
-STOPPED = 75
 
 
 @pytest.fixture
@@ -24,15 +24,6 @@ def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
-
-
-def train_one_step(outdir, data, *flags):
-    """Train one iteration; return its network snapshot."""
-    command = [f"--outdir={outdir}", f"--data={data}", "--cfg=tiny", "--batch=4", "--metrics=none", "--workers=0",
-               "--precision=fp32", "--device=cpu", "--tune-malloc=0", "--max-hours=1e-9", "--snap=1", *flags]
-    assert run(train.main, command) == STOPPED
-    path, = (outdir / next(outdir.iterdir()).name).glob("network-snapshot-*.safetensors")
-    return path
 
 
 def refused(capsys, *flags):
@@ -110,7 +101,7 @@ def test_run_continues_and_a_run_is_the_same_with_and_without_recorded_hashes(in
     make_set("set.zip")
     command = ["--outdir=runs", "--data=set.zip", "--cfg=tiny", "--batch=4", "--metrics=none", "--workers=0",
                "--precision=fp32", "--device=cpu", "--tune-malloc=0", "--max-hours=1e-9", "--snap=1"]
-    assert run(train.main, command) == STOPPED
+    assert run(train.main, command) == EXIT_TEMPORARY
     assert len(list((inside / "runs").iterdir())) == 1
 
 

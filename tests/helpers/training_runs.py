@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+import train
+from dnnlib.cli import run as run_command
+from dnnlib.files import EXIT_TEMPORARY
 from imagesets.phantoms.make import write_phantoms
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,6 +59,15 @@ def start(folder, *flags):
     """Start a run, with pipes for its output."""
     return subprocess.Popen(command(folder, *flags), cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True)
+
+
+def train_one_step(outdir, data, *flags):
+    """Train one iteration in this process; return its network snapshot."""
+    command = [f"--outdir={outdir}", f"--data={data}", "--cfg=tiny", "--batch=4", "--metrics=none", "--workers=0",
+               "--precision=fp32", "--device=cpu", "--tune-malloc=0", "--max-hours=1e-9", "--snap=1", *flags]
+    assert run_command(train.main, command) == EXIT_TEMPORARY
+    path, = (outdir / next(outdir.iterdir()).name).glob("network-snapshot-*.safetensors")
+    return path
 
 
 def wait_for_line(process, beginning):
