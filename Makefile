@@ -20,7 +20,8 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
 	perceptual_path feature_tensors frechet inception_score kernel precision_recall density_coverage authenticity \
 	diversity intervals interval_coverage interval_coverage_kernel interval_coverage_frechet scores assessment \
-	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics
+	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics \
+	backbones classifier classification_scores lesion_augmentation near_duplicates
 
 .PHONY: help setup demo test test-portable slow nightly soak bench lint clean
 

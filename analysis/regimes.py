@@ -47,18 +47,17 @@ class Condition:
     def uses_synthetic(self) -> bool:
         return self.regime != REAL
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the seed decides which images are used."""
-        return self.fraction < 1 or self.dose is not None or self.fill is not None
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRows:
     """The images of a condition, for one seed; ascending rows of the training part and of the synthetic set."""
 
     real: np.ndarray  # int64 [N]
     synthetic: np.ndarray  # int64 [M]
+
+    def is_equal(self, other: "TrainingRows") -> bool:
+        """Return whether the images are the same."""
+        return np.array_equal(self.real, other.real) and np.array_equal(self.synthetic, other.synthetic)
 
     def count_labels(self, real_labels: np.ndarray, synthetic_labels: np.ndarray | None,
                      num_labels: int) -> tuple[list[int], list[int]]:
@@ -79,13 +78,16 @@ def parse_regimes(text: str) -> tuple[str, ...]:
 
 
 def parse_shares(text: str, flag: str, *, most: float | None = None) -> tuple[float, ...]:
-    """Return different numbers above 0, and up to `most`, in ascending order. Raises UserError."""
+    """Return different numbers above 0, and up to `most`, in ascending order: with six digits, as names have them.
+
+    Raises UserError.
+    """
     bound = "" if most is None else f" and at most {most:g}"
     example = "0.1,1" if most == 1 else "0.5,1"
     found = []
     for part in text.split(","):
         try:
-            number = float(part)
+            number = float(f"{float(part):g}")
         except ValueError:
             number = float("nan")
         if not (0 < number < float("inf")) or (most is not None and number > most):

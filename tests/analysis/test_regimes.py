@@ -131,6 +131,8 @@ def test_balance_without_enough_images_of_the_rare_label_is_refused():
 def test_lists_of_flags_are_parsed():
     assert parse_regimes("real+synthetic, real") == (REAL, BOTH)
     assert parse_shares("1,0.1,1", "--fraction", most=1) == (0.1, 1.0)
+    # Conditions are named with six digits: these would be two of one name.
+    assert parse_shares("0.5,0.5000001,0.9999999", "--fraction", most=1) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(("parse", "message"), [

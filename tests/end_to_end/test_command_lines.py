@@ -75,7 +75,9 @@ def test_options_that_may_be_given_several_times_are_these():
         "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias",
         *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave")),
         *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
-                                                       "leave"))}
+                                                       "leave")),
+        "study.py protocol --external", "study.py protocol --subset",
+        *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose"))}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -1,6 +1,7 @@
 """Run every command that README.md and docs/*.md print, as a shell would, on small data; follow their links."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -44,12 +45,15 @@ NOT_RUN = {
 SMALLER = [
     (r"--resolution=\d+x\d+", "--resolution=16x16"),
     (r"--seeds=0-63", "--seeds=0-3"),
-    (r"--count=\d+", "--count=24"),
-    (r"([a-z]+):5000\b", r"\1:12"),
+    (r"--count=\d{1,3}\b", "--count=24"),
+    (r"--count=\d{4,}\b", "--count=128"),  # as many as a study wants that adds them to its training images
+    (r"([a-z]+):5000\b", r"\1:64"),
     (r"--gpus=\d+", "--gpus=2"),
     (r"--rounds=\d+", "--rounds=2"),
     (r"--round-kimg=[\d.]+", "--round-kimg=0.008"),
     (r"--kimg=\d+", "--kimg=1"),
+    (r"--epochs=\d+", "--epochs=1"),
+    (r"--size=\d+", "--size=32"),
     (r"--nproc-per-node=\d+", "--nproc-per-node=2"),
     (r"\b(fid|kid)\d+k", r"\g<1>20"),
     (r"\b(pr|dc)\d+k\d", r"\g<1>20"),
@@ -64,6 +68,9 @@ ADDED = {
     "federate.py simulate": ["--cfg=tiny", "--round-kimg=0.008", "--batch=8", "--workers=1", "--device=cpu"],
     "federate.py compare": ["--cfg=tiny", "--batch=8", "--detector=random-conv", "--device=cpu",
                             "--dry-run"],  # it makes five runs; tests/federated/test_compare_arms.py makes them
+    "study.py protocol": ["--workers=1"],
+    "study.py classify": ["--size=32", "--num-seeds=2", "--resamples=50", "--workers=1", "--device=cpu"],
+    "study.py predict": ["--workers=1", "--device=cpu"],
     "-m training.nvidia_pickle": [],
     "-m torch_utils.ops.build": [],
 }
@@ -98,14 +105,14 @@ def shortened(command):
 
 
 def make_ham10000(folder):
-    """Make an archive with the names, columns and classes of HAM10000: two images a lesion."""
-    rows, names = [], "akiec bcc bkl df mel nv vasc".split()
-    for index in range(70):
-        rows.append({"lesion_id": f"HAM_{index // 2:07d}", "image_id": f"ISIC_{index:07d}",
-                     "dx": names[index // 2 % 7], "dx_type": "histo", "age": "50", "sex": "male",
-                     "localization": "back"})
+    """Make an archive with the names, columns and classes of HAM10000: two images a lesion, many lesions melanomas."""
+    names = "akiec bcc bkl df mel nv vasc".split()
+    classes = [*(names * 5), *["mel"] * 40]  # several melanomas in each part
+    rows = [{"lesion_id": f"HAM_{index // 2:07d}", "image_id": f"ISIC_{index:07d}", "dx": classes[index // 2],
+             "dx_type": "histo", "age": "50", "sex": "male", "localization": "back"}
+            for index in range(2 * len(classes))]
     for part in (1, 2):
-        of_part = rows[35 * (part - 1):35 * part]
+        of_part = rows[len(classes) * (part - 1):len(classes) * part]
         make_folder(folder / f"HAM10000_images_part_{part}", jpegs(row["image_id"] for row in of_part))
     make_folder(folder / "HAM10000_images", jpegs(row["image_id"] for row in rows))
     write_table(folder / "HAM10000_metadata.csv", rows)
@@ -161,7 +168,8 @@ def make_phantoms(path, seed, count=60):
 def make_workplace(folder):
     """Make a folder in which the printed commands find the programs and all files that they name."""
     for name in ("train.py", "generate.py", "projector.py", "calc_metrics.py", "dataset_tool.py", "federate.py",
-                 "training", "torch_utils", "metrics", "dnnlib", "imagesets", "latent", "federated", "generation"):
+                 "study.py", "training", "torch_utils", "metrics", "dnnlib", "imagesets", "latent", "federated",
+                 "generation", "analysis"):
         (folder / name).symlink_to(ROOT / name)
     python = folder / "bin" / "python"
     python.parent.mkdir()
@@ -180,7 +188,10 @@ def make_files(folder, document):
         make_isic2019(folder)
     if document == "docs/federated.md":  # it is divided twice, with both classes in each part
         make_phantoms(folder / "isic256.zip", seed=0, count=300)
-    if document in ("README.md", "docs/federated.md"):
+    if document == "docs/study.md":  # with several lesions of both classes in each part
+        make_phantoms(folder / "isic256.zip", seed=0, count=150)
+        make_phantoms(folder / "heldout.zip", seed=1, count=12)
+    if document in ("README.md", "docs/federated.md", "docs/study.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
@@ -217,7 +228,11 @@ def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
     if document == "README.md":  # from the archive to the end, with its labels
         synthetic = ImageSet(tmp_path / "isic-synthetic.zip")
         assert synthetic.classes == ["benign", "malignant"]
-        assert np.bincount(synthetic.labels).tolist() == [12, 12]
+        assert np.bincount(synthetic.labels).tolist() == [64, 64]
+    if document in ("README.md", "docs/study.md"):  # of the network that the page trains
+        results = json.loads((tmp_path / "classifiers" / "results.json").read_text(encoding="utf-8"))
+        assert results["verified"] is True
+        assert {entry["condition"] for entry in results["results"]} == {"real", "synthetic", "real+synthetic-1"}
     if document == "docs/python.md":
         check_python_blocks(document, tmp_path, variables)
 

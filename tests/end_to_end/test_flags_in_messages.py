@@ -41,6 +41,11 @@ UNREACHED = {
     ("projector.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},  # it gives both sizes
     ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit
     ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; its messages name --outdir
+    # It opens whole sets and takes their classes from labels.
+    ("study.py", "--class"): {"imagesets.classes:find_class", "metrics.image_sources:SetImages.__init__"},
+    ("study.py", "--per-class"): {
+        "metrics.image_sources:SetImages.class_names", "metrics.image_sources:SetImages.select"},
+    ("study.py", "--detector-weights"): {"metrics.detectors.registry:find_packaged"},  # the default; --weights here
     ("generate.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # its messages name --zip
 }
 
