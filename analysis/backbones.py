@@ -125,11 +125,13 @@ class Backbone(nn.Module):
     name:            as for `open_backbone`
     network:         normalized images float32 [N, 3, H, W] -> features float32 [N, F]
     weights_sha256:  of the file of weights; None for random ones
+    note:            a line for the user if the file is not that of the usual weights
     """
 
     def __init__(self, name: str, network: nn.Module, *, num_features: int, preprocessing: Preprocessing,
-                 weights_sha256: str | None):
+                 weights_sha256: str | None, note: str | None = None):
         super().__init__()
+        self.note = note
         self.name, self.network, self.num_features = name, network, num_features
         self.preprocessing, self.weights_sha256 = preprocessing, weights_sha256
 
@@ -197,9 +199,13 @@ def open_backbone(name: str, *, weights: str = AUTO, size: int | None = None, se
         if size < 1:
             raise UserError(f"--size is {size}; expected at least 1")
         preprocessing = _stretched(size, preprocessing.interpolation, preprocessing.mean, preprocessing.std)
-    backbone = Backbone(name, network, num_features=num_features, preprocessing=preprocessing,
-                        weights_sha256=None if path is None else sha256_of(path))
-    return backbone.eval()
+    digest = None if path is None else sha256_of(path)
+    note = None
+    if digest is not None and not digest.startswith(file.sha256):
+        note = (f"--weights={weights}: its sha256 {digest} is not that of {file.name}; other weights of this network "
+                "are used, and results record them")
+    return Backbone(name, network, num_features=num_features, preprocessing=preprocessing, weights_sha256=digest,
+                    note=note).eval()
 
 
 def _stretched(size: int, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:

@@ -152,6 +152,8 @@ def classify(settings: ClassifySettings, processes: Processes, *, dry_run: bool 
             click.echo(line)
     open_own = partial(open_backbone, settings.model, weights=settings.weights, size=settings.size)
     backbone = on_main(open_own) or open_own()
+    if is_main and backbone.note is not None:
+        click.echo(backbone.note)
     if dry_run:
         return
     folder = Folder(settings.outdir)

@@ -195,7 +195,12 @@ def test_auto_takes_the_file_in_torchvisions_cache_and_checks_its_digits(torchvi
         open_backbone(SMALL)
     assert str(error.value) == (f"{path} has the sha256 {digest}; expected one that starts with 047dcff4: remove it to "
                                 "download it again, or name it with --weights to use it anyway")
-    assert open_backbone(SMALL, weights=str(path)).weights_sha256 == digest
+    given = open_backbone(SMALL, weights=str(path))
+    assert given.weights_sha256 == digest
+    assert given.note == (f"--weights={path}: its sha256 {digest} is not that of {path.name}; other weights of this "
+                          "network are used, and results record them")
+    assert open_backbone(SMALL, weights="none").note is None
+    assert open_backbone("efficientnet-lite0").note is None
 
 
 def test_without_a_network_the_ways_out_are_named(downloads, tmp_path, monkeypatch):

@@ -49,6 +49,7 @@ SMALLER = [
     (r"--count=\d{4,}\b", "--count=128"),  # as many as a study wants that adds them to its training images
     (r"([a-z]+):5000\b", r"\1:64"),
     (r"--gpus=\d+", "--gpus=2"),
+    (r"--fraction=0\.1\b", "--fraction=0.5"),
     (r"--rounds=\d+", "--rounds=2"),
     (r"--round-kimg=[\d.]+", "--round-kimg=0.008"),
     (r"--kimg=\d+", "--kimg=1"),
