@@ -105,10 +105,13 @@ def shortened(command):
     return " ".join([command, *added])
 
 
-def make_ham10000(folder):
-    """Make an archive with the names, columns and classes of HAM10000: two images a lesion, many lesions melanomas."""
+def make_ham10000(folder, melanomas):
+    """Make an archive with the names, columns and classes of HAM10000: two images a lesion.
+
+    melanomas:  number of lesions in addition to five of each class
+    """
     names = "akiec bcc bkl df mel nv vasc".split()
-    classes = [*(names * 5), *["mel"] * 40]  # several melanomas in each part
+    classes = [*(names * 5), *["mel"] * melanomas]
     rows = [{"lesion_id": f"HAM_{index // 2:07d}", "image_id": f"ISIC_{index:07d}", "dx": classes[index // 2],
              "dx_type": "histo", "age": "50", "sex": "male", "localization": "back"}
             for index in range(2 * len(classes))]
@@ -184,7 +187,7 @@ def make_workplace(folder):
 def make_files(folder, document):
     """Make what the commands of a document take for granted."""
     if document in ("README.md", "docs/data.md"):
-        make_ham10000(folder)
+        make_ham10000(folder, 40 if document == "README.md" else 0)  # a study needs several melanomas in each part
         make_isic2020(folder)
         make_isic2019(folder)
     if document == "docs/federated.md":  # it is divided twice, with both classes in each part
