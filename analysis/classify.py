@@ -353,7 +353,8 @@ class TuningWork(Work):
             else:
                 classifier = self._train(job, where)
             for part in parts:
-                self.folder.save_predictions(job, part, self.content(part), self._predict(classifier, part))
+                if not self.folder.has_predictions(job, part):  # a new classifier has those of the validation part
+                    self.folder.save_predictions(job, part, self.content(part), self._predict(classifier, part))
         # Other processes may need hours; one that ends is noticed, see torch_utils.launch.
         while not all(self.folder.has_predictions(job, part) for job, parts in todo for part in parts):
             time.sleep(_POLL_SECONDS)
@@ -362,11 +363,12 @@ class TuningWork(Work):
         rows, train, val, synthetic = job.rows, self.study.parts[TRAIN], self.study.parts[VAL], self.study.synthetic
         sets = [(train, rows.real), *([] if synthetic is None else [(synthetic.images, rows.synthetic)])]
         started = time.monotonic()
-        num_before: list[int] = []  # epochs that an earlier call trained
+        first: int | None = None  # epoch of this call; those before were trained by an earlier one
 
         def show(epoch: Epoch) -> None:
-            num_before.append(epoch.number - 1)
-            rate = (time.monotonic() - started) / (epoch.number - num_before[0])
+            nonlocal first
+            first = first or epoch.number
+            rate = (time.monotonic() - started) / (epoch.number - first + 1)
             left = format_seconds(rate * (self.settings.tuning.epochs - epoch.number))
             if self.settings.verbose:
                 click.echo(f"{where}: epoch {epoch.number}, {epoch.images_per_second:.3g} images/s, loss "
@@ -384,10 +386,12 @@ class TuningWork(Work):
             seed=job.seed, class_weight=self.settings.class_weights, state_path=self.folder.state(job),
             identity=self.identities[job.name], device=self.processes.device, workers=self.settings.workers,
             on_epoch=show, log=lambda line: click.echo(line, err=True))
-        info = self.info(job, self._predict(classifier, VAL))
+        validation = self._predict(classifier, VAL)
+        info = self.info(job, validation)
         # Without speeds, so that equal trainings give equal files.
         info["epochs"] = [{"number": epoch.number, "loss": epoch.loss, "val_auc": epoch.val_auc} for epoch in history]
         save_classifier(self.folder.model(job), classifier, info)
+        self.folder.save_predictions(job, VAL, self.content(VAL), validation)
         self.folder.state(job).unlink(missing_ok=True)
         return classifier
 

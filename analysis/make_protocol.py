@@ -13,6 +13,7 @@ from analysis.attributes import Keys, open_table
 from analysis.near_duplicates import ORIENTATIONS, find_near_duplicates, read_thumbnails
 from analysis.protocol import (
     EXTERNAL,
+    LEAST_GROUPS,
     REST,
     SYNTHETIC,
     TEST,
@@ -38,7 +39,6 @@ from torch_utils.device import find_project_version
 from training.dataset import is_generated, parts_of_source
 
 MOST_LISTED = 5000  # near-duplicates in protocol.json
-_LEAST_GROUPS = 2  # per label and part: one group has no variance
 _TURNS = ("as it is", "mirrored top to bottom", "mirrored left to right", "turned by 180 degrees",
           "mirrored at the diagonal", "turned by 90 degrees", "turned by 270 degrees", "mirrored at the other diagonal")
 _ORIENTATION = dict(zip(ORIENTATIONS, _TURNS, strict=True))
@@ -187,9 +187,9 @@ def _check_counts(option: str, data: ImageSet, labeled: LabeledImages, task: Tas
             raise UserError(f"{option} has no images of {name}{meant}, only of {listed(have)}; expected images of "
                             f"{listed(task.labels)} in {where}: choose other parts, or rename classes with "
                             "dataset_tool.py --merge")
-        if len(groups) < _LEAST_GROUPS:
+        if len(groups) < LEAST_GROUPS:
             raise UserError(f"{option} has {plural(int(mine.sum()), 'image')} of {name}, all of the group "
-                            f"{next(iter(groups))}; expected at least {_LEAST_GROUPS} groups (patients or lesions) of "
+                            f"{next(iter(groups))}; expected at least {LEAST_GROUPS} groups (patients or lesions) of "
                             f"each label in {where}, as intervals need: choose larger parts")
 
 

@@ -29,6 +29,7 @@ FORMAT, VERSION = "lesion-study-protocol", 1
 TRAIN, VAL, TEST, EXTERNAL = "train", "val", "test", "external"  # roles; the first three are also names of parts
 SYNTHETIC = "synthetic"  # name of the synthetic set as a part
 REST = "rest"  # the negative label of a binary task
+LEAST_GROUPS = 2  # of each label, in a part and among the training images in use: one group has no variance
 _CONTENT_VERSION = 1
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.protocol import LEAST_GROUPS
 from dnnlib.cli import UserError
 from dnnlib.text import plural, suggestion
 from metrics.intervals import group_numbers
@@ -17,7 +18,6 @@ from torch_utils.seeding import seed_for
 REAL, SYNTHETIC, BOTH, REAL_ON_SYNTHETIC = "real", "synthetic", "real+synthetic", "real-on-synthetic"
 REGIMES = (REAL, SYNTHETIC, BOTH, REAL_ON_SYNTHETIC)
 BALANCE = "balance"
-_FEWEST_GROUPS = 2  # of a label, as in the parts of a protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +182,9 @@ def choose_groups(labels: np.ndarray, groups: np.ndarray, fraction: float, names
     rows = np.flatnonzero(chosen[numbers])
     for label, name in enumerate(names):
         count = len(np.unique(numbers[rows][labels[rows] == label]))
-        if count < _FEWEST_GROUPS:
+        if count < LEAST_GROUPS:
             raise UserError(f"--fraction={fraction:g} leaves {plural(count, 'group')} (patients or lesions) of {name}; "
-                            f"expected at least {_FEWEST_GROUPS}: use a larger fraction")
+                            f"expected at least {LEAST_GROUPS}: use a larger fraction")
     return rows
 
 
