@@ -23,6 +23,9 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics \
 	backbones classifier classification_scores lesion_augmentation near_duplicates
 
+# Tests run in several processes, of one thread each: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
 .PHONY: help setup demo test test-portable slow nightly soak bench lint clean
 
 help:
@@ -52,14 +55,14 @@ demo: $(BUILT)
 	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-portable: $(BUILT)
 	$(LOWEST) $(BIN)/python -c 'import sys, torch; level = torch.backends.cpu.get_cpu_capability(); sys.exit(None if level == "DEFAULT" else f"PyTorch computes with {level} in spite of ATEN_CPU_CAPABILITY=default")'
-	$(LOWEST) $(BIN)/python -m pytest $(foreach name,$(PORTABLE),$(or $(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py),$(error no test_$(name).py))) $(ARGS)
+	$(LOWEST) $(PYTEST) $(foreach name,$(PORTABLE),$(or $(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py),$(error no test_$(name).py))) $(ARGS)
 
 slow: $(BUILT)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 soak: $(BUILT)
 	$(BIN)/python -m tests.end_to_end.soak $(ARGS)

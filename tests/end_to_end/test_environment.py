@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OURS = {path.name for path in ROOT.iterdir() if path.is_dir()} | {path.stem for path in ROOT.glob("*.py")}
 SELF_EVIDENT = {"torch", "numpy", "scipy", "pillow", "pytest", "ruff"}
-NEVER_IMPORTED = {"ninja", "ruff", "cuda-toolkit"}  # programs
+NEVER_IMPORTED = {"ninja", "ruff", "cuda-toolkit", "pytest-xdist"}  # programs, and what pytest loads by itself
 
 
 def list_dependencies(*extras):
