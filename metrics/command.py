@@ -20,7 +20,6 @@ from generation.network import NETWORK_HELP, OpenNetwork, choose_network, open_n
 from metrics.comparison import Item, Measured, difference_table, differences, find_items
 from metrics.detectors.registry import DETECTOR_FORMS
 from metrics.evaluation import Evaluator
-from metrics.features import OtherProcessFailed
 from metrics.image_sources import SetImages
 from metrics.intervals import DEFAULT_LEVEL
 from metrics.names import (
@@ -34,7 +33,7 @@ from metrics.names import (
 )
 from metrics.result_tables import Row, class_rows, result_table, save_figure
 from torch_utils.device import DEVICE_HELP, TUNE_MALLOC_HELP, check_counts, settle_device
-from torch_utils.distributed import Place, Processes, ProcessLost, any_process, broadcast_object, is_main, join
+from torch_utils.distributed import Place, Processes, any_process, broadcast_object, is_main, join
 from torch_utils.launch import launch
 from torch_utils.plots import save_curves
 from training.network_file import find_path
@@ -149,10 +148,7 @@ def _run(gpus: int | None, device: str, tune_malloc: bool, compare: tuple[str, .
     if count > 1 and not place.is_started:
         return launch(count)
     with join(device) as processes:
-        try:
-            measure(settings, processes)
-        except OtherProcessFailed as error:  # the other process prints its error
-            raise ProcessLost(str(error)) from error
+        measure(settings, processes)
     return 0
 
 

@@ -30,6 +30,7 @@ from metrics.detectors.base import Detector, exact_float32
 from metrics.frechet import FeatureStats
 from metrics.image_sources import ImageSource, SelectedImages
 from torch_utils.distributed import (
+    OtherProcessFailed,
     any_process,
     broadcast_object,
     describe_error,
@@ -378,10 +379,6 @@ def cache_key(images: SelectedImages, request: FeatureRequest, batch: int, devic
 
 def _text(key: Mapping[str, object]) -> bytes:
     return json.dumps(key, sort_keys=True, allow_nan=False).encode()
-
-
-class OtherProcessFailed(RuntimeError):
-    """Work failed on another process, which raises the error itself; this one carries its message."""
 
 
 def together(work: Callable[[], T]) -> T:

@@ -46,6 +46,10 @@ class ProcessLost(SystemExit):
         self.reason = reason
 
 
+class OtherProcessFailed(RuntimeError):
+    """Work failed on another process, which raises the error itself; this one carries its message."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """The rank of a process in its run, and the address where the processes meet."""
@@ -190,6 +194,10 @@ def join(device: torch.device | str, *, patience: timedelta = COLLECTIVE_TIMEOUT
     try:
         yield Processes(rank=place.rank, count=place.count, device=device)
         barrier()  # no process leaves while another may still need it
+    except OtherProcessFailed as error:  # the other process prints its error
+        lost = ProcessLost(str(error))
+        _fail(lost, place, watch, device)
+        raise lost from error
     except BaseException as error:
         _fail(error, place, watch, device)
         raise

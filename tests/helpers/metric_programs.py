@@ -12,11 +12,11 @@ import torch
 from dnnlib.cli import StopRequest
 from metrics import evaluation, features
 from metrics.evaluation import Evaluator
-from metrics.features import OtherProcessFailed, compute_rows, from_main, on_main, on_main_for_long, together
+from metrics.features import compute_rows, from_main, on_main, on_main_for_long, together
 from metrics.image_sources import SetImages
 from tests.helpers.metric_networks import MeanDetector, SquareDistance
 from tests.helpers.small_networks import small_generator
-from torch_utils.distributed import Processes, gather_rows, join
+from torch_utils.distributed import OtherProcessFailed, Processes, gather_rows, join
 from training.run_folder import RunFolder
 from training.run_report import Reporter
 from training.snapshot_metrics import SnapshotMetrics

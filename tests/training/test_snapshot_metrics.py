@@ -15,11 +15,11 @@ import torch
 from dnnlib.cli import StopRequest
 from dnnlib.files import sha256_of
 from dnnlib.lines import read_lines, to_line
-from metrics.features import OtherProcessFailed
 from tests.helpers.make_sets import make_set
 from tests.helpers.training_runs import flattened, statistics
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import lost_device
+from torch_utils.distributed import OtherProcessFailed
 from training import loop, options
 from training.config import BestValue, RunSettings
 from training.dataset import ImageDataset
