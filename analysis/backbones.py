@@ -277,8 +277,8 @@ def _find(file: WeightsFile, weights: str) -> Path:
     try:
         return fetch(file.url, name=file.name, sha256=file.sha256)
     except FetchError as error:
-        raise FetchError(f"{error}, or name it with --weights=FILE; --weights={RANDOM} and --model={OFFLINE_MODEL} "
-                         "need no download") from error
+        raise FetchError(f"{error}, or name it with --weights=FILE; study.py classify --weights={RANDOM} and "
+                         f"--model={OFFLINE_MODEL} need no download") from error
 
 
 def _load(network: nn.Module, path: Path, file: WeightsFile, ignored: tuple[str, ...]) -> None:

@@ -7,12 +7,13 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write, retrying
@@ -90,26 +91,45 @@ class ImageGenerator:
             yield self.render(some, range(start, start + len(some)))
             on_images(len(some))
 
-    @torch.no_grad()
     def map_seeds(self, seeds: Sequence[int], labels: Tensor) -> Tensor:
         """Return truncated styles: float32 [N, L, K] on the device. labels: float32 [N, c_dim]"""
-        z, psi = latents_of(seeds, self.G.z_dim).to(self.device), self.settings.truncation
-        if self.settings.center == GLOBAL_CENTER or psi == 1:
-            return self.G.mapping(z, labels.to(self.device), truncation_psi=psi)
-        centers = torch.stack([self._center(label) for label in labels])
-        return truncate(self.G.mapping(z, labels.to(self.device)), centers[:, None], psi)
+        return self.map_latents(latents_of(seeds, self.G.z_dim), labels)
 
     @torch.no_grad()
-    def render(self, ws: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+    def map_latents(self, z: Tensor, labels: Tensor, centers: Tensor | None = None) -> Tensor:
+        """Return truncated styles: float32 [N, L, K] on the device.
+
+        z:        [N, Z]
+        labels:   float32 [N, c_dim]
+        centers:  [N, K], what truncation pulls towards if its center is the class's; None = see `centers_of`
+        """
+        z, psi = z.to(self.device), self.settings.truncation
+        if not self.pulls_to_class:
+            return self.G.mapping(z, labels.to(self.device), truncation_psi=psi)
+        centers = self.centers_of(labels) if centers is None else centers.to(self.device)
+        return truncate(self.G.mapping(z, labels.to(self.device)), centers[:, None], psi)
+
+    @property
+    def pulls_to_class(self) -> bool:
+        """Whether styles are truncated towards the mean style of their own class or label."""
+        return self.settings.center == CLASS_CENTER and self.settings.truncation != 1
+
+    def centers_of(self, labels: Tensor) -> Tensor:
+        """Return the mean style of each label: [N, K] float32 on the device. labels: float32 [N, c_dim]"""
+        return torch.stack([self._center(label) for label in labels])
+
+    @torch.no_grad()
+    def render(self, ws: Tensor, noise_seeds: Sequence[int], maps: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the images of styles in one pass: uint8 [N, C, R, R] on the CPU.
 
         ws:           [N, L, K]
         noise_seeds:  the seed of each image's noise in noise mode "random"
+        maps:         noise maps [N, 1, r, r] that replace the network's own, by their names in G.synthesis
 
         Raises UserError if the images are not finite.
         """
         if self.settings.noise_mode != "random":
-            return to_pixels(self._synthesize(ws)).cpu()
+            return to_pixels(self._synthesize(ws, maps=maps)).cpu()
         # LIMIT: one image at a time, since a batch draws the noise of all its images from one random stream.
         streams = (generator_for(seed_for(seed, 0, 0, "generate/noise"), self.device) for seed in noise_seeds)
         return torch.cat([to_pixels(self._synthesize(w, generator=stream)).cpu()
@@ -122,9 +142,10 @@ class ImageGenerator:
             self._centers[key] = styles_of_label(self.G, label).mean(dim=0).float().to(self.device)
         return self._centers[key]
 
-    def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        images = self.G.synthesis(ws.to(self.device), noise_mode=self.settings.noise_mode, force_fp32=self.fp32,
-                                  generator=generator)
+    def _synthesize(self, ws: Tensor, generator: torch.Generator | None = None,
+                    maps: Mapping[str, Tensor] | None = None) -> Tensor:
+        options = dict(noise_mode=self.settings.noise_mode, force_fp32=self.fp32, generator=generator)
+        images = functional_call(self.G.synthesis, dict(maps or {}), (ws.to(self.device),), options)
         if not images.isfinite().all():  # converting to pixels would hide this
             other = "" if self.fp32 or self.fp32_flag is None else f", or {self.fp32_flag}"
             raise UserError("the network of --network makes images that are not finite, perhaps because its training "
@@ -186,8 +207,8 @@ def parse_seeds(flag: str, text: str) -> list[int]:
     """Return the seeds of a list such as "0,1,5-9", in its order. Raises UserError."""
     ranges = parse_ranges(flag, text, largest=LARGEST_SEED, what="seed")
     if (count := sum(map(len, ranges))) > MOST_SEEDS:
-        raise UserError(f"{flag} names {count} seeds; expected at most {MOST_SEEDS}: for more images use --zip and "
-                        "--count")
+        raise UserError(f"{flag} names {count} seeds; expected at most {MOST_SEEDS}: for more images use "
+                        "generate.py --zip and --count")
     return [seed for some in ranges for seed in some]
 
 
@@ -210,23 +231,14 @@ def save_projected_w(path: str | os.PathLike, ws: np.ndarray, **columns: np.ndar
         np.savez(file, w=ws, **columns)
 
 
-def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
-    """Return the styles of --projected-w: float32 [M, L, K], from the array "w" of an npz file.
+def read_projected_w(path: str | os.PathLike, G: nn.Module, option: str = "--projected-w") -> Tensor:
+    """Return the styles of a file: float32 [M, L, K], from the array "w" of an npz file. option: that names it
 
     Raises UserError if the file is missing, is not an npz file, or has styles of another network.
     """
-    flag = f"--projected-w={path}"
+    flag = f"{option}={path}"
     expected = f"expected an .npz file with an array w of shape [M, {G.num_ws}, {G.w_dim}], as projector.py writes it"
-    try:
-        w = retrying(lambda: _read_w(path, flag, expected), path)
-    except FileNotFoundError as error:
-        raise UserError(f"{flag} does not exist; {expected}") from error
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{flag} cannot be read ({error.strerror or error}); {expected}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{flag} cannot be read as an npz file ({error}); {expected}") from error
+    w = read_npz(path, ["w"], flag=flag, expected=expected)["w"]
     if w.ndim != 3 or w.shape[1:] != (G.num_ws, G.w_dim) or not len(w):
         raise UserError(f"{flag} has w of shape {list(w.shape)}; expected [M, {G.num_ws}, {G.w_dim}] for this network")
     if w.dtype.kind not in "fiu" or not np.isfinite(w).all():
@@ -235,7 +247,31 @@ def read_projected_w(path: str | os.PathLike, G: nn.Module) -> Tensor:
     return torch.from_numpy(w.astype(np.float32))
 
 
-def _read_w(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
+def read_npz(path: str | os.PathLike, names: Sequence[str], *, flag: str, expected: str,
+             optional: Sequence[str] | None = ()) -> dict[str, np.ndarray]:
+    """Return arrays of an npz file by name.
+
+    names:     that the file must have
+    optional:  that are also returned where the file has them; None = all
+    flag:      the option with its value, for messages
+    expected:  "expected an .npz file with ..., as ... writes it", for messages
+
+    Raises UserError if the file is missing, is not an npz file, or lacks an array.
+    """
+    try:
+        return retrying(lambda: _read_npz(path, names, flag, expected, optional), path)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} does not exist; {expected}") from error
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{flag} cannot be read ({error.strerror or error}); {expected}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{flag} cannot be read as an npz file ({error}); {expected}") from error
+
+
+def _read_npz(path: str | os.PathLike, names: Sequence[str], flag: str, expected: str,
+              optional: Sequence[str] | None) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         start = file.read(len(np.lib.format.MAGIC_PREFIX))
     if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):  # numpy's error would suggest unpickling it
@@ -244,7 +280,9 @@ def _read_w(path: str | os.PathLike, flag: str, expected: str) -> np.ndarray:
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise UserError(f"{flag} is a single array; {expected}")
     with arrays:
-        if "w" not in arrays.files:
-            found = ", ".join(arrays.files[:5]) or "nothing"
-            raise UserError(f"{flag} does not have an array w (it has {found}); {expected}")
-        return arrays["w"]
+        for name in names:
+            if name not in arrays.files:
+                found = ", ".join(arrays.files[:5]) or "nothing"
+                raise UserError(f"{flag} does not have an array {name} (it has {found}); {expected}")
+        others = arrays.files if optional is None else [name for name in optional if name in arrays.files]
+        return {name: arrays[name] for name in dict.fromkeys([*names, *others])}

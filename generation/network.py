@@ -127,11 +127,12 @@ class Classes:
             return label if label < self.count else None
         return self.names.index(names[label]) if names[label] in self.names else None
 
-    def choose(self, text: str | None, label: str | None = None) -> list[Label]:
+    def choose(self, text: str | None, label: str | None = None, *, repeated: bool = False) -> list[Label]:
         """Return the labels to make images of; [None] for an unconditional network.
 
-        text:   --class: one class, several separated by commas, or all
-        label:  --label: the numbers of one vector. A network trained with classes also takes one: a mix of classes
+        text:      --class: one class, several separated by commas, or all
+        label:     --label: the numbers of one vector. A network trained with classes also takes one: a mix of classes
+        repeated:  whether a class may be named twice
 
         Raises UserError if the value is wrong, missing, or given where the network takes none.
         """
@@ -156,7 +157,7 @@ class Classes:
         if text.strip() == "all":
             return list(range(self.count))
         chosen = [self.find("--class", part) for part in split_names(text, self.names or ())]
-        if len(set(chosen)) < len(chosen):
+        if len(set(chosen)) < len(chosen) and not repeated:
             raise UserError(f"--class={text} names a class twice; expected each once")
         return chosen
 

@@ -1,17 +1,13 @@
 """Project one image: write the files of the original's projector, and distances; with an MP4 of all steps."""
 
-import errno
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,27 +28,15 @@ from latent.projection import (
     measure_styles,
     read_operators,
 )
+from latent.video import Video
 from torch_utils.images import to_unit_range
 from torch_utils.ops.compiled import auto_means_as_before
-
-# Importing PyAV takes a while: functions import it, so that programs without video do not.
-if TYPE_CHECKING:
-    from av.container import OutputContainer
 
 # The files in --outdir.
 TARGET, PROJECTION, STYLES = "target.png", "proj.png", "projected_w.npz"
 VIDEO, RECORD = "proj.mp4", "projection.json"
 TUNED_PROJECTION, TUNED_NETWORK = "proj-pti.png", "network-pti.safetensors"
 STATES, LOCK = "projection-state-*.pt", "lock"
-
-_LEAST_HEIGHT = 256  # of a frame, in pixels
-# Constant quality: enlarged 64x64 phantoms with noise of 6 levels change by at most 3 levels on average.
-_CODECS = {
-    "libx264": {"crf": "18"},
-    "mpeg4": {"qmin": "2", "qmax": "2"},  # for builds without libx264; files are twice as large
-}
-# ffmpeg's numbers of the usual color space: matrix, primaries and curve of BT.709, levels from 16 to 235.
-_BT709, _LIMITED = 1, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,107 +174,3 @@ class TargetProjection:
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
     """Replace values that JSON cannot hold with null, such as the PSNR of equal images."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-class Video:
-    """An H.264 video file; a context manager: the file appears at the end, complete, or not at all after an error.
-
-    path:  in an existing folder; an existing file is replaced
-
-    Frames lower than 256 pixels are enlarged by integer factors, and odd sizes made even by repeating the last line.
-    All methods raise OSError with the file's name if the system reports an error.
-    """
-
-    def __init__(self, path: str | os.PathLike, *, frames_per_second: int = 30):
-        if frames_per_second < 1:
-            raise ValueError(f"frames_per_second is {frames_per_second}; expected 1 or more")
-        self._path = Path(path)
-        self._rate = frames_per_second
-        self._stack = ExitStack()
-        self._stream = None
-        self._shape: list[int] = []
-        self._count = 0
-
-    def __enter__(self) -> "Video":
-        with _naming(self._path):
-            self._container = self._stack.enter_context(_whole_container(self._path))
-        self._stack.push(self._finish)
-        return self
-
-    def __exit__(self, *failure) -> bool | None:
-        # Errors of the block pass unchanged: the stack only raises later ones.
-        try:
-            with _naming(self._path):
-                return self._stack.__exit__(*failure)
-        finally:
-            self._container = self._stream = None  # ends their threads, which would outlive the block
-
-    def add(self, frame: Tensor) -> None:
-        """Append a frame: uint8 [1 or 3, H, W], shaped like the first one. Raises ValueError for others."""
-        import av
-
-        if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] not in (1, 3) or not frame.numel():
-            raise ValueError(f"a frame is {frame.dtype} {list(frame.shape)}; expected uint8 [1 or 3, H, W]")
-        self._shape = self._shape or list(frame.shape)
-        if list(frame.shape) != self._shape:
-            raise ValueError(f"frame {self._count} is {list(frame.shape)}; expected {self._shape} like the first")
-        pixels = frame.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
-        factor = -(-_LEAST_HEIGHT // pixels.shape[0])
-        pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-        height, width = pixels.shape[:2]
-        # Color is stored at half the resolution, so that sizes have to be even.
-        pixels = np.pad(pixels, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
-        picture.pts = self._count
-        with _naming(self._path):
-            if self._stream is None:
-                self._open_stream(picture.width, picture.height)
-            self._container.mux(self._stream.encode(picture))
-        self._count += 1
-
-    def _open_stream(self, width: int, height: int) -> None:
-        import av
-
-        codec = next(name for name in _CODECS if name in av.codecs_available)
-        stream = self._container.add_stream(codec, rate=self._rate, options=_CODECS[codec])
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED
-        self._stream = stream
-
-    def _finish(self, kind: type[BaseException] | None, *_) -> None:
-        """Write the frames that the encoder still buffers."""
-        if kind is not None:
-            return
-        if self._stream is None:
-            raise ValueError(f"{self._path} has no frames; expected one or more")
-        self._container.mux(self._stream.encode())
-
-
-@contextmanager
-def _whole_container(path: Path) -> Iterator["OutputContainer"]:
-    """Open a temporary MP4 file; it is renamed to `path` at the end, unless there is an error."""
-    import av
-
-    with atomic_write(path) as file:
-        # By name, since ffmpeg reads the file again to move the index to the front.
-        container = av.open(file.name, "w", format="mp4", container_options={"movflags": "faststart"})
-        try:
-            yield container
-        except BaseException:
-            with suppress(OSError, av.FFmpegError):
-                container.close()
-            raise
-        container.close()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Make errors of the system name `path` instead of a temporary file."""
-    try:
-        yield
-    except OSError as error:
-        code = error.errno or (errno.EISDIR if isinstance(error, IsADirectoryError) else errno.EIO)
-        raise OSError(code, os.strerror(code), os.fspath(path)) from error

@@ -45,23 +45,24 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 
 def save_grid(path: str | os.PathLike, images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
-              labels: Sequence[str] | None = None) -> None:
+              labels: Sequence[str] | None = None, headings: Sequence[str] | None = None) -> None:
     """Write images side by side, row by row, as a PNG, completely or not at all.
 
-    images:  [N, C, H, W], floating point -1..1 or uint8, gray or RGB, or a list of such [C, H, W], in which None
-             leaves a cell white; cells beyond N stay white
-    labels:  a text for each row, drawn in a column at the left; None draws none
+    images:    [N, C, H, W], floating point -1..1 or uint8, gray or RGB, or a list of such [C, H, W], in which None
+               leaves a cell white; cells beyond N stay white
+    labels:    a text for each row, drawn in a column at the left; None draws none
+    headings:  a text for each column, drawn above it; None draws none
 
     Raises ValueError when the images do not fit the grid, OSError when the file cannot be written.
     """
-    grid = draw_grid(images, columns=columns, rows=rows, labels=labels)
+    grid = draw_grid(images, columns=columns, rows=rows, labels=labels, headings=headings)
     with atomic_write(path) as file:
         # Level 1 packs a grid of 31 megapixels in 3.5 s instead of 8.4 s, into 58 MB instead of 50 MB.
         grid.save(file, "png", compress_level=1)
 
 
 def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: int,
-              labels: Sequence[str] | None = None) -> PIL.Image.Image:
+              labels: Sequence[str] | None = None, headings: Sequence[str] | None = None) -> PIL.Image.Image:
     """Return the image that `save_grid` writes: L or RGB."""
     if not isinstance(images, Tensor):
         white = torch.full_like(to_pixels(next(image for image in images if image is not None)), _WHITE)
@@ -72,17 +73,36 @@ def draw_grid(images: Tensor | Sequence[Tensor | None], *, columns: int, rows: i
         raise ValueError(f"there are {len(images)} images; expected 1 to {columns} x {rows}")
     if labels is not None and len(labels) != rows:
         raise ValueError(f"there are {len(labels)} labels; expected one for each of the {rows} rows")
+    if headings is not None and len(headings) != columns:
+        raise ValueError(f"there are {len(headings)} headings; expected one for each of the {columns} columns")
     pixels = to_pixels(images).cpu()
     blank = pixels.new_full((columns * rows - len(pixels), *pixels.shape[1:]), _WHITE)
     lines = torch.cat([pixels, blank]).split(columns)
     sheet = torch.cat([torch.cat(line.unbind(), dim=2) for line in lines], dim=1)  # [C, rows * H, columns * W]
     picture = PIL.Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).numpy())
-    return picture if labels is None else _with_labels(picture, labels)
+    if headings is not None:
+        picture = _with_headings(picture, headings)
+    return picture if labels is None else _with_labels(picture, labels, rows * pixels.shape[2])
 
 
-def _with_labels(picture: PIL.Image.Image, labels: Sequence[str]) -> PIL.Image.Image:
-    """Return a grid with a column of texts at its left, one beside each row."""
-    row_height = picture.height // len(labels)
+def _with_headings(picture: PIL.Image.Image, headings: Sequence[str]) -> PIL.Image.Image:
+    """Return a grid with a line of texts at its top, one above each column, shortened to its width."""
+    width = picture.width // len(headings)
+    size = max(10, min(width // 6, 30))
+    font = PIL.ImageFont.load_default(size)
+    top = math.ceil(1.6 * size)
+    headed = PIL.Image.new(picture.mode, (picture.width, top + picture.height), _BACKGROUND)
+    draw = PIL.ImageDraw.Draw(headed)
+    for index, text in enumerate(headings):
+        text = fitted(to_ascii(text), width - 2, font.getlength)
+        draw.text(((index + 0.5) * width, top / 2), text, fill=_INK, font=font, anchor="mm")
+    headed.paste(picture, (0, top))
+    return headed
+
+
+def _with_labels(picture: PIL.Image.Image, labels: Sequence[str], height: int) -> PIL.Image.Image:
+    """Return a grid with a column of texts at its left, one beside each row. height: of all rows, below headings"""
+    row_height, top = height // len(labels), picture.height - height
     size = max(min(row_height, 10), min(row_height // 4, 40))
     font = PIL.ImageFont.load_default(size)
     texts = [to_ascii(label) for label in labels]  # Pillow's own font has no other characters
@@ -92,7 +112,7 @@ def _with_labels(picture: PIL.Image.Image, labels: Sequence[str]) -> PIL.Image.I
     labeled = PIL.Image.new(picture.mode, (width + picture.width, picture.height), _BACKGROUND)
     draw = PIL.ImageDraw.Draw(labeled)
     for index, text in enumerate(texts):
-        draw.text((gap, (index + 0.5) * row_height), text, fill=_INK, font=font, anchor="lm")
+        draw.text((gap, top + (index + 0.5) * row_height), text, fill=_INK, font=font, anchor="lm")
     labeled.paste(picture, (width, 0))
     return labeled
 

@@ -88,7 +88,7 @@ def draw_curves(curves: dict[str, Curve]) -> PIL.Image.Image:
 
     Up to four curves give 720 x 400 pixels, more a taller image.
     """
-    return _render(curves_figure(curves))
+    return render_figure(curves_figure(curves))
 
 
 def save_histogram(path: str | os.PathLike, values: dict[str, Sequence[float]], *, quantity: str) -> None:
@@ -351,14 +351,15 @@ def printable(text: str, width: int) -> str:
 
 
 @own_style()
-def _render(figure: "Figure") -> PIL.Image.Image:
+def render_figure(figure: "Figure") -> PIL.Image.Image:
+    """Return the image of a figure that was made in `own_style`: RGB."""
     figure.canvas.draw()
     return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].copy())
 
 
 def write_figure(path: str | os.PathLike, figure: "Figure") -> None:
     """Write a figure that was made in `own_style` as a PNG. Raises OSError."""
-    _save(path, _render(figure))
+    _save(path, render_figure(figure))
 
 
 def _save(path: str | os.PathLike, picture: PIL.Image.Image) -> None:

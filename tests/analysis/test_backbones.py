@@ -211,7 +211,8 @@ def test_without_a_network_the_ways_out_are_named(downloads, tmp_path, monkeypat
     assert str(error.value) == (
         f"resnet18-f37072fd.pth is not in the cache, and downloading {url} failed (no network): download it on a "
         f"machine with network access, and copy it to {downloads / 'resnet18-f37072fd.pth'}, or name it with "
-        "--weights=FILE; --weights=none and --model=efficientnet-lite0 need no download")
+        "--weights=FILE; study.py classify --weights=none and "
+        "--model=efficientnet-lite0 need no download")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

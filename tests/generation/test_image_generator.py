@@ -137,6 +137,30 @@ def test_class_center_is_computed_once_for_each_label():
     assert sum(passes) == 2 * 10_000 + 3 * len(SEEDS)
 
 
+def test_map_latents_takes_any_latents_and_centers():
+    G, labels = lively_generator(), torch.eye(2)
+    images = ImageGenerator(G, SynthesisSettings(truncation=0.25, center="class"), batch=1)
+    z = latents_of([1, 2], G.z_dim)
+    assert torch.equal(images.map_latents(z, labels), images.map_seeds([1, 2], labels))
+    assert torch.equal(images.map_latents(z, labels, images.centers_of(labels)), images.map_seeds([1, 2], labels))
+    centers = torch.linspace(-1, 1, 2 * G.w_dim).reshape(2, -1)
+    with torch.no_grad():
+        ws = G.mapping(z, labels)
+    assert torch.allclose(images.map_latents(z, labels, centers), 0.25 * ws + 0.75 * centers[:, None], atol=1e-6)
+
+
+def test_render_noise_maps_replace_the_networks_own():
+    G = lively_generator()
+    images = ImageGenerator(G, SynthesisSettings(), batch=1)
+    ws = images.map_seeds([1, 2], torch.eye(2))
+    own = {name: buffer for name, buffer in G.synthesis.named_buffers() if name.endswith("noise_const")}
+    stacked = {name: torch.stack([one, one.flip(0)])[:, None] for name, one in own.items()}
+    plain, found = images.render(ws, [0, 0]), images.render(ws, [0, 0], stacked)
+    assert torch.equal(found[0], plain[0])
+    assert not torch.equal(found[1], plain[1])
+    assert torch.equal(images.render(ws, [0, 0]), plain)  # the network keeps its own
+
+
 def test_generate_without_truncation_is_the_same_whatever_the_center():
     G = lively_generator()
     assert np.array_equal(pixels_of(G, center="class"), pixels_of(G))
@@ -174,7 +198,8 @@ def test_parse_seeds_keeps_the_order(text, expected):
     ("1.5", "--seeds has '1.5'; expected numbers and ranges, such as 0,1,5-9"),
     ("9-3", "--seeds has the range 9-3, which runs backwards; expected 3-9"),
     ("4294967296", "--seeds has 4294967296; the largest seed is 4294967295"),
-    ("0-4000000000", "--seeds names 4000000001 seeds; expected at most 1000000: for more images use --zip and --count"),
+    ("0-4000000000",
+     "--seeds names 4000000001 seeds; expected at most 1000000: for more images use generate.py --zip and --count"),
 ])
 def test_parse_seeds_says_what_is_wrong(text, message):
     with pytest.raises(UserError) as caught:

@@ -31,6 +31,10 @@ def test_choose_finds_classes(classes, text, expected):
     assert classes.choose(text) == expected
 
 
+def test_choose_repeated_classes_are_kept_where_they_are_allowed():
+    assert NAMED.choose("bcc,0,2", repeated=True) == [2, 0, 2]
+
+
 @pytest.mark.parametrize(("classes", "text", "expected"), [
     (NAMED, "melanom", f"--class names the class 'melanom' (did you mean melanoma?); {LISTED}"),
     (NAMED, "", f"--class names the class ''; {LISTED}"),

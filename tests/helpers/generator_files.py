@@ -50,3 +50,25 @@ def rounded_share(found, expected):
 def is_alike(found, expected):
     """Tell whether pixels are equal but for rounding: one level in less than 1 % of the values, one of 192 at 8x8."""
     return rounded_share(found, expected) < 0.01
+
+
+def save_lesion_generator(path, info=None, resolution=16, **changes):
+    """Write a network file whose images show a dark spot on light skin, the same one in shades that depend on w.
+
+    What is measured in lesions is found in them, unlike in those of `save_generator`.
+    """
+    G = lively_generator(img_resolution=resolution, **changes)
+    block = getattr(G.synthesis, f"b{resolution}")
+    across = torch.arange(resolution) - resolution / 2 + 0.5
+    spot = torch.sigmoid(0.25 * resolution - torch.hypot(across, across[:, None]))
+    # The last layer's noise is the spot; ToRGB makes it dark.
+    block.conv1.noise_const.copy_(spot)
+    torch.nn.init.constant_(block.conv1.noise_strength, 4)
+    for other in G.synthesis.block_resolutions:
+        torch.nn.init.zeros_(getattr(G.synthesis, f"b{other}").torgb.weight)
+    with torch.no_grad():
+        channels = block.torgb.weight.shape[1]
+        block.torgb.weight.copy_(torch.tensor([-0.12, -0.2, -0.22])[:, None, None, None] / channels**0.5)
+        block.torgb.bias.copy_(torch.tensor([0.8, 0.5, 0.4]))
+    save_network(path, Networks(G=None, D=None, G_ema=G, config={"info": info or {}}))
+    return path

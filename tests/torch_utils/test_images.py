@@ -87,11 +87,33 @@ def test_draw_grid_long_and_foreign_labels_are_drawn():
     assert (np.asarray(short) == np.asarray(long)).all()
 
 
+@pytest.mark.parametrize("labels", [None, ["nv", "mel"]])
+@pytest.mark.parametrize("size", [16, 64])
+def test_draw_grid_headings_stand_above_their_columns(labels, size):
+    images = numbered(4, 3, size, size)
+    plain = np.asarray(draw_grid(images, columns=2, rows=2, labels=labels))
+    headed = np.asarray(draw_grid(images, columns=2, rows=2, labels=labels, headings=["+3", ""]))
+    top = len(headed) - len(plain)
+    assert top > 0
+    assert (headed[top:] == plain).all()  # labels stay beside their rows
+    line = headed[:top, -2 * size:]
+    assert line[:, :size].min() < 128  # ink
+    assert (line[:, size:] == 255).all()
+    assert (headed[:top, :-2 * size] == 255).all()
+
+
+def test_draw_grid_long_headings_are_shortened_to_their_column():
+    headed = np.asarray(draw_grid(numbered(2, 3, 64, 64), columns=2, rows=1, headings=["x" * 500, ""]))
+    assert (headed[:-64, 64:] == 255).all()
+    assert headed[:-64, :64].min() < 128
+
+
 @pytest.mark.parametrize(("images", "options", "message"), [
     (torch.zeros(5, 3, 8, 8), {}, "there are 5 images; expected 1 to 2 x 2"),
     (torch.zeros(0, 3, 8, 8), {}, "there are 0 images; expected 1 to 2 x 2"),
     (torch.zeros(4, 2, 8, 8), {}, r"images are \[4, 2, 8, 8\]; expected \[N, 1 or 3, H, W\]"),
     (torch.zeros(4, 3, 8, 8), {"labels": ["a"]}, "there are 1 labels; expected one for each of the 2 rows"),
+    (torch.zeros(4, 3, 8, 8), {"headings": ["a"]}, "there are 1 headings; expected one for each of the 2 columns"),
 ])
 def test_save_grid_images_that_do_not_fit_raise_and_leave_nothing(tmp_path, images, options, message):
     with pytest.raises(ValueError, match=message):

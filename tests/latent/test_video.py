@@ -1,4 +1,4 @@
-"""latent.one_image: what was put in comes out of the file, which is whole or absent."""
+"""latent.video: what was put in comes out of the file, which is whole or absent."""
 
 import errno
 import gc
@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
+from dnnlib.cli import UserError
 from dnnlib.files import TEMPORARY
-from latent.one_image import Video
+from latent.video import Film, Video, check_film, parse_formats, tile
+from tests.helpers.explore_commands import frames_of
 
 COLORS = [(230, 40, 40), (40, 160, 60), (30, 60, 200), (245, 245, 245), (8, 8, 8)]
 
@@ -243,3 +246,102 @@ def test_video_full_disk_raises_at_any_place_and_leaves_nothing(tmp_path, capfd,
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
         assert os.listdir(tmp_path) == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_webp_frames_come_back_in_time(tmp_path):
+    frames = [quarters(index) for index in range(7)]
+    write(tmp_path / "film.webp", frames, form="webp", frames_per_second=20)
+    found, seconds = frames_of(tmp_path / "film.webp")
+    assert (len(found), seconds) == (7, pytest.approx(0.35))
+    for pixels, frame in zip(found, frames):
+        check_quarters(pixels, enlarged(frame, 4))
+
+
+def test_webp_repeats_forever_and_shows_equal_frames_longer(tmp_path):
+    write(tmp_path / "film.webp", [quarters(0)] * 5 + [quarters(1)], form="webp", frames_per_second=10)
+    with PIL.Image.open(tmp_path / "film.webp") as film:
+        assert (film.format, film.n_frames, film.info["loop"]) == ("WEBP", 2, 0)
+    assert frames_of(tmp_path / "film.webp")[1] == pytest.approx(0.6)
+
+
+def test_webp_gray_frames_are_gray(tmp_path):
+    write(tmp_path / "film.webp", [quarters(index, channels=1) for index in range(2)], form="webp")
+    for pixels in frames_of(tmp_path / "film.webp")[0]:
+        assert np.ptp(pixels.astype(int), axis=2).max() <= 2
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_film_writes_all_formats_or_none(tmp_path, existing):
+    files = {"film.mp4", "film.webp"}
+    for name in files if existing else ():
+        (tmp_path / name).write_bytes(b"old")
+
+    def fail_halfway():
+        with Film(tmp_path / "film", ["mp4", "webp"]) as film:
+            film.add(quarters(0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(files if existing else (),
+                                                                                          b"old")
+    with Film(tmp_path / "film", ["mp4", "webp"], frames_per_second=5) as film:
+        for index in range(3):
+            film.add(quarters(index))
+    assert film.paths == [tmp_path / "film.mp4", tmp_path / "film.webp"]
+    for path in film.paths:
+        found, seconds = frames_of(path)
+        assert (len(found), seconds) == (3, pytest.approx(0.6))
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_film_equal_frames_give_equal_files(tmp_path):
+    for name in "ab":
+        with Film(tmp_path / name, ["mp4", "webp"]) as film:
+            for index in range(20):
+                film.add(quarters(index))
+    for form in ("mp4", "webp"):
+        assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
+
+
+def test_tile_leaves_missing_cells_white():
+    first, second, third = (quarters(index, height=2, width=2) for index in range(3))
+    assert torch.equal(tile([first]), first)
+    found = tile([first, second, third])
+    assert torch.equal(found[:, :2], torch.cat([first, second], 2))
+    assert torch.equal(found[:, 2:], torch.cat([third, torch.full_like(third, 255)], 2))
+    wide = [quarters(index, height=2, width=8) for index in range(4)]  # one below the other, near to a square
+    assert torch.equal(tile(wide), torch.cat(wide, 1))
+
+
+def test_formats_are_parsed_each_once():
+    assert parse_formats("webp, MP4,webp") == ["webp", "mp4"]
+
+
+@pytest.mark.parametrize("text", ["gif", "mp4,gif"])
+def test_formats_unknown_is_refused(text):
+    with pytest.raises(UserError, match=r"^--formats has 'gif'; expected mp4 or webp, or both separated by a comma$"):
+        parse_formats(text)
+
+
+def test_formats_without_encoder_is_refused(monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"libx264"})
+    assert parse_formats("mp4") == ["mp4"]
+    with pytest.raises(UserError, match=r"^--formats has webp, but the installed PyAV cannot write it; expected the "
+                                        r"other format$"):
+        parse_formats("mp4,webp")
+
+
+@pytest.mark.parametrize(("fps", "width", "height", "message"), [
+    (0, 64, 64, "--fps is 0; expected 1 to 240 frames per second, usually 30"),
+    (241, 64, 64, "--fps is 241; expected 1 to 240 frames per second, usually 30"),
+    (30, 5000, 64, "a frame of the film would be 20000x256 pixels; expected at most 16383 each way: show fewer films "
+     "in one"),
+    (30, 300, 16384, "a frame of the film would be 300x16384 pixels; expected at most 16383 each way: show fewer films "
+     "in one"),
+])
+def test_film_that_cannot_be_written_is_refused(fps, width, height, message):
+    with pytest.raises(UserError) as caught:
+        check_film(fps, width, height)
+    assert str(caught.value) == message
+    check_film(30, 16383, 256)
