@@ -9,19 +9,20 @@ BUILT := .venv/.operators
 # LIMIT: the project's own compiled operators choose by the CPU alone, and cannot be told to do without AVX2.
 LOWEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE \
 	OPENBLAS_CORETYPE=Nehalem
-# The tests that compute with networks, operators, augmentations, metrics and projections, and compare the results with
-# stored ones or with those of another implementation: two minutes of one core. Left out for their time: whole programs
-# (test_loop, test_training_runs, test_projector*, test_one_image, test_image_set, test_generate_runs,
-# test_calc_metrics), several processes (test_distributed), and what is computed in float64 and integers
-# (test_compiled_operators, test_kernels, data sets).
+# The tests that compute with networks, operators, augmentations, metrics, projections and directions, and compare the
+# results with stored ones or with those of another implementation: three minutes of one core. Left out for their time:
+# whole programs (test_loop, test_training_runs, test_projector*, test_one_image, test_image_set, test_generate_runs,
+# test_calc_metrics), several processes (test_distributed, test_interpolation, test_anatomy), and what is computed in
+# float64 and integers (test_compiled_operators, test_kernels, data sets).
 PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_numbers grid_sample \
 	ops_training loss step state transfer snapshot augment pixels geometry \
-	image_generator generate run_output one_image_video projection pivotal_tuning similarity \
+	image_generator generate run_output video projection pivotal_tuning similarity \
 	detectors evaluation image_sources metrics_against_torch_fidelity metrics_meaning \
 	perceptual_path feature_tensors frechet inception_score kernel precision_recall density_coverage authenticity \
 	diversity intervals interval_coverage interval_coverage_kernel interval_coverage_frechet scores assessment \
 	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics \
-	backbones classifier classification_scores lesion_augmentation near_duplicates
+	backbones classifier classification_scores lesion_augmentation near_duplicates \
+	directions boundaries walks measurements neighborhoods
 
 # Tests run in several processes, of one thread each: small tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal

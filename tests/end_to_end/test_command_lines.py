@@ -8,6 +8,7 @@ import pytest
 
 import calc_metrics
 import dataset_tool
+import explore
 import federate
 import generate
 import projector
@@ -25,14 +26,16 @@ from training.snapshot import convert_command
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {"train.py": train.main, "generate.py": generate.main, "projector.py": projector.main,
             "calc_metrics.py": calc_metrics.main, "dataset_tool.py": dataset_tool.main, "scripts/demo.py": demo.main,
-            "federate.py": federate.main, "study.py": study.main,
+            "federate.py": federate.main, "explore.py": explore.main, "study.py": study.main,
             "torch_utils/ops/build.py": build.main, "training/nvidia_pickle.py": convert_command}
-COMMANDS = {**PROGRAMS, **{f"{program} {name}": command for program in ("dataset_tool.py", "federate.py", "study.py")
-                          for name, command in PROGRAMS[program].commands.items()}}
+GROUPS = ("dataset_tool.py", "federate.py", "explore.py", "study.py")
+COMMANDS = {**PROGRAMS, **{f"{program} {name}": command for program in GROUPS
+                           for name, command in PROGRAMS[program].commands.items()}}
 OPTIONS = [pytest.param(program, option, id=f"{program} {option.opts[-1]}") for program, command in COMMANDS.items()
            for option in command.params if isinstance(option, click.Option)]
 # What stands in the place of a value that is a path: FILE, NAME=FILE, none|classes|FILE, [FILE], IN.pkl, ...
 PATH = re.compile(r"FILE|PATH|DIR|FOLDER|IN\.|OUT\.")
+NOT_ONLY_PATHS = {"FILE:NAME"}  # a direction in a file
 
 
 def given(program, *arguments, capsys):
@@ -77,7 +80,7 @@ def test_options_that_may_be_given_several_times_are_these():
         *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
                                                        "leave")),
         "study.py protocol --external", "study.py protocol --subset",
-        *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose"))}
+        *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose")), "explore.py interpolate --points"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -117,7 +120,7 @@ def test_every_path_of_every_program_expands_the_home_folder(tmp_path, monkeypat
     for program, command in COMMANDS.items():
         for parameter in command.params:
             shown = parameter.metavar or parameter.name
-            if not PATH.search(shown.upper()):
+            if not PATH.search(shown.upper()) or shown in NOT_ONLY_PATHS:
                 assert not isinstance(parameter.type, UserPath), (program, shown)
                 continue
             assert isinstance(parameter.type, UserPath), (program, parameter.name, shown)

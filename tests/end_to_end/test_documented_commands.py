@@ -15,7 +15,7 @@ import pytest
 
 from imagesets.phantoms.make import write_phantoms
 from imagesets.reader import ImageSet
-from tests.helpers.generator_files import save_generator
+from tests.helpers.generator_files import save_generator, save_lesion_generator
 from tests.helpers.make_archives import encode, make_folder, make_zip
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,6 +45,9 @@ NOT_RUN = {
 SMALLER = [
     (r"--resolution=\d+x\d+", "--resolution=16x16"),
     (r"--seeds=0-63", "--seeds=0-3"),
+    (r"--seeds=0-1999", "--seeds=0-139"),  # 20 of each of seven classes
+    (r"--num=\d+", "--num=2"),
+    (r"--frames=\d+", "--frames=4"),
     (r"--count=\d{1,3}\b", "--count=24"),
     (r"--count=\d{4,}\b", "--count=128"),  # as many as a study wants that adds them to its training images
     (r"([a-z]+):5000\b", r"\1:64"),
@@ -72,6 +75,12 @@ ADDED = {
     "study.py protocol": ["--workers=1"],
     "study.py classify": ["--size=32", "--num-seeds=2", "--resamples=50", "--workers=1", "--device=cpu"],
     "study.py predict": ["--workers=1", "--device=cpu"],
+    "explore.py sefa": ["--steps=2", "--num=2", "--device=cpu"],
+    "explore.py boundary": ["--steps=2", "--permutations=60", "--device=cpu"],
+    "explore.py edit": ["--steps=2", "--frames=4", "--device=cpu"],
+    "explore.py interpolate": ["--frames=4", "--device=cpu"],
+    "explore.py neighbors": ["--num=2", "--detector=random-conv", "--device=cpu"],
+    "explore.py anatomy": ["--seeds=0-3", "--draws=4", "--psi=0,1", "--device=cpu"],
     "-m training.nvidia_pickle": [],
     "-m torch_utils.ops.build": [],
 }
@@ -172,8 +181,8 @@ def make_phantoms(path, seed, count=60):
 def make_workplace(folder):
     """Make a folder in which the printed commands find the programs and all files that they name."""
     for name in ("train.py", "generate.py", "projector.py", "calc_metrics.py", "dataset_tool.py", "federate.py",
-                 "study.py", "training", "torch_utils", "metrics", "dnnlib", "imagesets", "latent", "federated",
-                 "generation", "analysis"):
+                 "explore.py", "study.py", "training", "torch_utils", "metrics", "dnnlib", "imagesets", "latent",
+                 "federated", "generation", "analysis"):
         (folder / name).symlink_to(ROOT / name)
     python = folder / "bin" / "python"
     python.parent.mkdir()
@@ -182,6 +191,17 @@ def make_workplace(folder):
     (folder / "bin" / "torchrun").write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run --standalone "$@"\n')
     (folder / "bin" / "torchrun").chmod(0o755)
+
+
+def make_explored(folder):
+    """Make a network whose lesions can be measured, images of its classes, and a table of its seeds."""
+    classes = "akiec bcc bkl df mel nv vasc".split()
+    save_lesion_generator(folder / "N.safetensors", {"classes": classes}, c_dim=len(classes))
+    for name in ("train.zip", "heldout.zip"):
+        write_phantoms(folder / name, workers=1, count=60, resolution=16, classes={"mel": 0.5, "nv": 0.5}, seed=1,
+                       bias={})
+    write_table(folder / "table.csv", [{"seed": seed, "age": 20 + seed * 7 % 60} for seed in range(140)])
+    make_folder(folder, {"lesion.jpg": jpegs(["ISIC_0000009"])["ISIC_0000009.jpg"]})
 
 
 def make_files(folder, document):
@@ -195,7 +215,9 @@ def make_files(folder, document):
     if document == "docs/study.md":  # with several lesions of both classes in each part
         make_phantoms(folder / "isic256.zip", seed=0, count=150)
         make_phantoms(folder / "heldout.zip", seed=1, count=12)
-    if document in ("README.md", "docs/federated.md", "docs/study.md"):
+    if document == "docs/explore.md":
+        make_explored(folder)
+    if document in ("README.md", "docs/explore.md", "docs/federated.md", "docs/study.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}

@@ -20,8 +20,8 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 SETS = "dataset_tool.py"  # the program that converts
 # Some texts there are arguments of other programs, not messages: of compilers, and the demonstration's commands.
 ARGUMENTS = {"torch_utils.ops.build", "scripts.demo"}
-# The demonstration's page: a style sheet, whose variables look like flags, and commands that test_demo.py checks.
-PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps"}
+# Pages: style sheets, whose variables look like flags, and commands that test_demo.py checks.
+PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps", "latent.exploration_page:_STYLE"}
 # Of training runs, which choose no class for their metrics.
 CLASS_OF_METRICS = {
     "imagesets.classes:find_class", "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_class",
@@ -46,6 +46,18 @@ UNREACHED = {
     ("study.py", "--per-class"): {
         "metrics.image_sources:SetImages.class_names", "metrics.image_sources:SetImages.select"},
     ("study.py", "--detector-weights"): {"metrics.detectors.registry:find_packaged"},  # the default; --weights here
+    # The classifier of a file, which study.py classify opened.
+    ("explore.py", "--model"): {"analysis.backbones:_torchvision"},
+    ("explore.py", "--size"): {"analysis.backbones:_torchvision", "analysis.backbones:open_backbone"},
+    ("explore.py", "--workers"): {"dnnlib.workers:_Worker._describe_death"},  # it starts none
+    # Originals are prepared as projector.py did, which checked how.
+    ("explore.py", "--depth"): {"imagesets.pixel_formats:BEYOND_DEPTH", "imagesets.pixel_formats:Depth.__post_init__",
+                                "imagesets.pixel_formats:NOT_FINITE"},
+    ("explore.py", "--resize-filter"): {"imagesets.resize:PixelSpec.__post_init__"},
+    ("explore.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},
+    ("explore.py", "--transform"): {"imagesets.resize:PixelSpec.__post_init__", "latent.targets:spec_for"},
+    ("explore.py", "--per-class"): {  # it takes the whole training set
+        "metrics.image_sources:SetImages.class_names", "metrics.image_sources:SetImages.select"},
     ("generate.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # its messages name --zip
 }
 
