@@ -122,7 +122,9 @@ def describe_findings(record: dict[str, Any]) -> str:
         heading("Directions"),
         paragraph("The AUC is that of samples which the direction was not found from (5-fold cross-validation), with "
                   "its 95 % interval. The p-value is that of a permutation test"
-                  + (f", corrected for {record['tests']} attributes (Holm)." if record["tests"] > 1 else ".")),
+                  + (f", corrected for {record['tests']} attributes (Holm)" if record["tests"] > 1 else "")
+                  + ("; for directions orthogonal to others, for the number of these."
+                     if any(one["degrees_to_own_direction"] is not None for one in record["directions"]) else ".")),
         sortable_table(["direction", "found", "AUC", "p", "samples", "compared", "AUC of others along it"], rows),
         heading("Rank correlations of the attributes"),
         paragraph(f"Spearman's, over {plural(record['samples'], 'sample')}: attributes that vary together are hard to "

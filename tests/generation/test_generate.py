@@ -530,7 +530,7 @@ def test_group_of_one_with_another_gpus_gives_one_line(inside, capsys, monkeypat
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_full_memory_gives_one_line(inside, capsys, monkeypatch, batch, advice, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(ImageGenerator, "_synthesize", fail)
