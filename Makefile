@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --d
 help:
 	@echo "make setup   install what is needed into .venv, and compile the operators where there is a compiler"
 	@echo "make demo    train on drawings of lesions and show what comes out, minutes on two cores"
-	@echo "make test    run the tests, a few minutes on two cores"
+	@echo "make test    run the tests, about ten minutes on two cores"
 	@echo "make test-portable run those tests that compute as on a CPU without AVX, slow ones too"
 	@echo "make slow    run the tests that take longer"
 	@echo "make soak    kill a training run a hundred times, and compare its end with an unbroken one"
