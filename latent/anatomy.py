@@ -6,7 +6,6 @@ Legend: N seeds, L num_ws, K w_dim, C R channels and side of an image. Levels ar
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,15 +18,22 @@ from torch.func import functional_call
 from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from generation.command import flag
-from generation.image_generator import CLASS_CENTER, GLOBAL_CENTER, ImageGenerator, SynthesisSettings
+from generation.image_generator import CLASS_CENTER, GLOBAL_CENTER, ImageGenerator
 from generation.network import Label
 from latent.anatomy_page import PAGE, ClassStyles, Exchange, Noise, Styles, Truncation, page_body, record_of
 from latent.directions import RESOLUTIONS_OF, principal_components, resolutions_of_layers
-from latent.exploration import Explorer, ExploreRequest, make_explore_command, pixel_differences, seeds_of
+from latent.exploration import (
+    Explorer,
+    ExploreRequest,
+    make_explore_command,
+    parse_numbers,
+    pixel_differences,
+    seeds_of,
+)
 from latent.exploration_page import thumbnail, write_page
 from metrics.features import compute_rows
 from torch_utils.seeding import generator_for, seed_for
-from training.generator import truncate
+from training.generator import noise_maps, truncate
 
 RECORD = "anatomy.json"
 ALL = "all"  # layers
@@ -62,7 +68,7 @@ class AnatomyRequest(ExploreRequest):
         super().__post_init__()
         if self.draws < 2:
             raise UserError(f"--draws is {self.draws}; expected at least 2, for a standard deviation")
-        count = len(seeds_of(self, least=2))
+        count = len(seeds_of(self.seeds, least=2))
         if count > _MOST_SEEDS:
             raise UserError(f"--seeds names {count} seeds; expected at most {_MOST_SEEDS} on one page")
         _ = self.psis  # checks
@@ -70,19 +76,11 @@ class AnatomyRequest(ExploreRequest):
     @property
     def psis(self) -> list[float]:
         """The values of --psi, from small to large. Raises UserError."""
-        found = set()
-        for part in self.psi.split(","):
-            try:
-                number = float(part)
-            except ValueError:
-                number = math.nan
-            if not abs(number) <= _LARGEST_PSI:  # also refuses nan
-                raise UserError(f"--psi has {part.strip()!r}; expected values of psi, at most {_LARGEST_PSI}, such "
-                                f"as --psi={PSIS}")
-            found.add(number)
+        found = parse_numbers("--psi", self.psi, lambda psi: abs(psi) <= _LARGEST_PSI,
+                              f"values of psi, at most {_LARGEST_PSI}", example=PSIS)
         if len(found) > _MOST_PSIS:
             raise UserError(f"--psi has {len(found)} values; expected at most {_MOST_PSIS}")
-        return sorted(found)
+        return found
 
 
 # Noise.
@@ -93,20 +91,17 @@ def noise_inputs(G: nn.Module) -> dict[str, list[str]]:
 
     Groups without noise are left out; networks without noise have none.
     """
-    names = {resolution: [f"b{resolution}.{name}.noise_const" for name in ("conv0", "conv1")
-                          if getattr(getattr(getattr(G.synthesis, f"b{resolution}"), name, None), "use_noise", False)]
-             for resolution in G.synthesis.block_resolutions}
-    groups = {ALL: range(2**30), **RESOLUTIONS_OF}
-    found = {group: [name for resolution, some in names.items() if resolution in range_ for name in some]
+    maps, groups = noise_maps(G.synthesis), {ALL: range(2**30), **RESOLUTIONS_OF}
+    found = {group: [name for name, values in maps.items() if len(values) in range_]
              for group, range_ in groups.items()}
     return {group: some for group, some in found.items() if some}
 
 
 def draw_noise(G: nn.Module, names: Sequence[str], seed: int, draw: int) -> dict[str, Tensor]:
     """Return random noise maps [1, 1, r, r] by name; a map depends on its name, the seed and the draw alone."""
-    buffers = dict(G.synthesis.named_buffers())
-    return {name: torch.randn(1, 1, *buffers[name].shape, generator=generator_for(
-        seed_for(seed, draw, 0, f"explore/noise/{name}"))).to(buffers[name]) for name in names}
+    maps = noise_maps(G.synthesis)
+    return {name: torch.randn(1, 1, *maps[name].shape, generator=generator_for(
+        seed_for(seed, draw, 0, f"explore/noise/{name}"))).to(maps[name]) for name in names}
 
 
 @torch.no_grad()
@@ -181,7 +176,7 @@ def truncation_centers(explorer: Explorer, labels: Sequence[Label]) -> dict[str,
 def measure_truncation(explorer: Explorer, seeds: Sequence[int], psis: Sequence[float]) -> list[Truncation]:
     """Return images of seeds at each psi, and how much they differ from each other, for each center."""
     labels, found = explorer.labels_of(len(seeds)), []
-    ws = untruncated_styles(explorer, seeds, labels)
+    ws = explorer.styles(seeds, truncated=False)
     names = [f"seed {seed}" + (f", {explorer.name_of(label)}" if label is not None else "")
              for seed, label in zip(seeds, labels, strict=True)]
     is_same = np.array([[one == other for other in labels] for one in labels])
@@ -198,13 +193,6 @@ def measure_truncation(explorer: Explorer, seeds: Sequence[int], psis: Sequence[
         found.append(Truncation(center=center, psis=tuple(psis), same_class=tuple(same), other_class=tuple(others),
                                 pictures=tuple(zip(names, rows, strict=False))))
     return found
-
-
-def untruncated_styles(explorer: Explorer, seeds: Sequence[int], labels: Sequence[Label]) -> Tensor:
-    """Return the styles of seeds as the mapping network makes them: float32 [N, L, K] on the CPU."""
-    generator = ImageGenerator(explorer.G, SynthesisSettings(), batch=1)
-    rows = explorer.network.classes.labels(labels)
-    return torch.cat([generator.map_seeds([seed], row[None]).cpu() for seed, row in zip(seeds, rows, strict=True)])
 
 
 def mean_of_pairs(distances: np.ndarray, chosen: np.ndarray) -> float | None:
@@ -290,7 +278,7 @@ def _along_components(explorer: Explorer, styles: Tensor, found: ClassStyles) ->
 
 def explore_anatomy(explorer: Explorer, request: AnatomyRequest) -> None:
     """Do the work of `explore.py anatomy`."""
-    seeds = seeds_of(request, least=2)
+    seeds = seeds_of(request.seeds, least=2)
     noise = measure_noise(explorer, seeds[:_NOISE_SEEDS], request.draws)
     truncation = measure_truncation(explorer, seeds, request.psis)
     exchange = measure_layers(explorer, seeds)

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from latent.class_lines import walk_between_classes
 from latent.directions import (
     ALL_LAYERS,
     BOUNDARY,
+    FILE,
     Directions,
     choose_style_layers,
     deviations_along,
@@ -59,7 +60,7 @@ from latent.exploration import NETWORK, Explorer, OpenClassifier, make_explore_c
 from latent.measurements import MeasuredRequest
 from latent.walks import parse_strength, place_steps, remove_walks, walk_directions, write_walks
 
-DIRECTIONS, RECORD, CORRELATIONS = "directions.npz", "boundary.json", "correlations.csv"
+RECORD, CORRELATIONS = "boundary.json", "correlations.csv"
 SEEDS, LINE_SEEDS = "0-1999", "0-31"  # defaults
 _STRENGTH, _LINE_STRENGTH = "-3..3", "-0.5..1.5"
 _STEPS, _LINE_STEPS = 7, 9
@@ -141,7 +142,7 @@ class BoundaryRequest(MeasuredRequest):
     def chosen_seeds(self) -> list[int]:
         """Return the seeds, each once. Raises UserError."""
         default = LINE_SEEDS if self.is_line else SEEDS
-        return seeds_of(replace(self, seeds=default if self.seeds is None else self.seeds), least=2)
+        return seeds_of(default if self.seeds is None else self.seeds, least=2)
 
     def choose_labels(self, network: OpenNetwork) -> tuple[Label, ...]:
         """Return the labels of the samples, or the two classes of a walk. Raises UserError."""
@@ -237,7 +238,7 @@ def _find_and_write(explorer: Explorer, request: BoundaryRequest, samples: Sampl
 
     beat:  called now and then, see `Explorer.from_main`
     """
-    for name in (DIRECTIONS, RECORD, CORRELATIONS):  # from an earlier command
+    for name in (FILE, RECORD, CORRELATIONS):  # from an earlier command
         (explorer.outdir / name).unlink(missing_ok=True)
     remove_walks(explorer.outdir)
     styles = styles_in(samples, layers)
@@ -268,7 +269,7 @@ def _find_and_write(explorer: Explorer, request: BoundaryRequest, samples: Sampl
             names=tuple(finding.name for finding in shown), vectors=vectors, method=BOUNDARY, layers=tuple(layers),
             deviations=deviations_along(explorer.reference_styles(), vectors),
             network_sha256=mapping_sha256(explorer.network))
-        save_directions(explorer.outdir / DIRECTIONS, directions)
+        save_directions(explorer.outdir / FILE, directions)
     cosines = np.eye(0) if directions is None else (vectors.double() @ vectors.double().T).numpy()
     record = {
         **explorer.describe(), "samples": len(samples),
@@ -297,7 +298,7 @@ python explore.py boundary --network=N.safetensors --from=nv --to=mel --classifi
 
 A direction is written only if it tells samples apart that it was not found from: if a permutation test says so, and
 the interval of its AUC lies above 0.5; of one that was made orthogonal to others, only the interval counts. Writes
-{DIRECTIONS}, {RECORD}, {CORRELATIONS}, sheets, and index.html.
+{FILE}, {RECORD}, {CORRELATIONS}, sheets, and index.html.
 """
 
 

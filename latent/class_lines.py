@@ -18,14 +18,14 @@ from dnnlib.cli import UserError
 from dnnlib.files import atomic_write
 from dnnlib.text import plural
 from latent.attribute_values import CLASSIFIER
-from latent.directions import CLASS_LINE, Directions, deviations_along, mapping_sha256, save_directions
+from latent.directions import CLASS_LINE, FILE, Directions, deviations_along, mapping_sha256, save_directions
 from latent.exploration import Explorer, ImageFunction
 from latent.exploration_page import Cell, heading, image_tag, paragraph, sortable_table, write_page
-from latent.walks import move
+from latent.walks import PAGE, move
 from metrics.intervals import TooFew, bootstrap_mean
 from torch_utils.images import draw_grid
 
-DIRECTIONS, RECORD, TABLE, SHEET, PAGE = "directions.npz", "line.json", "line.csv", "line.png", "index.html"
+RECORD, TABLE, SHEET = "line.json", "line.csv", "line.png"
 
 _SHOWN = 8  # seeds on the sheet
 
@@ -64,7 +64,7 @@ def walk_between_classes(explorer: Explorer, seeds: Sequence[int], steps: Sequen
         for index, name in enumerate(function.names):
             quantities.append(_summarize(kind, name, along[1:, :, index], along[0, :, index],
                                          numbers[len(numbers) - len(own):, index], steps))
-    save_directions(explorer.outdir / DIRECTIONS, Directions(
+    save_directions(explorer.outdir / FILE, Directions(
         names=(f"{names[0]} to {names[1]}",), vectors=vectors, layers=tuple(layers), method=CLASS_LINE,
         deviations=deviations_along(explorer.reference_styles(), vectors),
         network_sha256=mapping_sha256(explorer.network), extras={"distance": np.array([distance])}))

@@ -9,10 +9,10 @@ import click
 from dnnlib.cli import UserError, UserPath
 from dnnlib.text import plural
 from generation.command import flag
-from generation.image_generator import parse_seeds
 from generation.network import OpenNetwork
 from latent.attribute_values import Samples, read_samples, samples_of_seeds
 from latent.directions import (
+    FILE,
     PCA,
     SEFA,
     Directions,
@@ -23,12 +23,10 @@ from latent.directions import (
     principal_components,
     save_directions,
 )
-from latent.exploration import NETWORK, OUTPUT, Explorer, OpenClassifier, make_explore_command
+from latent.exploration import NETWORK, OUTPUT, Explorer, OpenClassifier, make_explore_command, seeds_of
 from latent.measurements import EFFECTS, MeasuredRequest
 from latent.walks import parse_strength, place_steps, remove_walks, walk_directions, write_walks
 from torch_utils.device import check_counts
-
-FILE = "directions.npz"
 
 _DIRECTIONS = "Directions"  # heading of the help
 _SEEDS = "0-31"
@@ -81,7 +79,7 @@ class SefaRequest(MeasuredRequest):
     @property
     def chosen_seeds(self) -> list[int]:
         """The seeds, each once."""
-        return list(dict.fromkeys(parse_seeds("--seeds", _SEEDS if self.seeds is None else self.seeds)))
+        return seeds_of(_SEEDS if self.seeds is None else self.seeds)
 
     @property
     def places(self) -> list[float]:

@@ -21,6 +21,7 @@ from dnnlib.text import listed, suggestion
 from generation.image_generator import parse_ranges, read_npz
 from generation.network import OpenNetwork
 
+FILE = "directions.npz"  # in --outdir
 SEFA, PCA, BOUNDARY, CLASS_LINE = "sefa", "pca", "boundary", "class line"  # methods
 # Names of layers, by the resolutions of their blocks.
 RESOLUTIONS_OF = {"coarse": range(4, 9), "middle": range(16, 33), "fine": range(64, 2**20)}

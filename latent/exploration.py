@@ -3,6 +3,7 @@
 Legend: N images, L num_ws, K w_dim, C R channels and side of an image.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -133,14 +134,16 @@ class Explorer:
         """Return the name of a class, or "" for an unconditional network."""
         return "" if label is None else self.network.classes.name(label)
 
-    def styles(self, seeds: Sequence[int], labels: Sequence[Label] | None = None) -> Tensor:
-        """Return the styles of seeds, truncated as --trunc says: float32 [N, L, K] on the CPU.
+    def styles(self, seeds: Sequence[int], labels: Sequence[Label] | None = None, *, truncated: bool = True) -> Tensor:
+        """Return the styles of seeds: float32 [N, L, K] on the CPU.
 
-        labels: one per seed; None = in turn, see `labels_of`
+        labels:     one per seed; None = in turn, see `labels_of`
+        truncated:  as --trunc says; False = as the mapping network makes them
         """
         rows = self.network.classes.labels(self.labels_of(len(seeds)) if labels is None else labels)
+        generator = self.generator if truncated else ImageGenerator(self.G, SynthesisSettings(), batch=1)
         # One at a time: the style of a seed does not depend on the others.
-        return torch.cat([self.generator.map_seeds([seed], row[None]).cpu() for seed, row in zip(seeds, rows)])
+        return torch.cat([generator.map_seeds([seed], row[None]).cpu() for seed, row in zip(seeds, rows, strict=True)])
 
     @torch.no_grad()
     def reference_styles(self, labels: Sequence[Label] | None = None) -> Tensor:
@@ -204,8 +207,7 @@ class Explorer:
             if not len(rows):
                 return [torch.zeros(0, one.columns) for one in functions]
             pixels = self.render(ws[rows.start:rows.stop])
-            found = [torch.from_numpy(np.ascontiguousarray(one.compute(pixels), dtype=np.float32)) for one in functions]
-            return found
+            return [torch.from_numpy(np.ascontiguousarray(one.compute(pixels), dtype=np.float32)) for one in functions]
 
         sizes = [(len(ws), one.columns) for one in functions]
         with self._progress(len(ws), what) as progress:
@@ -319,12 +321,32 @@ def _new_folder(path: str) -> Iterator[None]:
         raise
 
 
-def seeds_of(request: ExploreRequest, *, least: int = 1) -> list[int]:
+def seeds_of(text: str, *, least: int = 1) -> list[int]:
     """Return the seeds of --seeds, each once. Raises UserError if there are fewer than `least`."""
-    seeds = list(dict.fromkeys(parse_seeds("--seeds", request.seeds)))
+    seeds = list(dict.fromkeys(parse_seeds("--seeds", text)))
     if len(seeds) < least:
-        raise UserError(f"--seeds is {request.seeds}, which is {len(seeds)}; expected at least {least} different seeds")
+        raise UserError(f"--seeds is {text}, which is {len(seeds)}; expected at least {least} different seeds")
     return seeds
+
+
+def parse_numbers(option: str, text: str, fits: Callable[[float], bool], expected: str, *, example: str) -> list[float]:
+    """Return the numbers of a list such as 0,0.5,1, each once, from small to large.
+
+    fits:      tells whether a number can be used; false for nan
+    expected:  "values of psi, at most 4", for messages;  example: a list
+
+    Raises UserError for others.
+    """
+    found = set()
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise UserError(f"{option} has {part.strip()!r}; expected {expected}, such as {option}={example}")
+        found.add(number)
+    return sorted(found)
 
 
 def pixel_differences(images: Tensor, other: Tensor) -> np.ndarray:

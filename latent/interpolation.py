@@ -26,6 +26,7 @@ from latent.points import EXAMPLE, Point, labels_of_points, parse_points
 from latent.video import Film, parse_formats, tile
 from torch_utils.images import MOST_PIXELS, save_grid
 from torch_utils.seeding import generator_for, seed_for
+from training.generator import noise_maps
 
 MOTION = "Motion"  # heading of the help
 SPACES, EASINGS, NOISES = ("z", "w"), ("linear", "smooth"), ("const", "none", "drift")
@@ -176,8 +177,7 @@ class NoiseDrift:
     """
 
     def __init__(self, synthesis: nn.Module):
-        self._sides = {name: len(buffer) for name, buffer in synthesis.named_buffers()
-                       if name.rpartition(".")[2] == "noise_const"}
+        self._sides = {name: len(values) for name, values in noise_maps(synthesis).items()}
         self._device = next(synthesis.parameters()).device
         self._maps = lru_cache(maxsize=2)(self._draw)  # of the segment's ends; those of 1024x1024 take 11 MB a point
 

@@ -23,7 +23,15 @@ from generation.command import flag
 from generation.image_generator import parse_seeds, save_projected_w
 from generation.network import OpenNetwork
 from imagesets.reader import describe_shape
-from latent.exploration import SPEED, Explorer, ExploreRequest, make_explore_command, mean_with_interval
+from latent.exploration import (
+    SPEED,
+    Explorer,
+    ExploreRequest,
+    make_explore_command,
+    mean_with_interval,
+    parse_numbers,
+    seeds_of,
+)
 from latent.exploration_page import (
     Cell,
     captioned,
@@ -113,24 +121,16 @@ class NeighborsRequest(ExploreRequest):
         """The seeds of the images in the centers, each once."""
         if self.seed is not None:
             return parse_seeds("--seed", str(self.seed))
-        return list(dict.fromkeys(parse_seeds("--seeds", "0" if self.seeds is None else self.seeds)))
+        return seeds_of("0" if self.seeds is None else self.seeds)
 
     @property
     def radii(self) -> list[float]:
         """The distances, in degrees or standard deviations, from small to large. Raises UserError."""
         largest, unit = (180, "degrees above 0, at most 180") if self.space == Z else (
             _MOST_RADIUS, f"numbers above 0, at most {_MOST_RADIUS}")
-        found = set()
-        for part in (self.radius or DEFAULT_RADII[self.space]).split(","):
-            try:
-                number = float(part)
-            except ValueError:
-                number = math.nan
-            if not 0 < number <= largest:  # also refuses nan
-                raise UserError(f"--radius has {part.strip()!r}; expected {unit}, such as "
-                                f"--radius={DEFAULT_RADII[self.space]}")
-            found.add(number)
-        return sorted(found)
+        default = DEFAULT_RADII[self.space]
+        return parse_numbers("--radius", self.radius or default, lambda radius: 0 < radius <= largest, unit,
+                             example=default)
 
     def check(self, network: OpenNetwork) -> None:
         """Raise UserError if the sheets would be too large, or the training set or the detector cannot be used."""

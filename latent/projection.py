@@ -32,6 +32,7 @@ from torch_utils.checkpoint import DamagedCheckpoint, read_checkpoint, write_che
 from torch_utils.distributed import Processes, broadcast_object
 from torch_utils.images import to_unit_range
 from torch_utils.seeding import generator_for, seed_for
+from training.generator import noise_maps
 
 SPACES = ("w", "w+")
 STATE_SECONDS = 120.0  # between two saved states: the most that a crash loses
@@ -50,7 +51,6 @@ _LEARNING_RATE, _RAMP_UP, _RAMP_DOWN = 0.1, 0.05, 0.25  # ramps as shares of all
 _STYLE_NOISE, _STYLE_NOISE_RAMP = 0.05, 0.75
 _MAP_WEIGHT, _SMALLEST_MAP = 1e5, 8
 _BETAS = (0.9, 0.999)
-_MAP_NAME = "noise_const"
 _MOST_PIXELS, _MOST_IMAGES = {"cpu": 1 << 19, "cuda": 1 << 20}, {"cpu": 8, "cuda": 32}  # per batch
 
 
@@ -138,8 +138,7 @@ class Projector:
         self._synthesis = copy.deepcopy(G.synthesis).train().requires_grad_(False)
         self.device = next(G.parameters()).device
         self.num_ws, self.w_dim = G.num_ws, G.w_dim
-        self._map_sides = {name: len(buffer) for name, buffer in self._synthesis.named_buffers()
-                           if name.rpartition(".")[2] == _MAP_NAME}
+        self._map_sides = {name: len(values) for name, values in noise_maps(self._synthesis).items()}
 
     def first_maps(self) -> dict[str, Tensor]:
         """Return the initial noise maps of every image, [1, 1, r, r] by name."""

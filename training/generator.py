@@ -176,6 +176,11 @@ class SynthesisNetwork(nn.Module):
         return img
 
 
+def noise_maps(synthesis: nn.Module) -> dict[str, Tensor]:
+    """Return the constant noise maps [r, r] by their names in the network, from low to high resolution."""
+    return {name: buffer for name, buffer in synthesis.named_buffers() if name.rpartition(".")[2] == "noise_const"}
+
+
 class SynthesisBlock(nn.Module):
     """All layers of one resolution.
 
