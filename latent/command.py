@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ def project_set(request: ProjectRequest) -> int:
     check_outdir(request.outdir)
     network = open_network(request.network, "cpu")
     images = ImageSet(request.data)
-    spec = spec_for(network.G, request.transform, request.resize_filter, request.exact)
+    spec_for(network.G, request.transform, request.resize_filter, request.exact)  # checks
     if images.label_kind == network.classes.kind == VECTOR and network.classes.names is not None:
         images.use_classes(network.classes.names)
     start = parse_start(network.classes, request.class_, request.label)
@@ -250,24 +250,34 @@ def project_set(request: ProjectRequest) -> int:
             print(f"{nameless} does not name its classes; they are matched by number", file=sys.stderr)
     with join(device) as joined, memory_advice(passes.size):
         require_same(network, joined)
-        similarity = choose_similarity(request.detector, request.detector_weights, joined)
-        network.G.to(joined.device)
-        settings = {**_describe(request, network, similarity, passes.size, device), "data": images.path.name,
-                    "data_sha256": fingerprint(images, targets), "count": len(targets),
-                    "left_out_by_class": left_out, "class": request.class_,
-                    **({} if request.label is None else {"label": request.label}),
-                    "group_by_class": bool(request.group_by_class)}
-        depth = Depth(bits=request.depth, ranges=read_ranges(images, shown=place.rank == 0))
-        _project_set(request, settings, images, network, joined, passes,
-                     SetWorker(images, replace(spec, depth=depth), network,
-                               Projector(network.G, similarity, request.settings), passes))
+        project_images(request, network, images, passes, joined, left_out=left_out)
     return 0
 
 
-def _project_set(request: ProjectRequest, settings: dict[str, Any], images: ImageSet, network: OpenNetwork,
-                 processes: Processes, passes: Passes, worker: SetWorker) -> None:
-    outdir = Path(request.outdir)
-    is_main = processes.rank == 0
+def project_images(request: ProjectRequest, network: OpenNetwork, images: ImageSet, passes: Passes,
+                   processes: Processes, *, left_out: int = 0) -> None:
+    """Project chosen images of a set; all processes of a run call this.
+
+    request:   of --data; how the images were chosen is only recorded
+    network:   whose generator is moved to the device of this process
+    images:    the set of --data
+    passes:    of the images that are projected
+    left_out:  number of images that were not chosen, because the network does not know their label
+
+    After an interruption, the same call continues; if --outdir already holds these results, it returns at once. Raises
+    UserError if --outdir holds others.
+    """
+    outdir, is_main = Path(request.outdir), processes.rank == 0
+    similarity = choose_similarity(request.detector, request.detector_weights, processes)
+    network.G.to(processes.device)
+    settings = {**_describe(request, network, similarity, passes.size, processes.device), "data": images.path.name,
+                "data_sha256": fingerprint(images, passes.targets), "count": len(passes.targets),
+                "left_out_by_class": left_out, "class": request.class_,
+                **({} if request.label is None else {"label": request.label}),
+                "group_by_class": bool(request.group_by_class)}
+    depth = Depth(bits=request.depth, ranges=read_ranges(images, shown=is_main))
+    spec = spec_for(network.G, request.transform, request.resize_filter, request.exact, depth)
+    worker = SetWorker(images, spec, network, Projector(network.G, similarity, request.settings), passes)
     if _is_done(outdir, settings):  # all processes find the same
         if is_main:
             click.echo(f"{outdir} already holds these results")
@@ -320,7 +330,7 @@ def _made(outdir: str) -> Iterator[Path]:
 
 
 def _describe(request: ProjectRequest, network: OpenNetwork, similarity: Similarity, size: int,
-              device: str) -> dict[str, Any]:
+              device: str | torch.device) -> dict[str, Any]:
     """Return everything that projections depend on, except the images."""
     settings = request.settings
     phantom = {"phantom": True} if network.info.get("phantom") is True else {}

@@ -325,7 +325,7 @@ def _open_similarity(name: str | None, weights: str | None, processes: Processes
     except FetchError as error:
         other = OFFLINE if similarity_at_hand(OFFLINE) else LAST
         print(f"{error}. Using {other} instead, whose distances cannot be compared with those of {USUAL_SIMILARITY}; "
-              f"--detector=NAME chooses one of {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
+              f"projector.py --detector=NAME chooses one of {', '.join(SIMILARITY_NAMES)}", file=sys.stderr)
         return open_similarity(other, device=processes.device)
 
 

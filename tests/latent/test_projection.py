@@ -450,8 +450,8 @@ def test_images_are_compared_where_the_weights_of_the_similarity_are(kind):
     assert caught.value.args == ("meta", "meta")
 
 
-ADVICE = ("whose distances cannot be compared with those of lpips-vgg16; --detector=NAME chooses one of lpips-vgg16, "
-          "efficientnet-lite0, random-conv, pixels")
+ADVICE = ("whose distances cannot be compared with those of lpips-vgg16; projector.py --detector=NAME chooses one of "
+          "lpips-vgg16, efficientnet-lite0, random-conv, pixels")
 
 
 @pytest.fixture
