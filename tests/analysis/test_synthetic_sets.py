@@ -1,11 +1,12 @@
-"""analysis.synthetic_sets: which synthetic sets are verified, which need a flag, and which are always refused."""
+"""analysis.synthetic_sets: which sets and networks are verified, which need a flag, and which are always refused."""
 
 import pytest
 
 import generate
-from analysis.synthetic_sets import open_synthetic
+from analysis.synthetic_sets import check_network, check_reference, open_generated, open_synthetic
 from dataset_tool import main as dataset_tool
 from dnnlib.cli import UserError, run
+from generation.network import open_network
 from tests.helpers.generator_files import save_generator
 from tests.helpers.make_sets import make_set
 from tests.helpers.study_parts import CLASSES, data_of, make_part, make_parts, make_synthetic, protocol_of
@@ -121,8 +122,9 @@ def test_images_of_other_parts_are_refused_and_training_images_counted(paths, pr
         f"--synthetic={path} has 2 images of the test part (00000/img00000001.png, 00000/img00000003.png); expected "
         "none: leave them out, or make another synthetic set")
     path = make_synthetic(tmp_path / "copies.zip", source, images=[0, 101, 3])
-    assert open_synthetic(path, protocol, allow_unverified=False).reason.endswith(
-        "; 2 images are equal to training images")
+    found = open_synthetic(path, protocol, allow_unverified=False)
+    assert found.reason.endswith("; 2 images are equal to training images")
+    assert open_generated(path, protocol, allow_unverified=False).equal_rows == [(0, 0), (2, 3)]
 
 
 # Not verified
@@ -171,6 +173,93 @@ def test_changed_part_is_refused(paths, protocol, tmp_path):
     path = make_synthetic(tmp_path / "syn.zip", {"training_data": data_of(paths["train"])})
     make_part(tmp_path / "train.zip", range(1, 16))
     assert "is not the train part of protocol.json anymore" in refusal(path, protocol)
+
+# Networks
+
+
+def network_of(folder, info=None, name="net.safetensors", **changes):
+    return open_network(save_generator(folder / name, info, **changes), "cpu")
+
+
+def network_refusal(call, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_network_with_the_record_of_the_training_part_is_verified(paths, protocol, tmp_path):
+    network = network_of(tmp_path, {"training_data": data_of(paths["train"]), "training_data_before": []})
+    assert check_network(network, protocol, allow_unverified=False) == (
+        True, "net.safetensors was trained on the training part only")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_network_itself_that_saw_other_parts_is_refused(paths, protocol, tmp_path, allowed):
+    network = network_of(tmp_path, {"training_data": data_of(paths["train"]), "training_data_before": [
+        data_of(paths["train"], paths["val"])]})
+    assert network_refusal(check_network, network, protocol, "--model", allow_unverified=allowed) == (
+        "--model is net.safetensors, a network that was trained on the train and val parts of the protocol; expected "
+        "one that saw no images of the validation, test and external parts: train it on the training part")
+
+
+@pytest.mark.parametrize(("info", "reason"), [
+    ({}, "the file net.safetensors does not record its training images"),
+    ({"training_data": ELSEWHERE}, "net.safetensors was trained on 500 images that are neither the training part nor a "
+     "subset that the protocol names"),
+    ({"training_data": ..., "training_data_before": ["unknown"]}, "the file net.safetensors does not record its "
+     "training images before train.py --resume"),
+])
+def test_other_networks_need_the_flag_and_say_why(paths, protocol, tmp_path, info, reason):
+    if info.get("training_data") is ...:
+        info = {**info, "training_data": data_of(paths["train"])}
+    network = network_of(tmp_path, info)
+    assert network_refusal(check_network, network, protocol, allow_unverified=False) == (
+        f"--network cannot be verified: {reason}; expected a network trained on the training part or on subsets that "
+        "the protocol names (study.py protocol --subset): choose another network, or give --unverified-synthetic, "
+        "which all results will state")
+    assert check_network(network, protocol, allow_unverified=True) == (False, reason)
+
+
+def test_reference_that_saw_other_images_or_an_external_set_is_accepted(paths, protocol, tmp_path):
+    network = network_of(tmp_path, {"training_data": data_of(paths["train"])})
+    for place, info in enumerate(({"training_data": ELSEWHERE}, {"training_data": data_of(paths["isic"])})):
+        reference = network_of(tmp_path, info, name=f"ref{place}.safetensors", seed=1 + place)
+        assert check_reference(reference, network, protocol) == (
+            True, f"ref{place}.safetensors was trained on other images")
+
+
+@pytest.mark.parametrize(("info", "reason"), [
+    ({}, "the file ref.safetensors does not record its training images, so that they may be those of --network"),
+    ({"training_data": ELSEWHERE, "training_data_before": ["unknown"]}, "the file ref.safetensors does not record its "
+     "training images before train.py --resume, so that they may be those of --network"),
+])
+def test_reference_without_a_record_is_not_verified(protocol, tmp_path, info, reason):
+    assert check_reference(network_of(tmp_path, info, name="ref.safetensors"), None, protocol) == (False, reason)
+
+
+@pytest.mark.parametrize("names", [["train"], ["test"], ["train", "val", "test"], ["train", "isic"]])
+def test_reference_that_saw_images_of_the_comparison_is_refused(paths, protocol, tmp_path, names):
+    reference = network_of(tmp_path, {"training_data": data_of(*(paths[name] for name in names))})
+    assert network_refusal(check_reference, reference, None, protocol) == (
+        f"--reference is net.safetensors, a network that was trained on the {' and '.join(names)} "
+        f"{'parts' if len(names) > 1 else 'part'} of the protocol; expected a network of other images, such as one "
+        "trained on an external set")
+
+
+def test_reference_that_saw_a_named_subset_is_refused(paths, tmp_path):
+    subset = make_set(tmp_path / "site.zip", images=range(4, 12))
+    reference = network_of(tmp_path, {"training_data": ELSEWHERE, "training_data_before": [data_of(subset)]})
+    assert network_refusal(check_reference, reference, None, protocol_of(paths, subset=[str(subset)])) == (
+        "--reference is net.safetensors, a network that was trained on site, a subset of the training part; expected a "
+        "network of other images, such as one trained on an external set")
+
+
+def test_reference_that_is_the_network_itself_is_refused(protocol, tmp_path):
+    network = network_of(tmp_path)
+    assert network_refusal(check_reference, network, network, protocol, "--reference-network") == (
+        "--reference-network is net.safetensors, the same network as --network; expected a network of other images, "
+        "such as one trained on an external set")
 
 
 # Through the programs
