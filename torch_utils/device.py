@@ -22,6 +22,7 @@ import torch
 from dnnlib.cli import UserError
 from dnnlib.text import plural
 from dnnlib.typed_config import ConfigError
+from dnnlib.workers import usable_cores
 from torch_utils.distributed import Place
 
 PRECISION_NAMES = ("auto", "fp32", "fp16", "bf16")
@@ -42,6 +43,9 @@ _SIGNS_OF_LOSS = ("an illegal memory access was encountered", "device-side asser
                   "unspecified launch failure", "misaligned address", "an illegal instruction was encountered",
                   "uncorrectable ECC error", "the launch timed out and was terminated")
 SIGNS_OF_READERS = ("is killed by signal: Killed", "is killed by signal: Bus error")  # a DataLoader worker
+
+# Processes on a CPU: each takes half a gigabyte or more, and gains nothing where there is no core for it.
+_MOST_PER_CORE, _ALWAYS_ALLOWED = 2, 16
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -129,9 +133,13 @@ def settle_device(name: str, place: Place, processes: int, *, tunes_malloc: bool
     processes:     number of processes that do the work
     tunes_malloc:  --tune-malloc; if the environment already configures the allocator, the main process prints so
 
-    Raises UserError when the machine does not have that device, or not enough GPUs.
+    Raises UserError when the machine does not have that device, not enough GPUs, or far too few cores.
     """
     device = choose_device(name, place.local_count if place.is_started else processes).name
+    most = max(_MOST_PER_CORE * usable_cores(), _ALWAYS_ALLOWED)
+    if device == "cpu" and not place.is_started and processes > most:
+        raise UserError(f"--gpus is {processes}, on a CPU with {plural(usable_cores(), 'core')}; expected at most "
+                        f"{most} processes: more only fill the memory")
     if device == "cpu" and (processes == 1 or place.is_started):
         tuning = tune_malloc(tunes_malloc)
         if tuning.is_foreign and place.rank == 0:

@@ -15,7 +15,7 @@ import torch
 import calc_metrics
 import generate
 import projector
-from dnnlib.cli import run
+from dnnlib.cli import UserError, run
 from dnnlib.typed_config import ConfigError
 from tests.helpers.generator_files import save_generator
 from torch_utils.device import (
@@ -341,3 +341,12 @@ def test_out_of_memory_of_this_cpu_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert ran_out_of_memory(caught.value)
+
+
+def test_more_processes_than_a_cpu_can_use_are_refused(monkeypatch):
+    monkeypatch.setattr("torch_utils.device.usable_cores", lambda: 4)
+    assert settle_device("cpu", Place(), 16, tunes_malloc=False) == "cpu"
+    with pytest.raises(UserError) as caught:
+        settle_device("cpu", Place(), 17, tunes_malloc=False)
+    assert str(caught.value) == (
+        "--gpus is 17, on a CPU with 4 cores; expected at most 16 processes: more only fill the memory")
