@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.attributes import Keys, open_table
-from analysis.near_duplicates import ORIENTATIONS, find_near_duplicates, read_thumbnails
+from analysis.near_duplicates import describe_orientation, find_near_duplicates, read_thumbnails
 from analysis.protocol import (
     EXTERNAL,
     LEAST_GROUPS,
@@ -39,9 +39,6 @@ from torch_utils.device import find_project_version
 from training.dataset import is_generated, parts_of_source
 
 MOST_LISTED = 5000  # near-duplicates in protocol.json
-_TURNS = ("as it is", "mirrored top to bottom", "mirrored left to right", "turned by 180 degrees",
-          "mirrored at the diagonal", "turned by 90 degrees", "turned by 270 degrees", "mirrored at the other diagonal")
-_ORIENTATION = dict(zip(ORIENTATIONS, _TURNS, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,5 +261,5 @@ def _list_near_duplicates(parts: Sequence[_Given], workers: int) -> list[NearDup
         for match in find_near_duplicates(read_thumbnails(part.data, workers=workers), trained):
             found.append(NearDuplicate(
                 part=part.name, image=part.labeled.names[match.row], training_image=parts[0].labeled.names[match.other],
-                correlation=round(match.correlation, 4), orientation=_ORIENTATION[match.orientation]))
+                correlation=round(match.correlation, 4), orientation=describe_orientation(match.orientation)))
     return sorted(found, key=lambda one: -one.correlation)

@@ -17,21 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 import PIL.Image
+from torch import Tensor
 
 from dnnlib.progress import Progress
 from dnnlib.workers import ordered_map
 from imagesets.reader import ImageSet, Shape, load_pixels
+
+Pixels = TypeVar("Pixels", np.ndarray, Tensor)
 
 SIDE = 32  # pixels of a thumbnail
 _KEPT = 16  # frequencies per axis
 MOST_BITS = 48  # of 255 in which the hashes of near-duplicates differ at most
 LEAST_CORRELATION = 0.95
 _LEAST_CONTRAST = 1.0  # standard deviation of a thumbnail, in levels of 255
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 _BLOCK = 1 << 22  # pairs of hashes that are compared at once: about 50 MB
 _PAIRS = 1 << 12  # pairs of thumbnails that are compared at once
 _CHUNK = 32  # images that a worker takes at a time
@@ -39,6 +42,8 @@ _WORDS = 4  # of 64 bits in a hash
 # The symmetries of a square: (exchange the axes, then mirror left and right, then top and bottom).
 ORIENTATIONS = tuple((turned, mirrored, flipped) for turned in (False, True) for mirrored in (False, True)
                      for flipped in (False, True))
+_TURNS = ("as it is", "mirrored top to bottom", "mirrored left to right", "turned by 180 degrees",
+          "mirrored at the diagonal", "turned by 90 degrees", "turned by 270 degrees", "mirrored at the other diagonal")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,12 +117,25 @@ def find_near_duplicates(images: Thumbnails, others: Thumbnails) -> list[Match]:
     return [best[row] for row in sorted(best)]
 
 
+def orient(pixels: Pixels, orientation: Sequence[bool]) -> Pixels:
+    """Return images [..., H, H] in another orientation; a view of an array, a copy of a tensor."""
+    turned, mirrored, flipped = orientation
+    pixels = pixels.swapaxes(-1, -2) if turned else pixels
+    axes = tuple(axis for axis, is_reversed in ((-2, flipped), (-1, mirrored)) if is_reversed)
+    return np.flip(pixels, axes) if isinstance(pixels, np.ndarray) else pixels.flip(axes)
+
+
+def describe_orientation(orientation: Sequence[bool]) -> str:
+    """Return what turns an image into this orientation, such as "mirrored left to right"."""
+    return _TURNS[ORIENTATIONS.index(tuple(orientation))]
+
+
 def _confirmed(images: Thumbnails, others: Thumbnails, rows: np.ndarray, columns: np.ndarray,
                orientation: Sequence[bool]) -> Iterator[Match]:
     """Yield the pairs whose thumbnails agree. rows, columns: int64 [M], of images and of others"""
     for start in range(0, len(rows), _PAIRS):
         some, theirs = rows[start:start + _PAIRS], columns[start:start + _PAIRS]
-        turned = _orient(images.pixels[some], orientation)
+        turned = orient(images.pixels[some], orientation)
         correlations = np.einsum("nhw,nhw->n", turned, others.pixels[theirs])
         for at in np.flatnonzero(correlations >= LEAST_CORRELATION):
             yield Match(row=int(some[at]), other=int(theirs[at]), correlation=float(correlations[at]),
@@ -127,16 +145,9 @@ def _confirmed(images: Thumbnails, others: Thumbnails, rows: np.ndarray, columns
 def _read_gray(images: ImageSet, shape: Shape, name: str) -> np.ndarray:
     """Return the gray thumbnail of an image: float32 [SIDE, SIDE], 0..255."""
     pixels = load_pixels(images, name, shape).astype(np.float32)
-    gray = pixels[0] if len(pixels) == 1 else np.tensordot(np.float32(_LUMA), pixels, axes=1)
+    gray = pixels[0] if len(pixels) == 1 else np.tensordot(np.float32(LUMA), pixels, axes=1)
     mean_of_area = PIL.Image.Resampling.BOX if min(gray.shape) >= SIDE else PIL.Image.Resampling.BILINEAR
     return np.asarray(PIL.Image.fromarray(gray).resize((SIDE, SIDE), mean_of_area))
-
-
-def _orient(pixels: np.ndarray, orientation: Sequence[bool]) -> np.ndarray:
-    """Return images [N, H, H] in another orientation; a view."""
-    turned, mirrored, flipped = orientation
-    pixels = pixels.transpose(0, 2, 1) if turned else pixels
-    return pixels[:, ::-1 if flipped else 1, ::-1 if mirrored else 1]
 
 
 def _orient_frequencies(frequencies: np.ndarray, orientation: Sequence[bool]) -> np.ndarray:
