@@ -75,7 +75,18 @@ class AppendFile:
 
 def to_line(record: Mapping[str, Any]) -> bytes:
     """Return a record as a line. NaN and infinities, which JSON does not have, become null."""
-    return (json.dumps(_strict(record), allow_nan=False) + "\n").encode()
+    return (json.dumps(strict(record), allow_nan=False) + "\n").encode()
+
+
+def strict(value: Any) -> Any:
+    """Return a value of strict JSON: NaN and infinities become null, what is of NumPy plain numbers and lists."""
+    if isinstance(value, Mapping):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if hasattr(value, "tolist"):  # an array or a number of NumPy
+        return strict(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -141,14 +152,6 @@ def _only_writer(path: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

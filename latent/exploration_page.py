@@ -10,7 +10,7 @@ import html
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -48,14 +48,19 @@ tr.chosen { background: var(--mark) }
 table.pictures th, table.pictures td { padding: .15rem; border: 0; text-align: center; font-weight: normal }
 table.pictures td { vertical-align: top }
 table.pictures tbody th { text-align: right; padding-right: .6rem; white-space: nowrap }
-table.pictures td span { display: block; font-size: .8rem; color: var(--soft) }
+table.pictures td span { display: block; max-width: 17rem; margin: 0 auto; font-size: .8rem;
+  color: var(--soft); overflow-wrap: anywhere }
 figure { margin: 1rem 0 }
 figcaption, p.caption { color: var(--soft); font-size: .9rem; max-width: 46rem }
 p.caption { margin-bottom: -.5rem }
 img { max-width: 100%; height: auto; vertical-align: middle }
 td img { max-width: none }
 img.enlarged { image-rendering: pixelated }
-@media (max-width: 40rem) { body { padding: .6rem; font-size: .95rem } th, td { padding: .2rem .35rem } }
+@media (max-width: 40rem) {
+  body { padding: .6rem; font-size: .95rem }
+  th, td { padding: .2rem .35rem }
+  td.long { min-width: 14rem }
+}
 """
 
 _SCRIPT = """
@@ -111,6 +116,7 @@ class Cell:
     shade: float | None = None  # colors it, from -1 (blue) over 0 (none) to 1 (orange); None or NaN = none
     title: str = ""  # shown when the mouse rests on it
     link: str | None = None  # a picture file in the page's folder, shown below the table when the row is chosen
+    is_long: bool = False  # a sentence, which small screens do not squeeze into a narrow column
 
 
 def write_page(path: str | os.PathLike, title: str, body: str) -> None:
@@ -120,8 +126,7 @@ def write_page(path: str | os.PathLike, title: str, body: str) -> None:
     body:   HTML, made by the functions below
     """
     shown = html.escape(title)
-    with atomic_write(path, text=True) as file:
-        file.write(f"""<!DOCTYPE html>
+    page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -137,7 +142,9 @@ def write_page(path: str | os.PathLike, title: str, body: str) -> None:
 <script>{_SCRIPT}</script>
 </body>
 </html>
-""")
+"""
+    with atomic_write(path, text=True) as file:
+        file.write(page.encode(errors="backslashreplace").decode())  # bytes of file names that are not UTF-8
 
 
 def heading(text: str, level: int = 2) -> str:
@@ -148,6 +155,12 @@ def heading(text: str, level: int = 2) -> str:
 def paragraph(text: str) -> str:
     """Return a paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>\n"
+
+
+def bullet_list(texts: Iterable[str]) -> str:
+    """Return a list of plain texts; "" without any."""
+    items = "".join(f"<li>{html.escape(text)}</li>\n" for text in texts)
+    return f"<ul>\n{items}</ul>\n" if items else ""
 
 
 def image_tag(image: Tensor | np.ndarray | PIL.Image.Image, alt: str, scale: int = 1, most: int | None = None) -> str:
@@ -248,6 +261,8 @@ def _cell(cell: Cell) -> str:
     if cell.sort is not None:
         number = "NaN" if math.isnan(cell.sort) else repr(float(cell.sort)).replace("inf", "Infinity")
         attributes += f'{_number_class(True)} data-number="{number}"'
+    elif cell.is_long:
+        attributes += ' class="long"'
     if cell.shade is not None and not math.isnan(cell.shade) and cell.shade != 0:
         color, opacity = _WARM if cell.shade > 0 else _COLD, _STRONGEST * min(abs(cell.shade), 1)
         attributes += f' style="background: rgb({color} / {opacity:.3f})"'

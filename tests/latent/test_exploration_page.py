@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import PIL.Image
@@ -13,6 +12,7 @@ import torch
 
 from latent.exploration_page import (
     Cell,
+    bullet_list,
     captioned,
     figure,
     heading,
@@ -22,31 +22,7 @@ from latent.exploration_page import (
     sortable_table,
     write_page,
 )
-
-HOSTILE = "\"><script>alert('1')</script><img src=x onerror=alert(2)>&amp;"
-
-
-class Tags(HTMLParser):
-    """The tags and texts of a page, as a browser reads them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts = [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def all(self, name):
-        return [attributes for tag, attributes in self.tags if tag == name]
-
-
-def read(path):
-    return Tags(path.read_text(encoding="utf-8"))
+from tests.helpers.html_pages import HOSTILE, Tags, read
 
 
 def picture_of(tag):
@@ -165,3 +141,19 @@ def test_sortable_table_shows_the_first_picture_from_the_start():
 def test_sortable_table_with_a_short_row_is_refused():
     with pytest.raises(ValueError, match=r"^a row of the table has another number of cells than its 2 columns$"):
         sortable_table(["a", "b"], [["1"]])
+
+
+def test_bullet_list_escapes_its_texts_and_is_nothing_without_any():
+    assert Tags(bullet_list(["one", HOSTILE])).all("li") == [{}, {}]
+    assert "".join(Tags(bullet_list([HOSTILE])).texts).strip() == HOSTILE
+    assert bullet_list([]) == ""
+
+
+def test_page_with_bytes_of_file_names_that_are_not_text_shows_escapes(tmp_path):
+    write_page(tmp_path / "page.html", "A page", paragraph("ISIC_\udcff.jpg"))
+    assert "ISIC_\\udcff.jpg" in read(tmp_path / "page.html").texts
+
+
+def test_table_marks_sentences_and_leaves_numbers_aligned():
+    table = Tags(sortable_table(["text", "number"], [[Cell("A sentence.", is_long=True), Cell("1", sort=1.0)]]))
+    assert [cell["class"] for cell in table.all("td")] == ["long", "number"]
