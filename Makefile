@@ -22,6 +22,7 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	diversity intervals interval_coverage interval_coverage_kernel interval_coverage_frechet scores assessment \
 	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics \
 	backbones classifier classification_scores lesion_augmentation near_duplicates \
+	aligned_similarity nearest_training discriminator_scores \
 	directions boundaries walks measurements neighborhoods
 
 # Tests run in several processes, of one thread each: small tensors gain nothing from more.

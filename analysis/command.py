@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from analysis.authenticity_study import make_authenticity_command
 from analysis.backbones import DEFAULT_MODEL
 from analysis.classifier import ALL, HEAD
 from analysis.classifier_jobs import ClassifySettings
@@ -28,13 +29,15 @@ from torch_utils.distributed import Place, join
 from torch_utils.launch import launch
 from training.options import DATA, SPEED, make_flag, show_value
 
-GROUP_HELP = """Test what synthetic images are worth.
+GROUP_HELP = """Test what synthetic images are worth, and whether they copy training images.
 
 \b
 python study.py protocol --train=isic-train.zip --val=isic-val.zip --test=isic-test.zip --positive=mel \\
     --out=protocol.json
 python study.py classify --protocol=protocol.json --synthetic=synthetic.zip --outdir=classifiers
 python study.py predict --model=classifiers/models/real-seed0.safetensors --data=images.zip --out=probabilities.csv
+python study.py authenticity --protocol=protocol.json --network=network-snapshot-001000.safetensors \\
+    --synthetic=synthetic.zip --outdir=authenticity
 """
 PROTOCOL_HELP = """Fix the data sets and labels of a study, and check that no image or patient is in two parts.
 
@@ -298,6 +301,7 @@ def _classify_settings(flags: Mapping[str, Any]) -> ClassifySettings:
 
 def make_group() -> click.Group:
     """Return the command line of study.py."""
-    commands = [protocol_command, make_classify_command(), make_predict_command()]  # each command is registered here
+    commands = [protocol_command, make_classify_command(), make_predict_command(),  # each command is registered here
+                make_authenticity_command()]
     return click.Group("study", commands=commands, help=GROUP_HELP, context_settings=_CONTEXT,
                        no_args_is_help=False)  # which is no one line

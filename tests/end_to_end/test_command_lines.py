@@ -79,7 +79,7 @@ def test_options_that_may_be_given_several_times_are_these():
         *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave")),
         *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
                                                        "leave")),
-        "study.py protocol --external", "study.py protocol --subset",
+        "study.py protocol --external", "study.py protocol --subset", "study.py authenticity --projections",
         *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose")), "explore.py interpolate --points"}
 
 

@@ -75,6 +75,8 @@ ADDED = {
     "study.py protocol": ["--workers=1"],
     "study.py classify": ["--size=32", "--num-seeds=2", "--resamples=50", "--workers=1", "--device=cpu"],
     "study.py predict": ["--workers=1", "--device=cpu"],
+    "study.py authenticity": ["--detector=random-conv", "--count=4", "--num-steps=2", "--draws=2", "--resamples=999",
+                              "--workers=1", "--device=cpu"],
     "explore.py sefa": ["--steps=2", "--num=2", "--device=cpu"],
     "explore.py boundary": ["--steps=2", "--permutations=60", "--device=cpu"],
     "explore.py edit": ["--steps=2", "--frames=4", "--device=cpu"],
@@ -215,9 +217,13 @@ def make_files(folder, document):
     if document == "docs/study.md":  # with several lesions of both classes in each part
         make_phantoms(folder / "isic256.zip", seed=0, count=150)
         make_phantoms(folder / "heldout.zip", seed=1, count=12)
+    if document == "docs/authenticity.md":  # with more than 20 lesions in the held-out parts
+        write_phantoms(folder / "ham256.zip", workers=1, count=200, resolution=16, classes={"mel": 0.4, "nv": 0.6},
+                       seed=0, bias={})
+        save_generator(folder / "other-network.safetensors", img_resolution=16, c_dim=0)
     if document == "docs/explore.md":
         make_explored(folder)
-    if document in ("README.md", "docs/explore.md", "docs/federated.md", "docs/study.md"):
+    if document in ("README.md", "docs/authenticity.md", "docs/explore.md", "docs/federated.md", "docs/study.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
@@ -259,8 +265,18 @@ def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
         results = json.loads((tmp_path / "classifiers" / "results.json").read_text(encoding="utf-8"))
         assert results["verified"] is True
         assert {entry["condition"] for entry in results["results"]} == {"real", "synthetic", "real+synthetic-1"}
+    if document == "docs/authenticity.md":
+        check_authenticity(tmp_path)
     if document == "docs/python.md":
         check_python_blocks(document, tmp_path, variables)
+
+
+def check_authenticity(folder):
+    """Check that all tests ran for the network that the page trains, and that its pipeline stores no real image."""
+    results = json.loads((folder / "authenticity" / "results.json").read_text(encoding="utf-8"))
+    assert results["verified"] is True
+    assert {test["number"] for test in results["tests"] if test["ran"]} == {1, 2, 3}
+    assert "<img" in (folder / "authenticity" / "page.html").read_text(encoding="utf-8")
 
 
 def check_python_blocks(document, folder, variables):

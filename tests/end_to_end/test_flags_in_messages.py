@@ -42,10 +42,29 @@ UNREACHED = {
     ("projector.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},  # it has no limit
     ("projector.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},  # the default; its messages name --outdir
     # It opens whole sets and takes their classes from labels.
-    ("study.py", "--class"): {"imagesets.classes:find_class", "metrics.image_sources:SetImages.__init__"},
+    ("study.py", "--class"): {
+        "imagesets.classes:find_class", "metrics.image_sources:SetImages.__init__", "latent.targets:_wanted_rows"},
     ("study.py", "--per-class"): {
         "metrics.image_sources:SetImages.class_names", "metrics.image_sources:SetImages.select"},
     ("study.py", "--detector-weights"): {"metrics.detectors.registry:find_packaged"},  # the default; --weights here
+    # Its projections are those of projector.py, of chosen images of data sets, in W and without pivotal tuning.
+    ("study.py", "--depth"): {"imagesets.pixel_formats:BEYOND_DEPTH", "imagesets.pixel_formats:Depth.__post_init__",
+                              "imagesets.pixel_formats:NOT_FINITE"},
+    ("study.py", "--dest"): {"imagesets.writer:ImageSetWriter.__init__"},
+    ("study.py", "--group-by-class"): {"latent.targets:choose_targets"},
+    ("study.py", "--label"): {"generation.network:Classes.known_labels"},
+    ("study.py", "--max-hours"): {"dnnlib.cli:StopRequest.wanted"},
+    ("study.py", "--pti-steps"): {"latent.command:ProjectRequest.__post_init__"},
+    ("study.py", "--resize-filter"): {"imagesets.resize:PixelSpec.__post_init__"},
+    ("study.py", "--resolution"): {"imagesets.resize:PixelSpec.__post_init__"},
+    ("study.py", "--space"): {"latent.command:ProjectRequest.__post_init__",
+                              "latent.projection:ProjectionSettings.__post_init__"},
+    ("study.py", "--target"): {"latent.command:ProjectRequest", "latent.command:ProjectRequest.__post_init__"},
+    ("study.py", "--transform"): {"imagesets.resize:PixelSpec.__post_init__", "latent.targets:spec_for"},
+    # It divides no images among classes; np.divide has the name of that method.
+    ("study.py", "--classes"): {"generation.network:Classes._given_counts", "generation.network:Classes.divide"},
+    ("study.py", "--labels-from"): {"generation.network:Classes.divide"},
+    ("study.py", "--zip"): {"generation.network:Classes.divide"},
     # The classifier of a file, which study.py classify opened.
     ("explore.py", "--model"): {"analysis.backbones:_torchvision"},
     ("explore.py", "--size"): {"analysis.backbones:_torchvision", "analysis.backbones:open_backbone"},
