@@ -24,6 +24,11 @@ def operators():
     make_ready("cpu")
 
 
+def pytest_make_parametrize_id(val):
+    """Name bytes by their length: files hold the time when they were made, and all test processes need equal names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
