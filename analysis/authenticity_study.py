@@ -33,7 +33,14 @@ from analysis.authenticity_measures import (
 )
 from analysis.authenticity_page import write_authenticity_page
 from analysis.authenticity_report import describe, write_results
-from analysis.authenticity_results import NEAREST, AuthenticityResults, GalleryPair, LeakTest, adjust
+from analysis.authenticity_results import (
+    NEAREST,
+    AuthenticityResults,
+    GalleryPair,
+    LeakTest,
+    PlantedPower,
+    adjust,
+)
 from analysis.discriminator_scores import label_rows, match_classes, open_discriminator
 from analysis.leak_statistics import Scores
 from analysis.leak_tests import (
@@ -47,15 +54,15 @@ from analysis.leak_tests import (
     membership_tests,
     nearest_not_run,
     nearest_tests,
-    power_of_distance,
     power_of_nearest,
+    powers_of_distance,
     projection_not_run,
     projection_test,
     secondary_numbers,
     with_power,
 )
 from analysis.near_duplicates import ORIENTATIONS, orient
-from analysis.planted_copies import NUM_ORIGINALS, PLANTED_VERSION, PlantedCopies
+from analysis.planted_copies import NUM_ORIGINALS, PLANTED_VERSION, SHARES, TRANSFORMATIONS, PlantedCopies
 from analysis.projection_gap import (
     ProjectedPart,
     choose_matched,
@@ -343,20 +350,13 @@ class Battery:
         opened, settings = self.opened, self.settings
         tests = adjust(sorted(tests, key=lambda test: test.number))
         power, secondary, pairs = [], [], {}
-        if settings.draws:
-            tests = with_power(tests, self.scores, settings, beat)
+        planted = None if measured is None else measured.planted
+        if settings.draws:  # where copies are planted, they show the power of a distance
+            scores = {key: sides for key, sides in self.scores.items() if planted is None or DISTANCE not in key}
+            tests = with_power(tests, scores, settings, beat)
+        if planted is not None:
+            power = self._planted_power(tests, measured, beat)
         if measured is not None:
-            to_reals = measured.synthetic.to_reals
-            for test in tests if measured.planted is not None else ():
-                if test.p_value is None:
-                    continue
-                if test.number == NEAREST:
-                    power.append(power_of_nearest(test, measured.synthetic, measured.heldout, measured.planted,
-                                                  opened.heldout.groups, self._control()[0], tests, settings, beat))
-                elif test.key.startswith(f"membership-{DISTANCE}"):
-                    power.append(power_of_distance(
-                        test, self.sides, to_reals, measured.planted.to_reals, measured.to_reference,
-                        len(opened.synthetic), tests, settings, beat))
             secondary = list(secondary_numbers(*measured.features, measured.synthetic.features, self.sides, settings))
             pairs = {"synthetic": self._pairs(opened.synthetic, measured.synthetic),
                      "control": self._pairs(opened.heldout, measured.heldout)}
@@ -365,6 +365,22 @@ class Battery:
             tests=tests, level=settings.level, ci=settings.ci, equal_images=opened.equal_images,
             distances=self.distances, pairs=pairs, secondary=secondary, power=power, notes=opened.notes,
             is_verified=opened.is_verified)
+
+    def _planted_power(self, tests: list[LeakTest], measured: "Measurements",
+                       beat: Callable[[], None]) -> list[PlantedPower]:
+        opened, settings, planted = self.opened, self.settings, measured.planted
+        nearest = [test for test in tests if test.number == NEAREST and test.p_value is not None]
+        distance = [test for test in tests if DISTANCE in test.key and test.p_value is not None]
+        total = (len(nearest) + len(distance)) * (len(TRANSFORMATIONS) + 1) * len(SHARES) * settings.draws
+        with self.work.showing(total, "tests with planted copies") as advance:
+            def tick() -> None:
+                beat()
+                advance(1)
+
+            return [*(power_of_nearest(test, measured.synthetic, measured.heldout, planted, opened.heldout.groups,
+                                       self._control()[0], tests, settings, tick) for test in nearest),
+                    *powers_of_distance(distance, self.sides, measured.synthetic.to_reals, planted.to_reals,
+                                        measured.to_reference, len(opened.synthetic), tests, settings, tick)]
 
     def _pairs(self, images: StudyImages, measured: Measured) -> list[GalleryPair]:
         """Return the images that are most like copies, each turned as its training image is."""

@@ -341,11 +341,12 @@ def power_of_nearest(test: LeakTest, synthetic: Measured, heldout: Measured, pla
                          seed=settings.seed, num_draws=settings.draws, beat=beat)
 
 
-def power_of_distance(test: LeakTest, sides: Sides, to_synthetic: np.ndarray, to_planted: np.ndarray,
-                      to_reference: np.ndarray | None, num_synthetic: int, tests: list[LeakTest],
-                      settings: BatterySettings, beat: Callable[[], None]) -> PlantedPower:
-    """Return how often the nearest synthetic image gives away members when copies are planted.
+def powers_of_distance(of_distance: Sequence[LeakTest], sides: Sides, to_synthetic: np.ndarray, to_planted: np.ndarray,
+                       to_reference: np.ndarray | None, num_synthetic: int, tests: list[LeakTest],
+                       settings: BatterySettings, beat: Callable[[], None]) -> Iterator[PlantedPower]:
+    """Yield how often the nearest synthetic image gives away members when copies are planted, for each test.
 
+    of_distance:   these tests
     to_synthetic:  float [R], distance of each real image to the nearest synthetic one, training images first
     to_planted:    float [copies, R], to each copy
     to_reference:  float [R], to the nearest image of the reference network
@@ -353,14 +354,19 @@ def power_of_distance(test: LeakTest, sides: Sides, to_synthetic: np.ndarray, to
     num_train, level = len(sides.train_groups), _strict_level(tests, settings)
     run = MembershipTest(*sides.scores(to_synthetic[:num_train], to_synthetic[num_train:]),
                          permutations=settings.resamples, seed=settings.seed)
+    known: dict[bytes, tuple[float, float | None]] = {}  # the tests are run with the same copies
 
-    def finds(rows: np.ndarray) -> bool:
-        scores = distance_scores(np.minimum(to_synthetic, to_planted[rows].min(axis=0)), to_reference)
-        by_auc, by_tpr = run.p_values(scores[:num_train], scores[num_train:])
-        return (by_tpr if test.key.endswith(_TPR) else by_auc) <= level
+    def p_values(rows: np.ndarray) -> tuple[float, float | None]:
+        if rows.tobytes() not in known:
+            scores = distance_scores(np.minimum(to_synthetic, to_planted[rows].min(axis=0)), to_reference)
+            known[rows.tobytes()] = run.p_values(scores[:num_train], scores[num_train:])
+        return known[rows.tobytes()]
 
-    return planted_power(test.key, num_synthetic, len(to_planted) // len(TRANSFORMATIONS), finds, seed=settings.seed,
-                         num_draws=settings.draws, beat=beat)
+    for test in of_distance:
+        place = int(test.key.endswith(_TPR))
+        yield planted_power(test.key, num_synthetic, len(to_planted) // len(TRANSFORMATIONS),
+                            lambda rows, place=place: p_values(rows)[place] <= level, seed=settings.seed,
+                            num_draws=settings.draws, beat=beat)
 
 
 def distance_scores(to_synthetic: np.ndarray, to_reference: np.ndarray | None) -> np.ndarray:

@@ -19,8 +19,8 @@ from analysis.leak_tests import (
     membership_tests,
     nearest_not_run,
     nearest_tests,
-    power_of_distance,
     power_of_nearest,
+    powers_of_distance,
     projection_not_run,
     projection_test,
     secondary_numbers,
@@ -282,7 +282,7 @@ def test_power_of_distance_finds_copies_that_are_near_to_training_images_only():
         to_planted[copy, 3 * (copy - originals) + np.arange(3)] = 0
     tests = membership_tests(DISTANCE, sides, *np.split(-to_synthetic, [NUM_TRAIN]), SETTINGS)
     for test in tests:
-        found = power_of_distance(test, sides, to_synthetic, to_planted, None, 700, tests, SETTINGS, no_beat)
+        found, = powers_of_distance([test], sides, to_synthetic, to_planted, None, 700, tests, SETTINGS, no_beat)
         assert found.key == test.key
         assert found.found["mirrored"][-1] == 3  # 37 copies
         assert found.found["plain"] == [0] * 5
