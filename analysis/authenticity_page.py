@@ -147,7 +147,8 @@ def _describe_pairs(pairs: Mapping[str, Sequence[GalleryPair]]) -> Iterator[str]
     yield paragraph("Look at these pairs before the network or its images are shared: no statistic replaces it. "
                     "Copying is likely where a synthetic image and its training image agree in details that do not "
                     "belong to the disease, such as hairs, bubbles or scale marks, and where the control has no such "
-                    "pairs. The images of the control were not used for training: they cannot be copies.")
+                    "pairs. The images of the control were not used for training: where one shows the same lesion as "
+                    "its training image, that lesion is in two parts of the study under two names.")
     yield paragraph("SSIM is structural similarity after alignment: 1 for equal images, near 0 for unrelated ones. The "
                     "ratio compares the distance to that training image with the distance to the most similar training "
                     "image of another patient or lesion: 1 is no nearer, 0 is equal.")
