@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ from training.run_record import software_versions
 
 NUM_OTHERS = 1000  # training images in the second control of test 2, at most
 NUM_PAIRS = 20  # in each gallery
+_NONE_IN_COMMON = "no class has both training and held-out images that the network knows"  # why test 1 does not run
 
 HELP = f"""Test whether a network, or a set of synthetic images, gives away its training images.
 
@@ -219,14 +221,19 @@ class Battery:
                                        for images in (opened.training, opened.heldout)))
             matched = choose_matched(parts, request.count, seed=request.seed, known=known)
             if not matched.count:
-                return [projection_not_run("no class has both training and held-out images that the network knows")]
+                return [projection_not_run(_NONE_IN_COMMON)]
+            if matched.count < matched.wanted and self.work.is_main:
+                click.echo(f"only {matched.count} training images, fewer than --count={matched.wanted}, can be matched "
+                           "with held-out images of their class, each of another group", err=True)
             folders = run_projections(
                 Path(request.outdir) / "projections", request.network, opened.network,
                 {name: (open_unchanged(opened.protocol, name), matched.rows[name]) for name in parts},
                 num_steps=request.num_steps, processes=self.work.processes)
             found = from_main(lambda: read_projections(list(folders.values()), opened.protocol, opened.network))
-        members, heldout = (Scores(values=side.values, groups=side.groups, strata=side.strata)
-                            for side in combine(found))
+        sides = combine(found)
+        if not all(len(side.values) for side in sides):
+            return [projection_not_run(_NONE_IN_COMMON)]
+        members, heldout = (Scores(values=side.values, groups=side.groups, strata=side.strata) for side in sides)
         self.scores["projection-gap"] = members, heldout
         self.distances["distance to the projection"] = {"training images": -members.values,
                                                         "held-out images": -heldout.values}
@@ -295,7 +302,7 @@ class Battery:
             reason = "no --synthetic is given"
             return [*nearest_not_run(reason), *membership_not_run(DISTANCE, reason)]
         tests = list(nearest_tests(measured.synthetic, measured.heldout, measured.others, opened.heldout.groups,
-                                   measured.other_images.groups, settings, *self._control()))
+                                   measured.other_images.groups, settings, *self._control))
         titles = {"synthetic images": measured.synthetic, "held-out images": measured.heldout,
                   "training images among other groups": measured.others}
         for text, values in (
@@ -313,7 +320,9 @@ class Battery:
         return tests + self._membership(DISTANCE, *np.split(
             distance_scores(measured.synthetic.to_reals, measured.to_reference), [len(opened.training)]))
 
+    @cached_property
     def _control(self) -> tuple[np.ndarray, str]:
+        """The held-out images that synthetic ones are compared with, and a sentence about them."""
         synthetic, heldout = self.opened.synthetic, self.opened.heldout
         return matched_control(synthetic.classes, heldout.classes, heldout.groups, self.settings.seed)
 
@@ -378,7 +387,7 @@ class Battery:
                 advance(1)
 
             return [*(power_of_nearest(test, measured.synthetic, measured.heldout, planted, opened.heldout.groups,
-                                       self._control()[0], tests, settings, tick) for test in nearest),
+                                       self._control[0], tests, settings, tick) for test in nearest),
                     *powers_of_distance(distance, self.sides, measured.synthetic.to_reals, planted.to_reals,
                                         measured.to_reference, len(opened.synthetic), tests, settings, tick)]
 

@@ -10,9 +10,8 @@ pixels show them; measured on phantoms, those of features depend on the detector
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -78,13 +77,6 @@ class NearestTraining:
     feature_ratio: np.ndarray
     pixel_distance: np.ndarray
     pixel_ratio: np.ndarray
-
-    @classmethod
-    def join(cls, candidates: Candidates, pieces: Sequence[Mapping[str, np.ndarray]]) -> Self:
-        """Return the results of all queries. pieces: of `compare`, in order of their rows"""
-        compared = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        given = {field.name: getattr(candidates, field.name) for field in fields(cls) if field.name not in compared}
-        return cls(**compared, **given)
 
     def __len__(self) -> int:
         return len(self.ssim)
@@ -160,7 +152,7 @@ def compare(gray_queries: Tensor, gray_training: Tensor, candidates: Candidates,
 
     gray_queries:     uint8 [Q, SIDE, SIDE]
     gray_training:    uint8 [N, SIDE, SIDE]
-    rows:             of the queries; `NearestTraining.join` takes the results for successive ranges
+    rows:             of the queries
     training_groups:  int64 [N]
     """
     theirs, turns = (each[rows.start:rows.stop] for each in (candidates.rows, candidates.orientations))

@@ -57,12 +57,20 @@ def of_fresh(fresh, training):
     return search(fresh, training)
 
 
+def join(candidates, pieces):
+    """Return what `compare` gave for successive queries, together with their distances."""
+    compared = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    given = {field.name: getattr(candidates, field.name) for field in fields(NearestTraining)
+             if field.name not in compared}
+    return NearestTraining(**compared, **given)
+
+
 def search(queries, training, groups=None, own_groups=None, piece=7):
     groups = np.arange(len(training.small)) if groups is None else np.asarray(groups)
     candidates = find_candidates(queries.features, queries.small.color, training.features[:, 0], training.small.color,
                                  groups, own_groups)
     count = len(queries.small)
-    return NearestTraining.join(candidates, [
+    return join(candidates, [
         compare(queries.small.gray, training.small.gray, candidates, range(start, min(start + piece, count)), groups)
         for start in range(0, count, piece)])
 
