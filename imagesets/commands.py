@@ -16,6 +16,7 @@ from imagesets.contact_sheet import MAX_IMAGES, write_sheets
 from imagesets.convert import DEFAULT_SEED, FOLDERS, ConvertOptions, convert, parse_share
 from imagesets.deal import FIRST_CLASS, SIZE
 from imagesets.inspect import TRAINING, Inspection, measure, open_for_inspection, summarize
+from imagesets.metadata import may_be_redistributed
 from imagesets.phantoms.make import (
     DEFAULT_CLASSES,
     MAX_SIDE,
@@ -38,6 +39,7 @@ from imagesets.split_files import SplitPaths, write_split
 
 _WORKERS_HELP = "Number of worker processes. [default: one per CPU core]"
 _PHANTOM_LINE = "PHANTOM: rendered images, not patient data"
+_REDISTRIBUTION = {"yes": True, "no": False}
 _CURRENT_SPELLING = {"unlabelled": "unlabeled"}  # options that were renamed: old name -> name
 _OPTIONS = [
     click.option("--source", type=UserPath(), metavar="PATH", multiple=True,
@@ -80,6 +82,9 @@ _OPTIONS = [
                  "[default: train]"),
     click.option("--max-bad", default=f"{ConvertOptions.max_bad:.0%}", show_default=True, metavar="SHARE",
                  help="Stop and write no data set if more than this share of the images is unreadable."),
+    click.option("--redistribution", type=click.Choice(list(_REDISTRIBUTION)), help="Whether the images may be passed "
+                 "on to anyone, recorded in dataset.json: pages with pictures, such as that of study.py embed, show "
+                 "only those that may. By default what the sources record."),
     click.option("--report", type=UserPath(), metavar="FILE",
                  help="Write a JSON file that lists dropped, changed and doubtful images."),
     click.option("--exact", is_flag=True, help="Decode JPEG files at full size: slower, slightly different pixels."),
@@ -103,7 +108,7 @@ def convert_options(command: Callable) -> Callable:
 
 
 def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | None, width: int | None,
-                height: int | None, max_bad: str, **options: Any) -> None:
+                height: int | None, max_bad: str, redistribution: str | None, **options: Any) -> None:
     """Convert and print the summary. Raises UserError as convert() does, and when --source or --dest is missing."""
     for name, is_given in (("source", source and all(source)), ("dest", dest)):
         if not is_given:
@@ -113,7 +118,8 @@ def run_convert(*, source: Sequence[str], dest: str | None, resolution: str | No
         if width is not None or height is not None:
             raise UserError("--resolution and --width or --height are both given; expected only one of the two")
         width, height = parse_resolution(resolution)
-    done = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad), **options)
+    done = convert(source, dest, width=width, height=height, max_bad=parse_share(max_bad),
+                   redistribution=_REDISTRIBUTION.get(redistribution), **options)
     for line in done.lines:
         # Names of files can hold what a terminal's encoding cannot.
         click.echo(line.encode("ascii", "backslashreplace").decode())
@@ -182,6 +188,9 @@ def _facts(found: Inspection) -> Iterator[list[str]]:
     mixed = f"; {found.num_mixed_groups} with different labels ({shorten(found.mixed_groups)})"
     yield ["groups", f"{found.num_groups}{mixed if found.num_mixed_groups else ''}"]
     yield ["without a label", str(found.num_unlabeled)]
+    permission = may_be_redistributed(found.source)
+    if permission is not None:
+        yield ["redistribution", next(text for text, value in _REDISTRIBUTION.items() if value is permission)]
     yield ["duplicates", f"{plural(found.num_duplicates, 'image')} identical to an earlier one"]
     if found.folders:
         yield ["folders", _counts({name or ".": count for name, count in found.folders.items()})]

@@ -37,6 +37,7 @@ from imagesets.decode import (
     probe_range,
 )
 from imagesets.folders import Loader, Source, refuse_doubtful_folders
+from imagesets.metadata import may_be_redistributed
 from imagesets.pixel_formats import BEYOND_DEPTH, MAX_DEPTH, BadImage, Depth, widen
 from imagesets.resize import RESOLUTIONS, PixelSpec, check_resolution, is_resolution, nearest_resolution
 from imagesets.selection import Labeling, LabelsUnclear, Selection, select
@@ -62,6 +63,7 @@ class ConvertOptions:
     transform:     None stretches, "center-crop" crops to a square, "center-crop-wide" crops and pads to a square
     width, height: of the result (for center-crop-wide, without the padding); both or none
     max_bad:       share of images, 0 to 1, that may be unreadable
+    redistribution: whether the images may be passed on to anyone; None keeps what the source records
     exact:         decode JPEG files at full size
     depth:         bits per value of images with more than 8 bits
 
@@ -88,6 +90,7 @@ class ConvertOptions:
     exact: bool = False
     depth: int | None = None
     max_bad: float = 0.01
+    redistribution: bool | None = None
 
     def __post_init__(self):
         if not 0 <= self.max_bad <= 1:
@@ -301,6 +304,9 @@ def _describe_origin(opened: Source, options: ConvertOptions, tally: Tally, deta
         origin["origin"] = dict(opened.origin)
     if opened.origin.get("phantom"):
         origin["phantom"] = opened.origin["phantom"]  # converted phantoms remain phantoms
+    permission = may_be_redistributed(origin) if options.redistribution is None else options.redistribution
+    if permission is not None:
+        origin["redistribution"] = permission
     return origin
 
 

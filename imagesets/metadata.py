@@ -85,6 +85,42 @@ class Metadata:
                    source=source if isinstance(source, dict) else {})
 
 
+def origins_of(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the `source` of the data that a data set was converted from, or of each part that was joined; [] if it
+    was not converted. {} stands for a part that has none.
+
+    source:  of a data set; dataset_tool.py keeps that of the data it converted as "origin", and those of several
+             --source that it joined as "sources" in "origin", in which sources without an origin are missing
+    """
+    origin = source.get("origin")
+    if not isinstance(origin, Mapping):
+        return []
+    parts = origin.get("sources")
+    if not isinstance(parts, Mapping):
+        return [origin]
+    joined = source.get("sources")
+    names = [part.get("name") for part in joined if isinstance(part, Mapping)] if isinstance(joined, list) else []
+    return [part for part in [*parts.values(), *({} for name in names if name not in parts)]
+            if isinstance(part, Mapping)]
+
+
+def may_be_redistributed(source: Mapping[str, Any]) -> bool | None:
+    """Return whether the images of a data set may be passed on to anyone; None if its `source` does not tell.
+
+    Its own record counts, which dataset_tool.py --redistribution makes; without one, phantoms may, and a set that was
+    converted may if all data may that it was made from. Projections onto a network of phantoms may not for that reason:
+    they show their originals.
+    """
+    own = source.get("redistribution")
+    if isinstance(own, bool):
+        return own
+    origins = origins_of(source)
+    if not origins:
+        return True if source.get("phantom") is True and source.get("projected") is not True else None
+    found = [may_be_redistributed(origin) for origin in origins]
+    return False if False in found else None if None in found else True
+
+
 def format_metadata(*, labels: Iterable[int | Sequence[float] | None] | None, classes: Sequence[str] | None,
                     groups: Sequence[str | None], hashes: Mapping[int, Sequence[Any]],
                     source: Mapping[str, Any]) -> Iterator[str]:

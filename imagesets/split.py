@@ -7,10 +7,11 @@ counted and dealt to the parts (imagesets.deal).
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from dnnlib.cli import UserError
 from dnnlib.files import retrying
 from dnnlib.text import plural
 from imagesets.deal import FIRST_CLASS, REST, SIZE, UNITS, deal, skewed_targets
+from imagesets.metadata import origins_of
 from imagesets.pixel_hashes import DIGEST_SIZE, identical_sets, link_groups
 from imagesets.reader import ImageSet
 
@@ -25,6 +27,7 @@ LEFT_OUT = -1  # instead of the number of a part
 _PARTS_SYNTAX = "NAME:SHARE,NAME:SHARE,... such as train:0.8,val:0.1,test:0.1"
 _SKEW_SYNTAX = "CLASS=SHARE,SHARE,...;CLASS=... with a share, or *, for each institution, such as melanoma=0.3,0.05,*"
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_INSTITUTION = "institution"  # names of the parts of --institutions, followed by a number
 _NO_LABEL_COLUMN = "(no label)"
 
 
@@ -112,7 +115,7 @@ def name_institutions(count: int, sizes: str | None) -> tuple[Part, ...]:
             raise UserError(f"--sizes={sizes} has {plural(len(shares), 'number')}; expected {count}, one for each "
                             f"of --institutions={count}")
         _check_sum(f"--sizes={sizes}", shares)
-    return tuple(Part(name=f"institution{index}", share=share) for index, share in enumerate(shares, start=1))
+    return tuple(Part(name=f"{_INSTITUTION}{index}", share=share) for index, share in enumerate(shares, start=1))
 
 
 def read_skew(text: str) -> str:
@@ -125,6 +128,17 @@ def read_skew(text: str) -> str:
         raise UserError(f"--skew={text} is neither a readable file nor a skew; expected {_SKEW_SYNTAX}") from error
     lines = [line.split("#")[0].strip() for line in lines]
     return ";".join(line for line in lines if line)
+
+
+def institution_of(source: Mapping[str, Any]) -> str | None:
+    """Return which institution's part a data set is, or was made from, by its `source`; None if it is none."""
+    record = source.get("split")
+    while isinstance(record, Mapping):  # a part that was split again keeps the earlier record
+        if re.fullmatch(rf"{_INSTITUTION}[0-9]+", str(record.get("part"))):
+            return record["part"]
+        record = record.get("before")
+    origins = origins_of(source)
+    return institution_of(origins[0]) if len(origins) == 1 else None
 
 
 def parse_skew(text: str, institutions: int) -> dict[str, tuple[Fraction | None, ...]]:

@@ -27,6 +27,7 @@ from generation.image_generator import ImageGenerator, SynthesisSettings, choose
 from generation.network import Classes, Label, OpenNetwork
 from generation.pictures import as_png
 from imagesets.classes import VECTOR
+from imagesets.metadata import may_be_redistributed
 from imagesets.pixel_formats import BadImage
 from imagesets.pixel_hashes import hash_pixels
 from imagesets.reader import ImageSet
@@ -233,6 +234,9 @@ def _write_zip(path: Path, settings: Mapping[str, Any], images: ImageSet, networ
     source = {"generated": True, "projected": True, **settings}
     if network.info.get("phantom") is True or images.source.get("phantom"):
         source["phantom"] = True
+    permission = may_be_redistributed(images.source)
+    if permission is not None:  # projections show what their originals do
+        source["redistribution"] = permission
     with (Progress(len(passes.targets), "images put together") as progress,
           ImageSetWriter(path, classes=network.classes.names if conditional else images.classes, source=source,
                          option="--outdir") as writer):

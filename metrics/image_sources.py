@@ -52,7 +52,8 @@ class SetImages:
 
     def __init__(self, path: str | os.PathLike | ImageSet, chosen: str | None = None):
         self._set = path if isinstance(path, ImageSet) else ImageSet(path)
-        self.path, self.classes, self.label_kind = self._set.path, self._set.classes, self._set.label_kind
+        self.path, self.source = self._set.path, self._set.source
+        self.classes, self.label_kind = self._set.classes, self._set.label_kind
         self.rows = np.arange(len(self._set))
         self.class_name: str | None = None  # of `chosen`, if it has a name
         if chosen is not None:
@@ -109,10 +110,7 @@ class SetImages:
 
     def num_shared(self, other: "SetImages") -> int:
         """Return how many images are also in the other set: by pixel hashes if both sets have them, else by file."""
-        hashes = known_pixel_hashes(self._set, self.rows), known_pixel_hashes(other._set, other.rows)
-        if None in hashes:
-            return len(equal_files(self._set, self.rows, other._set, other.rows))
-        return len(equal_images(*hashes))
+        return self.select().num_shared(other.select())
 
     def shared_groups(self, other: "SetImages") -> tuple[list[str], int]:
         """Return the named groups that also occur in the other set, and how many images of this set they have.
@@ -194,6 +192,13 @@ class SelectedImages:
         """
         batches = [self.items[rows.start:rows.stop].tolist() for rows in ranges]
         yield from decode_batches(self.images.item, batches, math.prod(self.images.shape), workers)
+
+    def num_shared(self, other: "SelectedImages") -> int:
+        """Return how many images are also in the other selection, see `SetImages.num_shared`; flipped ones count."""
+        (one, rows), (two, others) = ((each.images._set, each.images.rows[each.items % len(each.images)])
+                                      for each in (self, other))
+        hashes = known_pixel_hashes(one, rows), known_pixel_hashes(two, others)
+        return len(equal_files(one, rows, two, others) if None in hashes else equal_images(*hashes))
 
     def content_hash(self, count: int | None = None) -> str:
         """Return the hash of the first `count` images, or of all."""

@@ -11,6 +11,7 @@ import torch
 
 from dnnlib.cli import UserError
 from imagesets.classes import label_vectors, missing_labels
+from imagesets.metadata import origins_of
 from imagesets.pixel_hashes import equal_files, hash_set, known_pixel_hashes, read_pixel_hashes
 from imagesets.reader import ImageSet, Shape, describe_shape, load_pixels
 from training.config import DatasetFacts
@@ -228,21 +229,9 @@ def is_generated(source: Mapping[str, Any]) -> bool:
 
 
 def parts_of_source(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the first `source` of each part of a data set, from before it was converted; {} where it is unknown.
-
-    source:  of a data set; dataset_tool.py keeps that of the data it converted as "origin", and those of several
-             --source that it joined as "sources" in "origin", in which sources without an origin are missing
-    """
-    origin = source.get("origin")
-    if is_generated(source) or not isinstance(origin, Mapping):
+    """Yield the first `source` of each part of a data set, from before it was converted; {} where it is unknown."""
+    origins = [] if is_generated(source) else origins_of(source)
+    if not origins:
         yield source
-        return
-    parts = origin.get("sources")
-    if not isinstance(parts, Mapping):
+    for origin in origins:
         yield from parts_of_source(origin)
-        return
-    joined = source.get("sources")
-    names = [part.get("name") for part in joined if isinstance(part, Mapping)] if isinstance(joined, list) else []
-    for part in [*parts.values(), *({} for name in names if name not in parts)]:
-        if isinstance(part, Mapping):
-            yield from parts_of_source(part)

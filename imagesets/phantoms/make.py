@@ -142,6 +142,7 @@ def _csv_line(cells: list) -> str:
 def _source(settings: PhantomOptions) -> dict:
     return {
         "phantom": True,
+        "redistribution": True,
         "note": "computer drawings with made-up attributes; no photographs, no patients, not to be taken for data",
         "generator": "dataset_tool.py phantom",
         "version": _VERSION,

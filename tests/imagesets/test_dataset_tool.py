@@ -73,6 +73,14 @@ def test_width_and_height_mean_resolution(inside, capsys):
     assert (inside / "0.zip").read_bytes() == (inside / "1.zip").read_bytes()
 
 
+@pytest.mark.parametrize(("flags", "expected"), [((), None), (("--redistribution=yes",), True),
+                                                 (("--redistribution=no",), False)])
+def test_redistribution_reaches_the_data_set(inside, capsys, flags, expected):
+    assert call(capsys, "--source=lesions", "--dest=set.zip", "--workers=1", *flags)[0] == 0
+    source = ImageSet("set.zip").source
+    assert source.get("redistribution") is source["options"].get("redistribution") is expected
+
+
 def test_exact_and_filter_and_transform_reach_the_data_set(inside, capsys):
     arguments = ["--source=lesions", "--dest=set.zip", "--resolution=16x16", "--transform=center-crop",
                  "--resize-filter=box", "--exact", "--workers=1"]

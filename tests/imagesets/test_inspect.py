@@ -105,6 +105,17 @@ def test_summarize_tells_phantoms(tmp_path):
     assert (found.phantom, found.source) == (True, {"phantom": True, "seed": 3})
 
 
+@pytest.mark.parametrize(("source", "line"), [
+    ({"redistribution": True}, "redistribution   yes"), ({"redistribution": False}, "redistribution   no"),
+    ({"phantom": True}, "redistribution   yes"), ({}, None)])
+def test_describe_tells_whether_images_may_be_redistributed(tmp_path, source, line):
+    with ImageSetWriter(tmp_path / "set.zip", source=source) as writer:
+        writer.add(image())
+    found = inspect(tmp_path / "set.zip")
+    assert [text for text in describe(found) if text.startswith("redistribution")] == ([line] if line else [])
+    assert found.source == source
+
+
 def test_summarize_is_the_same_for_any_number_of_workers(tmp_path):
     items = [(image(seed=index % 60), index % 3, f"g{index // 2}") for index in range(90)] + [(b"", 0, None)]
     path = write(tmp_path / "set.zip", items)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagesets.reader import ImageSet
-from imagesets.split import assign, read_digests
+from imagesets.split import assign, institution_of, read_digests
 from imagesets.split_files import SplitPaths, content_hash, write_split
 from imagesets.writer import ImageSetWriter
 from tests.helpers.make_sets import make_set, pixels_of, png
@@ -98,6 +98,20 @@ def test_write_split_source_stays_and_tells_part_and_whole(tmp_path):
     assert source == {"phantom": True, "seed": 9, "split": {"part": "b", "seed": 0, "of": of}}
     split(tmp_path / "set-b.zip", make_request("c:0.5,d:0.5"))
     assert ImageSet(tmp_path / "set-b-c.zip").source["split"]["before"] == source["split"]
+
+
+def test_institution_of_a_part_is_known_also_when_it_was_split_or_converted_again(tmp_path):
+    path = make_set(tmp_path / "set.zip", 16)
+    assert institution_of(ImageSet(path).source) is None
+    split(path, make_request("train:0.5,test:0.5", institutions=2))
+    found = [ImageSet(tmp_path / f"set-{name}.zip").source for name in ("institution1", "institution2", "test")]
+    assert list(map(institution_of, found)) == ["institution1", "institution2", None]
+    split(tmp_path / "set-institution2.zip", make_request("train:0.5,val:0.5"))
+    again = ImageSet(tmp_path / "set-institution2-val.zip").source
+    assert (again["split"]["part"], institution_of(again)) == ("val", "institution2")
+    assert institution_of({"tool": "dataset_tool.py", "origin": again}) == "institution2"
+    assert institution_of({"sources": [{"name": "a"}, {"name": "b"}],
+                           "origin": {"sources": {"a": found[0], "b": found[1]}}}) is None
 
 
 def test_write_split_twice_gives_equal_bytes(tmp_path):

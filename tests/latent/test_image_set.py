@@ -12,6 +12,7 @@ import torch
 
 import generate
 from dnnlib.cli import run
+from imagesets.metadata import may_be_redistributed
 from imagesets.reader import ImageSet
 from imagesets.writer import ImageSetWriter
 from latent.image_set import choose_examples
@@ -294,6 +295,16 @@ def test_phantoms_stay_marked_as_such(inside, capsys, network, data):
         writer.add(png(pixels_of(0)), 0)
     project(capsys, *SET)
     assert ImageSet("out/projections.zip").source.get("phantom") is (True if network or data else None)
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ({"redistribution": True}, True), ({"redistribution": False}, False), ({"phantom": True}, True), ({}, None)])
+def test_projections_may_be_redistributed_if_their_originals_may(inside, capsys, source, expected):
+    save_generator("net.safetensors", {"classes": CLASSES, "phantom": True})
+    make_set("set.zip", 1, labels=[0], classes=CLASSES, source=source)
+    project(capsys, *SET)
+    found = ImageSet("out/projections.zip").source
+    assert (found.get("redistribution"), may_be_redistributed(found)) == (expected, expected)
 
 
 def test_class_auto_keeps_the_labels_of_the_set_where_the_network_knows_them(inside, capsys):
