@@ -16,7 +16,6 @@ from dnnlib.files import sha256_of
 from dnnlib.text import shorten
 from dnnlib.typed_config import Config, FrozenMapping
 from imagesets.metadata import NUMBERED_NAME
-from imagesets.reader import ImageSet
 from imagesets.tables import DelimitedFile, image_key
 
 IMAGE, GROUP = "image", "group"  # kinds of keys
@@ -48,11 +47,11 @@ class Keys:
     by_kind: Mapping[str, Sequence[str | None]]
 
     @classmethod
-    def of(cls, images: ImageSet) -> "Keys":
-        names = [None if NUMBERED_NAME.fullmatch(name) else _base_name(name) for name in images.names]
+    def of(cls, files: Sequence[str], groups: Sequence[str | None]) -> "Keys":
+        """Return the keys of images by the names of their files, and of their groups; None = no named group."""
+        names = [None if NUMBERED_NAME.fullmatch(name) else _base_name(name) for name in files]
         count = Counter(names)
-        return cls(by_kind={IMAGE: [name if count[name] == 1 else None for name in names],
-                            GROUP: images.named_groups()})
+        return cls(by_kind={IMAGE: [name if count[name] == 1 else None for name in names], GROUP: list(groups)})
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ there is no leak: tests that find nothing show what they would have found, and n
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from analysis.authenticity_results import (
 )
 from dnnlib.files import atomic_write
 from dnnlib.lines import strict
-from dnnlib.text import format_table, plural
+from dnnlib.text import format_table, listed_with_and, plural
 from metrics.intervals import Interval
 
 RESULTS = "results.json"
@@ -204,7 +204,7 @@ def _headline(results: AuthenticityResults) -> str:
         return f"Leak found: there are {equal}."
     if not ran:
         return "No test ran: it is not known whether there is a leak."
-    return f"No leak found by {'these tests' if len(ran) > 1 else 'this test'} ({_and(map(str, ran))})."
+    return f"No leak found by {'these tests' if len(ran) > 1 else 'this test'} ({listed_with_and(map(str, ran))})."
 
 
 def _describe_finding(results: AuthenticityResults, test: LeakTest) -> str:
@@ -240,16 +240,11 @@ def _quiet_names(quiet: Sequence[LeakTest], found: Sequence[LeakTest]) -> str:
     """Return the tests that found nothing: by number, with the title where others of the number found a leak."""
     numbers = {test.number for test in found}
     names = {f"test {test.number}{f' ({test.title})' if test.number in numbers else ''}": None for test in quiet}
-    return _and(names)
+    return listed_with_and(names)
 
 
 def _listed_tests(numbers: Sequence[int]) -> str:
-    return f"test{'s' if len(numbers) > 1 else ''} {_and(map(str, numbers))}"
-
-
-def _and(texts: Iterable[str]) -> str:
-    *first, last = texts
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"test{'s' if len(numbers) > 1 else ''} {listed_with_and(map(str, numbers))}"
 
 
 def _test_record(test: LeakTest, level: float) -> dict[str, Any]:

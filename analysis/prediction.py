@@ -184,7 +184,7 @@ def _predict(**flags: Any) -> int:
     with Progress(len(images), "images") as progress:
         probabilities = predict_probabilities(classifier, images, batch=request.batch, workers=request.workers,
                                               on_images=progress.advance)
-    threshold = _threshold(classifier)
+    threshold = threshold_of(classifier)
     columns = choose_labels(probabilities, threshold)
     write_table(request.out, classifier.labels, described, probabilities, columns)
     rule = "the most probable label" if threshold is None else f"{classifier.labels[1]} from {threshold:g} on"
@@ -224,7 +224,7 @@ def write_table(path: str, labels: Sequence[str], images: ImageSet, probabilitie
             writer.writerow([name, *known, *(f"{value:.6g}" for value in shown), labels[column]])
 
 
-def _threshold(classifier: Classifier) -> float | None:
+def threshold_of(classifier: Classifier) -> float | None:
     """Return the probability from which on the second of two labels is predicted; None with more labels."""
     if len(classifier.labels) != 2:
         return None

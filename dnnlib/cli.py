@@ -112,15 +112,15 @@ def expand_user(path: str, name: str) -> str:
     return expanded
 
 
-def check_outdir(outdir: str) -> None:
-    """Raise UserError unless folders can be created in `outdir`, which may not exist yet."""
+def check_outdir(outdir: str, option: str = "--outdir") -> None:
+    """Raise UserError unless folders can be created in `outdir`, which may not exist yet. option: that names it"""
     place = Path(outdir).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"--outdir is {outdir}, but {place} is not a folder; choose a new or existing folder")
+        raise UserError(f"{option} is {outdir}, but {place} is not a folder; choose a new or existing folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--outdir is {outdir}, but {place} is not writable; choose a writable folder")
+        raise UserError(f"{option} is {outdir}, but {place} is not writable; choose a writable folder")
 
 
 def join_values(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str | None:

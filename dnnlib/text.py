@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _LISTED = 40  # a message stays one readable line
 
@@ -11,6 +11,12 @@ def listed(names: Sequence[str]) -> str:
     """Return the names separated by commas; of a long list, the first 40."""
     rest = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def listed_with_and(texts: Iterable[str]) -> str:
+    """Return "a", "a and b", or "a, b and c"."""
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def suggestion(name: str, names: Sequence[str]) -> str:

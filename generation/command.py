@@ -69,7 +69,7 @@ def flag(group: str, metavar: str | None, text: str, *, default: Any = None, sho
     neutral:     a value that has no effect and is accepted in every mode
     attributes:  of click.Option
     """
-    if shown is None and default not in (None, False):
+    if shown is None and default is not None and default is not False:
         shown = "true" if default is True else str(default)
     text = text if shown is None else f"{text} [default: {shown}]"
     return field(default=default, metadata={"only": only, "neutral": neutral, "option": {

@@ -24,7 +24,7 @@ from dnnlib.files import atomic_write
 _COLD, _WARM = "45 111 193", "224 130 20"  # blue and orange, which look different to the color-blind too
 _STRONGEST = 0.55  # opacity of the strongest shade: texts stay legible in light and in dark colors
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d5d8dc; --soft: #5b6168; --mark: #eef2f7 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8ea; --paper: #17191c; --line: #3a3f45; --soft: #a2a9b1; --mark: #24292f }
@@ -63,7 +63,7 @@ img.enlarged { image-rendering: pixelated }
 }
 """
 
-_SCRIPT = """
+SCRIPT = """
 "use strict";
 function value(row, column) {
   const cell = row.cells[column];
@@ -103,7 +103,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 # page and in its folder ('self' for pages on a server, file: for pages on a disk).
 _POLICY = "; ".join((
     "default-src 'none'", "img-src data: 'self' file:", "style-src 'unsafe-inline'",
-    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}'",
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'",
     "base-uri 'none'", "form-action 'none'"))
 
 
@@ -134,12 +134,12 @@ def write_page(path: str | os.PathLike, title: str, body: str) -> None:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{shown}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{shown}</h1>
 {body}
-<script>{_SCRIPT}</script>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """

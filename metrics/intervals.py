@@ -178,8 +178,8 @@ def random_halves(name: str, count: int, groups: np.ndarray | None, fewest: int)
     numbers = group_numbers(groups, count)
     num_groups = int(numbers.max()) + 1
     if num_groups < 4 or count < fewest:
-        raise TooFew(f"there are {count} {name} images of {num_groups} groups; an interval needs at least {fewest} "
-                     "images of 4 groups")
+        raise TooFew(f"there {'is' if count == 1 else 'are'} {plural(count, f'{name} image')} of "
+                     f"{plural(num_groups, 'group')}; an interval needs at least {fewest} images of 4 groups")
     random = np.random.RandomState(0)
     halves = np.zeros(num_groups, dtype=np.int64)
     for split in range(SPLITS):
@@ -393,4 +393,5 @@ def _share_bounds(share: float, error: float, num_units: int, reach: float) -> t
     number = share * (1 - share) / error**2 if error > _ROUNDING and 0 < share < 1 else num_units
     center = (share + reach**2 / (2 * number)) / (1 + reach**2 / number)
     spread = reach / (1 + reach**2 / number) * math.sqrt(share * (1 - share) / number + reach**2 / (4 * number**2))
-    return max(center - spread, 0.0), min(center + spread, 1.0)
+    # The bounds of 0 and 1 are these themselves, but for rounding.
+    return 0.0 if share == 0 else max(center - spread, 0.0), 1.0 if share == 1 else min(center + spread, 1.0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dnnlib.text import fitted, to_ascii
+from dnnlib.text import fitted, listed_with_and, to_ascii
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -18,3 +18,7 @@ def test_to_ascii_takes_accents_off_and_replaces_the_rest(text, expected):
 ])
 def test_fitted_shows_as_many_letters_as_fit(text, width, expected):
     assert fitted(text, width, len) == expected
+
+
+def test_listed_with_and_joins_names_as_in_a_sentence():
+    assert [listed_with_and("abc"[:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
