@@ -23,6 +23,7 @@ PORTABLE := parity networks layers upfirdn2d bias_act conv2d_resample compiled_n
 	comparison timm_encoder loop_validation aggregate server_optimizers shared_statistics \
 	backbones classifier classification_scores lesion_augmentation near_duplicates \
 	aligned_similarity nearest_training discriminator_scores \
+	embedding_layouts embedding_neighbors embedding_mixture embedding_features embed \
 	directions boundaries walks measurements neighborhoods
 
 # Tests run in several processes, of one thread each: small tensors gain nothing from more.
@@ -73,7 +74,7 @@ nightly: test test-portable slow lint soak
 	for seed in 0 1 2; do $(BIN)/python -m scripts.demo --seed=$$seed --dest=demo/seed$$seed || exit 1; done
 
 bench: $(BUILT)
-	for subject in ops allocator dataset_tool metrics generate projector train; do $(BIN)/python -m tests.bench.bench_$$subject || exit 1; done
+	for subject in ops allocator dataset_tool metrics generate projector train embedding; do $(BIN)/python -m tests.bench.bench_$$subject || exit 1; done
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

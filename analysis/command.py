@@ -12,6 +12,7 @@ from analysis.backbones import DEFAULT_MODEL
 from analysis.classifier import ALL, HEAD
 from analysis.classifier_jobs import ClassifySettings
 from analysis.classify import classify
+from analysis.embed import make_embed_command
 from analysis.fine_tuning import FineTuneSettings
 from analysis.make_protocol import ProtocolRequest, make_protocol
 from analysis.prediction import make_predict_command
@@ -38,6 +39,7 @@ python study.py classify --protocol=protocol.json --synthetic=synthetic.zip --ou
 python study.py predict --model=classifiers/models/real-seed0.safetensors --data=images.zip --out=probabilities.csv
 python study.py authenticity --protocol=protocol.json --network=network-snapshot-001000.safetensors \\
     --synthetic=synthetic.zip --outdir=authenticity
+python study.py embed --sets=isic-train.zip,synthetic.zip --out=map.html
 """
 PROTOCOL_HELP = """Fix the data sets and labels of a study, and check that no image or patient is in two parts.
 
@@ -302,6 +304,6 @@ def _classify_settings(flags: Mapping[str, Any]) -> ClassifySettings:
 def make_group() -> click.Group:
     """Return the command line of study.py."""
     commands = [protocol_command, make_classify_command(), make_predict_command(),  # each command is registered here
-                make_authenticity_command()]
+                make_authenticity_command(), make_embed_command()]
     return click.Group("study", commands=commands, help=GROUP_HELP, context_settings=_CONTEXT,
                        no_args_is_help=False)  # which is no one line

@@ -122,7 +122,7 @@ def make_protocol(request: ProtocolRequest, out: str | os.PathLike, *, workers: 
     _refuse_shared_groups(parts)
     subsets = _read_subsets(request.subset, parts, workers)
     near = _list_near_duplicates(parts, workers)
-    keys = {part.name: Keys.of(part.data) for part in parts}
+    keys = {part.name: Keys.of(part.data.names, part.data.named_groups()) for part in parts}
     return Protocol(
         task=task, parts=tuple(_describe(part, task) for part in parts), subsets=subsets,
         attributes=None if request.attributes is None else open_table(request.attributes, keys),

@@ -260,7 +260,8 @@ def attributes_of(protocol: Protocol, name: str) -> dict[str, list[str]]:
     protocol.part(name)
     if protocol.attributes is None:
         return {}
-    keys = {part.name: Keys.of(open_unchanged(protocol, part.name)) for part in protocol.parts}
+    opened = {part.name: open_unchanged(protocol, part.name) for part in protocol.parts}
+    keys = {part: Keys.of(images.names, images.named_groups()) for part, images in opened.items()}
     return look_up(protocol.attributes, name, keys)
 
 

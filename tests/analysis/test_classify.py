@@ -241,7 +241,7 @@ def test_dry_run_prints_what_classifiers_are_trained_on_and_writes_nothing(sets,
 
 def test_group_lists_its_commands():
     commands = make_group().commands
-    assert list(commands) == ["protocol", "classify", "predict", "authenticity"]
+    assert list(commands) == ["protocol", "classify", "predict", "authenticity", "embed"]
     assert not any(each.get_short_help_str(limit=90).endswith("...") for each in commands.values())  # not cut off
 
 

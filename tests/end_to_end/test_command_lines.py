@@ -80,6 +80,7 @@ def test_options_that_may_be_given_several_times_are_these():
         *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
                                                        "leave")),
         "study.py protocol --external", "study.py protocol --subset", "study.py authenticity --projections",
+        "study.py embed --sets", "study.py embed --real",
         *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose")), "explore.py interpolate --points"}
 
 

@@ -48,7 +48,8 @@ SMALLER = [
     (r"--seeds=0-1999", "--seeds=0-139"),  # 20 of each of seven classes
     (r"--num=\d+", "--num=2"),
     (r"--frames=\d+", "--frames=4"),
-    (r"--count=\d{1,3}\b", "--count=24"),
+    (r"--count=(?!200\b)\d{1,3}\b", "--count=24"),
+    (r"--count=200\b", "--count=50"),  # as many projections as a map wants in place of real images
     (r"--count=\d{4,}\b", "--count=128"),  # as many as a study wants that adds them to its training images
     (r"([a-z]+):5000\b", r"\1:64"),
     (r"--gpus=\d+", "--gpus=2"),
@@ -77,6 +78,7 @@ ADDED = {
     "study.py predict": ["--workers=1", "--device=cpu"],
     "study.py authenticity": ["--detector=random-conv", "--count=4", "--num-steps=2", "--draws=2", "--resamples=999",
                               "--workers=1", "--device=cpu"],
+    "study.py embed": ["--features=random-conv", "--maps=tsne,pca", "--workers=1", "--device=cpu"],
     "explore.py sefa": ["--steps=2", "--num=2", "--device=cpu"],
     "explore.py boundary": ["--steps=2", "--permutations=60", "--device=cpu"],
     "explore.py edit": ["--steps=2", "--frames=4", "--device=cpu"],
@@ -206,6 +208,20 @@ def make_explored(folder):
     make_folder(folder, {"lesion.jpg": jpegs(["ISIC_0000009"])["ISIC_0000009.jpg"]})
 
 
+def make_mapped(folder):
+    """Make a network of two classes, images of these classes, and attributes of their lesions."""
+    for name in ("ham256.zip", "ham256-train.zip"):
+        write_phantoms(folder / name, workers=1, count=120, resolution=16, classes={"mel": 0.4, "nv": 0.6}, seed=0,
+                       bias={})
+    (folder / "runs" / "00000-ham256").mkdir(parents=True)
+    save_generator(folder / "runs" / "00000-ham256" / "network-snapshot-000200.safetensors",
+                   {"classes": ["mel", "nv"], "class_counts": [48, 72]}, img_resolution=16)
+    lesions = sorted(set(ImageSet(folder / "ham256-train.zip").named_groups()))
+    write_table(folder / "HAM10000_metadata.csv", [
+        {"lesion_id": lesion, "image_id": f"ISIC_{index:07d}", "age": 20 + index, "localization": "back"}
+        for index, lesion in enumerate(lesions)])
+
+
 def make_files(folder, document):
     """Make what the commands of a document take for granted."""
     if document in ("README.md", "docs/data.md"):
@@ -221,9 +237,12 @@ def make_files(folder, document):
         write_phantoms(folder / "ham256.zip", workers=1, count=200, resolution=16, classes={"mel": 0.4, "nv": 0.6},
                        seed=0, bias={})
         save_generator(folder / "other-network.safetensors", img_resolution=16, c_dim=0)
+    if document == "docs/embedding.md":
+        make_mapped(folder)
     if document == "docs/explore.md":
         make_explored(folder)
-    if document in ("README.md", "docs/authenticity.md", "docs/explore.md", "docs/federated.md", "docs/study.md"):
+    if document in ("README.md", "docs/authenticity.md", "docs/embedding.md", "docs/explore.md", "docs/federated.md",
+                    "docs/study.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}
@@ -267,6 +286,11 @@ def test_command_of_a_document_does_what_it_says_as_printed(document, tmp_path):
         assert {entry["condition"] for entry in results["results"]} == {"real", "synthetic", "real+synthetic-1"}
     if document == "docs/authenticity.md":
         check_authenticity(tmp_path)
+    if document == "README.md":
+        check_map(tmp_path / "map.html", ["real", "synthetic", "projected"])
+    if document == "docs/embedding.md":  # its last map, and that of styles
+        check_map(tmp_path / "map.html", ["real", "synthetic"])
+        check_map(tmp_path / "styles.html", ["real", "synthetic"])
     if document == "docs/python.md":
         check_python_blocks(document, tmp_path, variables)
 
@@ -277,6 +301,15 @@ def check_authenticity(folder):
     assert results["verified"] is True
     assert {test["number"] for test in results["tests"] if test["ran"]} == {1, 2, 3}
     assert "<img" in (folder / "authenticity" / "page.html").read_text(encoding="utf-8")
+
+
+def check_map(path, kinds):
+    """Check of which kinds the sets of a map are, and that its script and its numbers have all maps."""
+    page = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    assert [one["kind"] for one in data["sets"]] == kinds
+    record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [one["key"] for one in data["maps"]] == [one["key"] for one in record["maps"]] == ["tsne", "pca"]
 
 
 def check_python_blocks(document, folder, variables):

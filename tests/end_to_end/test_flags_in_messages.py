@@ -21,7 +21,7 @@ SETS = "dataset_tool.py"  # the program that converts
 # Some texts there are arguments of other programs, not messages: of compilers, and the demonstration's commands.
 ARGUMENTS = {"torch_utils.ops.build", "scripts.demo"}
 # Pages: style sheets, whose variables look like flags, and commands that test_demo.py checks.
-PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps", "latent.exploration_page:_STYLE"}
+PAGE = {"scripts.demo:_PAGE", "scripts.demo:next_steps", "latent.exploration_page:STYLE"}
 # Of training runs, which choose no class for their metrics.
 CLASS_OF_METRICS = {
     "imagesets.classes:find_class", "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_class",
