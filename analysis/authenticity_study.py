@@ -79,7 +79,7 @@ from generation.command import flags_of
 from generation.network import require_same
 from metrics.detectors.base import Detector
 from metrics.detectors.registry import open_detector
-from metrics.features import from_main, measuring, on_main, on_main_for_long
+from metrics.features import from_main, measuring, on_main_first, on_main_for_long
 from metrics.image_sources import FakeLabels, GeneratedImages
 from torch_utils.device import find_project_version, settle_device
 from torch_utils.distributed import Place, Processes, join
@@ -155,12 +155,8 @@ def run_authenticity(request: AuthenticityRequest, processes: Processes) -> bool
 
 
 def _open_detector(request: AuthenticityRequest, processes: Processes) -> Detector:
-    """Open --detector; the main process downloads its weights, which the others then find."""
-    def opened() -> Detector:
-        return open_detector(request.detector, device=processes.device, weights=request.detector_weights)
-
-    detector = on_main(opened)
-    return opened() if detector is None else detector
+    return on_main_first(lambda: open_detector(request.detector, device=processes.device,
+                                               weights=request.detector_weights))
 
 
 @contextmanager

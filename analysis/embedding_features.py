@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +34,10 @@ from metrics.features import (
     FeatureRequest,
     cached_features,
     choose_batch,
-    on_main,
+    on_main_first,
     on_main_for_long,
 )
 from torch_utils.distributed import Processes
-
-T = TypeVar("T")
 
 _MAPPED = 1024  # seeds that are turned into styles at a time
 
@@ -57,10 +55,8 @@ def embedding_features(request: EmbedRequest, points: Points,
         return _styles(request, points, processes)
     described: dict[str, Any] = {"name": request.features}
     if is_detector(request.features):
-        def opened() -> Detector:
-            return open_detector(request.features, device=processes.device, weights=request.weights)
-
-        detector = _open_on_all(opened)
+        detector = on_main_first(lambda: open_detector(request.features, device=processes.device,
+                                                       weights=request.weights))
     else:
         classifier = _open_classifier(request.features, request, processes)
         detector = _detector_of(classifier)
@@ -107,16 +103,10 @@ def classifier_predictions(request: EmbedRequest, points: Points, processes: Pro
                        probabilities=probabilities, predicted=choose_labels(probabilities, threshold_of(classifier)))
 
 
-def _open_on_all(opened: Callable[[], T]) -> T:
-    """Open something on all processes; the main process downloads its weights, which the others then find."""
-    found = on_main(opened)
-    return opened() if found is None else found
-
-
 def _open_classifier(path: str, request: EmbedRequest, processes: Processes) -> Classifier:
     """Open a classifier. --weights are those of a detector if --features is one."""
     weights = AUTO if request.weights is None or is_detector(request.features) else request.weights
-    return _open_on_all(lambda: open_classifier(path, weights=weights, device=processes.device))
+    return on_main_first(lambda: open_classifier(path, weights=weights, device=processes.device))
 
 
 def _detector_of(classifier: Classifier) -> Detector:

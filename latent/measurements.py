@@ -36,7 +36,7 @@ from dnnlib.cli import UserError, UserPath
 from generation.command import flag
 from generation.network import OpenNetwork
 from latent.exploration import ExploreRequest, ImageFunction, OpenClassifier
-from metrics.features import on_main
+from metrics.features import on_main_first
 
 # scikit-image and scipy take half a second to import: functions import them, so that programs start without.
 
@@ -137,9 +137,7 @@ class MeasuredRequest(ExploreRequest):
         found = [lesion_measurements()] if self.measure else []
         if self.classifier is None:
             return found
-        # The main process first: it downloads weights that the others then find.
-        opened = on_main(lambda: open_classifier(self.classifier, self.weights, device))
-        return [*found, opened or open_classifier(self.classifier, self.weights, device)]
+        return [*found, on_main_first(lambda: open_classifier(self.classifier, self.weights, device))]
 
 
 def measure(pixels: np.ndarray) -> np.ndarray:

@@ -402,6 +402,12 @@ def on_main(work: Callable[[], T]) -> T | None:
     return together(lambda: work() if is_main() else None)
 
 
+def on_main_first(work: Callable[[], T]) -> T:
+    """Run `work` on the main process, then on the others, which find what it downloaded; return each one's result."""
+    result = on_main(work)
+    return work() if result is None else result
+
+
 def on_main_for_long(work: Callable[[Callable[[], None]], T]) -> T | None:
     """Like `on_main`, for work of any length, which has to call its argument now and then.
 

@@ -27,6 +27,7 @@ from tests.helpers.embed_commands import (
     color_of,
     draw,
     embed,
+    link_sets,
     make_sets,
     rows_of,
     write_drawings,
@@ -60,8 +61,7 @@ def sets(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(sets, tmp_path, monkeypatch):
     """Files are named as they are in the folder of a test, which has the sets."""
-    for path in sets.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    link_sets(sets, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

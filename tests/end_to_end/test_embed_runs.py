@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.embed_commands import Written, embed, embed_arguments, make_sets
+from tests.helpers.embed_commands import Written, embed, embed_arguments, link_sets, make_sets
 from tests.helpers.html_pages import CHROMIUM, open_in_chromium
 from tests.helpers.projector_commands import contents
 from tests.helpers.small_studies import classify, make_protocol
@@ -30,8 +30,7 @@ def sets(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(sets, tmp_path, monkeypatch):
     """Files are named as they are in the folder of a test, which has the sets."""
-    for path in sets.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    link_sets(sets, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -60,6 +60,12 @@ def write_drawings(path, rows, *, source=None, groups=False, classes=CLASSES, **
     return path
 
 
+def link_sets(sets, folder):
+    """Give a folder the sets of another one, so that a test names them as they are there."""
+    for path in sets.iterdir():
+        (folder / path.name).symlink_to(path)
+
+
 def make_sets(folder):
     """Write sets whose pictures can be told apart: green real images, blue projections of them, red synthetic ones.
 
