@@ -1,6 +1,7 @@
 """Build text for users: names and counts in a sentence, tables, and printable ASCII."""
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
@@ -24,6 +25,26 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     by_lower = {known.lower(): known for known in reversed(names)}
     near = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
     return f" (did you mean {by_lower[near[0]]}?)" if near else ""
+
+
+def is_same_but_for_spelling(name: str, other: str) -> bool:
+    """Return whether two names most likely mean the same: they differ in case, punctuation, abbreviations or typos.
+
+    Compared word by word, and words by their first letter: "melanoma (NOS)" and melanoma, grade1 and grade2, BCC and
+    SCC, typical and atypical are different.
+    """
+    words, others = ([*re.findall(r"[^\W\d_]+|\d+", text.lower())] for text in (name, other))
+    return bool(words) and len(words) == len(others) and all(map(_is_same_word, words, others))
+
+
+def _is_same_word(word: str, other: str) -> bool:
+    short, long = sorted((word, other), key=len)
+    if word == other or word[0] != other[0] or word.isdigit():
+        return word == other
+    if len(short) > 1 and len(long) > 4 and long.startswith(short):  # ak, akiec; not i, ii, iii
+        return True
+    changes = difflib.SequenceMatcher(None, short, long, autojunk=False).get_opcodes()
+    return sum(max(a2 - a1, b2 - b1) for kind, a1, a2, b1, b2 in changes if kind != "equal") <= min(2, len(long) - 3)
 
 
 def shorten(names: Sequence[str], limit: int = 3) -> str:

@@ -30,7 +30,7 @@ from generation.image_generator import (
     read_projected_w,
 )
 from generation.labeled_set import SetContents, check_centers, choose_piece_size, draw_labels, write_labeled_set
-from generation.network import NETWORK_HELP, OpenNetwork, open_network, require_same
+from generation.network import NETWORK_HELP, Label, OpenNetwork, open_network, require_same
 from generation.pictures import (
     COARSE_LAYERS,
     GRID,
@@ -280,6 +280,7 @@ def make_images(request: GenerateRequest) -> int:
         print(f"--seeds names {len(named)} seeds, {len(seeds)} of them different; each is made once", file=sys.stderr)
     with _open(request) as (network, generator):
         classes = network.classes.choose(request.class_, request.label)
+        _print_untrained(network, classes)
         if len(classes) > 1 and request.outdir and request.grid != BESIDE_FILES:
             raise UserError(f"--class names {len(classes)} classes, but the files in --outdir are of one class; "
                             "expected one, or --grid=FILE without --outdir for a sheet of several")
@@ -311,6 +312,7 @@ def make_style_mix(request: GenerateRequest) -> int:
         classes = network.classes.choose(request.class_, request.label)
         if len(classes) > 1:
             raise UserError(f"--class names {len(classes)} classes; expected one with --style-mix")
+        _print_untrained(network, classes)
         layers = choose_layers(request.styles, generator.G.num_ws)
         count = write_style_mix(request.outdir, generator, rows, columns, layers=layers,
                                 label=network.classes.labels(classes))
@@ -336,6 +338,7 @@ def make_set(request: GenerateRequest) -> int:
         if joined.rank == 0:
             if contents.note is not None:
                 print(contents.note, file=sys.stderr)
+            _print_untrained(network, [label for label, count in enumerate(contents.counts or ()) if count])
             _print_center(request.settings)
         generator = ImageGenerator(network.G.to(joined.device), request.settings, batch=batch, fp32_flag="--fp32")
         is_new = write_labeled_set(request.zip, network, generator, contents, joined)
@@ -368,6 +371,11 @@ def _print_center(settings: SynthesisSettings) -> None:
     if settings.center != GLOBAL_CENTER and settings.truncation != 1:
         print(f"--trunc={settings.truncation:g} pulls towards the mean style of each image's own class or label, from "
               f"{MEAN_LATENTS} latents (--trunc-center={settings.center})", file=sys.stderr)
+
+
+def _print_untrained(network: OpenNetwork, labels: Sequence[Label]) -> None:
+    if (note := network.classes.note_on_untrained(labels)) is not None:
+        print(note, file=sys.stderr)
 
 
 def _choose_contents(request: GenerateRequest, network: OpenNetwork, batch: int) -> SetContents:

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,13 @@ class Classes:
         names = "" if self.names is None else f" ({listed(self.names)})"
         example = ",".join(["0", "1", "0.5"][:self.count]) + (",..." if self.count > 3 else "")
         return f"--label with {self.count} numbers{names}, such as --label={example}"
+
+    def note_on_untrained(self, labels: Iterable[Label]) -> str | None:
+        """Return a note on classes that the training set had no images of; None if there are none, or no record."""
+        names = [self.name(label) for label in dict.fromkeys(labels)
+                 if isinstance(label, int) and self.training_counts is not None and self.training_counts[label] == 0]
+        return (f"the training set of this network has no images of class {listed(names)}: images made for it may not "
+                "show it") if names else None
 
     def labels(self, labels: Sequence[Label]) -> Tensor:
         """Return labels as network inputs, classes as one-hot vectors: float32 [N, c_dim]."""

@@ -3,20 +3,22 @@
 The labels of N images are None, or int64 [N] class numbers with NO_LABEL for an image without one, or float32 [N, D]
 vectors with NaN there. In dataset.json a label is an integer, a list of numbers, or null.
 
-A class name may contain commas, like "Melanoma, NOS" of the ISIC archive: the longest name that exists is taken.
+A class name may contain commas, like "Melanoma, NOS" of the ISIC archive: the longest name that exists is taken. Names
+may also be of classes that a source has no images of, as an institution need not have images of every class of a study.
 
 LIMIT: names that contain a semicolon or an equals sign cannot be written in --merge.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from dnnlib.cli import UserError
-from dnnlib.text import listed, suggestion
+from dnnlib.text import is_same_but_for_spelling, listed, suggestion
 
 NO_LABEL = -1
 MAX_CLASSES = 1000  # more would be names, ages or dates, and their one-hot labels would fill the memory
@@ -158,44 +160,57 @@ def order_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=Decimal) if numeric else names
 
 
-def choose_classes(found: Sequence[str], classes: str | None = None,
-                   merge: str | None = None) -> tuple[list[str], dict[str, int | None]]:
-    """Apply --merge, then --classes; return the class names, and the new number of each found one, None if left out.
+def choose_classes(found: Sequence[str], classes: str | None = None, merge: str | None = None,
+                   ) -> tuple[list[str], dict[str, int | None], list[str]]:
+    """Apply --merge, then --classes.
 
     found:   the names that exist, in the default order
     merge:   "melanoma=mel;benign=nv,bkl": classes named here get a new name, the others keep theirs; a merged class
              takes the place of its first member. None merges nothing.
     classes: "melanoma,benign": names after merging that are wanted, in this order. None takes all.
 
-    Raises UserError for names that do not exist or are repeated, and for texts of another form.
+    Returns the class names; the new number of each found one, None if left out; and the names in --merge or --classes
+    that do not exist. Raises UserError for names that do not exist and are most likely mistakes, for repeated ones, and
+    for texts of another form.
     """
     found = list(found)
     if twice := _first_repeated(found):
         raise UserError(f"the class {twice} exists twice among {listed(found)}; expected different names")
-    new_name = {name: name for name in found} | ({} if merge is None else _parse_merge(merge, found))
-    members: dict[str, list[str]] = {}
-    for name in found:
-        members.setdefault(new_name[name], []).append(name)
-    names = list(members) if classes is None else _parse_classes(classes, members)
-    return names, {name: names.index(new_name[name]) if new_name[name] in names else None for name in found}
+    merged = {} if merge is None else _parse_merge(merge, found)
+    new_name = {name: merged.get(name, name) for name in found}
+    members = list(dict.fromkeys(new_name.values()))
+    names = members if classes is None else _parse_classes(classes, members, merged)
+    for name, target in merged.items():
+        if classes is None and target not in members:
+            raise _unknown(f"--merge={merge} takes {name} into {target}", name, found)
+    absent = [name for name in merged if name not in found]
+    absent += [name for name in names if name not in members and name not in merged.values()]
+    return names, {name: names.index(new_name[name]) if new_name[name] in names else None for name in found}, absent
+
+
+def is_named(name: str, classes: str | None, merge: str | None) -> bool:
+    """Return whether --classes, or --merge among the members of a group, names this class."""
+    groups = [] if merge is None else [group.partition("=")[2] for group in merge.split(";")]
+    return any(name in split_names(text, [name]) for text in (*groups, *([] if classes is None else [classes])))
 
 
 def _parse_merge(merge: str, found: Sequence[str]) -> dict[str, str]:
-    """Return {found name: new name} of the classes in --merge."""
+    """Return {name: new name} of the classes in --merge, also of those that do not exist."""
     new_name: dict[str, str] = {}
     groups = [_parse_group(merge, text, found) for text in merge.removesuffix(";").split(";")]
     if twice := _first_repeated([name for name, _ in groups]):
         raise UserError(f"--merge={merge} makes {twice} twice; expected one group of this name, with all its classes")
+    others = [name for name in found if not any(name in members for _, members in groups)]
     for target, members in groups:
         for name in members:
             if name not in found:
-                raise _unknown(f"--merge={merge} takes {name} into {target}, but there is no class {name}", name, found)
+                _refuse_misspelled(f"--merge={merge} takes {name} into {target}", name, found, others)
             if name in new_name:
                 where = f"twice in {target}" if new_name[name] == target else f"in both {new_name[name]} and {target}"
                 raise UserError(f"--merge={merge} puts {name} {where}; expected each class once")
             new_name[name] = target
     for target, _ in groups:
-        if target in found and target not in new_name:
+        if target in others:
             raise UserError(f"--merge={merge} makes {target}, but a class {target} exists outside of this group; add "
                             "it to the group, or choose another name")
     return new_name
@@ -212,28 +227,54 @@ def _parse_group(merge: str, text: str, found: Sequence[str]) -> tuple[str, list
     names = split_names(members, found)
     if "" in names:
         raise UserError(f"--merge={merge} has an empty name in the group {target}; {_MERGE_FORM}")
+    # A name with a comma that does not exist becomes two that do not exist either, which changes nothing.
+    _refuse_unclear_comma(f"--merge={merge}", members, names, found, num_absent=(1,))
     return target, names
 
 
-def _parse_classes(classes: str, members: dict[str, list[str]]) -> list[str]:
-    """Return the names in the order wanted."""
-    names = split_names(classes, list(members))
+def _parse_classes(classes: str, members: Sequence[str], merged: Mapping[str, str]) -> list[str]:
+    """Return the names in the order wanted. members: that exist after merging; merged: {name: new name}"""
+    known = [*members, *merged.values()]
+    names = split_names(classes, known)
     if "" in names:
         raise UserError(f"--classes={classes} has an empty name; expected names separated by commas, such as nv,mel")
     if twice := _first_repeated(names):
         raise UserError(f"--classes={classes} names {twice} twice; expected each class once")
+    left_out = [name for name in members if name not in names]
     for name in names:
-        if name not in members:
-            merged = next((target for target, inside in members.items() if name in inside), None)
-            if merged is not None:
-                raise UserError(f"--classes={classes} names {name}, which --merge put into {merged}; expected some of "
-                                f"{listed(list(members))}")
-            raise _unknown(f"--classes={classes} names {name}, but there is no class {name}", name, list(members))
+        if name not in known and name in merged:
+            raise UserError(f"--classes={classes} names {name}, which --merge put into {merged[name]}; expected some "
+                            f"of {listed(members)}")
+        if name not in known:
+            _refuse_misspelled(f"--classes={classes} names {name}", name, members, left_out)
+    if not any(name in members for name in names):
+        raise _unknown(f"--classes={classes} names {names[0]}", names[0], members)
+    _refuse_unclear_comma(f"--classes={classes}", classes, names, known, num_absent=(1, 2))
     return names
 
 
 def _unknown(start: str, name: str, names: Sequence[str]) -> UserError:
-    return UserError(f"{start}; expected some of {listed(names)}{suggestion(name, names)}")
+    return UserError(f"{start}, but there is no class {name}; expected some of {listed(names)}"
+                     f"{suggestion(name, names)}")
+
+
+def _refuse_misspelled(start: str, name: str, names: Sequence[str], unused: Sequence[str]) -> None:
+    """Raise UserError if a name that does not exist is most likely one of `unused`, those of `names` not named."""
+    meant = next((other for other in unused if is_same_but_for_spelling(name, other)), None)
+    if meant is not None:
+        raise UserError(f"{start}, but there is no class {name}; expected some of {listed(names)} (did you mean "
+                        f"{meant}? If not, give {meant} another name with --merge)")
+
+
+def _refuse_unclear_comma(start: str, text: str, names: Sequence[str], known: Sequence[str],
+                          num_absent: Collection[int]) -> None:
+    """Raise UserError if two names, of which so many do not exist, may be one that contains a comma and a space."""
+    for pair in pairwise(names):
+        one = ", ".join(pair)
+        if one in text and sum(name not in known for name in pair) in num_absent:
+            raise UserError(f'{start} has "{one}", which is no class here; if these are two classes, leave out the '
+                            f"space ({','.join(pair)}); if it is one that only other data sets have, give it a name "
+                            "without a comma in all, with --merge")
 
 
 def _first_repeated(names: Sequence[str]) -> str | None:

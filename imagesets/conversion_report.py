@@ -253,12 +253,19 @@ def describe_conversion(dest: Path, source: Source, selection: Selection,
         yield "  classes: " + ", ".join(f"{name} {count}" for name, count in report["classes"].items())
         empty = [name for name, count in report["classes"].items() if not count]
         if empty:
-            yield f"  note: no images of class {', '.join(empty)}; leave classes out with --classes"
+            yield (f"  note: no images of class {listed(empty)}; numbers of classes are kept, which is right if "
+                   "another data set of the study has such images: convert all with the same --classes; if none has, "
+                   "leave the class out with --classes")
     elif selection.labels is None:
         yield "  labels: none"
     else:
         names = f" ({listed(selection.classes)})" if selection.classes else ""
         yield f"  labels: lists of {selection.labels.shape[1]} numbers{names}"
+    # Names of --classes that nothing else takes the place of are in the note above.
+    unknown = [name for name in selection.absent if selection.left_out or name not in selection.classes]
+    if unknown:
+        instead = f", and --classes leaves out {listed(selection.left_out)}" if selection.left_out else ""
+        yield f"  note: the source has no class named {listed(unknown)}{instead}; check that no name is misspelled"
     yield from _tables(selection.labeling)
     yield from _remarks(source, report)
 

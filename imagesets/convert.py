@@ -19,6 +19,7 @@ from dnnlib.cli import UserError
 from dnnlib.files import sha256_of
 from dnnlib.progress import Progress
 from dnnlib.workers import ordered_map, usable_cores
+from imagesets.classes import is_named
 from imagesets.conversion_report import (
     Tally,
     build_report,
@@ -36,7 +37,7 @@ from imagesets.decode import (
     probe,
     probe_range,
 )
-from imagesets.folders import Loader, Source, refuse_doubtful_folders
+from imagesets.folders import Loader, Source, labels_of_one_folder, refuse_doubtful_folders
 from imagesets.metadata import may_be_redistributed
 from imagesets.pixel_formats import BEYOND_DEPTH, MAX_DEPTH, BadImage, Depth, widen
 from imagesets.resize import RESOLUTIONS, PixelSpec, check_resolution, is_resolution, nearest_resolution
@@ -211,6 +212,9 @@ def _label(opened: Source, options: ConvertOptions) -> Labeling:
     if options.labels is None:
         refuse_doubtful_folders(opened, are_classes=options.folders is not None)
         labeling = Labeling.of_source(opened, ignore_folders=options.folders == "ignore")
+        if labeling.labels is None and options.folders != "ignore":
+            labels, classes = labels_of_one_folder(opened, lambda name: is_named(name, options.classes, options.merge))
+            labeling = replace(labeling, labels=labels, classes=classes)
     else:
         table = read_table(options.labels, id_column=options.id_column, label_column=options.label_column,
                            group_column=options.group_column if options.groups is None else None)

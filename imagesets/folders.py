@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -237,6 +237,18 @@ def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str
         return None, None
     classes = order_classes({folder for folder in found if folder is not None})
     return numbers_of(found, classes), classes
+
+
+def labels_of_one_folder(source: Source,
+                         is_class: Callable[[str], bool]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return labels and class names if all images are in one folder, and `is_class` of its name; else None, None.
+
+    For a source that has images of one class only, of those that the user names.
+    """
+    if not source.has_files or source.is_ready or source.parts or is_numbered(source.names):
+        return None, None
+    folder = next(filter(is_class, reversed(enclosing_folders(source.names))), None)
+    return (None, None) if folder is None else (np.zeros(len(source), dtype=np.int64), [folder])
 
 
 def class_folders(names: Sequence[str]) -> list[str | None] | None:

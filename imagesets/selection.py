@@ -149,12 +149,15 @@ class Selection:
     reasons:  int8 [N], index into REASONS; 0 is wanted
     labels:   None, int64 [N] into `classes`, or float32 [N, D]
     classes:  names of the integer labels, or None
-    groups:   as in Labeling
+    absent:   names in --classes and --merge that are not among the classes of the source
+    left_out: classes of the source that have images and are not in --classes
     """
     reasons: np.ndarray
     labels: np.ndarray | None
     classes: list[str] | None
     labeling: Labeling
+    absent: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
     @property
     def wanted(self) -> np.ndarray:
@@ -191,20 +194,20 @@ def select(source: Source, labeling: Labeling, *, classes: str | None, merge: st
         if unlabeled == "error":
             raise _unlabeled_error(source, labeling, missing)
         reasons[missing] = REASONS.index(NO_CLASS)
-    labels, names = _choose(source, labeling, classes, merge, missing, reasons)
+    chosen = _choose(source, labeling, classes, merge, missing, reasons)
     if max_images is not None and np.count_nonzero(reasons == 0) > max_images:
-        reasons[_not_drawn(np.flatnonzero(reasons == 0), labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
+        reasons[_not_drawn(np.flatnonzero(reasons == 0), chosen.labels, max_images, seed)] = REASONS.index(NOT_DRAWN)
     if reasons.all():
         raise UserError(f"{source.name}: --unlabeled and --classes leave none of its {len(source)} images; "
                         "expected at least one")
-    return Selection(reasons=reasons, labels=labels, classes=names, labeling=labeling)
+    return chosen
 
 
 def _choose(source: Source, labeling: Labeling, classes: str | None, merge: str | None, missing: np.ndarray,
-            reasons: np.ndarray) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels and names of the classes chosen; marks images of others in `reasons`."""
+            reasons: np.ndarray) -> Selection:
+    """Return a Selection with these `reasons`, where images of classes that are not chosen are marked."""
     if classes is None and merge is None:
-        return labeling.labels, labeling.classes
+        return Selection(reasons=reasons, labels=labeling.labels, classes=labeling.classes, labeling=labeling)
     option = "--classes" if classes is not None else "--merge"
     if labeling.labels is None:
         raise UserError(f"{option}: the images of {source.name} have no labels; expected subfolders, a dataset.json "
@@ -213,11 +216,13 @@ def _choose(source: Source, labeling: Labeling, classes: str | None, merge: str 
         raise UserError(f"{option}: the labels of {source.name} are lists of {labeling.labels.shape[1]} numbers, "
                         "from which no class can be chosen; leave the option out")
     found = class_names(labeling.labels, labeling.classes)
-    names, label_of = choose_classes(found, classes, merge)
+    names, label_of, absent = choose_classes(found, classes, merge)
     new_index = np.array([NO_LABEL if label_of[name] is None else label_of[name] for name in found], dtype=np.int64)
     labels = np.where(missing, NO_LABEL, new_index[labeling.labels])
-    reasons[(labels == NO_LABEL) & ~missing] = REASONS.index(NOT_CHOSEN)
-    return labels, names
+    dropped = (labels == NO_LABEL) & ~missing
+    reasons[dropped] = REASONS.index(NOT_CHOSEN)
+    return Selection(reasons=reasons, labels=labels, classes=names, labeling=labeling, absent=absent,
+                     left_out=[found[number] for number in np.unique(labeling.labels[dropped])])
 
 
 def _not_drawn(rows: np.ndarray, labels: np.ndarray | None, count: int, seed: int) -> np.ndarray:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import click
+import numpy as np
 import PIL.Image
 
 from dnnlib.cli import GroupedCommand, UserError, check_outdir
 from dnnlib.files import retrying
-from dnnlib.text import shorten
+from dnnlib.text import listed, shorten
 from dnnlib.workers import usable_cores
-from imagesets.classes import LABELS, VECTOR
+from imagesets.classes import CLASS, LABELS, VECTOR, class_name
 from imagesets.pixel_hashes import equal_images
 from imagesets.reader import describe_shape
 from torch_utils.device import DeviceChoice, choose_device, choose_precision, tune_malloc
@@ -155,7 +156,9 @@ def prepare(flags: dict[str, Any], choose_metrics: ChooseMetrics, *, dry_run: bo
         transferred = check_resume_weights(config, dataset)
         alerts = _check_pixels(config, settings, dataset, compute=not dry_run)
 
-    warnings = tuple(line for line in (parsed.warning, resume_note, valid_note, *alerts) if line is not None)
+    empty_note = note_on_empty_classes([dataset], f"{dataset.path} has no") if dataset.use_labels else None
+    found = (parsed.warning, resume_note, valid_note, empty_note, *alerts)
+    warnings = tuple(line for line in found if line is not None)
     settings = replace(settings, notes=(*parsed.notes, *warnings))
     return PreparedRun(config=config, settings=settings, dataset=dataset, device=parsed.device, warnings=warnings,
                        alerts=tuple(alerts), transferred=transferred)
@@ -206,6 +209,24 @@ def _open_data(config: TrainConfig, settings: RunSettings, *, thorough: bool) ->
             valid = ImageDataset(settings.valid, use_labels=choice.use_labels, classes=dataset.classes)
             return dataset, check_valid(valid, dataset)
     return dataset, None
+
+
+def note_on_empty_classes(datasets: Sequence[ImageDataset], start: str) -> str | None:
+    """Return a note on classes that no data set has images of; None if there are none, or labels are not classes.
+
+    datasets:  whose labels are used, with the same classes
+    start:     of the note, such as "isic256.zip has no"
+    """
+    if datasets[0].label_kind != CLASS:
+        return None
+    labels = np.concatenate([dataset.class_indices() for dataset in datasets])
+    return describe_empty_classes(np.bincount(labels, minlength=datasets[0].label_dim), datasets[0].classes, start)
+
+
+def describe_empty_classes(counts: np.ndarray, names: Sequence[str] | None, start: str) -> str | None:
+    """Return the note of `note_on_empty_classes`. counts: images of each class; names: of the classes"""
+    empty = [class_name(number, names) for number in np.flatnonzero(counts == 0).tolist()]
+    return f"{start} images of class {listed(empty)}, which the networks will not learn" if empty else None
 
 
 def check_per_class(settings: RunSettings, *, use_labels: bool) -> None:
@@ -262,20 +283,30 @@ def check_valid(valid: ImageDataset, dataset: ImageDataset, *, name: str = "--va
 
     Return a note if the labels of the two cannot be matched by name.
     """
-    flag = f"{name}={valid.path}"
     if valid.path.resolve() == dataset.path.resolve():
-        raise UserError(f"{flag} is the data set of --data itself; expected images that are not trained on")
+        raise UserError(f"{name}={valid.path} is the data set of --data itself; expected images that are not trained "
+                        "on")
+    return check_comparable(valid, dataset, name, "--data", f"--data={dataset.path}")
+
+
+def check_comparable(valid: ImageDataset, dataset: Any, name: str, data: str, label: str) -> str | None:
+    """Do as `check_valid` with a data set that may be elsewhere.
+
+    dataset:      its image_shape, use_labels, label_dim, label_kind and label_names
+    data, label:  the two ways in which messages name it
+    """
+    flag = f"{name}={valid.path}"
     if valid.image_shape != dataset.image_shape:
         raise UserError(f"{flag} is {describe_shape(valid.image_shape)}; expected "
-                        f"{describe_shape(dataset.image_shape)}, as in --data")
+                        f"{describe_shape(dataset.image_shape)}, as in {data}")
     if dataset.use_labels and valid.label_dim != dataset.label_dim:
-        raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as in --data: "
+        raise UserError(f"{flag} has labels of length {valid.label_dim}; expected {dataset.label_dim}, as in {data}: "
                         "convert both with dataset_tool.py and the same --classes")
     if dataset.use_labels and valid.label_kind != dataset.label_kind:
-        raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as in --data")
+        raise UserError(f"{flag} has {LABELS[valid.label_kind]}; expected {LABELS[dataset.label_kind]}, as in {data}")
     check_images(valid)
     if dataset.use_labels and (valid.label_names is None) != (dataset.label_names is None):
-        nameless = flag if valid.label_names is None else f"--data={dataset.path}"
+        nameless = flag if valid.label_names is None else label
         return f"{nameless} does not name its classes; those of {name} are matched by number"
     return None
 

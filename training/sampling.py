@@ -21,8 +21,8 @@ from torch import Tensor
 from dnnlib.cli import SIGNALS, UserError
 from dnnlib.files import DiskFailure, retrying
 from dnnlib.text import shorten
+from dnnlib.workers import end_with_parent
 from imagesets.classes import class_name, missing_labels
-from torch_utils.launch import end_with_parent
 from torch_utils.seeding import seed_for
 from training.dataset import ImageDataset
 
@@ -145,7 +145,8 @@ def image_weights(balance: str | os.PathLike, dataset: ImageDataset) -> np.ndarr
 
     balance:  "none"; "classes": every class that has images is seen equally often; or a CSV file with the columns
               `class,weight` (the share of a class, divided equally among its images) or `file,weight` (one per image,
-              by its name in the data set). Classes and files that are not listed get 0.
+              by its name in the data set). Classes and files that are not listed get 0. Classes without images have
+              no effect, as at an institution that has none: a CSV file may be the same for all.
 
     Raises UserError if the file or the data set's labels are not suitable.
     """
@@ -168,7 +169,7 @@ def _of_classes(dataset: ImageDataset, shares: dict[int, float] | None, flag: st
         members = classes == label
         weights[members] = (1 if shares is None else shares.pop(int(label), 0)) / members.sum()
     absent = {label: share for label, share in (shares or {}).items() if share > 0}
-    if absent:
+    if absent and weights.sum() == 0:
         name = class_name(min(absent), dataset.classes)
         raise UserError(f"{flag}: class {name} has a weight, but no images in {dataset.path}")
     return weights

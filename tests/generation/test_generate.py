@@ -295,6 +295,17 @@ def test_set_takes_counts_of_classes(inside, capsys):
     assert make(capsys, "--zip=set.zip", "--classes=nv:1,mel:2") == "set.zip already holds these images\n"
 
 
+@pytest.mark.parametrize(("flags", "is_noted"), [
+    ("--seeds=1 --class=mel --outdir=out", True), ("--seeds=1 --class=all --grid=grid.png", True),
+    ("--style-mix --rows=1 --cols=2 --class=mel --outdir=out", True), ("--zip=set.zip --classes=mel:1,nv:1", True),
+    ("--seeds=1 --class=nv --outdir=out", False), ("--zip=set.zip --count=2", False)])
+def test_classes_without_training_images_are_noted(inside, capsys, flags, is_noted):
+    save_generator("some.safetensors", {"classes": ["nv", "mel"], "class_counts": [6, 0]})
+    assert run(generate.main, ["--network=some.safetensors", *flags.split()]) == 0
+    assert capsys.readouterr().err == ("the training set of this network has no images of class mel: images made for "
+                                       "it may not show it\n" if is_noted else "")
+
+
 def test_set_of_classes_without_names_has_their_numbers(inside, capsys):
     save_generator("numbers.safetensors", {}, c_dim=3)
     out = make(capsys, "--zip=set.zip", "--classes=0:1,2:2", network="numbers.safetensors")

@@ -31,6 +31,16 @@ def test_choose_finds_classes(classes, text, expected):
     assert classes.choose(text) == expected
 
 
+def test_note_names_classes_that_had_no_training_images():
+    two = Classes(3, {"classes": ["nevus", "melanoma", "bcc"], "class_counts": [7, 0, 0]})
+    note = "the training set of this network has no images of class {}: images made for it may not show it"
+    assert two.note_on_untrained([0, 2]) == note.format("bcc")
+    assert two.note_on_untrained([2, 1, 2]) == note.format("bcc, melanoma")
+    assert two.note_on_untrained([0, (0.5, 0.5, 0.0)]) is None
+    assert NUMBERED.note_on_untrained([0, 1, 2]) is None  # no record
+    assert NONE.note_on_untrained([None]) is None
+
+
 def test_choose_repeated_classes_are_kept_where_they_are_allowed():
     assert NAMED.choose("bcc,0,2", repeated=True) == [2, 0, 2]
 

@@ -7,7 +7,15 @@ import pytest
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed, suggestion
-from imagesets.classes import NO_LABEL, choose_classes, class_counts, find_class, label_vectors, order_classes
+from imagesets.classes import (
+    NO_LABEL,
+    choose_classes,
+    class_counts,
+    find_class,
+    is_named,
+    label_vectors,
+    order_classes,
+)
 
 HAM = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 MERGE = "melanoma=mel;benign=nv,bkl,df,vasc"
@@ -20,12 +28,14 @@ class Choice(NamedTuple):
     members: tuple
     dropped: tuple
     label_of: dict
+    absent: list
 
 
 def choose(*args, **options):
-    names, label_of = choose_classes(*args, **options)
+    names, label_of, absent = choose_classes(*args, **options)
     members = tuple(tuple(name for name in label_of if label_of[name] == index) for index in range(len(names)))
-    return Choice(tuple(names), members, tuple(name for name in label_of if label_of[name] is None), label_of)
+    return Choice(tuple(names), members, tuple(name for name in label_of if label_of[name] is None), label_of,
+                  absent)
 
 
 def labels(choice, found=HAM):
@@ -105,10 +115,89 @@ def test_choice_found_twice_raises():
     assert str(error.value) == "the class a exists twice among a, b, a; expected different names"
 
 
+def test_classes_that_do_not_exist_keep_their_numbers():
+    choice = choose(["bcc", "nv"], "scc,nv,mel,bcc")
+    assert choice.names == ("scc", "nv", "mel", "bcc")
+    assert (labels(choice, ["bcc", "nv"]), choice.absent) == ([3, 1], ["scc", "mel"])
+    assert choose(["0", "2"], "0,1,2,3").members == (("0",), (), ("2",), ())  # classes without names
+
+
+def test_merge_leaves_out_members_that_do_not_exist():
+    choice = choose(["bkl", "nv"], merge=MERGE, classes="benign,melanoma")
+    assert (choice.names, choice.members) == (("benign", "melanoma"), (("bkl", "nv"), ()))
+    assert choice.absent == ["mel", "df", "vasc"]
+    assert choose(["bkl", "nv"], merge="benign=nv,bkl,df").absent == ["df"]
+    # A group without members is known by its name, also to those who leave it out.
+    assert choose(["nv"], "nv", "melanoma=mel").names == ("nv",)
+
+
+def test_merge_of_nothing_but_absent_classes_needs_their_name_in_classes():
+    with pytest.raises(UserError) as error:
+        choose(["bkl", "nv"], merge="melanoma=scc")
+    assert str(error.value) == ("--merge=melanoma=scc takes scc into melanoma, but there is no class scc; expected "
+                                "some of bkl, nv")
+
+
+@pytest.mark.parametrize(("found", "classes", "merge"), [
+    (["nv", "mell"], "nv,mel", "other=mell"),  # the way out that the message names
+    (["nv", "mel", "melanoma"], "nv,melanoma,mela", "x=mel"),  # similar to a class that is chosen
+    (["BCC", "NV"], "NV,SCC", None), (["grade 1", "grade 3"], "grade 1,grade 2", None),
+    (["nv", "typical"], "nv,atypical", None), (["nv", "melanoma"], "nv,melanoma in situ", None),
+])
+def test_names_that_differ_in_meaning_are_accepted(found, classes, merge):
+    assert choose(found, classes, merge).names == tuple(classes.split(","))
+
+
+@pytest.mark.parametrize(("found", "classes", "meant"), [
+    (["nv", "MEL"], "nv,mel", "MEL"), (["nv", "basal_cell"], "nv,basal cell", "basal_cell"),
+    (["nv", "akiec"], "nv,ak", "akiec"), (["nv", "naevus"], "nv,nevus", "naevus"),
+])
+def test_names_that_differ_in_spelling_are_refused(found, classes, meant):
+    name = classes.removeprefix("nv,")
+    with pytest.raises(UserError) as error:
+        choose(found, classes)
+    assert str(error.value) == (f"--classes={classes} names {name}, but there is no class {name}; expected some of "
+                                f"{listed(found)} (did you mean {meant}? If not, give {meant} another name with "
+                                "--merge)")
+
+
+TWO_OR_ONE = ('which is no class here; if these are two classes, leave out the space ({}); if it is one that only '
+              "other data sets have, give it a name without a comma in all, with --merge")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"classes": "Nevus,Melanoma, NOS"}, '--classes=Nevus,Melanoma, NOS has "Melanoma, NOS", '
+     + TWO_OR_ONE.format("Melanoma,NOS")),
+    ({"classes": "Nevus, Atypical"}, '--classes=Nevus, Atypical has "Nevus, Atypical", '
+     + TWO_OR_ONE.format("Nevus,Atypical")),
+    ({"merge": "nv=Nevus, Atypical"}, '--merge=nv=Nevus, Atypical has "Nevus, Atypical", '
+     + TWO_OR_ONE.format("Nevus,Atypical")),
+])
+def test_a_comma_that_may_be_part_of_an_absent_name_is_refused(options, message):
+    with pytest.raises(UserError) as error:
+        choose(["Nevus", "Seborrheic"], **options)
+    assert str(error.value) == message
+
+
+def test_a_name_with_a_comma_may_be_absent_from_merge():
+    choice = choose(["Nevus"], "nevus,melanoma", "melanoma=Melanoma, NOS;nevus=Nevus")
+    assert (choice.names, labels(choice, ["Nevus"])) == (("nevus", "melanoma"), [0])
+
+
+@pytest.mark.parametrize(("name", "classes", "merge", "expected"), [
+    ("nv", "mel, nv", None, True), ("Melanoma, NOS", "Nevus,Melanoma, NOS", None, True), ("n", "mel,nv", None, False),
+    ("nv", None, "benign=bkl,nv;mel=x", True), ("benign", None, "benign=bkl,nv", False), ("nv", None, None, False),
+])
+def test_is_named_looks_into_classes_and_the_members_of_merge(name, classes, merge, expected):
+    assert is_named(name, classes, merge) is expected
+
+
 @pytest.mark.parametrize(("classes", "message"), [
-    ("nv,mell", f"names mell, but there is no class mell; expected some of {ALL} (did you mean mel?)"),
-    ("NV", f"names NV, but there is no class NV; expected some of {ALL} (did you mean nv?)"),
-    ("nv,zzzzzz", f"names zzzzzz, but there is no class zzzzzz; expected some of {ALL}"),
+    ("nv,mell", f"names mell, but there is no class mell; expected some of {ALL} (did you mean mel? If not, give mel "
+     "another name with --merge)"),
+    ("NV", f"names NV, but there is no class NV; expected some of {ALL} (did you mean nv? If not, give nv another name "
+     "with --merge)"),
+    ("zzzzzz,qqq", f"names zzzzzz, but there is no class zzzzzz; expected some of {ALL}"),
     ("nv,mel,nv", "names nv twice; expected each class once"),
     ("nv,,mel", "has an empty name; expected names separated by commas, such as nv,mel"),
     ("nv,", "has an empty name; expected names separated by commas, such as nv,mel"),
@@ -128,7 +217,8 @@ def test_classes_merged_member_says_where_it_went():
 
 
 @pytest.mark.parametrize(("merge", "message"), [
-    ("x=nv,mell", f"takes mell into x, but there is no class mell; expected some of {ALL} (did you mean mel?)"),
+    ("x=nv,mell", f"takes mell into x, but there is no class mell; expected some of {ALL} (did you mean mel? If not, "
+     "give mel another name with --merge)"),
     ("x=nv;y=nv", "puts nv in both x and y; expected each class once"),
     ("x=nv,nv", "puts nv twice in x; expected each class once"),
     ("x=nv;x=mel", "makes x twice; expected one group of this name, with all its classes"),

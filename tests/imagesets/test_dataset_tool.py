@@ -56,6 +56,51 @@ set.zip: 4 images, 16x16 RGB, 4 groups
         "unreadable: zero bytes": {"count": 1, "names": ["nv/e.png"]}}
 
 
+KEPT = ("; numbers of classes are kept, which is right if another data set of the study has such images: convert all "
+        "with the same --classes; if none has, leave the class out with --classes\n")
+
+
+def test_classes_without_images_are_kept_and_named(inside, capsys):
+    make_folder(inside / "other", {"bcc/a.png": image(5), "mel/b.png": image(6)})
+    for source in ("lesions", "other"):
+        code, out, err = call(capsys, f"--source={source}", f"--dest={source}.zip", "--classes=nv,bcc,mel",
+                              "--workers=1")
+        assert (code, err) == (0, "")
+        found, empty = ("nv 2, bcc 0, mel 2", "bcc") if source == "lesions" else ("nv 0, bcc 1, mel 1", "nv")
+        assert out.endswith(f"  classes: {found}\n  note: no images of class {empty}{KEPT}")
+    first, second = (ImageSet(f"{source}.zip") for source in ("lesions", "other"))
+    assert first.classes == second.classes == ["nv", "bcc", "mel"]
+    assert (first.labels.tolist(), second.labels.tolist()) == ([2, 2, 0, 0], [1, 2])
+    # Converted again, and joined, they keep their classes.
+    assert call(capsys, "--source=lesions.zip", "--source=other.zip", "--dest=both.zip", "--workers=1")[0] == 0
+    both = ImageSet("both.zip")
+    assert (both.classes, both.labels.tolist()) == (["nv", "bcc", "mel"], [2, 2, 0, 0, 1, 2])
+
+
+@pytest.mark.parametrize(("arguments", "lines"), [
+    ("--classes=nv,cancer", "  classes: nv 2, cancer 0\n  note: no images of class cancer" + KEPT + "  note: the "
+     "source has no class named cancer, and --classes leaves out mel; check that no name is misspelled\n"),
+    ("--merge=benign=nv,df;x=scc --classes=benign,mel", "  classes: benign 2, mel 2\n  note: the source has no class "
+     "named df, scc; check that no name is misspelled\n")])
+def test_names_that_may_be_wrong_are_shown_beside_what_is_left_out(arguments, lines, inside, capsys):
+    code, out, _ = call(capsys, "--source=lesions", "--dest=set.zip", "--workers=1", *arguments.split())
+    assert code == 0
+    assert out.endswith(lines)
+
+
+def test_a_single_folder_is_a_class_if_classes_or_merge_names_it(inside, capsys):
+    make_folder(inside / "clinic", {"images/nv/a.png": image(5), "images/nv/b.png": image(6)})
+    for flags, names in (("--classes=mel,nv", ["mel", "nv"]), ("--merge=benign=nv,bkl --classes=mel,benign",
+                                                               ["mel", "benign"])):
+        code, out, _ = call(capsys, "--source=clinic", "--dest=set.zip", "--workers=1", *flags.split())
+        assert (code, f"  classes: mel 0, {names[1]} 2\n" in out) == (0, True)
+        assert (ImageSet("set.zip").classes, ImageSet("set.zip").labels.tolist()) == (names, [1, 1])
+    refusal = ("error: --classes: the images of clinic have no labels; expected subfolders, a dataset.json with "
+               "labels, or --labels=FILE\n")
+    assert call(capsys, "--source=clinic", "--dest=set.zip", "--classes=mel,bcc") == (2, "", refusal)
+    assert call(capsys, "--source=clinic", "--dest=set.zip", "--classes=mel,nv", "--folders=ignore") == (2, "", refusal)
+
+
 def test_source_given_twice_means_two_parts_of_one_set(inside, capsys):
     make_folder(inside / "more", {"nv/e.png": image(5), "bcc/f.png": image(6)})
     assert call(capsys, "--source=lesions", "--source=more", "--dest=set.zip", "--workers=1") == (0, """\
@@ -151,10 +196,12 @@ BOTH = "; give both, such as --source=images/ --dest=isic256.zip, or see --help"
      "--resolution and --width or --height are both given; expected only one of the two"),
     ("--source=lesions --dest=set.zip --max-bad=few",
      "--max-bad=few; expected a share from 0 to 1, or from 0% to 100%"),
-    ("--source=lesions --dest=set.zip --merge=x=nv,bcc",
-     "--merge=x=nv,bcc takes bcc into x, but there is no class bcc; expected some of mel, nv"),
-    ("--source=lesions --dest=set.zip --classes=nv,bcc",
-     "--classes=nv,bcc names bcc, but there is no class bcc; expected some of mel, nv"),
+    ("--source=lesions --dest=set.zip --merge=x=bcc",
+     "--merge=x=bcc takes bcc into x, but there is no class bcc; expected some of mel, nv"),
+    ("--source=lesions --dest=set.zip --classes=bcc,df",
+     "--classes=bcc,df names bcc, but there is no class bcc; expected some of mel, nv"),
+    ("--source=lesions --dest=set.zip --classes=nv,Mel", "--classes=nv,Mel names Mel, but there is no class Mel; "
+     "expected some of mel, nv (did you mean mel? If not, give mel another name with --merge)"),
     ("--source=lesions --dest=set.zip --labels=gone.csv", "gone.csv does not exist; expected a table, a CSV file"),
     ("--source=lesions --dest=set.zip --labels=truth.csv --id-column=nam --label-column=kind", "--id-column=nam is not "
      "a column of truth.csv; expected one of name, kind (did you mean name?)"),

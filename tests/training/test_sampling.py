@@ -143,6 +143,11 @@ def test_balance_file_of_classes_divides_shares_among_images(dataset, tmp_path):
     np.testing.assert_allclose(image_weights(tmp_path / "w.csv", dataset), [0.05] * 4 + [0.4] * 2)
 
 
+def test_balance_file_may_give_a_class_without_images_a_weight(dataset, tmp_path):
+    (tmp_path / "w.csv").write_text("class,weight\nother,5\nmelanoma,0.8\nbenign,0.2\n")  # one for all institutions
+    np.testing.assert_allclose(image_weights(tmp_path / "w.csv", dataset), [0.05] * 4 + [0.4] * 2)
+
+
 def test_balance_file_of_images_is_taken_as_it_is(dataset, tmp_path):
     (tmp_path / "w.csv").write_text("file,weight\n00000/img00000001.png,3\n00000/img00000005.png,0.5\n")
     assert image_weights(tmp_path / "w.csv", dataset).tolist() == [0, 3, 0, 0, 0, 0.5]

@@ -381,6 +381,14 @@ def test_valid_without_names_of_classes_is_taken_by_number_and_says_so(inside, c
     assert line not in start(capsys, "--cond=0", "--valid=valid.zip")[0].settings.notes
 
 
+def test_classes_without_images_are_named(inside, capsys):
+    make_set("some.zip", 8, size=16, labels=[1] * 8, classes=["nv", "mel", "bcc"])
+    line = "some.zip has no images of class nv, bcc, which the networks will not learn"
+    assert line in dry_run(capsys, "--data=some.zip", "--cond=1")[1].splitlines()
+    assert line in start(capsys, "--data=some.zip", "--cond=1")[0].settings.notes
+    assert line not in start(capsys, "--data=some.zip", "--cond=0")[0].settings.notes
+
+
 def test_exit_code_is_that_of_the_training(inside):
     assert run(make_command(lambda *_: 3, choose_metrics), list(BASE)) == 3
 
