@@ -1,4 +1,4 @@
-"""The server's mathematics: the weighted mean of the sites' tensors, server optimizers, norms of updates, refusals.
+"""The server's mathematics: means and medians of the sites' tensors, server optimizers, norms of updates, refusals.
 
 All functions act on tensors alone, so that a simulation on one machine and a server of real sites share them. Tensors
 have the names "G.<name>", "D.<name>" and "G_ema.<name>", with the names of the networks' state dicts.
@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -33,6 +34,13 @@ class Contribution:
     images_of_class: tuple[int, ...] = ()  # those of each class, [c_dim]; () where labels are not classes
 
 
+def aggregate(contributions: Mapping[str, Contribution], federation: FederationConfig) -> dict[str, Tensor]:
+    """Return the mean of the sites' tensors, or what --aggregation puts in its place."""
+    if federation.aggregation == "mean":
+        return average(contributions, federation.weights)
+    return trimmed_mean(contributions, federation.trim if federation.aggregation == "trimmed-mean" else None)
+
+
 def average(contributions: Mapping[str, Contribution], weights: str = "images") -> dict[str, Tensor]:
     """Return the weighted mean of the sites' tensors (FedAvg: McMahan et al. 2017, algorithm 1).
 
@@ -53,10 +61,7 @@ def average(contributions: Mapping[str, Contribution], weights: str = "images") 
     plain = torch.tensor([part.num_images if weights == "images" else 1 for part in parts], dtype=torch.float64)
     if plain.sum() <= 0:
         raise ValueError(f"the sites {', '.join(sites) or '(none)'} saw no images; expected at least one")
-    for site, part in zip(sites, parts, strict=True):
-        if part.tensors.keys() != parts[0].tensors.keys() or len(part.images_of_class) != len(parts[0].images_of_class):
-            raise ValueError(f"site {site} sends other tensors or another number of classes than site {sites[0]}; "
-                             f"expected the same")
+    _check_alike(contributions)
     by_class = torch.tensor([part.images_of_class for part in parts], dtype=torch.float64)  # [sites, c_dim]
     by_class = torch.where(by_class.sum(dim=0) > 0, by_class, plain[:, None])
     mean = {}
@@ -66,18 +71,71 @@ def average(contributions: Mapping[str, Contribution], weights: str = "images") 
     return mean
 
 
+def _check_alike(contributions: Mapping[str, Contribution]) -> None:
+    """Raise ValueError unless all have the same tensors and classes, with a column for each class."""
+    first = min(contributions)
+    tensors, num_classes = contributions[first].tensors, len(contributions[first].images_of_class)
+    for site, part in sorted(contributions.items()):
+        if part.tensors.keys() != tensors.keys() or len(part.images_of_class) != num_classes:
+            raise ValueError(f"site {site} sends other tensors or another number of classes than site {first}; "
+                             f"expected the same")
+    columns = {tensors[name].shape[-1] for name in LABEL_EMBEDDINGS if name in tensors and num_classes} - {num_classes}
+    if columns:
+        raise ValueError(f"a label embedding has {columns.pop()} columns; expected {num_classes}, one per class")
+
+
 def _weighted_mean(values: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return sum(weights[i] * values[i]) / sum(weights[i]) in the dtype of the values.
 
     weights: [sites] float64, or [sites, columns] for values [..., columns]
     """
-    if weights.ndim == 2 and values[0].shape[-1] != weights.shape[1]:
-        raise ValueError(f"a label embedding has {values[0].shape[-1]} columns; expected {weights.shape[1]}, one per "
-                         f"class")
     total = weights[0] * values[0].double()  # not zeros + ..., which would turn -0.0 into 0.0
     for weight, value in zip(weights[1:], values[1:], strict=True):
         total += weight * value.double()
     return (total / weights.sum(dim=0)).to(values[0].dtype)
+
+
+def trimmed_mean(contributions: Mapping[str, Contribution], trim: float | None) -> dict[str, Tensor]:
+    """Return the trimmed mean of each coordinate of the sites' tensors (Yin et al. 2018, definitions 1 and 2).
+
+    Of n sites' values of a number, the k smallest and the k largest are left out, and the mean of the others is taken:
+
+        k = min(ceil(trim * n), floor((n - 1) / 2));    trim = None is the median, k = floor((n - 1) / 2)
+
+    A result lies between two values of honest sites if at most k sites are not. Of one or two sites it is the mean.
+
+    contributions:  by site, all with equal names and shapes
+    trim:           share that is left out at each end, > 0 and < 0.5
+
+    Sites have no weights, but column k of a label embedding is that of the sites that saw images of class k, if there
+    are some: as with `average`, one of three sites that saw a class would be overruled by the others, which return its
+    column as it was. LIMIT: so a class that few sites saw is protected as far as these are many.
+
+    Equal float32 tensors give themselves, bit for bit, for the reasons in `average`.
+    """
+    if not contributions:
+        raise ValueError("there are no sites; expected at least one")
+    _check_alike(contributions)
+    parts = [part for _, part in sorted(contributions.items())]
+    found = {}
+    for name in parts[0].tensors:
+        values = [part.tensors[name] for part in parts]
+        if name not in LABEL_EMBEDDINGS or not parts[0].images_of_class:
+            found[name] = _trimmed_mean(values, trim)
+            continue
+        columns = []
+        for label in range(len(parts[0].images_of_class)):
+            saw = [part.tensors[name][:, label] for part in parts if part.images_of_class[label] > 0]
+            columns.append(_trimmed_mean(saw or [value[:, label] for value in values], trim))
+        found[name] = torch.stack(columns, dim=1)
+    return found
+
+
+def _trimmed_mean(values: Sequence[Tensor], trim: float | None) -> Tensor:
+    most = (len(values) - 1) // 2
+    cut = most if trim is None else min(math.ceil(Fraction(str(trim)) * len(values)), most)
+    kept = torch.stack([*values]).sort(dim=0, stable=True).values[cut:len(values) - cut]
+    return _weighted_mean(kept, torch.ones(len(kept), dtype=torch.float64))
 
 
 def is_running_average(name: str) -> bool:
@@ -258,12 +316,14 @@ def _difference(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], name:
     return (tensors[name].double() - base[name].double()).flatten()
 
 
-def refuse_by_norm(norms: Mapping[str, float], history: Sequence[Sequence[float]], limit: float) -> dict[str, str]:
+def refuse_by_norm(norms: Mapping[str, float], history: Sequence[Sequence[float]], limit: float,
+                   of: str = "") -> dict[str, str]:
     """Return {site: reason} for updates whose norm per local step is more than `limit` times the median.
 
     norms:    by site, norm of the update divided by the site's iterations in the round
     history:  those of accepted updates, by round, oldest first; the last `NORM_ROUNDS` count
     limit:    --max-update-norm
+    of:       what the norms are of, if not of all trained parameters; for the reason
 
     The median is over the sites of this round and those of the last rounds. Norms of 0 are left out of it: they tell
     nothing about the size of a step, and a median of 0 would refuse every site that moved.
@@ -276,6 +336,6 @@ def refuse_by_norm(norms: Mapping[str, float], history: Sequence[Sequence[float]
     # 50.5, and the update that is a hundredfold too large would be less than ten times that.
     median = statistics.median_low(scale)
     earlier = f" and the last {plural(len(recent), 'round')}" if len(recent) > 1 else " and the last round"
-    return {site: f"its norm per local step is {norm:.3g}, more than {limit:g} times the median {median:.3g} of this "
-                  f"round's sites{earlier if recent else ''} (--max-update-norm)"
+    return {site: f"its norm {of}per local step is {norm:.3g}, more than {limit:g} times the median {median:.3g} of "
+                  f"this round's sites{earlier if recent else ''} (--max-update-norm)"
             for site, norm in norms.items() if norm > limit * median}

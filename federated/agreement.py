@@ -34,10 +34,11 @@ class Agreement:
     payload: str
     tensors: Mapping[str, tuple[int, ...]]  # name -> shape of what travels in every round, as "G.mapping.fc0.weight"
     start: Mapping[str, tuple[int, ...]]  # of all others: constants, and weights that stay where they are
+    privacy: Mapping[str, float] | None = None  # as FederationConfig.privacy returns it; None = no --dp
 
     @classmethod
     def of(cls, state: TrainingState, *, share: str, ema: str, payload: str, classes: Iterable[str] | None,
-           label_kind: str | None) -> "Agreement":
+           label_kind: str | None, privacy: Mapping[str, float] | None = None) -> "Agreement":
         """Make the agreement on the networks of `state`, which may be on the meta device.
 
         Raises ValueError for weights other than float32.
@@ -52,12 +53,12 @@ class Agreement:
         return cls(networks={role: json.loads(json.dumps(getattr(state, role).init_kwargs)) for role in ("G", "D")},
                    classes=None if classes is None else tuple(classes), label_kind=label_kind, share=share, ema=ema,
                    payload=payload, tensors={name: shapes[name] for name in every if travels[name]},
-                   start={name: shapes[name] for name in every if not travels[name]})
+                   start={name: shapes[name] for name in every if not travels[name]}, privacy=privacy)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes whose images are counted; 0 without labels, and with vectors as labels."""
-        return self.networks["G"]["c_dim"] if self.label_kind == CLASS else 0
+        """Number of classes whose images are counted; 0 without labels, with vectors as labels, and with privacy."""
+        return self.networks["G"]["c_dim"] if self.label_kind == CLASS and self.privacy is None else 0
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +68,8 @@ class Agreement:
     def facts(self) -> dict[str, Any]:
         """Return what a message states, and its receiver compares."""
         return {**self.networks, "classes": None if self.classes is None else list(self.classes),
-                "label_kind": self.label_kind, "share": self.share, "ema": self.ema, "payload": self.payload}
+                "label_kind": self.label_kind, "share": self.share, "ema": self.ema, "payload": self.payload,
+                "privacy": None if self.privacy is None else dict(self.privacy)}
 
 
 def local_tensors(state: TrainingState, agreement: Agreement) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ of its own, and the server adds it to weights that it never rounded to bfloat16.
 import hashlib
 import json
 import math
-import sys
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,9 @@ _HEADER_KEY = "federated"  # of the metadata entry
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}  # by their names in safetensors
 _FIELDS = ["format", "version", "kind", "agreement", "round", "constants", "tensors", "seal"]
 _OWN_FIELDS = {"global": ["start"], "update": ["site", "base", "numbers"]}
-_LARGEST_COUNT = 2**53  # whole numbers up to here are exact in float64
+LARGEST_COUNT = 2**53  # whole numbers up to here are exact in float64
+LARGEST_STATISTIC = 1e30  # whose square is finite
+HASH = re.compile("[0-9a-f]{64}")  # a sha256
 _SHOWN = 300  # characters of a foreign value in a message
 
 
@@ -69,7 +71,8 @@ class SiteNumbers:
     images_of_class: tuple[int, ...]  # real images of each class seen; () without classes
     augment_p: float  # at the end of the round
     seconds: float  # of training
-    # Name among STATISTICS -> num, mean, std, as torch_utils.stats.Collector returns them. What is not finite is NaN.
+    # Name among STATISTICS -> num, mean, std, as torch_utils.stats.Collector returns them. What is not finite, or
+    # beyond LARGEST_STATISTIC, is NaN.
     statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -159,6 +162,22 @@ def encode_update(agreement: Agreement, tensors: Mapping[str, Tensor], received:
     header = {"site": site, "round": received.round, "base": received.base_hash, "constants": constants_hash,
               "numbers": declared}
     return _pack(agreement, "update", header, content, {})
+
+
+def check_update(data: bytes, agreement: Agreement, *, site: str) -> None:
+    """Check that bytes are an update of a site and nothing else, before they leave it.
+
+    agreement:  the site's own
+
+    Raises Refused.
+    """
+    header, _ = _unpack(data, agreement, "update")
+    _check_equal("site", header["site"], site)
+    _check_round(header["round"])
+    _check_numbers(header["numbers"], agreement)
+    for name in ("base", "constants"):
+        if not isinstance(header[name], str) or not HASH.fullmatch(header[name]):
+            raise Refused(f"{name} is {_shown(header[name])}; expected a sha256")
 
 
 def decode_update(data: bytes, agreement: Agreement, *, site: str, round: int, base: Mapping[str, Tensor],
@@ -333,7 +352,7 @@ def _check_constants(found: Any, expected: str) -> None:
                       "and all sites with the same --seed and --resume")
 
 
-def _check_number(name: str, value: Any, least: float, most: float = _LARGEST_COUNT, *, whole: bool = False) -> None:
+def _check_number(name: str, value: Any, least: float, most: float = LARGEST_COUNT, *, whole: bool = False) -> None:
     fits = type(value) is int if whole else isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not least <= value <= most:  # False for NaN
         raise Refused(f"{name} is {_shown(value)}; expected a {'whole ' if whole else ''}number from {least} to {most}")
@@ -344,7 +363,9 @@ def _check_numbers(declared: Any, agreement: Agreement) -> None:
     _check_names("number", declared, SiteNumbers.__dataclass_fields__)
     _check_number("num_images", declared["num_images"], 1, whole=True)
     _check_number("num_iterations", declared["num_iterations"], 1, declared["num_images"], whole=True)
-    _check_number("augment_p", declared["augment_p"], 0, 1)
+    # With differential privacy nothing is declared that depends on images: no counts of classes, p and statistics.
+    is_private = agreement.privacy is not None
+    _check_number("augment_p", declared["augment_p"], 0, 0 if is_private else 1)
     _check_number("seconds", declared["seconds"], 0)
     counts = declared["images_of_class"]
     if not isinstance(counts, list) or len(counts) != agreement.num_classes:
@@ -356,17 +377,17 @@ def _check_numbers(declared: Any, agreement: Agreement) -> None:
         raise Refused(f"images_of_class has {sum(counts)} images; expected at most num_images, "
                       f"{declared['num_images']}")
     statistics = declared["statistics"]
-    _check_names("statistic", statistics, STATISTICS, all_needed=False)
+    _check_names("statistic", statistics, () if is_private else STATISTICS, all_needed=False)
     for name, entry in statistics.items():
         _check_names(f"number of {name}", entry, ["num", "mean", "std"])
         _check_number(f"{name}: num", entry["num"], 1, whole=True)
         for key in ("mean", "std"):
             if entry[key] is not None:
-                _check_number(f"{name}: {key}", entry[key], -sys.float_info.max, sys.float_info.max)
+                _check_number(f"{name}: {key}", entry[key], -LARGEST_STATISTIC, LARGEST_STATISTIC)
 
 
 def _numbers_to_json(numbers: SiteNumbers) -> dict[str, Any]:
-    statistics = {name: {key: None if isinstance(value, float) and not math.isfinite(value) else value
+    statistics = {name: {key: None if isinstance(value, float) and not abs(value) <= LARGEST_STATISTIC else value
                          for key, value in entry.items()} for name, entry in numbers.statistics.items()}
     return {**vars(numbers), "images_of_class": list(numbers.images_of_class), "statistics": statistics}
 

@@ -6,7 +6,6 @@ institution is a "site" with a name and a data set of its own, and all of them t
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,10 +17,14 @@ import numpy as np
 
 from dnnlib.cli import UserError
 from dnnlib.text import listed, plural, shorten
+from federated.privacy import epsilons, find_noise
 from federated.schedule import Schedule, default_round_kimg
 from federated.shared_statistics import FEWEST_IMAGES, parse_shared_metrics
 from imagesets.classes import CLASS, LABELS, VECTOR
 from imagesets.reader import describe_shape
+from metrics.evaluation import Evaluator
+from metrics.names import needed_detectors, parse_metrics, require_detectors
+from metrics.perceptual_path import check_path_requests
 from torch_utils.device import DeviceChoice, check_counts
 from torch_utils.distributed import Place
 from training.command import (
@@ -34,20 +37,22 @@ from training.command import (
     find_equal_images,
     find_shared_groups,
     hashing_workers,
+    note_on_empty_classes,
     parse_flags,
 )
-from training.config import DatasetFacts, FederationConfig, RunSettings, TrainConfig
+from training.config import NAME, NAME_FORM, DatasetFacts, FederationConfig, RunSettings, TrainConfig
 from training.dataset import ImageDataset, hash_content
 from training.sampling import image_weights
+from training.snapshot_metrics import Evaluate
 from training.transfer import Transferred
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NAME_FORM = "letters, digits, '.', '_' and '-', starting with a letter or digit"
 # Settings of server optimizers: by field of FederationConfig, the optimizers that use it.
 _USED_BY = {"server_lr": ("fedavgm", "fedadam"), "server_momentum": ("fedavgm", "fedadam"),
             "server_beta2": ("fedadam",), "server_tau": ("fedadam",)}
+_OF_PRIVACY = ("dp_clip", "dp_noise", "dp_epsilon", "dp_delta")  # settings of --dp
 # Flags that describe metrics, and so need images to compare with.
 _OF_METRICS = ("metrics", "detector", "detector_weights", "keep_best", "per_class")
+_REFERENCES = "--holdout=SET, a data set that no site trains on, or --share-statistics: add one"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,14 +121,14 @@ def prepare_federation(flags: dict[str, Any], choose_metrics: ChooseMetrics, *,
     """
     place = Place.from_environment()
     paths = _check_paths(flags)
-    federation = _parse_federation(flags, name_sites(flags["sites"], paths))
-    _check_reference(flags)
+    federation = parse_federation(flags, name_sites(flags["sites"], paths))
+    check_reference(flags)
     check_counts(gpus=flags["gpus"])
     num_processes = place.processes(flags["gpus"])
     if num_processes > len(paths):
         raise UserError(f"--gpus is {num_processes} for {plural(len(paths), 'site')}; expected at most {len(paths)}: "
                         "one process trains a site")
-    parsed = parse_flags(_train_flags(flags, paths), choose_metrics, place, num_processes)
+    parsed = parse_flags(train_flags(flags, paths), choose_metrics, place, num_processes)
     options, settings, is_main = parsed.options, parsed.settings, place.rank == 0
     if flags["share_statistics"] and options.metrics:
         parse_shared_metrics(options.metrics)
@@ -133,10 +138,11 @@ def prepare_federation(flags: dict[str, Any], choose_metrics: ChooseMetrics, *,
                          for index, dataset in enumerate(datasets))
     for each in institutions:
         _check_suitable(each, shares_statistics=flags["share_statistics"])
-        _check_alike(institutions[0], each)
+        check_alike(institutions[0], each)
     config = parsed.resolve(_joint_facts(datasets))
     check_per_class(settings, use_labels=config.dataset.use_labels)
-    config, schedule = _plan_rounds(config, federation, datasets, is_given=flags["round_kimg"] is not None)
+    sizes = [dataset.num_images for dataset in datasets]
+    config, schedule = plan_rounds(config, federation, sizes, is_given=flags["round_kimg"] is not None)
     config, resume_note = parsed.settle_resume(config)
 
     held_out = {f"--{name}": ImageDataset(flags[name], use_labels=options.get("cond"), classes=datasets[0].classes)
@@ -148,13 +154,34 @@ def prepare_federation(flags: dict[str, Any], choose_metrics: ChooseMetrics, *,
         label_notes = [_check_apart(held, institutions, name) for name, held in held_out.items()]
         transferred = check_resume_weights(config, datasets[0])
         alerts = _check_overlap(institutions, held_out, compute=not dry_run, workers=hashing_workers(config))
-    found = (parsed.warning, resume_note, _note_on_averages(federation, schedule), *label_notes, *alerts)
+    empty_note = note_on_empty_classes(datasets, "no institution has") if config.dataset.use_labels else None
+    found = (parsed.warning, resume_note, *notes_on_rounds(config.federation, schedule), empty_note, *label_notes,
+             *alerts)
     warnings = tuple(line for line in found if line is not None)
     return PreparedFederation(
         config=config, settings=replace(settings, notes=(*parsed.notes, *warnings)), institutions=institutions,
         schedule=schedule, holdout=flags["holdout"], share_statistics=flags["share_statistics"],
         num_processes=num_processes, device=parsed.device, warnings=warnings, alerts=tuple(alerts),
         transferred=transferred)
+
+
+def make_evaluate(config: TrainConfig, settings: RunSettings, holdout: str | None) -> Evaluate | None:
+    """Return the function that computes a run's metrics.
+
+    None without metrics, and if they are to be compared with statistics of the sites (holdout is None): see
+    `federated.simulation.collect_statistics`. Raises UserError if they cannot be computed.
+    """
+    if not config.metrics:
+        return None
+    check_path_requests(parse_metrics(config.metrics), config.dataset.resolution)
+    detectors = needed_detectors(config.metrics, settings.detector, settings.detector_weights)
+    if Place.from_environment().rank == 0:
+        require_detectors(detectors)
+    if holdout is None:
+        return None
+    evaluator = Evaluator(config.metrics, data=holdout, detector=settings.detector, weights=detectors,
+                          mirror=config.dataset.xflip, seed=config.seed, per_class=settings.per_class)
+    return evaluator.evaluate
 
 
 # Flags
@@ -166,14 +193,19 @@ def _check_paths(flags: dict[str, Any]) -> tuple[str, ...]:
         if flags[name] is None or flags[name] == "":
             raise UserError(f"--{name} is missing; expected --outdir, --data and --rounds, such as --outdir=runs "
                             "--data=a.zip,b.zip,c.zip --rounds=100: see --help")
-    if flags["kimg"] is not None:
-        raise UserError(f"--kimg is {flags['kimg']}; expected --rounds and --round-kimg, which set the length of the "
-                        "training: leave --kimg out")
+    refuse_kimg(flags["kimg"])
     paths = flags["data"]
     for index, path in enumerate(paths):
         if Path(path).resolve() in [Path(other).resolve() for other in paths[:index]]:
             raise UserError(f"--data names {path} twice; expected another data set for each institution")
     return paths
+
+
+def refuse_kimg(kimg: str | None) -> None:
+    """Raise UserError if the flag of train.py for the length of the training is given."""
+    if kimg is not None:
+        raise UserError(f"--kimg is {kimg}; expected --rounds and --round-kimg, which set the length of the training: "
+                        "leave --kimg out")
 
 
 def name_sites(sites: str | None, paths: Sequence[str]) -> tuple[str, ...]:
@@ -187,36 +219,64 @@ def name_sites(sites: str | None, paths: Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"{where} has {plural(len(names), 'name')} for {plural(len(paths), 'data set')}; expected "
                             "one name for each data set of --data")
     for index, name in enumerate(names):
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{where} names a site {name!r}; expected {_NAME_FORM}{advice}")
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where} names a site {name!r}; expected {NAME_FORM}{advice}")
         if name.lower() in [other.lower() for other in names[:index]]:  # some systems ignore the case of folders
             raise UserError(f"{where} names two sites {name}; expected different names, also without regard to "
                             f"case{advice}")
     return names
 
 
-def _parse_federation(flags: dict[str, Any], names: tuple[str, ...]) -> FederationConfig:
-    """Return the settings of the rounds, which last one image if --round-kimg is not given: see `_plan_rounds`."""
+def parse_federation(flags: dict[str, Any], names: tuple[str, ...]) -> FederationConfig:
+    """Return the settings of the rounds, which last one image if --round-kimg is not given: see `plan_rounds`."""
     given = {field.name: flags[field.name] for field in fields(FederationConfig) if flags[field.name] is not None}
-    federation = FederationConfig(**{"round_kimg": 0.001, **given, "sites": names})
+    implied = {"ema": "server"} if given.get("dp") else {}
+    if given.get("dp") or given.get("aggregation", "mean") != "mean":
+        implied["weights"] = "equal"
+    if "dp_noise" in given:
+        implied["dp_epsilon"] = None
+    if given.get("dp") and "dp_clip" not in given:
+        raise UserError("--dp-clip is missing; expected it with --dp=1: Update/norm/NAME in server/stats.jsonl of a "
+                        "run without --dp, on phantoms or public images, shows which norms are usual")
+    federation = FederationConfig(**{"round_kimg": 0.001, **implied, **given, "sites": names})
     for name, optimizers in _USED_BY.items():
         if name in given and federation.server_optimizer not in optimizers:
             flag = federation.label(name)
             raise UserError(f"{flag} is {given[name]:g} with --server-optimizer={federation.server_optimizer}; "
                             f"expected {' or '.join(optimizers)}: set it, or leave {flag} out")
+    if "trim" in given and federation.aggregation != "trimmed-mean":
+        raise UserError(f"--trim is {given['trim']:g} with --aggregation={federation.aggregation}; expected "
+                        "trimmed-mean: set it, or leave --trim out")
+    if federation.aggregation != "mean" and len(names) < 3:
+        raise UserError(f"--aggregation is {federation.aggregation} for {plural(len(names), 'site')}; expected at "
+                        "least 3 sites, since of fewer it is the mean: leave it out")
+    for name in _OF_PRIVACY:
+        if name in given and not federation.dp:
+            flag = federation.label(name)
+            raise UserError(f"{flag} is {given[name]:g} without --dp=1; expected differential privacy: add --dp=1, or "
+                            f"leave {flag} out")
+    if "dp_noise" in given and "dp_epsilon" in given:
+        raise UserError(f"--dp-epsilon is {given['dp_epsilon']:g} with --dp-noise={given['dp_noise']:g}; expected one "
+                        "of the two, since either follows from the other: leave one out")
+    if federation.dp and flags["share_statistics"]:
+        raise UserError("--share-statistics is given with --dp=1, which does not cover what it sends; expected "
+                        "--holdout=SET in its place, or no --dp")
     return federation
 
 
-def _check_reference(flags: dict[str, Any]) -> None:
-    """Raise UserError unless metrics are given with the images that they need, and these with metrics."""
+def check_reference(flags: dict[str, Any], source: str = _REFERENCES) -> None:
+    """Raise UserError unless metrics are given with the images that they need, and these with metrics.
+
+    source:  where such images come from, for messages
+    """
     holdout, shares = flags["holdout"], flags["share_statistics"]
     is_none = flags["metrics"] is not None and flags["metrics"].strip().lower() == "none"
     if holdout is None and not shares:
         for name in _OF_METRICS:
             if flags[name] and not (name == "metrics" and is_none):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} is given without images to compare with; expected --holdout=SET, a data set "
-                                f"that no site trains on, or --share-statistics: add one, or leave {flag} out")
+                raise UserError(f"{flag} is given without images to compare with; expected {source}, or leave {flag} "
+                                "out")
         return
     given = "--share-statistics" if holdout is None else f"--holdout={holdout}"
     if is_none:
@@ -230,7 +290,7 @@ def _check_reference(flags: dict[str, Any]) -> None:
                         "--holdout=SET in its place, or no --per-class")
 
 
-def _train_flags(flags: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+def train_flags(flags: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     """Return the flags of train.py for one site."""
     has_reference = flags["holdout"] is not None or flags["share_statistics"]
     return {**flags, "data": ",".join(paths), "gpus": 1, "subset": None,
@@ -245,19 +305,29 @@ def _joint_facts(datasets: Sequence[ImageDataset]) -> DatasetFacts:
                    num_images=sum(each.num_images for each in facts))
 
 
-def _plan_rounds(config: TrainConfig, federation: FederationConfig, datasets: Sequence[ImageDataset], *,
-                 is_given: bool) -> tuple[TrainConfig, Schedule]:
+def plan_rounds(config: TrainConfig, federation: FederationConfig, sizes: Sequence[int], *,
+                is_given: bool) -> tuple[TrainConfig, Schedule]:
     """Return the configuration with its rounds, and their schedule.
 
+    sizes:     number of images of each site
     is_given:  the length of a round was given
     """
-    sizes = [dataset.num_images for dataset in datasets]
     if not is_given:
         federation = replace(federation, round_kimg=default_round_kimg(sizes, federation.local))
     schedule = Schedule(federation, sizes=sizes, batch=config.batch)
+    if federation.dp and federation.dp_noise is None:
+        longest = max(schedule.num_rounds(site, federation.rounds) for site in federation.sites)
+        federation = replace(federation, dp_noise=find_noise(federation.dp_epsilon, longest, federation.dp_delta))
     return replace(config, federation=federation, kimg=max(schedule.total_images(federation.rounds) // 1000, 1),
                    image_snapshot_ticks=1,
                    dataset=replace(config.dataset, name="+".join(federation.sites))), schedule
+
+
+def notes_on_rounds(federation: FederationConfig, schedule: Schedule) -> list[str]:
+    """Return notes for the user on what the settings of the rounds bring with them."""
+    found = (_note_on_averages(federation, schedule), _note_on_robustness(federation, schedule),
+             _note_on_privacy(federation, schedule))
+    return [line for line in found if line is not None]
 
 
 def _note_on_averages(federation: FederationConfig, schedule: Schedule) -> str | None:
@@ -267,7 +337,13 @@ def _note_on_averages(federation: FederationConfig, schedule: Schedule) -> str |
     that depend on batch and iteration alone. So it is exact where all sites take equally many iterations, for any
     weights of the mean, and whichever images they see.
     """
-    if federation.ema != "sites" or federation.local == "equal":
+    if federation.ema != "sites":
+        return None
+    if federation.aggregation != "mean":
+        return (f"note: with --aggregation={federation.aggregation}, that of the sites' moving averages of the "
+                "generator is only approximately the moving average of the server's generator; with --ema=server it is "
+                "updated once per round")
+    if federation.local == "equal":
         return None
     lengths = [{schedule.num_images(site, number) for site in schedule.members(number)}
                for number in range(1, federation.rounds + 1)]
@@ -276,6 +352,28 @@ def _note_on_averages(federation: FederationConfig, schedule: Schedule) -> str |
     return ("note: with --local=proportional the sites take different numbers of iterations in a round, so that the "
             "mean of their moving averages of the generator is only approximately the moving average of the mean "
             "generator; with --local=equal it is exact")
+
+
+def _note_on_robustness(federation: FederationConfig, schedule: Schedule) -> str | None:
+    """Return a note if a median or trimmed mean is the mean in some round, else None."""
+    few = [number for number in range(1, federation.rounds + 1) if len(schedule.members(number)) < 3]
+    if federation.aggregation == "mean" or not few:
+        return None
+    return (f"note: --aggregation={federation.aggregation} is the mean in {plural(len(few), 'round')} (the first is "
+            f"round {few[0]}), where fewer than three sites take part")
+
+
+def _note_on_privacy(federation: FederationConfig, schedule: Schedule) -> str | None:
+    """Return a note on the noise of --dp, and on what continues the run; None without. Raises UserError."""
+    if not federation.dp:
+        return None
+    largest = max(epsilons(federation, schedule, federation.rounds).values())
+    if federation.dp_epsilon is None:
+        return (f"note: --dp-noise={federation.dp_noise:g} spends epsilon {largest:.4g} (delta "
+                f"{federation.dp_delta:g}) in {plural(federation.rounds, 'round')}; more --rounds spend more")
+    return (f"note: --dp-noise={federation.dp_noise:g} follows from --dp-epsilon={federation.dp_epsilon:g} and the "
+            "rounds of the sites; with other --rounds it is another, which starts another run, while "
+            f"--dp-noise={federation.dp_noise:g} in place of --dp-epsilon continues this one and spends more")
 
 
 # Data sets
@@ -293,12 +391,15 @@ def _check_suitable(each: Institution, *, shares_statistics: bool) -> None:
                         "each")
 
 
-def _check_alike(first: Institution, other: Institution) -> None:
-    """Raise UserError unless two institutions have images of one size, and the same classes if these are used."""
+def check_alike(first: Institution, other: Institution, flag: str = "--data: ") -> None:
+    """Raise UserError unless two institutions have images of one size, and the same classes if these are used.
+
+    flag:  that gives their data sets, for messages, which begin with it
+    """
     mine, theirs = first.dataset, other.dataset
     if mine.image_shape != theirs.image_shape:
         sizes = mine.resolution != theirs.resolution
-        raise UserError(f"--data: {first.label} is {describe_shape(mine.image_shape)}, but {other.label} "
+        raise UserError(f"{flag}{first.label} is {describe_shape(mine.image_shape)}, but {other.label} "
                         f"{describe_shape(theirs.image_shape)}; expected "
                         + ("one resolution: convert both with dataset_tool.py and the same --resolution" if sizes else
                            "images that are all gray or all RGB"))
@@ -307,14 +408,14 @@ def _check_alike(first: Institution, other: Institution) -> None:
     advice = "convert both with dataset_tool.py and the same --classes"
     if (mine.classes is None) != (theirs.classes is None):
         nameless, named = (first, other) if mine.classes is None else (other, first)
-        raise UserError(f"--data: {nameless.label} does not name its classes, but {named.label} does "
+        raise UserError(f"{flag}{nameless.label} does not name its classes, but {named.label} does "
                         f"({listed(named.dataset.classes)}); expected the same names: {advice}")
     if mine.classes != theirs.classes:
         same = "order" if sorted(mine.classes) == sorted(theirs.classes) else "names, in the same order"
-        raise UserError(f"--data: {first.label} has the classes {listed(mine.classes)}, but {other.label} "
+        raise UserError(f"{flag}{first.label} has the classes {listed(mine.classes)}, but {other.label} "
                         f"{listed(theirs.classes)}; expected the same {same}: {advice}")
     if mine.label_dim != theirs.label_dim:
-        raise UserError(f"--data: {first.label} has {mine.label_dim} classes without names, but {other.label} "
+        raise UserError(f"{flag}{first.label} has {mine.label_dim} classes without names, but {other.label} "
                         f"{theirs.label_dim}; expected the same: {advice}, which names them")
 
 

@@ -23,6 +23,7 @@ class RoundReport:
     bytes_down: Mapping[str, int]
     bytes_up: Mapping[str, int]
     site_nimg: Mapping[str, int]
+    epsilons: Mapping[str, float]  # spent by each site so far, with those that have left; {} without --dp
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers under their names in statistics and TensorBoard."""
@@ -34,11 +35,12 @@ class RoundReport:
             "Timing/sec_per_kimg": times.per_kimg, "Timing/maintenance_sec": times.maintenance,
             "Resources/cpu_mem_gb": process_memory() / 2**30}
         for name, update in self.updates.items():
-            found[f"Sites/{name}/Progress/augment"] = update.numbers.augment_p
+            if not self.epsilons:  # it is not declared then
+                found[f"Sites/{name}/Progress/augment"] = update.numbers.augment_p
             found[f"Sites/{name}/Progress/kimg"] = self.site_nimg[name] / 1000
             found[f"Sites/{name}/Timing/sec"] = update.numbers.seconds
         for kind, values in (("Update/norm", self.norms), ("Exchange/bytes_down", self.bytes_down),
-                             ("Exchange/bytes_up", self.bytes_up)):
+                             ("Exchange/bytes_up", self.bytes_up), ("Privacy/epsilon", self.epsilons)):
             found |= {f"{kind}/{name}": value for name, value in values.items()}
         return found | {f"Update/cosine/{one}/{other}": value for (one, other), value in self.cosines.items()}
 
@@ -51,8 +53,10 @@ class RoundReport:
             def mean(statistic: str, name: str = name) -> str:
                 entry = stats.get(f"Sites/{name}/{statistic}")
                 return "-" if entry is None else f"{entry['mean']:.3f}"
-            fields.append(f"{name}: G {mean('Loss/G/loss')} D {mean('Loss/D/loss')} "
-                          f"augment {self.updates[name].numbers.augment_p:.3f} norm {self.norms[name]:.3g}")
+            declared = (f"epsilon {self.epsilons[name]:.4g} " if self.epsilons else
+                        f"G {mean('Loss/G/loss')} D {mean('Loss/D/loss')} "
+                        f"augment {self.updates[name].numbers.augment_p:.3f} ")
+            fields.append(f"{name}: {declared}norm {self.norms[name]:.3g}")
         if self.cosines:
             fields.append(f"cosine {min(self.cosines.values()):.3f}")
         return "  ".join(fields)

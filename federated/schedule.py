@@ -74,9 +74,17 @@ class Schedule:
         """Return the first round that a site takes part in."""
         return self._first[site]
 
+    def last_round(self, site: str) -> int:
+        """Return the last round that a site takes part in."""
+        return min(self._last[site], self.rounds)
+
     def members(self, number: int) -> list[str]:
         """Return the names of the sites that take part in a round, sorted."""
         return sorted(site for site in self.sites if self._first[site] <= number <= self._last[site])
+
+    def num_rounds(self, site: str, number: int) -> int:
+        """Return how many of the first `number` rounds a site takes part in."""
+        return max(min(number, self._last[site]) - self._first[site] + 1, 0)
 
     def start_nimg(self, site: str, number: int) -> int:
         """Return the site's image counter at the start of a round."""

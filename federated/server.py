@@ -4,7 +4,7 @@ It holds no images. Its folder has the files of a run: log, statistics (a line p
 samples, network snapshots, metrics and a resumable state. Images are counted over all sites.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,8 +17,9 @@ from dnnlib.lines import read_lines
 from federated.aggregate import (
     NORM_ROUNDS,
     Contribution,
-    average,
+    aggregate,
     cosines,
+    is_running_average,
     make_server_optimizer,
     refuse_by_norm,
     round_beta,
@@ -28,6 +29,7 @@ from federated.aggregate import (
 )
 from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors, start_tensors
 from federated.exchange import Refused, SiteUpdate, decode_update, encode_global, hash_of_global
+from federated.privacy import describe_privacy, epsilons
 from federated.round_report import RoundReport, pool_statistics
 from federated.schedule import Schedule
 from imagesets.classes import CLASS
@@ -37,9 +39,10 @@ from torch_utils.distributed import Processes
 from torch_utils.stats import Collector
 from training.config import RunSettings, TrainConfig
 from training.dataset import ImageDataset
-from training.loop import Validation
-from training.run_folder import RunFolder
+from training.loop import EXIT_DONE, EXIT_STOPPED, Validation
+from training.run_folder import SERVER_FOLDER, RunFolder
 from training.run_output import RunOutput
+from training.run_report import error_text
 from training.snapshot import Networks
 from training.snapshot_metrics import Evaluate
 from training.state import TrainingState
@@ -118,6 +121,8 @@ class PooledFacts:
 class ServerOutput(RunOutput):
     """Writes the files of the server: those of a run, without images of the sites."""
 
+    privacy: Mapping[str, Any] | None = None  # of the networks as they are now; None without --dp
+
     @property
     def run_name(self) -> str:
         return self.run.path.parent.name
@@ -126,6 +131,10 @@ class ServerOutput(RunOutput):
         """Return what a network snapshot holds; a discriminator that stays at the sites is in none."""
         found = super().networks()
         return replace(found, D=None) if self.config.federation.share == "G" else found
+
+    def training_info(self) -> dict[str, Any]:
+        found = super().training_info()
+        return found if self.privacy is None else {**found, "privacy": self.privacy}
 
     def _save_reals(self) -> None:
         """Draw nothing: the images are at the sites, which draw their own grids."""
@@ -168,7 +177,8 @@ class Server:
         pooled = PooledFacts(sites=facts, image_shape=shape, classes=None if classes is None else list(classes),
                              label_dim=config.dataset.c_dim, xflip=config.dataset.xflip)
         self.agreement = Agreement.of(self.state, share=federation.share, ema=federation.ema,
-                                      payload=federation.payload, classes=classes, label_kind=pooled.label_kind)
+                                      payload=federation.payload, classes=classes, label_kind=pooled.label_kind,
+                                      privacy=federation.privacy())
         self.optimizer = make_server_optimizer(federation)
         self.rounds = 0  # that are finished
         self.norms: list[list[float]] = []  # per local step, of the updates in the means of the last rounds
@@ -216,8 +226,9 @@ class Server:
         sites = [f"{name} ({self.output.dataset.sites[name].num_images} images, "
                  f"{self.schedule.num_images(name, number)} in round {number})" for name in federation.sites]
         mebibytes = self.agreement.num_bytes / 2**20
+        robust = "" if federation.aggregation == "mean" else f"{federation.aggregation}, "
         return [f"sites: {', '.join(sites)}",
-                f"rounds: {federation.rounds}; {federation.server_optimizer} over {federation.share}, "
+                f"rounds: {federation.rounds}; {robust}{federation.server_optimizer} over {federation.share}, "
                 f"{federation.payload}, {mebibytes:.1f} MiB to and from each site in a round"]
 
     def _resume(self) -> list[str]:
@@ -226,14 +237,21 @@ class Server:
         return transfer_weights(self.state, config.resume, self._labels, new_classes=config.resume_classes == "new",
                                 partial=config.resume_partial).lines()
 
-    def messages(self, number: int) -> dict[str, bytes]:
-        """Return what the sites get at the start of a round, by name."""
-        members = self.schedule.members(number)
+    def messages(self, number: int, new: Collection[str] = ()) -> dict[str, bytes]:
+        """Return what the sites get at the start of a round, by name.
+
+        new:  sites that may begin with this round, as those that join do
+        """
+        members, federation = self.schedule.members(number), self.config.federation
+        if federation.dp:
+            before, after = (epsilons(federation, self.schedule, last) for last in (number - 1, number))
+            spent = ", ".join(f"{name} {before.get(name, 0):.4g} -> {after[name]:.4g}" for name in members)
+            self.output.log(f"round {number} begins: epsilon {spent} (delta {federation.dp_delta:g})")
         tensors = {name: tensor.detach().to("cpu", copy=True)
                    for name, tensor in local_tensors(self.state, self.agreement).items()}
         self._sent = _Sent(number=number, tensors=tensors, base_hash=hash_of_global(self.agreement, tensors),
                            constants_hash=constants_hash(self.state))
-        starts = {name: self.config.resume is not None and self.schedule.first_round(name) == number
+        starts = {name: self.config.resume is not None and (name in new or self.schedule.first_round(name) == number)
                   for name in members}
         by_kind = {with_start: encode_global(
             self.agreement, tensors, round=number, constants_hash=self._sent.constants_hash,
@@ -264,6 +282,10 @@ class Server:
         norms = {name: update_norm(update.tensors, sent.tensors, names) for name, update in updates.items()}
         steps = {name: norms[name] / updates[name].numbers.num_iterations for name in updates}
         refused |= refuse_by_norm(steps, self.norms, federation.max_update_norm)
+        averages = [name for name in self.agreement.tensors if is_running_average(name)]
+        refused |= refuse_by_norm({name: update_norm(update.tensors, sent.tensors, averages)
+                                   / update.numbers.num_iterations for name, update in updates.items()
+                                   if name not in refused}, [], federation.max_update_norm, "of the moving averages ")
         for name, reason in sorted(refused.items()):
             self.output.log(f"round {sent.number}: the update of {name} is refused: {reason}")
         updates = {name: update for name, update in updates.items() if name not in refused}
@@ -288,9 +310,9 @@ class Server:
     def _update(self, updates: Mapping[str, SiteUpdate]) -> None:
         """Replace the networks."""
         sent, federation, batch = self._sent, self.config.federation, self.config.batch
-        mean = average({name: Contribution(tensors=update.tensors, num_images=update.numbers.num_images,
-                                           images_of_class=update.numbers.images_of_class)
-                        for name, update in updates.items()}, federation.weights)
+        mean = aggregate({name: Contribution(tensors=update.tensors, num_images=update.numbers.num_images,
+                                             images_of_class=update.numbers.images_of_class)
+                          for name, update in updates.items()}, federation)
         mean = {name: tensor.float() for name, tensor in mean.items()}
         after = self.optimizer.step(sent.tensors, mean)
         averaged = {f"G_ema.{name}": value.detach().cpu() for name, value in self.state.G_ema.named_parameters()}
@@ -316,7 +338,8 @@ class Server:
             norms=norms, cosines=cosines({name: update.tensors for name, update in updates.items()}, sent.tensors,
                                          trained(self.agreement.tensors)),
             bytes_down=sent.bytes_down, bytes_up=bytes_up,
-            site_nimg={name: self.schedule.end_nimg(name, sent.number) for name in updates}), found)
+            site_nimg={name: self.schedule.end_nimg(name, sent.number) for name in updates},
+            epsilons=epsilons(self.config.federation, self.schedule, sent.number)), found)
 
     def write_files(self) -> str | None:
         """Write what is due after a round, and compute metrics; all processes call this.
@@ -330,6 +353,7 @@ class Server:
                   or self.rounds % self.config.network_snapshot_ticks == 0)
         if is_due:
             metrics.make_up_replaced(self.state.nimg)
+            output.privacy = describe_privacy(self.config.federation, self.schedule, self.rounds)
             output.save_networks()
             metrics.expect(self.rounds, self.state.nimg)
         if self.rounds == self.config.federation.rounds:
@@ -352,6 +376,7 @@ class Server:
         Metrics that take longer than a whole command may run are left to calc_metrics.py, as are those that fail.
         """
         output, metrics = self.output, self.output.metrics
+        output.privacy = describe_privacy(self.config.federation, self.schedule, self.rounds)
         output.complete_networks()
         metrics.make_up()
         output.remove_networks(self.ends)
@@ -368,6 +393,26 @@ class Server:
             output.log(f"warning: the metrics at kimg {kimg} were not computed; compute them with calc_metrics.py "
                        f"--run={self.run.path}")
         return None
+
+    def complete(self, run: RunFolder, same_command: str) -> int:
+        """Mark a run as finished once its last files are written; return the exit code.
+
+        run:           the folder around that of the server
+        same_command:  what continues the run, for the log
+        """
+        missing = self.finish()
+        if missing is None and self.processes.rank == 0:
+            try:
+                run.mark_finished()
+                run.inside(SERVER_FOLDER)  # with the record as it is now
+            except OSError as error:
+                missing = f"its options could not be written ({error_text(error)})"
+        if self.processes.any(missing is not None):
+            self.output.log(f"not finished after {self.rounds} rounds: {missing}; once that is fixed, {same_command} "
+                            "continues")
+            return EXIT_STOPPED
+        self.output.log(f"finished after {self.rounds} rounds and {self.state.nimg} images")
+        return EXIT_DONE
 
     def save_state(self) -> None:
         """Save a resumable state; if the disk is full, log a warning and keep the previous state."""

@@ -28,7 +28,6 @@ from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.loop import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, describe_out_of_memory, set_backends
 from training.run_folder import SERVER_FOLDER, RunFolder, choose_run
-from training.run_report import error_text
 from training.snapshot_metrics import Evaluate
 
 # A process that has trained its sites waits for the others: a round may take hours. One that died is noticed anyway.
@@ -122,7 +121,7 @@ class _Simulation:
                 code = self._train_round(self.server.rounds + 1)
                 if code is not None:
                     return code
-            return self._finish()
+            return self.server.complete(self.run, self.same_command)
         finally:
             for site in self.sites.values():
                 site.close()
@@ -180,22 +179,6 @@ class _Simulation:
 
     def _folder(self, name: str) -> Path:
         return self.run.path / f"site-{name}"
-
-    def _finish(self) -> int:
-        """Mark the run as finished once its last files are written; return the exit code."""
-        missing = self.server.finish()
-        if missing is None and self.processes.rank == 0:
-            try:
-                self.run.mark_finished()
-                self.run.inside(SERVER_FOLDER)  # with the record as it is now
-            except OSError as error:
-                missing = f"its options could not be written ({error_text(error)})"
-        if self.processes.any(missing is not None):
-            self.server.output.log(f"not finished after {self.server.rounds} rounds: {missing}; once that is fixed, "
-                                   f"{self.same_command} continues")
-            return EXIT_STOPPED
-        self.server.output.log(f"finished after {self.server.rounds} rounds and {self.server.state.nimg} images")
-        return EXIT_DONE
 
 
 def _gathered(mine: Mapping[str, Answer], processes: Processes) -> dict[str, Answer]:

@@ -3,6 +3,7 @@
 Hours are estimated by timing the iterations of one micro-batch on the device at hand.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ import torch
 from federated.aggregate import make_server_optimizer, trained
 from federated.agreement import Agreement, bytes_of
 from federated.institutions import Institution, PreparedFederation
+from federated.privacy import describe_privacy
 from federated.schedule import Schedule
 from torch_utils.checkpoint import CheckpointPair
 from torch_utils.device import choose_precision, ran_out_of_memory
 from torch_utils.ops.compiled import make_ready
-from training.config import StepConfig, TrainConfig
+from training.config import FederationConfig, StepConfig, TrainConfig
 from training.dry_run import count_parameters, describe_settings, estimate_memory, meta_state, state_bytes
 from training.phases import StepInputs, draw_phases
 from training.run_folder import SERVER_FOLDER, RunFolder, plan_run
@@ -47,7 +49,8 @@ def describe_simulation(prepared: PreparedFederation) -> dict[str, Any]:
     state = meta_state(config)
     precision = choose_precision(settings.precision, prepared.device.name, config.precision)
     agreement = Agreement.of(state, share=federation.share, ema=federation.ema, payload=federation.payload,
-                             classes=datasets[0].label_names, label_kind=datasets[0].label_kind)
+                             classes=datasets[0].label_names, label_kind=datasets[0].label_kind,
+                             privacy=federation.privacy())
     sites = [_describe_site(each, schedule) for each in prepared.institutions]
     warnings = (precision.warning, run.left_alone, *run.not_continued)
     return {
@@ -56,6 +59,7 @@ def describe_simulation(prepared: PreparedFederation) -> dict[str, Any]:
         "images": sum(site["images_in_all"] for site in sites),
         "sites": sites,
         "federation": federation.to_dict(),
+        "privacy": _describe_privacy(agreement, federation, schedule),
         "bytes": _describe_bytes(agreement, sites, resumes=config.resume is not None),
         "hours": _describe_hours(prepared),
         "memory_per_process": _describe_memory(prepared, state),
@@ -95,6 +99,22 @@ def _describe_site(each: Institution, schedule: Schedule) -> dict[str, Any]:
             "classes": each.dataset.label_names, "rounds": len(rounds), "first_round": min(rounds, default=None),
             "last_round": max(rounds, default=None), "images_of_a_round": sorted(set(images)),
             "images_in_all": sum(images)}
+
+
+def _describe_privacy(agreement: Agreement, federation: FederationConfig,
+                      schedule: Schedule) -> dict[str, Any] | None:
+    """Return what --dp guarantees after all rounds, and how much larger than an update its noise is; None without.
+
+    The norm of the noise on d weights is close to its standard deviation times sqrt(d); that of an update is at most
+    the clip, and so is that of the mean of n updates, whose noise is sqrt(n) times smaller.
+    """
+    found = describe_privacy(federation, schedule, federation.rounds)
+    if found is None:
+        return None
+    num_weights, deviation = sum(map(math.prod, agreement.tensors.values())), federation.dp_noise * federation.dp_clip
+    ratio = federation.dp_noise * math.sqrt(num_weights)
+    return {**found, "noise_std": deviation, "num_weights": num_weights, "noise_norm": deviation * num_weights**0.5,
+            "noise_to_update": ratio, "noise_to_update_in_the_mean": ratio / math.sqrt(len(federation.sites))}
 
 
 def _describe_bytes(agreement: Agreement, sites: Sequence[dict[str, Any]], *, resumes: bool) -> dict[str, int]:

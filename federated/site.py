@@ -6,6 +6,7 @@ continues its round from its last state; one that has finished the round makes t
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ import numpy as np
 import torch
 
 from dnnlib.cli import StopRequest, UserError
-from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors
+from federated.agreement import Agreement, constants_hash, load_tensors, local_tensors, tensors_hash
 from federated.exchange import STATISTICS, GlobalMessage, Refused, SiteNumbers, decode_global, encode_update
+from federated.privacy import (
+    SentUpdate,
+    epsilon_spent,
+    protect,
+    save_sent_updates,
+    sent_updates,
+    site_secret,
+)
 from federated.schedule import Schedule, site_seed
 from imagesets.classes import CLASS
 from torch_utils.distributed import Processes
@@ -131,12 +140,15 @@ class Site:
     schedule:  of all sites
     dataset:   the site's images, with their sampling weights
     folder:    for its files
+    is_new:    no round has an update of the site yet, although it may have been planned in some: it was lost in them
+    max_epsilon:  send no update with which those of the site in this folder would spend more; None = no limit
     """
 
     def __init__(self, name: str, *, config: TrainConfig, settings: RunSettings, schedule: Schedule,
                  dataset: ImageDataset, weights: np.ndarray | None, folder: Path, device: torch.device,
-                 stop: StopRequest):
-        self.name, self.dataset, self.schedule = name, dataset, schedule
+                 stop: StopRequest, is_new: bool = False, max_epsilon: float | None = None):
+        self.name, self.dataset, self.schedule, self.is_new = name, dataset, schedule, is_new
+        self.max_epsilon = max_epsilon
         federation, classes = config.federation, dataset.label_names
         own = replace(
             config, run_name=folder.name, seed=site_seed(config.seed, federation.sites.index(name)), metrics=(),
@@ -150,9 +162,15 @@ class Site:
             self.loop = SiteLoop(own, replace(settings, notes=()), dataset, weights, alone, self.run, stop, None,
                                  state=state, title=f"[{name}] ")
             self.agreement = Agreement.of(state, share=federation.share, ema=federation.ema,
-                                          payload=federation.payload, classes=classes, label_kind=dataset.label_kind)
+                                          payload=federation.payload, classes=classes, label_kind=dataset.label_kind,
+                                          privacy=federation.privacy())
             self.loop.output.clock.total_nimg = schedule.end_nimg(name, federation.rounds)
             self.loop.start()
+            if federation.dp:
+                self._secret = site_secret(folder, round=self.loop.round.number)
+                self._sent = sent_updates(folder, round=self.loop.round.number)
+                if not self._sent:
+                    save_sent_updates(folder, self._sent)  # from now on it must not be missing
         except BaseException:
             self.run.release()
             raise
@@ -164,10 +182,14 @@ class Site:
     def train_round(self, data: bytes) -> bytes:
         """Take part in the round that a global message begins; return the update.
 
-        Raises SiteStopped, Refused if the message does not fit this site, and UserError if the round is not the next.
+        Raises SiteStopped, Refused if the message does not fit this site, and UserError if the round is not the next or
+        the update would spend more than `max_epsilon`.
         """
         loop, state = self.loop, self.loop.state
         message = decode_global(data, self.agreement, constants_hash=constants_hash(state))
+        first, last = self.schedule.first_round(self.name), self.schedule.last_round(self.name)
+        if not first <= message.round <= last:
+            raise Refused(f"round {message.round} is not one of this site; expected one from {first} to {last}")
         if loop.round.number < message.round:
             self._check_state(message.round)
             loop.begin_round(message, self.schedule.start_nimg(self.name, message.round))
@@ -181,13 +203,42 @@ class Site:
         mu = loop.config.federation.fedprox_mu
         loop.proximal = None if mu == 0 else Proximal(mu=mu, anchors=self._anchors(message))
         loop.train_round(message, self.schedule.end_nimg(self.name, message.round))
-        return encode_update(self.agreement, local_tensors(state, self.agreement), message, site=self.name,
-                             constants_hash=constants_hash(state), numbers=self._numbers())
+        tensors = self._sent_tensors(message)
+        update = encode_update(self.agreement, tensors, message, site=self.name, constants_hash=constants_hash(state),
+                               numbers=self._numbers())
+        if self.agreement.privacy is not None:
+            self._count(SentUpdate(round=message.round, base_hash=message.base_hash, hash=tensors_hash(tensors)))
+        return update
+
+    def _sent_tensors(self, message: GlobalMessage) -> Mapping[str, torch.Tensor]:
+        """Return the tensors after the round; with --dp clipped and with noise."""
+        found, privacy = local_tensors(self.loop.state, self.agreement), self.agreement.privacy
+        if privacy is None:
+            return found
+        return protect(found, message.tensors, clip=privacy["clip"], noise=privacy["noise"], secret=self._secret,
+                       round=message.round, base_hash=message.base_hash)
+
+    def _count(self, update: SentUpdate) -> None:
+        """Write down an update that is about to leave the site; raise UserError if it would spend too much."""
+        privacy, sent = self.agreement.privacy, self._sent
+        if update not in sent:  # an equal one tells nothing new
+            sent = [*sent, update]
+        spent = epsilon_spent(privacy["noise"], len(sent), privacy["delta"])
+        if self.max_epsilon is not None and spent > self.max_epsilon:
+            raise UserError(f"the update of round {update.round} would be number {len(sent)} of {self.run.path} and "
+                            f"spend epsilon {spent:.4g} (delta {privacy['delta']:g}) in all, but --max-epsilon is "
+                            f"{self.max_epsilon:g}; expected at most that: start the site with another --max-epsilon")
+        if sent is not self._sent:
+            save_sent_updates(self.run.path, sent)
+            self._sent = sent
+        self.loop.output.log(f"round {update.round}: sends its update clipped to the norm {privacy['clip']:g}, with "
+                             f"noise of standard deviation {privacy['clip'] * privacy['noise']:.4g}; epsilon "
+                             f"{spent:.4g} so far (delta {privacy['delta']:g})")
 
     def _check_state(self, number: int) -> None:
         """Raise UserError if a round begins and the site's state is missing; warn if it is of an earlier round."""
         trained, first = self.loop.round.number, self.schedule.first_round(self.name)
-        if trained == 0 and number > first:
+        if trained == 0 and number > first and not self.is_new:
             raise UserError(f"{self.run.path} has no resumable state, but the site takes part since round {first}, and "
                             f"round {number} begins; expected {self.loop.checkpoints.newest.name}: copy it back, let "
                             f"the site leave with --leave={self.name}:{number - 1}, or start another run with --new")
@@ -208,12 +259,15 @@ class Site:
         """Return what the site declares about the round that it finished."""
         loop, began = self.loop, self.loop.round.start_nimg
         num_images = loop.state.nimg - began
+        planned = {"num_images": num_images, "num_iterations": num_images // loop.config.batch,
+                   "seconds": loop.round.seconds}
+        if self.agreement.privacy is not None:  # what depends on the images is not told
+            return SiteNumbers(**planned, images_of_class=(), augment_p=0.0)
         images_of_class: tuple[int, ...] = ()
         if self.dataset.label_kind == CLASS:
             rows = loop.order.items(began, num_images) % self.dataset.num_images  # flipped copies come second
             classes = self.dataset.class_indices()[rows]
             images_of_class = tuple(np.bincount(classes, minlength=self.dataset.label_dim).tolist())
         pipe = loop.state.augment_pipe
-        return SiteNumbers(num_images=num_images, num_iterations=num_images // loop.config.batch,
-                           images_of_class=images_of_class, augment_p=0.0 if pipe is None else pipe.p.item(),
-                           seconds=loop.round.seconds, statistics=loop.round_statistics())
+        return SiteNumbers(**planned, images_of_class=images_of_class, statistics=loop.round_statistics(),
+                           augment_p=0.0 if pipe is None else pipe.p.item())

@@ -19,7 +19,8 @@ from training.generator import NOISE_MODES, check_image_format
 from training.layers import HALF_DTYPES, keeps_groups
 
 RESUME_CLASSES = ("same", "new")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a run or a site, and so of a folder
+NAME_FORM = "letters, digits, '.', '_' and '-', starting with a letter or digit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +263,7 @@ class DatasetFacts(Config):
 
 LOCAL_LENGTHS, SHARED_NETWORKS, EMA_PLACES = ("equal", "proportional"), ("G,D", "G"), ("sites", "server")
 SITE_WEIGHTS, PAYLOADS = ("images", "equal"), ("float32", "bfloat16")
+AGGREGATIONS = ("mean", "median", "trimmed-mean")
 ON_REFUSED = ("continue", "stop")
 # Server optimizers -> their learning rates, with which Adam moves each weight in a round by about as much; None = none.
 SERVER_LR = {"fedavg": None, "fedavgm": 1, "fedadam": 0.01}
@@ -279,6 +281,8 @@ class FederationConfig(FlagConfig):
     share: str = "G,D"  # networks that are averaged; with "G" each site keeps its own discriminator
     ema: str = "sites"  # where the moving average of the generator is updated: after each iteration, or each round
     weights: str = "images"  # weight of a site in the mean: images seen in the round, or equal
+    aggregation: str = "mean"  # mean of the sites' tensors, or median or trimmed mean of each coordinate
+    trim: float = 0.2  # share of the sites that a trimmed mean leaves out at each end, rounded up
     payload: str = "float32"  # type of the numbers sent
     server_optimizer: str = "fedavg"  # how the mean changes the networks
     server_lr: float | None = None  # of fedavgm and fedadam; None = SERVER_LR
@@ -290,6 +294,15 @@ class FederationConfig(FlagConfig):
     on_refused: str = "continue"  # with the other sites, or stop
     join: tuple[str, ...] = ()  # NAME:ROUND, the first round of a site
     leave: tuple[str, ...] = ()  # NAME:ROUND, the last round of a site
+    dp: bool = False  # differential privacy of the updates; see federated.privacy for this and the next four
+    dp_clip: float | None = None  # largest 2-norm of an update; must be given with dp
+    dp_noise: float | None = None  # standard deviation of the noise on each weight, in units of dp_clip
+    dp_epsilon: float | None = 10  # that dp_noise was found for; None = dp_noise was given
+    dp_delta: float = 1e-5
+
+    def privacy(self) -> dict[str, float] | None:
+        """Return what the sites and the server agree on about differential privacy; None without it."""
+        return {"clip": self.dp_clip, "noise": self.dp_noise, "delta": self.dp_delta} if self.dp else None
 
     def check(self) -> None:
         self.require(bool(self.sites), "sites", "at least one name")
@@ -302,9 +315,22 @@ class FederationConfig(FlagConfig):
         for name in ("server_momentum", "server_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "a number >= 0 and < 1")
         for name, choices in (("local", LOCAL_LENGTHS), ("share", SHARED_NETWORKS), ("ema", EMA_PLACES),
-                              ("weights", SITE_WEIGHTS), ("payload", PAYLOADS),
+                              ("weights", SITE_WEIGHTS), ("aggregation", AGGREGATIONS), ("payload", PAYLOADS),
                               ("server_optimizer", SERVER_OPTIMIZERS), ("on_refused", ON_REFUSED)):
             self.require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
+        self.require(0 < self.trim < 0.5, "trim", "a number > 0 and < 0.5")
+        self.require(self.aggregation == "mean" or self.weights == "equal", "weights",
+                     f"equal with {self.label('aggregation')}={self.aggregation}, which has no weights")
+        for name in ("dp_clip", "dp_noise", "dp_epsilon"):
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "a number > 0")
+        self.require(0 < self.dp_delta < 1, "dp_delta", "a number > 0 and < 1")
+        if self.dp:
+            flag = self.label("dp")
+            self.require(self.dp_clip is not None, "dp_clip", f"a number with {flag}")
+            self.require(self.ema == "server", "ema", f"server with {flag}, so that less is sent that needs noise")
+            self.require(self.weights == "equal", "weights", f"equal with {flag}, since the others depend on the data")
+            self.require(self.local == "equal", "local", f"equal with {flag}, since the other tells numbers of images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,5 +474,4 @@ class RunSettings(FlagConfig):
         self.require(bool(self.data), "data", "a data set")
         self.require(self.max_hours is None or self.max_hours > 0, "max_hours", "a number > 0")
         self.require(self.keep is None or self.keep >= 1, "keep", "a number >= 1")
-        self.require(self.name is None or _NAME.fullmatch(self.name) is not None, "name",
-                     "letters, digits, '.', '_' and '-', starting with a letter or digit")
+        self.require(self.name is None or NAME.fullmatch(self.name) is not None, "name", NAME_FORM)

@@ -57,6 +57,7 @@ class RunRequest:
     precision_given: bool  # by the user; otherwise a continued run keeps its own
     batch_gpu_given: bool
     classes: tuple[str, ...] | None  # as RunRecord.classes; None = not compared
+    same_name: bool = False  # a run of another name is another run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ def plan_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, 
 
 def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str, *, new: bool = False,
                precision_given: bool = False, batch_gpu_given: bool = False,
-               classes: Sequence[str] | None = None) -> RunFolder:
+               classes: Sequence[str] | None = None, same_name: bool = False) -> RunFolder:
     """Return the newest run of equal identity, or a new one, with its lock held.
 
     outdir:           is created if it does not exist
@@ -199,6 +200,7 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
     precision_given:  the user gave --precision; otherwise a continued run keeps its own
     batch_gpu_given:  the user gave --batch-gpu; otherwise a continued run keeps its own
     classes:          names of the classes in the order of their numbers, [] without names; None does not compare them
+    same_name:        a run of another name is not continued
 
     An unfinished run is continued up to the largest config.length that was ever requested. A finished one is continued
     if config.length is larger, and otherwise left alone: see RunFolder.left_alone. Half-written files of killed
@@ -212,7 +214,7 @@ def choose_run(outdir: str | os.PathLike, config: TrainConfig, content_hash: str
         raise UserError(f"the run's name is {name!r}; expected a name without folders: give one with --name")
     request = RunRequest(config=config, identity=identify(config, content_hash), new=new,
                          precision_given=precision_given, batch_gpu_given=batch_gpu_given,
-                         classes=None if classes is None else tuple(classes))
+                         classes=None if classes is None else tuple(classes), same_name=same_name)
     with _outdir_errors(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
         with _choosing(outdir):
@@ -294,7 +296,7 @@ def _plan(outdir: Path, request: RunRequest) -> RunPlan:
             unreadable.append(f"{error}; this run is not continued")
             others.append(unreadable[-1])
             continue
-        if record is None:
+        if record is None or (request.same_name and record.config.run_name != request.config.run_name):
             continue
         config = _settle(record, request)
         there = {**record.identity, "options": comparable_options(record.config)}
@@ -309,8 +311,13 @@ def _plan(outdir: Path, request: RunRequest) -> RunPlan:
             continue
         if there == here:
             return _plan_known(path, record, request, unreadable)
-        if not record.finished and (there["data"] == here["data"] or record.config.run_name == config.run_name):
-            others.append(f"{path} is unfinished and not continued: "
+        # A longer run with noise for the same epsilon has other noise, and cannot continue a finished one.
+        has_other_noise = {"federation.dp_noise"} == {
+            name for name, value in here["options"].items() if there["options"].get(name) != value}
+        is_same_data = there["data"] == here["data"]
+        if (is_same_data and has_other_noise) or (
+                not record.finished and (is_same_data or record.config.run_name == config.run_name)):
+            others.append(f"{path} is {'finished' if record.finished else 'unfinished'} and not continued: "
                           f"{_explain(record.config, config, there, here)}")
     if exchanged is not None:
         raise UserError(exchanged)

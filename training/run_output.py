@@ -137,6 +137,10 @@ class RunOutput:
         """Return the networks of a network snapshot."""
         return Networks(G=self.state.G, D=self.state.D, G_ema=self.state.G_ema)
 
+    def training_info(self) -> dict[str, Any]:
+        """Return what a network snapshot records about the images that the networks were trained on."""
+        return self._training
+
     def save_networks(self) -> None:
         """Write a network snapshot."""
         if not self.is_main:
@@ -147,7 +151,7 @@ class RunOutput:
         info = {"kimg": self.state.nimg / 1000, "run": self.run_name, "classes": self.dataset.classes,
                 "class_counts": counts, "label_kind": self.dataset.label_kind,
                 "phantom": self.dataset.source.get("phantom") is True, "resolution": self.dataset.resolution,
-                **self._training}
+                **self.training_info()}
         path, self._network_sha256, self.network_failure = self.run.snapshot(self.state.nimg), None, None
         with self.reporter.surviving("write a network snapshot"):
             try:

@@ -36,6 +36,7 @@ FREE_OPTIONS = frozenset({
     # Of decentralized training; the server's state records which sites took part in the rounds so far.
     "federation.rounds", "federation.sites", "federation.join", "federation.leave", "federation.max_update_norm",
     "federation.on_refused",
+    "federation.dp_epsilon",  # what is computed follows from dp_noise
 })  # fmt: skip
 
 _FIELDS = ("format", "version", "finished", "config", "identity", "versions", "precision_given", "passes", "classes")

@@ -55,8 +55,8 @@ def finished(tmp_path, compared, monkeypatch):
 
 
 def test_arms_are_ordinary_runs_with_equal_numbers_of_images(inside):
-    assert compare(inside, "--local=proportional", "--server-optimizer", "fedadam", mirror="1", batch="16", seed="3",
-                   points="4", metrics="kid_full", holdout="a-test.zip") == 0
+    assert compare(inside, "--local=equal", "--server-optimizer", "fedadam", "--dp=1", "--dp-clip=3", mirror="1",
+                   batch="16", seed="3", points="4", metrics="kid_full", holdout="a-test.zip") == 0
     shared = ["--kimg=1", "--metrics=none", "--tick=0.25", "--snap=1"]
     passed = ["--seed=3", "--cond=true", "--mirror=true", "--batch=16"]
     train = str(inside / "train.py")
@@ -65,8 +65,8 @@ def test_arms_are_ordinary_runs_with_equal_numbers_of_images(inside):
         [train, "--outdir=out/alone-a", "--data=a.zip", *shared, *passed, "--device=cpu"],
         [train, "--outdir=out/alone-b", "--data=b.zip", *shared, *passed, "--device=cpu"],
         [str(inside / "federate.py"), "simulate", "--outdir=out/federated", "--data=a.zip,b.zip", "--sites=a,b",
-         "--rounds=2", "--round-kimg=0.25", "--snap=1", "--metrics=none", *passed, "--local=proportional",
-         "--server-optimizer=fedadam", "--device=cpu"]]
+         "--rounds=2", "--round-kimg=0.25", "--snap=1", "--metrics=none", *passed, "--local=equal",
+         "--server-optimizer=fedadam", "--dp=true", "--dp-clip=3.0", "--device=cpu"]]
     assert found(inside)["settings"]["round_kimg"] * 2 * 2 == 1
 
 

@@ -239,8 +239,9 @@ def test_sender_refuses_numbers_that_the_receiver_would(changes, reason):
     assert refusal(Round, numbers=replace(NUMBERS, **changes)).startswith(reason)
 
 
-def test_statistics_that_are_not_finite_arrive_as_nan():
-    numbers = replace(NUMBERS, statistics={"Loss/D/loss": {"num": 2, "mean": math.inf, "std": math.nan}})
+@pytest.mark.parametrize("mean", [math.inf, 2e30, -2e30])
+def test_statistics_that_are_not_finite_or_too_large_to_square_arrive_as_nan(mean):
+    numbers = replace(NUMBERS, statistics={"Loss/D/loss": {"num": 2, "mean": mean, "std": math.nan}})
     sent = Round(numbers=numbers)
     assert rb'{\\\"num\\\":2,\\\"mean\\\":null,\\\"std\\\":null}' in sent.up.replace(rb'\"', rb'\\\"')
     found = sent.read_update(sent.up).numbers.statistics["Loss/D/loss"]

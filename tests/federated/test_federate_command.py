@@ -16,6 +16,8 @@ from dnnlib.cli import run
 from federated import simulation_plan
 from federated.agreement import Agreement, bytes_of
 from federated.command import make_simulate_command
+from federated.institutions import make_evaluate
+from federated.privacy import epsilon_spent, find_noise
 from federated.simulation import collect_statistics
 from metrics.evaluation import Evaluator
 from metrics.names import choose_metrics
@@ -24,6 +26,7 @@ from torch_utils.distributed import Processes
 from training.config import FederationConfig
 from training.dry_run import describe_settings, meta_state, state_bytes
 from training.options import FLAGS as TRAIN_FLAGS
+from training.options import show_value
 from training.snapshot import Networks, save_network
 from training.state import TrainingState
 
@@ -75,6 +78,44 @@ def test_flag_reaches_the_federation(flag, name, value, inside, capsys):
     assert others == {field: FederationConfig.__dataclass_fields__[field].default for field in others}
 
 
+def test_privacy_implies_the_average_at_the_server_equal_weights_and_noise_for_the_longest_site(inside, capsys):
+    for number, name in ((60, "c"), (90, "d")):
+        site(name, range(number, number + 20))
+    flags = ["--data=a.zip,b.zip,c.zip", "--dp=1", "--dp-clip=2", "--rounds=9", "--leave=a:4", "--join=b:3,c:5"]
+    found = prepare(capsys, *flags).config.federation
+    assert (found.ema, found.weights, found.dp_epsilon, found.dp_delta) == ("server", "equal", 10, 1e-5)
+    assert found.dp_noise == find_noise(10, 7, 1e-5)  # of b, which takes part in 7 rounds
+    found = prepare(capsys, *flags, "--dp-epsilon=2", "--dp-delta=0.001").config.federation
+    assert found.dp_noise == find_noise(2, 7, 0.001)
+    found = prepare(capsys, *flags, "--dp-noise=3").config.federation
+    assert (found.dp_noise, found.dp_epsilon) == (3, None)
+    assert found.privacy() == {"clip": 2, "noise": 3, "delta": 1e-5}
+    assert prepare(capsys).config.federation.privacy() is None
+
+
+def test_privacy_without_its_package_says_what_to_install(inside, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    for noise in ([], ["--dp-noise=3"]):
+        assert refuse(capsys, "--dp=1", "--dp-clip=1", *noise) == (
+            '--dp needs the package dp-accounting, which is not installed: pip install -e ".[dp]"')
+
+
+def test_robust_aggregation_implies_equal_weights_and_says_where_it_is_the_mean(inside, capsys):
+    for number, name in ((60, "c"), (90, "d")):
+        site(name, range(number, number + 20))
+    flags = ["--data=a.zip,b.zip,c.zip,d.zip", "--aggregation=trimmed-mean", "--trim=0.3"]
+    prepared = prepare(capsys, *flags)
+    found = prepared.config.federation
+    assert (found.aggregation, found.trim, found.weights, found.ema) == ("trimmed-mean", 0.3, "equal", "sites")
+    assert prepared.warnings == (
+        "note: with --aggregation=trimmed-mean, that of the sites' moving averages of the generator is only "
+        "approximately the moving average of the server's generator; with --ema=server it is updated once per round",)
+    prepared = prepare(capsys, *flags, "--ema=server", "--rounds=5", "--join=c:3,d:4")
+    assert prepared.warnings == (
+        "note: --aggregation=trimmed-mean is the mean in 2 rounds (the first is round 1), where fewer than three sites "
+        "take part",)
+
+
 def test_joins_may_be_listed_or_repeated(inside, capsys):
     site("c", range(60, 80))
     for flags in (["--join=b:2,c:3"], ["--join=b:2", "--join=c:3"]):
@@ -115,6 +156,35 @@ def test_default_length_of_a_round_is_the_smallest_set_or_the_mean(inside, capsy
      "fedadam: set it, or leave --server-tau out"),
     ("--server-beta2=0.9 --server-optimizer=fedavgm", "--server-beta2 is 0.9 with --server-optimizer=fedavgm; expected "
      "fedadam: set it, or leave --server-beta2 out"),
+    ("--trim=0.2", "--trim is 0.2 with --aggregation=mean; expected trimmed-mean: set it, or leave --trim out"),
+    ("--trim=0.5 --aggregation=trimmed-mean", "--trim is 0.5; expected a number > 0 and < 0.5"),
+    ("--aggregation=median", "--aggregation is median for 2 sites; expected at least 3 sites, since of fewer it is the "
+     "mean: leave it out"),
+    ("--aggregation=median --weights=images --data=a.zip,b.zip,c.zip", "--weights is 'images'; expected equal with "
+     "--aggregation=median, which has no weights"),
+    ("--dp-clip=1", "--dp-clip is 1 without --dp=1; expected differential privacy: add --dp=1, or leave --dp-clip out"),
+    ("--dp-noise=2.5", "--dp-noise is 2.5 without --dp=1; expected differential privacy: add --dp=1, or leave "
+     "--dp-noise out"),
+    ("--dp-epsilon=8 --dp=0", "--dp-epsilon is 8 without --dp=1; expected differential privacy: add --dp=1, or leave "
+     "--dp-epsilon out"),
+    ("--dp-delta=0.001", "--dp-delta is 0.001 without --dp=1; expected differential privacy: add --dp=1, or leave "
+     "--dp-delta out"),
+    ("--dp=1", "--dp-clip is missing; expected it with --dp=1: Update/norm/NAME in server/stats.jsonl of a run without "
+     "--dp, on phantoms or public images, shows which norms are usual"),
+    ("--dp=1 --dp-clip=0", "--dp-clip is 0.0; expected a number > 0"),
+    ("--dp=1 --dp-clip=1 --dp-noise=inf", "--dp-noise is inf; expected a finite number or null"),
+    ("--dp=1 --dp-clip=1 --dp-epsilon=-1", "--dp-epsilon is -1.0; expected a number > 0"),
+    ("--dp=1 --dp-clip=1 --dp-delta=1", "--dp-delta is 1.0; expected a number > 0 and < 1"),
+    ("--dp=1 --dp-clip=1 --dp-noise=2 --dp-epsilon=8", "--dp-epsilon is 8 with --dp-noise=2; expected one of the two, "
+     "since either follows from the other: leave one out"),
+    ("--dp=1 --dp-clip=1 --ema=sites", "--ema is 'sites'; expected server with --dp, so that less is sent that needs "
+     "noise"),
+    ("--dp=1 --dp-clip=1 --weights=images", "--weights is 'images'; expected equal with --dp, since the others depend "
+     "on the data"),
+    ("--dp=1 --dp-clip=1 --local=proportional", "--local is 'proportional'; expected equal with --dp, since the other "
+     "tells numbers of images"),
+    ("--dp=1 --dp-clip=1 --share-statistics", "--share-statistics is given with --dp=1, which does not cover what it "
+     "sends; expected --holdout=SET in its place, or no --dp"),
     ("--max-update-norm=1", "--max-update-norm is 1.0; expected a number > 1"),
     ("--freezed=2", "--freezed is 2 without --resume; expected a network to start from: add --resume, or leave "
      "--freezed out"),
@@ -196,19 +266,20 @@ def test_help_shows_groups_and_the_defaults_that_are_used(inside, capsys):
     assert run(federate.main, ["simulate", "--help"]) == 0
     text = capsys.readouterr().out
     titles = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["What and where", "Data", "Rounds and sites", "The server", "Networks and training",
-                      "Augmentation", "Starting from a trained network", "Speed and devices", "Other"]
+    assert titles == ["What and where", "Data", "Rounds and sites", "The server", "Differential privacy",
+                      "Networks and training", "Augmentation", "Starting from a trained network", "Speed and devices",
+                      "Other"]
     words = " ".join(text.split())
     assert "--kimg " not in words
     context = click.Context(federate.main.commands["simulate"])
     for flag in context.command.params:
         field = FederationConfig.__dataclass_fields__.get(flag.name)
         if field is not None and isinstance(field.default, (str, int, float)):
-            assert flag.help.endswith(f"[default: {field.default}]")
+            assert f" [default: {show_value(field.default)}" in flag.help
     assert "--server-lr FLOAT Learning rate of fedavgm and fedadam. [default: 1 with fedavgm or 0.01 with fedadam]" in (
         words)
     assert run(federate.main, ["--help"]) == 0
-    assert "simulate  Simulate the institutions on one machine." in capsys.readouterr().out
+    assert "simulate Simulate the institutions on one machine." in " ".join(capsys.readouterr().out.split())
 
 
 # --dry-run
@@ -242,6 +313,21 @@ def test_dry_run_counts_the_bytes_that_travel(flags, inside, capsys, at_once):
     each = agreement.num_bytes
     assert sent["bytes"] == {"to_a_site_in_a_round": each, "from_a_site_in_a_round": each, "to_a_site_at_its_start": 0,
                              "in_all": 2 * (5 + 2) * each}
+
+
+def test_dry_run_shows_epsilon_and_how_much_larger_than_an_update_the_noise_is(inside, capsys, at_once):
+    found, _ = dry_run(capsys, "--dp=1", "--dp-clip=0.5", "--rounds=8", "--leave=b:2")
+    shown, agreement = found["privacy"], Agreement.of(
+        meta_state(prepare(capsys).config), share="G,D", ema="server", payload="float32", classes=None, label_kind=None)
+    count, noise = agreement.num_bytes // 4, find_noise(10, 8, 1e-5)
+    assert shown.pop("protected").startswith("epsilon and delta bound what all updates of one institution")
+    assert shown == {
+        "clip": 0.5, "noise": noise, "delta": 1e-5, "rounds": 8, "noise_std": 0.5 * noise, "num_weights": count,
+        "epsilon": {"a": epsilon_spent(noise, 8, 1e-5), "b": epsilon_spent(noise, 2, 1e-5)},
+        "noise_norm": pytest.approx(0.5 * noise * count**0.5), "noise_to_update": pytest.approx(noise * count**0.5),
+        "noise_to_update_in_the_mean": pytest.approx(noise * (count / 2)**0.5)}
+    assert shown["epsilon"]["a"] == pytest.approx(10, abs=0.01)
+    assert dry_run(capsys)[0]["privacy"] is None
 
 
 def test_dry_run_counts_the_constants_of_a_network_to_start_from(inside, capsys, at_once):
@@ -383,7 +469,7 @@ def test_alerts_are_shown_once_by_the_process_that_starts_the_others(inside, cap
 def test_metrics_of_the_server_compare_with_the_holdout(inside, capsys):
     site("h", range(60, 70))
     prepared = prepare(capsys, "--holdout=h.zip", "--metrics=kid8_full", "--detector=random-conv", "--cond=1")
-    evaluate = federate.make_evaluate(prepared)
+    evaluate = make_evaluate(prepared.config, prepared.settings, prepared.holdout)
     state = TrainingState.create(prepared.config, "cpu")
     assert evaluate(state.G_ema, stop=lambda: False)["kid8_full"]["num_real"] == 10
 
@@ -401,3 +487,10 @@ def test_metrics_compare_with_shared_statistics_of_all_sites_and_of_each(inside,
     assert found["results"]["fid50_full"] == pytest.approx(pooled["results"]["fid50_full"], rel=1e-9)
     assert (found["num_real"], found["num_real_of_sites"], sorted(found["sites"])) == (
         220, {"c": 100, "d": 120}, ["c", "d"])
+
+
+def test_help_states_no_default_where_there_is_none(capsys):
+    assert run(make_simulate_command(None, choose_metrics), ["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Required with --dp." in text
+    assert "[default: None]" not in text

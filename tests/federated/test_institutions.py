@@ -135,6 +135,18 @@ def test_other_classes_are_refused_if_labels_are_used(classes, message, inside, 
     prepare(capsys, "--data=a.zip,c.zip")
 
 
+def test_an_institution_need_not_have_images_of_each_class(inside, capsys):
+    (inside / "w.csv").write_text("class,weight\nnv,1\nmel,3\n")
+    site("c", range(60, 80), labels=[0] * 20)
+    for flags in ([], ["--balance=classes"], ["--balance=w.csv"]):
+        prepared = prepare(capsys, "--data=a.zip,c.zip", "--cond=1", *flags)
+        assert (prepared.config.dataset.c_dim, prepared.warnings) == (2, ())
+    site("d", range(80, 100), labels=[0] * 20)
+    assert prepare(capsys, "--data=c.zip,d.zip", "--cond=1").warnings == (
+        "no institution has images of class mel, which the networks will not learn",)
+    assert prepare(capsys, "--data=c.zip,d.zip").warnings == ()
+
+
 def test_classes_without_names_are_compared_by_number(inside, capsys):
     for name, images, labels in (("c", range(60, 80), [0, 1] * 10), ("d", range(80, 100), [0, 1, 2, 1] * 5),
                                  ("e", range(100, 120), [1, 0] * 10)):

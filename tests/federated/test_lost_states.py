@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 
+from federated.site import Site
 from tests.helpers.make_sets import make_set
 from tests.helpers.simulate_commands import isolate
 from tests.helpers.simulations import lines, only_run, run_simulation, state_of, unlike
@@ -34,6 +36,16 @@ def test_site_without_its_state_is_not_begun_anew_in_a_later_round(capsys):
         f"error: {site} has no resumable state, but the site takes part since round 1, and round 2 begins; expected "
         "training-state.pt: copy it back, let the site leave with --leave=b:1, or start another run with --new\n")
     assert run_simulation(TWO, "--rounds=2", "--leave=b:1") == 0
+
+
+def test_site_that_no_round_has_an_update_of_begins_without_a_state(monkeypatch):
+    assert run_simulation(TWO, "--rounds=1") == 0
+    site = only_run() / "site-b"
+    shutil.rmtree(site)
+    monkeypatch.setattr("federated.simulation.Site", partial(Site, is_new=True))
+    assert run_simulation(TWO, "--rounds=2") == 0
+    assert lines(only_run() / "server")[1]["Sites/b/Progress/kimg"] == 0.04
+    assert state_of(site)["round/number"] == 2
 
 
 def test_site_whose_state_is_older_than_the_server_says_what_is_lost(tmp_path, capsys):

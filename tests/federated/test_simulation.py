@@ -8,6 +8,7 @@ import torch
 
 import federated.site
 from dnnlib.cli import StopRequest
+from federated.aggregate import is_running_average
 from federated.exchange import encode_update
 from federated.site import SiteLoop
 from tests.helpers.federated_states import forged
@@ -109,6 +110,12 @@ def hundredfold(agreement, tensors, received, **named):
     return encode_update(agreement, far, received, **named)
 
 
+def hundredfold_averages(agreement, tensors, received, **named):
+    far = {name: received.tensors[name] + 100 * (value - received.tensors[name]) if is_running_average(name) else value
+           for name, value in tensors.items()}
+    return encode_update(agreement, far, received, **named)
+
+
 def not_finite(agreement, tensors, received, **named):
     return encode_update(agreement, {**tensors, "D.b4.fc.weight": tensors["D.b4.fc.weight"] * torch.nan}, received,
                          **named)
@@ -131,6 +138,7 @@ def extra_tensor(agreement, tensors, received, **named):
     (other_architecture, 'D.architecture is "orig" there and "resnet" here'),
     (extra_tensor, 'the tensor "images" is not among those that were agreed'),
     (hundredfold, "its norm per local step is "),
+    (hundredfold_averages, "its norm of the moving averages per local step is "),
     (not_finite, "the tensor D.b4.fc.weight has values that are not finite"),
     (other_classes, 'classes is ["mel", "nv"] there and ["nv", "mel"] here')])
 def test_refused_update_is_named_and_the_round_goes_on_with_the_others(change, reason, monkeypatch, capsys):
