@@ -5,13 +5,16 @@ open as well. A worker that is killed while it sends a large result, by the syst
 leaves the parent waiting for the rest forever. It also needs twice the time per item, and threads in the parent.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ Result = TypeVar("Result")
 
 _DEPTH = 2  # chunks a worker holds: one that it works on, and the next
 _WINDOW = 4  # chunks per worker between the oldest unfinished one and the newest; bounds what waits for its turn
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _CAN_BLOCK = hasattr(signal, "pthread_sigmask")
 
@@ -36,6 +40,30 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def end_with_parent(pid: int) -> None:
+    """Let the system kill this process when its parent, of this process id, ends. Does nothing except on Linux."""
+    if not sys.platform.startswith("linux") or not hasattr(signal, "SIGKILL"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != pid:  # it ended before
+        os._exit(1)
+
+
+def watch_parent(ended: Callable[[], None]) -> None:
+    """Call a function, in a thread, once the parent process of this process has ended.
+
+    Unlike `end_with_parent`, it does not take the end of the parent's thread that started this process for that.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        ended()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int, *,

@@ -10,6 +10,7 @@ from federated.institutions import PreparedFederation, prepare_federation
 from federated.simulation_plan import describe_simulation, is_large
 from training.command import ChooseMetrics, print_plan, show_alerts
 from training.config import (
+    AGGREGATIONS,
     EMA_PLACES,
     LOCAL_LENGTHS,
     ON_REFUSED,
@@ -27,6 +28,10 @@ GROUP_HELP = """Train one network at several institutions, whose images stay whe
 
 \b
 python federate.py simulate --data=a.zip,b.zip,c.zip --outdir=runs --rounds=100 --cond=1
+python federate.py provision --sites=a,b,c --server=fl.example.org --outdir=kits
+
+On one machine: simulate and compare. Between institutions: provision makes a kit for each, server and site run there,
+and start, status, stop and logs are for whoever starts runs. docs/hospitals.md goes through it step by step.
 """
 
 HELP = """Simulate decentralized training (federated learning) of a StyleGAN2 generator on one machine.
@@ -43,7 +48,7 @@ The same command again continues its run where it stopped. A finished run is lef
 than before. BOOL is 1 or 0, true or false, yes or no. Exit codes are those of train.py.
 """
 
-ROUNDS, SERVER = "Rounds and sites", "The server"
+ROUNDS, SERVER, PRIVACY = "Rounds and sites", "The server", "Differential privacy"
 
 
 def _split_entries(context: click.Context, parameter: click.Parameter,
@@ -57,7 +62,7 @@ def _flag(name: str, kind: object, text: str, metavar: str | None = None, *, gro
           standard: str | None = None, **attributes) -> Flag:
     """Declare an option that is a field of FederationConfig, with its default or that described by `standard`."""
     field = FederationConfig.__dataclass_fields__.get(name.removeprefix("--").replace("-", "_"))
-    if standard is None and field is not None:
+    if standard is None and field is not None and field.default is not None:
         standard = show_value(field.default)
     return make_flag(name, kind, group, text, metavar, standard=standard, **attributes)
 
@@ -83,9 +88,15 @@ _OWN = [
     _flag("--share", str, "Networks that are averaged: generator and discriminator, or the generator alone, so that "
           "each site keeps the discriminator, which knows most about its images.", "|".join(SHARED_NETWORKS)),
     _flag("--ema", click.Choice(EMA_PLACES), "Where the moving average of the generator is updated. sites: after each "
-          "iteration, and averaged as well; server: after each round, which saves a third of the bytes."),
+          "iteration, and averaged as well; server: after each round, which saves a third of the bytes.",
+          standard="sites; server with --dp"),
     _flag("--weights", click.Choice(SITE_WEIGHTS), "Weight of a site in the mean: the images that it saw in the round, "
-          "or equal."),
+          "or equal.", standard="images; equal with --dp, and with --aggregation=median or trimmed-mean"),
+    _flag("--aggregation", click.Choice(AGGREGATIONS), "What the sites' networks are joined by: their mean, or the "
+          "median or trimmed mean of each weight, which a few faulty or hostile sites out of three or more cannot move "
+          "far."),
+    _flag("--trim", float, "Share of the sites that trimmed-mean leaves out at each end, rounded up: of 3 to 5 sites "
+          "one, of 6 to 10 two.", "FLOAT"),
     _flag("--payload", click.Choice(PAYLOADS), "Type of the numbers that are sent; bfloat16 halves the bytes."),
     _flag("--server-optimizer", click.Choice(SERVER_OPTIMIZERS), "How the mean changes the networks. fedavg: replaces "
           "them; fedavgm: with momentum; fedadam: as a gradient of Adam."),
@@ -100,6 +111,17 @@ _OWN = [
           "the median over the sites and the last five rounds.", "FLOAT"),
     _flag("--on-refused", click.Choice(ON_REFUSED), "When an update is refused: continue with the other sites, or "
           "stop."),
+
+    _flag("--dp", bool, "Clip each site's update, and add noise to it at the site. The guarantee is for all of an "
+          "institution's updates; with three institutions, noise that protects leaves little to learn.", "BOOL",
+          group=PRIVACY),
+    _flag("--dp-clip", float, "Largest norm of an update. Update/norm/NAME in stats.jsonl of a run without --dp on "
+          "phantoms or public images shows what is usual. Required with --dp.", "C", group=PRIVACY),
+    _flag("--dp-noise", float, "Standard deviation of the noise on each weight, in units of --dp-clip.", "Z",
+          group=PRIVACY, standard="the smallest that --dp-epsilon allows"),
+    _flag("--dp-epsilon", float, "Epsilon of all planned rounds of a site, from which --dp-noise follows.", "FLOAT",
+          group=PRIVACY),
+    _flag("--dp-delta", float, "Delta of the guarantee.", "FLOAT", group=PRIVACY),
 
     make_flag("--snap", int, RUN, "Save a network snapshot, and compute --metrics, every N rounds; a grid of sample "
               "images is made after each round.", "N", standard="1"),
@@ -118,7 +140,7 @@ _OWN = [
               "a CPU. Each site is trained by one of them.", "INT", standard="1"),
 ]
 _LEFT_OUT = {"subset"}  # a part of a data set is made with dataset_tool.py
-_ORDER = (RUN, DATA, ROUNDS, SERVER)  # the other groups follow as in train.py
+_ORDER = (RUN, DATA, ROUNDS, SERVER, PRIVACY)  # the other groups follow as in train.py
 
 
 def _simulate_flags() -> list[Flag]:

@@ -7,7 +7,6 @@ breaks) or never return (NCCL). So each process writes a heartbeat to the shared
 those of the others. The first process that fails leaves its error in the store for the others.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from dnnlib.cli import SIGNALS, UserError
+from dnnlib.workers import end_with_parent
 
 # Of a process that ends because another one did, when `launch` started it, which then prints the reason.
 LOST_EXIT_CODE = 76
@@ -37,7 +37,6 @@ SILENT_SECONDS = 40.0
 # Time for the main thread to return from its collective operation by itself, with an error to handle.
 WATCH_GRACE_SECONDS = 10.0
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FAILURE_KEY = "failure"
 
 
@@ -174,15 +173,6 @@ def follow_launcher() -> None:
     pid = find_launcher()
     if pid is not None:
         end_with_parent(pid)
-
-
-def end_with_parent(pid: int) -> None:
-    """Let the system kill this process when its parent, of this process id, ends. Does nothing except on Linux."""
-    if not sys.platform.startswith("linux") or not hasattr(signal, "SIGKILL"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != pid:  # it ended before
-        os._exit(1)
 
 
 class ProcessWatch:
