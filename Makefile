@@ -58,19 +58,20 @@ demo: $(BUILT)
 	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: $(BUILT)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 test-portable: $(BUILT)
 	$(LOWEST) $(BIN)/python -c 'import sys, torch; level = torch.backends.cpu.get_cpu_capability(); sys.exit(None if level == "DEFAULT" else f"PyTorch computes with {level} in spite of ATEN_CPU_CAPABILITY=default")'
 	$(LOWEST) $(PYTEST) $(foreach name,$(PORTABLE),$(or $(wildcard tests/*/test_$(name).py tests/*/*/test_$(name).py),$(error no test_$(name).py))) $(ARGS)
 
 slow: $(BUILT)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not nightly" $(ARGS)
 
 soak: $(BUILT)
 	$(BIN)/python -m tests.end_to_end.soak $(ARGS)
 
 nightly: test test-portable slow lint soak
+	$(PYTEST) -m nightly $(ARGS)
 	for seed in 0 1 2; do $(BIN)/python -m scripts.demo --seed=$$seed --dest=demo/seed$$seed || exit 1; done
 
 bench: $(BUILT)

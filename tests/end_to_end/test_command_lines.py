@@ -77,10 +77,13 @@ def test_options_that_may_be_given_several_times_are_these():
         "train.py --metrics", "calc_metrics.py --metrics", "train.py --detector-weights",
         "calc_metrics.py --detector-weights", "calc_metrics.py --compare", "dataset_tool.py phantom --bias",
         *(f"federate.py simulate --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave")),
+        "federate.py server --detector-weights",
+        *(f"federate.py start --{name}" for name in ("metrics", "join", "leave")),
         *(f"federate.py compare --{name}" for name in ("data", "holdout", "metrics", "detector-weights", "join",
                                                        "leave")),
-        "study.py protocol --external", "study.py protocol --subset", "study.py authenticity --projections",
-        "study.py embed --sets", "study.py embed --real",
+        *(f"federate.py start --{name}" for name in ("data", "metrics", "detector-weights", "join", "leave")),
+        "study.py protocol --external", "study.py protocol --subset",
+        "study.py authenticity --projections", "study.py embed --sets", "study.py embed --real",
         *(f"study.py classify --{name}" for name in ("regimes", "fraction", "dose")), "explore.py interpolate --points"}
 
 

@@ -29,6 +29,7 @@ NOT_RUN = {
     "make lint": ".ci/run runs it",
     "python -m venv .venv": "as make setup",
     'pip install -e ".[dev]"': "as make setup",
+    'pip install -e ".[federated]"': "as make setup",
     "scripts/gpu_acceptance.sh": "builds the CUDA operators and takes many minutes",
     "python -m torch_utils.ops.build --kind=cuda":
         "compiles for minutes; tests/torch_utils/ops/test_cuda_library.py does it",
@@ -40,7 +41,18 @@ NOT_RUN = {
         "runs slow tests, which `make slow` runs",
     "python tests/end_to_end/check_parity.py FOLDER":
         "tests/end_to_end/test_parity.py runs the same checks on tests/data",
+    **dict.fromkeys([
+        "python federate.py server --kit=kits/server --outdir=runs",
+        "python federate.py site --kit=kits/a --data=a.zip",
+        "python federate.py start --kit=kits/admin --name=lesions --rounds=100 --cond=1 --mirror=1",
+        "python federate.py status --kit=kits/admin",
+        "python federate.py status --kit=kits/admin --name=lesions",
+        "python federate.py logs --kit=kits/admin --name=lesions --tail=20 --follow",
+        "python federate.py stop --kit=kits/admin --name=lesions",
+    ], "needs a server and sites that run at the same time: tests/end_to_end/test_deployment_*.py start them"),
 }
+# How blocks begin that are printed like commands: JSON, a unit of systemd, formulas.
+NO_COMMANDS = ("{", "[", "k = ", "base + ")
 # What makes a printed command small. Options keep their places and forms, so that what is checked is what is printed.
 SMALLER = [
     (r"--resolution=\d+x\d+", "--resolution=16x16"),
@@ -73,6 +85,9 @@ ADDED = {
     "federate.py simulate": ["--cfg=tiny", "--round-kimg=0.008", "--batch=8", "--workers=1", "--device=cpu"],
     "federate.py compare": ["--cfg=tiny", "--batch=8", "--detector=random-conv", "--device=cpu",
                             "--dry-run"],  # it makes five runs; tests/federated/test_compare_arms.py makes them
+    "federate.py provision": [],
+    "federate.py revoke": [],
+    "cp -r": [],
     "study.py protocol": ["--workers=1"],
     "study.py classify": ["--size=32", "--num-seeds=2", "--resamples=50", "--workers=1", "--device=cpu"],
     "study.py predict": ["--workers=1", "--device=cpu"],
@@ -95,7 +110,7 @@ def commands_of(document):
     text = re.sub(r"^```python\n.*?^```$", "", read(document), flags=re.DOTALL | re.MULTILINE)
     assert "```" not in text, f"{document} has a block that is neither indented nor Python; expected commands indented"
     blocks = re.findall(r"(?<=\n\n)(?:    .*\n+)+", text)
-    lines = [line for block in blocks if not block.startswith("    {")  # JSON
+    lines = [line for block in blocks if not block.strip().startswith(NO_COMMANDS)
              for line in re.sub(r"\\\n", " ", block).splitlines() if line.strip()]
     return [" ".join(line.split(" #")[0].split()).replace(".venv/bin/", "") for line in lines]
 
@@ -230,6 +245,9 @@ def make_files(folder, document):
         make_isic2019(folder)
     if document == "docs/federated.md":  # it is divided twice, with both classes in each part
         make_phantoms(folder / "isic256.zip", seed=0, count=300)
+    if document == "docs/hospitals.md":
+        make_phantoms(folder / "a.zip", seed=0)
+        (folder / "requests").symlink_to("kit-a")  # where the site's request is made
     if document == "docs/study.md":  # with several lesions of both classes in each part
         make_phantoms(folder / "isic256.zip", seed=0, count=150)
         make_phantoms(folder / "heldout.zip", seed=1, count=12)
@@ -242,7 +260,7 @@ def make_files(folder, document):
     if document == "docs/explore.md":
         make_explored(folder)
     if document in ("README.md", "docs/authenticity.md", "docs/embedding.md", "docs/explore.md", "docs/federated.md",
-                    "docs/study.md"):
+                    "docs/hospitals.md", "docs/study.md"):
         return
     (folder / "network-snapshot.pkl").symlink_to(ROOT / "tests" / "data" / "sample_32_c2.stripped.pkl")
     classes = {"classes": ["benign", "melanoma"], "class_counts": [24, 36]}

@@ -49,7 +49,8 @@ PROGRAMS = [*ROOT.glob("*.py"), *list_files("scripts", *{name.split(".")[0] for 
 
 
 def test_programs_import_what_is_listed_and_everything_listed_is_imported():
-    assert list_imports(PROGRAMS) == list_dependencies("offline", "timm", "study", "umap") - NEVER_IMPORTED
+    extras = ("offline", "timm", "study", "umap", "federated", "dp")
+    assert list_imports(PROGRAMS) == list_dependencies(*extras) - NEVER_IMPORTED
 
 
 def test_tests_import_what_the_extra_dev_lists_and_everything_listed_is_needed():

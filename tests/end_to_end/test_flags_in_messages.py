@@ -35,6 +35,8 @@ UNREACHED = {
         "generation.network:choose_network", "generation.network:open_network"},
     ("federate.py", "--source"): {"federated.compare_arms:write_union"},  # arguments of dataset_tool.py
     ("federate.py", "--dest"): {"federated.compare_arms:write_union"},
+    ("federate.py", "--set"): {  # of NVIDIA FLARE's programs
+        "federated.deployment.processes:_server_process", "federated.deployment.processes:_site_process"},
     ("train.py", "--ci"): {"metrics.evaluation:Evaluator.__init__"},  # its metrics have no intervals
     ("train.py", "--holdout"): {  # nor a floor
         "metrics.reference:Reference.__init__", "metrics.reference:Reference.check_holdout"},
