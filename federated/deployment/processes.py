@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from dnnlib.cli import StopRequest, UserError, check_outdir
 from dnnlib.process_lock import LockHeld, ProcessLock
 from dnnlib.text import plural
@@ -83,7 +81,7 @@ class _Process:
         # Nothing is imported from the kit, which is the current folder of the process and its jobs.
         self._environment = {**os.environ, **environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         self._process: subprocess.Popen | None = None
-        self._jobs: list[psutil.Process] = []  # and their children; they have process groups of their own
+        self._jobs: list[Any] = []  # and their children, psutil.Process; they have process groups of their own
         self.error: UserError | _Anew | None = None
 
     def start(self) -> None:
@@ -96,6 +94,8 @@ class _Process:
 
     def poll(self) -> int | None:
         """Return the exit code, None while it runs; note its jobs, which it may leave behind."""
+        import psutil  # of an extra
+
         with suppress(psutil.NoSuchProcess):
             self._jobs = psutil.Process(self._process.pid).children(recursive=True) or self._jobs
         return self._process.poll()
@@ -245,11 +245,15 @@ def _site_process(kit: Kit) -> _Process:
 
 
 def _send(process: Any, number: int) -> None:
+    import psutil
+
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
 
 
 def _is_alive(process: Any) -> bool:
+    import psutil
+
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

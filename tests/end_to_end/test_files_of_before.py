@@ -133,7 +133,14 @@ def test_continued_run_ends_with_the_numbers_of_an_unbroken_one(trained):
     if kept == statistics(unbroken)[:len(kept)]:
         assert statistics(continued) == statistics(unbroken)
         # The other one overwrites its network of 1000 images twice: its run did not end there.
-        assert scores(continued) == [*scores(unbroken)[:3], scores(unbroken)[-1]]
+        found, expected = scores(continued), [*scores(unbroken)[:3], scores(unbroken)[-1]]
+        assert found[-1] == expected[-1]
+        # Those before were kept: the convolutions of a detector may round otherwise on another CPU than those of
+        # training, by 6e-7 where this was seen.
+        for kept_score, score in zip(found, expected, strict=True):
+            assert kept_score.pop("results") == pytest.approx(score.pop("results"), rel=1e-5)
+            assert kept_score.pop("subset_std") == pytest.approx(score.pop("subset_std"), rel=1e-5)
+            assert kept_score == score
         first, second = (state(folder) for folder in trained)
         assert [name for name, value in first.items() if name != "ends" and not (
             torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name])] == []
