@@ -98,11 +98,7 @@ def site_secret(folder: Path, *, round: int) -> bytes:
     Raises UserError if the file is missing later: other noise on an update that was sent already would weaken both.
     """
     path = folder / SECRET_NAME
-    if not path.exists():
-        if round > 0:
-            raise UserError(f"{path} is missing, but the site has begun round {round} and may have sent its update; "
-                            "expected the secret that its noise follows from: copy it back, or start another run with "
-                            "--new")
+    if not _exists(path, round, "the secret that its noise follows from"):
         with atomic_write(path) as file:
             os.chmod(file.name, 0o600)
             file.write(secrets.token_bytes(_SECRET_BYTES))
@@ -130,11 +126,7 @@ def sent_updates(folder: Path, *, round: int = 0) -> list[SentUpdate]:
     Raises UserError if the file is missing later, or damaged: what was spent is not known then.
     """
     path = folder / SENT_NAME
-    if not path.exists():
-        if round > 0:
-            raise UserError(f"{path} is missing, but the site has begun round {round} and may have sent its update; "
-                            "expected the list from which epsilon is counted: copy it back, or start another run with "
-                            "--new")
+    if not _exists(path, round, "the list from which epsilon is counted"):
         return []
     try:
         return [SentUpdate(**entry) for entry in json.loads(retrying(path.read_bytes, path))]
@@ -147,6 +139,16 @@ def save_sent_updates(folder: Path, updates: Sequence[SentUpdate]) -> None:
     """Write the list of `sent_updates`, before the last of them leaves the site."""
     with atomic_write(folder / SENT_NAME, text=True) as file:
         file.write(json.dumps([vars(update) for update in updates], indent=1) + "\n")
+
+
+def _exists(path: Path, round: int, what: str) -> bool:
+    """Return whether a file of a site is there; raise UserError if it must be, as the site has begun a round."""
+    if path.exists():
+        return True
+    if round > 0:
+        raise UserError(f"{path} is missing, but the site has begun round {round} and may have sent its update; "
+                        f"expected {what}: copy it back, or start another run with --new")
+    return False
 
 
 # Accounting

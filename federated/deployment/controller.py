@@ -191,7 +191,6 @@ class _Rounds:
         with server.output.reporter.surviving(f"write {run.options.name}"):
             run.note_pass(server.state.nimg, config.step.micro_batch)
         rounds = config.federation.rounds
-        last = {name: number for number in range(1, rounds + 1) for name in server.schedule.members(number)}
         began, first = time.monotonic(), server.rounds
         while server.rounds < rounds:
             number, done = server.rounds + 1, server.rounds - first
@@ -199,7 +198,7 @@ class _Rounds:
                 number, rounds, {name: server.schedule.start_nimg(name, number)
                                  for name in server.schedule.members(number)},
                 (time.monotonic() - began) / done * (rounds - server.rounds) if done else None,
-                members=[name for name in last if last[name] >= number])
+                members=[name for name in server.schedule.sites if server.schedule.last_round(name) >= number])
             answers = self._ask_sites(server, number, plan, new)
             if self.stop.wanted():
                 return self._stopped(server, f"in round {number}", self.stop.reason)
